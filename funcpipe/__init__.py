@@ -1,0 +1,1 @@
+"""funcpipe: JAX-style parallel training for PyTorch."""

@@ -1,0 +1,50 @@
+"""Every error that funcpipe raises on purpose: one class per kind, all of them ``FuncpipeError``.
+
+A message says what is wrong, where (pytree path, rank, axis or action), why, and what to write instead.
+"""
+
+from __future__ import annotations
+
+
+class FuncpipeError(Exception):
+    """The base of every error that funcpipe raises on purpose."""
+
+
+class MeshError(FuncpipeError):
+    """A mesh cannot be built, or an axis is asked for that it lacks."""
+
+
+class StackError(FuncpipeError):
+    """The transforms on a step do not fit each other or the mesh."""
+
+
+class BatchError(FuncpipeError):
+    """A batch cannot be split as the transforms ask, or not without changing the loss."""
+
+
+class TraceError(FuncpipeError):
+    """The loss function cannot be traced into a graph that computes the same numbers."""
+
+
+class CutError(FuncpipeError):
+    """A traced loss cannot be cut into the stages that were asked for."""
+
+
+class StateError(FuncpipeError):
+    """The step touches its state in a way that a rank, which holds a part of it, could not repeat."""
+
+
+class ScheduleError(FuncpipeError):
+    """A schedule is wrong: something is missing, doubled, out of order, or would never end."""
+
+
+class DeadlockError(FuncpipeError):
+    """Every in-process rank waits for another one; the message says where each of them stands."""
+
+
+class MismatchError(FuncpipeError):
+    """Ranks disagree about what they are about to run, or about the shapes of it."""
+
+
+class RankError(FuncpipeError):
+    """Another rank failed, or is gone; the message names it."""

@@ -1,0 +1,71 @@
+"""Pytrees (optree): leaves with their paths, prefixes, and absent leaves.
+
+In funcpipe ``None`` in a rank's tree means one thing: this rank does not hold the leaf. So the trees of users are
+flattened with ``None`` as an empty node, and the trees of ranks are flattened *up to* the full tree's structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import optree
+import torch
+
+T = TypeVar("T")
+NAMESPACE = "funcpipe"
+
+
+class Leaf(NamedTuple, Generic[T]):
+    """A leaf and its path as a user would write it behind the tree: ``['blocks'][0].weight``."""
+
+    path: str
+    value: T
+
+
+def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Leaves and structure.
+
+    >>> flatten({"a": 1, "b": None})
+    ([1], PyTreeSpec({'a': *, 'b': None}, namespace='funcpipe'))
+    """
+    return optree.tree_flatten(tree, namespace=NAMESPACE)
+
+
+def unflatten(spec: optree.PyTreeSpec, leaves: Iterable[Any]) -> Any:
+    """The tree of a structure and its leaves."""
+    return optree.tree_unflatten(spec, leaves)
+
+
+def paths(tree: Any) -> list[str]:
+    """The path of every leaf, as code.
+
+    >>> paths({"w": [1, 2]})
+    ["['w'][0]", "['w'][1]"]
+    """
+    accessors = optree.tree_accessors(tree, namespace=NAMESPACE)
+    return [a.codify("") for a in accessors]
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves alone."""
+    return optree.tree_leaves(tree, namespace=NAMESPACE)
+
+
+def map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """``optree.tree_map``."""
+    return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)
+
+
+def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """``fn`` on the tensors of a tree; every other leaf as it is."""
+    return map(lambda x: fn(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
+    """For every leaf of ``tree`` the leaf of ``prefix`` that stands above it; ``None`` is a leaf of the prefix.
+
+    >>> broadcast_prefix({"x": 0, "y": None}, {"x": [1, 2], "y": {"z": 3}})
+    [0, 0, None]
+    """
+    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)

@@ -1,0 +1,1 @@
+"""Transforms: one file each, each a function from a step to a step."""
