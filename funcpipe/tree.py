@@ -7,27 +7,19 @@ flattened with ``None`` as an empty node, and the trees of ranks are flattened *
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import optree
 import torch
 
-T = TypeVar("T")
 NAMESPACE = "funcpipe"
-
-
-class Leaf(NamedTuple, Generic[T]):
-    """A leaf and its path as a user would write it behind the tree: ``['blocks'][0].weight``."""
-
-    path: str
-    value: T
 
 
 def flatten(tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
     """Leaves and structure.
 
     >>> flatten({"a": 1, "b": None})
-    ([1], PyTreeSpec({'a': *, 'b': None}, namespace='funcpipe'))
+    ([1], PyTreeSpec({'a': *, 'b': None}))
     """
     return optree.tree_flatten(tree, namespace=NAMESPACE)
 
@@ -68,4 +60,6 @@ def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
     >>> broadcast_prefix({"x": 0, "y": None}, {"x": [1, 2], "y": {"z": 3}})
     [0, 0, None]
     """
-    return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    present = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return [p for p, x in zip(spread, present, strict=True) if x is not None]
