@@ -48,3 +48,7 @@ class MismatchError(FuncpipeError):
 
 class RankError(FuncpipeError):
     """Another rank failed, or is gone; the message names it."""
+
+
+class OptimError(FuncpipeError, ValueError):
+    """An optimizer has a setting out of range, or gets trees that do not fit each other."""

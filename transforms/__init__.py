@@ -1,1 +1,6 @@
-"""Transforms: one file each, each a function from a step to a step."""
+"""Transforms: one file each, each a function ``transform(step=None, *, axis=..., **options) -> step``."""
+
+from funcpipe.transforms.accumulated import accumulated
+from funcpipe.transforms.pipelined import pipelined
+
+__all__ = ["accumulated", "pipelined"]

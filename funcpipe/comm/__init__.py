@@ -1,19 +1,21 @@
 """What ranks say to each other: one protocol, two implementations.
 
-Terms. A *communicator* belongs to one rank of one mesh. Collectives run over the rank's *group* on named axes; their
-operand and result are dense tensors. A *channel* is a named one-way lane from one rank to another: messages on it
-arrive in the order in which they were sent, and a send never waits for its receiver.
+Terms. A *communicator* belongs to one rank of one mesh. Collectives run over the rank's *group* on named
+axes. A *channel* is a named one-way lane from one rank to another: messages on it arrive in the order in which
+they were sent, and a send never waits for its receiver. The *wire order* of a tensor is its memory order if it
+is dense, else row-major (`wire.py`); both ends of a message have the same.
 
-In: tensors, axis names, peer ranks. Out: tensors (always new ones), or an error that names the rank that failed.
+In: tensors, axis names, peer ranks. Out: tensors, or an error that names the rank that failed. The results of
+collectives are always new, contiguous tensors; their operands may have any strides.
 
-- `inprocess.py`: every rank of the mesh is a thread of this process, one of which runs at a time; a deadlock is decided
-  exactly and reported with where each rank stands.
+- `inprocess.py`: every rank of the mesh is a thread of this process, one of which runs at a time; a deadlock
+  is decided exactly and reported with where each rank stands.
 - `process_group.py`: torch.distributed process groups, gloo on CPUs and NCCL on GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,23 +24,33 @@ from funcpipe.mesh import Axes, Mesh
 
 
 class Communicator(Protocol):
-    """One rank's way to the others."""
+    """One rank's way to the others.
+
+    Every method raises RankError where another rank failed or is gone.
+    """
 
     mesh: Mesh
     rank: int
     device: torch.device
 
+    def prepare(self, axes_sets: Iterable[Axes]) -> None:
+        """Make ready for collectives over these axes. All ranks call it alike, before the first such
+        collective; what is ready stays so."""
+
     def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
-        """The sum (or ``"max"``) of ``x`` over the group: same shape, same on every member."""
+        """The sum (or ``"max"``) of ``x`` over the group: same shape, same on every member. The sum of
+        bools is "any"."""
 
     def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         """Every member's ``x``, stacked in group order: shape ``(n, *x.shape)``."""
 
     def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
-        """``x`` has shape ``(n, *s)``: the sum over members of their ``x[i]``, where ``i`` is the own index; shape ``s``."""
+        """``x`` has shape ``(n, *s)``: the sum over members of their ``x[i]``, where ``i`` is the own index;
+        shape ``s``."""
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
-        """``x`` has shape ``(n, *s)``: piece ``i`` goes to member ``i``; returns what came from each, ``(n, *s)``."""
+        """``x`` has shape ``(n, *s)``: piece ``i`` goes to member ``i``; returns what came from each,
+        ``(n, *s)``."""
 
     def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
         """The ``x`` of the member with index ``src``; the others' ``x`` gives shape and dtype."""
@@ -47,18 +59,21 @@ class Communicator(Protocol):
         """Send tensors to rank ``dst``. Returns at once; the tensors must not be changed afterwards."""
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
-        """Receive the next message of a channel. ``outs`` are dense buffers of the right shapes and dtypes that may be
-        filled and returned, or left alone where the message is handed over as it is."""
+        """Receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
+        order; they are filled and returned, or left alone where the message is handed over as it is."""
 
     def exchange(self, what: Any) -> list[Any]:
         """Every rank's picklable object, in rank order (host side, over the whole mesh)."""
+
+    def exchange_digest(self, n: int) -> list[int]:
+        """Every rank's 64-bit integer, in rank order: an ``exchange`` that is cheap enough for every step."""
 
     def flush(self) -> None:
         """Wait until every send has left; called at the end of a step."""
 
     def fail(self, error: BaseException) -> BaseException:
-        """Tell every rank that this one failed, so that none waits for it. Returns the error to raise here: the given
-        one, or a RankError that names another rank where that one failed first."""
+        """Tell every rank that this one failed, so that none waits for it. Returns the error to raise here:
+        the given one, or a RankError that names another rank where that one failed first."""
 
     def close(self) -> None:
         """Give back what the communicator holds."""

@@ -1,0 +1,28 @@
+"""Schedules as verified data: the library, the checker, the cost model. Public as ``funcpipe.schedules``."""
+
+from funcpipe.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
+from funcpipe.schedule.checker import Report, check
+from funcpipe.schedule.communication import insert_communication
+from funcpipe.schedule.library import gpipe, one_f_one_b
+from funcpipe.schedule.tables import from_csv, from_table, to_csv
+from funcpipe.schedule.timeline import Span, Timeline, timeline, unit_costs
+
+__all__ = [
+    "Action",
+    "Edge",
+    "Report",
+    "Schedule",
+    "ScheduleFn",
+    "Span",
+    "Timeline",
+    "chain",
+    "check",
+    "from_csv",
+    "from_table",
+    "gpipe",
+    "insert_communication",
+    "one_f_one_b",
+    "timeline",
+    "to_csv",
+    "unit_costs",
+]

@@ -1,0 +1,215 @@
+"""The nodes of a joint graph, sorted into what each of them is; the first half of cutting.
+
+Every node gets a *label*: F of segment ``s`` is ``s``; B of segment ``s`` is ``2 * segments - 1 - s``. Labels follow the
+order in which units run, and so do the edges of the graph, wherever a node is moved to below:
+
+- a cast (or the like) of a param at the top of a loss leaves its transpose at the very end of the backward pass: such a
+  node, which nothing but a gradient output reads, moves to the unit that makes what it reads;
+- the gradient of a tied parameter is a sum over segments: it is taken apart into the partial gradients.
+
+In: `Traced`, whose graph is used up. Out: `Nodes`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from funcpipe.graph.trace import CUT, CUT_BACKWARD, SEED, Traced, is_op, is_seeded
+
+aten = torch.ops.aten
+HEAVY = frozenset("mm bmm addmm baddbmm convolution convolution_backward embedding_dense_backward _grouped_mm".split())
+FACTORIES = frozenset("zeros ones full empty arange scalar_tensor".split())
+_CHEAP = frozenset("_to_copy clone".split())
+
+
+@dataclass
+class Nodes:
+    """What is known of the nodes of a joint graph.
+
+    Args:
+        params, batch: placeholders and their numbers.
+        label: of every other node.
+        place: every node's place in the graph.
+        heads: the nodes of total, weight and aux tensors.
+        grads: per tensor of params its partial gradients, in autograd's order.
+        constant: what follows from neither params nor batch.
+        rebuilt: what is computed again in each unit that reads it.
+    """
+
+    graph: fx.Graph
+    segments: int
+    params: dict[fx.Node, int]
+    batch: dict[fx.Node, int]
+    label: dict[fx.Node, int]
+    heads: list[fx.Node] = field(default_factory=list)
+    grads: list[list[fx.Node]] = field(default_factory=list)
+    place: dict[fx.Node, int] = field(default_factory=dict)
+    constant: set[fx.Node] = field(default_factory=set)
+    rebuilt: set[fx.Node] = field(default_factory=set)
+
+    def backward(self, segment: int) -> int:
+        """The label of the backward half of a segment."""
+        return 2 * self.segments - 1 - segment
+
+
+def read_nodes(traced: Traced) -> Nodes:
+    """Sort the nodes of a joint graph."""
+    n = _labelled(traced)
+    _forget_data(n)
+    out = next(x for x in n.graph.nodes if x.op == "output")
+    heads = 1 + traced.has_weight + traced.aux_count
+    n.heads = list(out.args[0][:heads])
+    grads = [x if x is None else _computed(n, x) for x in out.args[0][heads:]]
+    _settle_epilogues(n, out)
+    n.grads = [[] if x is None else _partials(n, x) for x in grads]
+    out.args = ((*n.heads, *(x for partials in n.grads for x in partials)),)
+    n.graph.eliminate_dead_code()
+    n.place = {x: i for i, x in enumerate(n.graph.nodes)}
+    n.label = {x: n.label[x] for x in n.place if x in n.label}
+    _classify(n)
+    return n
+
+
+def _labelled(traced: Traced) -> Nodes:
+    graph, segments = traced.module.graph, traced.boundaries + 1
+    label: dict[fx.Node, int] = {}
+    current = 0
+    for node in list(graph.nodes):
+        if node.target is CUT:
+            current = segments if node.args[1] == SEED else int(node.args[1])
+        elif node.target is CUT_BACKWARD:
+            current = 2 * segments - int(node.args[1])
+        elif node.target is not aten.detach.default:
+            if node.op in ("call_function", "get_attr"):
+                label[node] = current
+            continue
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    inputs = [x for x in graph.nodes if x.op == "placeholder"]
+    params, batch = inputs[: traced.params], inputs[traced.params :]
+    return Nodes(
+        graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label
+    )
+
+
+def _forget_data(n: Nodes) -> None:
+    """Nodes that read a tensor for its shape alone read nothing instead; ints among nodes become constants."""
+    for node in list(n.label):
+        if isinstance(node.meta.get("val"), int):
+            node.replace_all_uses_with(node.meta["val"])
+        if not is_op(node):
+            continue
+        fill = _fill_of(node)
+        val = node.meta["val"]
+        if fill is not None and val.is_contiguous():
+            with n.graph.inserting_before(node):
+                args: tuple = (list(val.shape), fill)
+                new = n.graph.call_function(aten.full.default, args, {"dtype": val.dtype, "device": val.device})
+            new.meta = dict(node.meta)
+            n.label[new] = n.label.pop(node)
+            node.replace_all_uses_with(new)
+            n.graph.erase_node(node)
+
+
+def _fill_of(node: fx.Node) -> Any:
+    """What a ``zeros_like``, ``new_full``, … fills its result with; None for every other op."""
+    name: str = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    if name in ("zeros_like", "new_zeros"):
+        return 0
+    if name in ("ones_like", "new_ones"):
+        return 1
+    if name in ("full_like", "new_full") and not isinstance(node.args[-1], fx.Node):
+        return node.args[-1]
+    return None
+
+
+def _computed(n: Nodes, x: fx.Node) -> fx.Node:
+    """A gradient that is an input or a constant as it stands, made a node of the last unit."""
+    if x in n.label:
+        return x
+    out = next(y for y in n.graph.nodes if y.op == "output")
+    with n.graph.inserting_before(out):
+        new = n.graph.call_function(aten.clone.default, (x,))
+    new.meta = dict(x.meta)
+    n.label[new] = n.backward(0)
+    out.args = fx.node.map_arg(out.args, lambda y: new if y is x else y)
+    return new
+
+
+def _settle_epilogues(n: Nodes, out: fx.Node) -> None:
+    tail: set[fx.Node] = {out}
+    backward = [x for x in n.graph.nodes if n.label.get(x, -1) >= n.segments]
+    for x in reversed(backward):
+        if x.users and all(u in tail for u in x.users):
+            tail.add(x)
+    for x in backward:
+        if x in tail and x not in n.heads:
+            sources = [n.label[a] for a in x.all_input_nodes if n.label.get(a, -1) >= n.segments]
+            n.label[x] = max(sources, default=n.label[x])
+
+
+def _partials(n: Nodes, x: fx.Node) -> list[fx.Node]:
+    """A gradient taken apart at its sums over segments."""
+    return [y for a in x.args for y in _partials(n, a)] if _spans(n, x) else [x]  # type: ignore[arg-type]
+
+
+def _spans(n: Nodes, x: fx.Node) -> bool:
+    if x.target is not aten.add.Tensor or len(x.users) > 1 or x.kwargs or len(x.args) > 2:
+        return False
+    terms = [a for a in x.args if isinstance(a, fx.Node) and n.label.get(a, -1) >= n.segments]
+    return len(terms) == 2 and (n.label[terms[0]] != n.label[terms[1]] or any(_spans(n, a) for a in terms))
+
+
+def _classify(n: Nodes) -> None:
+    free: set[fx.Node] = set(n.batch)  # from batch and constants
+    own: set[fx.Node] = set(n.params)  # from params and constants, by cheap ops
+    for x in n.label:
+        inputs = x.all_input_nodes
+        if is_seeded(x) or is_communication(x):
+            continue
+        if all(a in n.constant for a in inputs):
+            n.constant.add(x)
+        elif is_heavy(x):
+            continue
+        elif all(a in free or a in n.constant for a in inputs):
+            free.add(x)
+            n.rebuilt.add(x)
+        elif is_cheap(x) and all(a in own or a in n.constant for a in inputs):
+            own.add(x)
+            n.rebuilt.add(x)
+        elif is_view(x) and x.meta["val"].numel() >= x.args[0].meta["val"].numel():  # type: ignore[union-attr]
+            n.rebuilt.add(x)
+
+
+def is_heavy(x: fx.Node) -> bool:
+    """Whether a node is a matrix product or the like."""
+    return is_op(x) and x.target.overloadpacket.__name__ in HEAVY  # type: ignore[union-attr]
+
+
+def is_view(x: fx.Node) -> bool:
+    """Whether a node's result shares its operand's memory."""
+    return is_op(x) and x.target.is_view  # type: ignore[union-attr]
+
+
+def is_cheap(x: fx.Node) -> bool:
+    """Whether computing a node again costs no more than reading it."""
+    if x.target is operator.getitem:
+        return True
+    if not is_op(x):
+        return False
+    return torch.Tag.pointwise in x.target.tags or is_view(x) or x.target.overloadpacket.__name__ in _CHEAP  # type: ignore[union-attr]
+
+
+def is_factory(x: fx.Node) -> bool:
+    """Whether a node makes a constant from nothing, so that folding it would only cost memory."""
+    return is_op(x) and not x.all_input_nodes and x.target.overloadpacket.__name__ in FACTORIES  # type: ignore[union-attr]
+
+
+def is_communication(x: fx.Node) -> bool:
+    """Whether a node talks to other ranks: such a node runs exactly where the loss put it."""
+    return is_op(x) and x.target.namespace == "funcpipe"  # type: ignore[union-attr]

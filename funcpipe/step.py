@@ -1,0 +1,501 @@
+"""The step: what a researcher calls in it, and the records that transforms stack up on it.
+
+A *step* is a pure function ``(state, batch) -> (state, metrics)``; a *loss function* a pure function
+``(params, batch) -> scalar`` or ``-> Mean(total, weight)``. In a step, ``value_and_grad`` is the one primitive that
+transforms rewrite. It asks the current *context*: there is none in plain PyTorch; a runner binds one while it runs a
+transformed step (or looks at it on fake tensors).
+
+A transform wraps nothing: it puts a `Record` of what it wants on the step. A runner *resolves* all records in mesh
+order, so that the order of stacking changes nothing.
+
+In: a step and a mesh. Out: `Resolved`, which says by axis what is split, sharded and pipelined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from funcpipe import tree
+from funcpipe.errors import BatchError, FuncpipeError, StackError, TraceError
+from funcpipe.mesh import Axes, Mesh
+from funcpipe.schedule.actions import ScheduleFn
+
+
+class Mean(NamedTuple):
+    """A loss (or aux value) that is ``total / weight``, both additive over any split of the batch.
+
+    Args:
+        total: 0-d tensor, the sum of what is averaged; every summand depends on the batch.
+        weight: 0-d tensor, how much there was to average (tokens, rows); does not depend on params.
+
+    The loss of a step is the sum of totals over the sum of weights, over every microbatch and every shard, so that
+    gradients do not depend on how the batch was split.
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+
+class Rows(NamedTuple):
+    """An aux value with one entry per row of the batch: concatenated along ``dim`` in global row order."""
+
+    x: torch.Tensor
+    dim: int = 0
+
+
+class Microbatches(NamedTuple):
+    """A batch that is a sequence of ready microbatches, which may differ in shape."""
+
+    parts: Sequence[Any]
+
+
+class Context(Protocol):
+    """What a runner binds while a transformed step runs."""
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any: ...
+    def global_sum(self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor: ...
+    def stage_boundary(self, x: Any) -> Any: ...
+
+
+_context: ContextVar[Context | None] = ContextVar("funcpipe_context", default=None)
+_tap: ContextVar[list | None] = ContextVar("funcpipe_tap", default=None)
+
+
+@contextlib.contextmanager
+def bind(context: Context) -> Iterator[None]:
+    """Run a step under a context."""
+    token = _context.set(context)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@contextlib.contextmanager
+def tap() -> Iterator[list]:
+    """Collect ``(context, call number, loss, grads)`` of every ``value_and_grad`` call: for tests."""
+    seen: list = []
+    token = _tap.set(seen)
+    try:
+        yield seen
+    finally:
+        _tap.reset(token)
+
+
+# ---- what a step calls
+
+
+def stage_boundary(x: Any) -> Any:
+    """Mark a place where the loss function may be cut, typically after every block.
+
+    Args:
+        x: any pytree of what goes on from here; tensors of any shape and dtype, and anything else.
+
+    Returns:
+        ``x``; the identity unless a pipeline is being cut.
+
+    >>> stage_boundary({"x": 1, "mask": None})
+    {'x': 1, 'mask': None}
+    """
+    context = _context.get()
+    return x if context is None else context.stage_boundary(x)
+
+
+def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) -> Callable[[Any, Any], Any]:
+    """The loss and its gradient with respect to the params: the one primitive that transforms rewrite.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar | Mean``; with ``has_aux``, ``-> (scalar | Mean, aux)``. Pure: every tensor
+            comes in through its arguments.
+        has_aux: whether the loss function returns further values. Their leaves are `Mean` (averaged over the whole
+            batch) or `Rows` (concatenated in row order); any tensor where the batch is not split.
+
+    Returns:
+        A function ``(params, batch) -> (loss, grads)``, or ``((loss, aux), grads)``. ``loss`` is a detached 0-d tensor,
+        ``grads`` a tree like ``params``; the gradient of an unused or integer leaf is zeros.
+
+    In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is torch.func's.
+
+    Raises:
+        TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor.
+
+    >>> w = torch.tensor([1.0, 2.0])
+    >>> value_and_grad(lambda p, b: (p * b).sum())(w, torch.tensor([3.0, 4.0]))
+    (tensor(11.), tensor([3., 4.]))
+    """
+
+    @functools.wraps(loss_fn)
+    def run(params: Any, batch: Any) -> Any:
+        context = _context.get()
+        out = (_plain if context is None else context.value_and_grad)(loss_fn, has_aux, params, batch)
+        seen = _tap.get()
+        if seen is not None:
+            seen.append((context, out[0][0] if has_aux else out[0], out[1]))
+        return out
+
+    return run
+
+
+def global_norm(tree_of_leaves: Any) -> torch.Tensor:
+    """The 2-norm over all elements of a tree of params, gradients or the like: a 0-d tensor, the same on every rank.
+
+    Computed in float32, or in float64 where a leaf has it. A leaf that several ranks hold counts once.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    tensor(5.)
+    """
+    return global_sum(tree_of_leaves, _sum_of_squares).sqrt()
+
+
+def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    """The sum over every rank of ``local(leaves)``, each element of a leaf counted once.
+
+    Args:
+        tree_of_leaves: params, gradients, or a tree like them.
+        local: from the leaves that this rank counts (possibly none) to a 0-d tensor that is additive over elements.
+
+    >>> global_sum([torch.ones(3), torch.ones(2)], lambda leaves: sum(x.sum() for x in leaves))
+    tensor(5.)
+    """
+    context = _context.get()
+    if context is not None:
+        return context.global_sum(tree_of_leaves, local)
+    return local(tree.leaves(tree_of_leaves))
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
+    """Gradients scaled down to a global norm of at most ``max_norm``, and their norm before that.
+
+    >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)[1]
+    tensor(5.)
+    """
+    norm = global_norm(grads)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    return tree.map(lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads), norm
+
+
+def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
+    leaves = [x for x in leaves if x.is_floating_point() or x.is_complex()]
+    if not leaves:
+        return torch.zeros(())
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in leaves), torch.float32)
+    return torch.stack([torch.linalg.vector_norm(x, dtype=dtype).real.square() for x in leaves]).sum()
+
+
+# ---- value_and_grad in plain PyTorch
+
+
+def differentiable(x: torch.Tensor) -> bool:
+    """Whether a leaf can have a gradient; the others are frozen."""
+    return x.is_floating_point() or x.is_complex()
+
+
+def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
+    """What a loss function returned, as ``(total, weight or None, aux)``."""
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2 and not isinstance(out, Mean)):
+        raise TraceError(f"with has_aux=True the loss function returns (loss, aux); this one returned {_what(out)}")
+    loss, aux = out if has_aux else (out, None)
+    total, weight = loss if isinstance(loss, Mean) else (loss, None)
+    for name, x in (("loss" if weight is None else "Mean.total", total), ("Mean.weight", weight)):
+        if x is not None and not (isinstance(x, torch.Tensor) and x.dim() == 0):
+            raise TraceError(
+                f"the {name} that the loss function returned is {_what(x)}; it has to be a 0-d tensor: "
+                "sum it, and return Mean(total, weight) for an average"
+            )
+    if not total.is_floating_point():
+        raise TraceError(f"the loss has dtype {total.dtype}; gradients need a real floating-point loss")
+    return total, weight, aux
+
+
+def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
+    """The leaves and structure of params; TraceError when one is not a tensor."""
+    leaves, spec = tree.flatten(params)
+    for path, x in zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ():
+        if not isinstance(x, torch.Tensor):
+            raise TraceError(f"params{path} is {_what(x)}, not a tensor; pass settings through a closure instead")
+    return leaves, spec
+
+
+def is_summary(x: Any) -> bool:
+    """Whether a node of an aux tree is a `Mean` or `Rows`."""
+    return isinstance(x, Mean | Rows)
+
+
+def plain_aux(x: Any) -> Any:
+    """An aux leaf as one device gives it."""
+    if isinstance(x, Mean):
+        return x.total.detach() / x.weight.detach()
+    x = x.x if isinstance(x, Rows) else x
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _plain(loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+    if isinstance(batch, Microbatches):
+        return _plain_microbatches(loss_fn, has_aux, params, batch)
+    leaves, spec = check_params(params)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _functorch(loss_fn, has_aux, leaves, spec, batch)
+    total, weight, aux, grads = totals_and_grads(loss_fn, has_aux, leaves, spec, batch)
+    return _divide(total, weight, tree.map(plain_aux, aux, is_leaf=is_summary), grads, spec, has_aux)
+
+
+def totals_and_grads(
+    loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, Any, list[torch.Tensor]]:
+    """Total, weight, aux and the gradients of the total, by ``torch.autograd.grad``."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() if differentiable(x) else x for x in leaves]
+        total, weight, aux = read_loss(loss_fn(tree.unflatten(spec, inputs), batch), has_aux)
+    wanted = [x for x in inputs if x.requires_grad]
+    found: Any = (torch.zeros_like(x) for x in wanted)
+    if total.requires_grad and wanted:
+        found = iter(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
+    grads = [next(found) if x.requires_grad else torch.zeros_like(x) for x in inputs]
+    return total.detach(), None if weight is None else weight.detach(), aux, grads
+
+
+def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any) -> Any:
+    moving = [i for i, x in enumerate(leaves) if differentiable(x)]
+
+    def loss(some: list[torch.Tensor]) -> Any:
+        full = dict(enumerate(leaves)) | dict(zip(moving, some, strict=True))
+        total, weight, aux = read_loss(loss_fn(tree.unflatten(spec, full.values()), batch), has_aux)
+        return total, (weight, tree.map(plain_aux, aux, is_leaf=is_summary))
+
+    some, (total, (weight, aux)) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in moving])
+    grads = {i: torch.zeros_like(x) for i, x in enumerate(leaves)} | dict(zip(moving, some, strict=True))
+    return _divide(total, weight, aux, list(grads.values()), spec, has_aux)
+
+
+def _divide(total: Any, weight: Any, aux: Any, grads: list, spec: Any, has_aux: bool) -> Any:
+    loss = total if weight is None else total / weight
+    grads = grads if weight is None else [g / weight if differentiable(g) else g for g in grads]
+    return ((loss, aux) if has_aux else loss), tree.unflatten(spec, grads)
+
+
+def _plain_microbatches(loss_fn: Callable, has_aux: bool, params: Any, batch: Microbatches) -> Any:
+    leaves, spec = check_params(params)
+    parts = [totals_and_grads(loss_fn, has_aux, leaves, spec, part) for part in batch.parts]
+    if len(parts) > 1 and any(weight is None for _, weight, _, _ in parts):
+        raise BatchError(SCALAR_LOSS.format(why="the batch comes in several microbatches"))
+    add = functools.partial(functools.reduce, torch.add)
+    weight = None if parts[0][1] is None else add([p[1] for p in parts])
+    grads = [add(list(gs)) for gs in zip(*(p[3] for p in parts), strict=True)]
+    aux = join_aux([p[2] for p in parts])
+    return _divide(add([p[0] for p in parts]), weight, aux, grads, spec, has_aux)
+
+
+def join_aux(parts: list[Any]) -> Any:
+    """One aux tree from those of all microbatches."""
+
+    def join(path: str, *xs: Any) -> Any:
+        if len(xs) == 1:
+            return plain_aux(xs[0])
+        if all(isinstance(x, Mean) for x in xs):
+            return plain_aux(Mean(sum(x.total for x in xs), sum(x.weight for x in xs)))
+        if all(isinstance(x, Rows) for x in xs):
+            return torch.cat([x.x.detach() for x in xs], xs[0].dim)
+        raise BatchError(AUX_LEAF.format(path=path))
+
+    names = iter(tree.paths(tree.map(lambda _: 0, parts[0], is_leaf=is_summary)))
+    return tree.map(lambda *xs: join(next(names), *xs), *parts, is_leaf=is_summary)
+
+
+SCALAR_LOSS = (
+    "{why}, but the loss function returns a plain scalar: whether to add or to average the scalars of the parts cannot be "
+    "known. Return fp.Mean(total, weight), for instance the summed loss and the number of tokens."
+)
+AUX_LEAF = (
+    "aux{path} is a plain value, but the batch is split and there is no rule to join the parts: "
+    "return fp.Mean(total, weight) for an average or fp.Rows(x, dim) for one entry per row"
+)
+
+
+def _what(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
+    return f"{'an' if type(x).__name__[0] in 'aeiou' else 'a'} {type(x).__name__}"
+
+
+# ---- records
+
+
+@dataclass(frozen=True)
+class Split:
+    """Split the batch over the record's axes. ``dims``: a pytree prefix of the batch; an int, or None for a leaf that
+    everyone gets whole. ``what`` is "batch" or "sequence"."""
+
+    dims: Any = 0
+    what: str = "batch"
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Split what a rank gets of the batch into microbatches. ``count`` None: as many as `Microbatches` brings."""
+
+    count: int | None
+    dims: Any = 0
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """Cut the loss into stages along the record's axis. ``stages``: "balanced", "even", or how many segments each
+    stage gets."""
+
+    schedule: ScheduleFn
+    stages: str | tuple[int, ...] = "balanced"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one transform wants: any of the roles below, on its axes."""
+
+    name: str
+    axes: Axes = ()
+    split: Split | None = None
+    micro: Micro | None = None
+    pipe: Pipe | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that take an axis for themselves."""
+        return tuple(r for r in ("split", "pipe") if getattr(self, r) is not None)
+
+
+class Step:
+    """A step and the records on it. Called, it is the step as written, on one device."""
+
+    def __init__(self, fn: Callable[[Any, Any], Any], records: tuple[Record, ...] = ()) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn, self.records = fn, records
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        return self.fn(state, batch)
+
+    def __repr__(self) -> str:
+        stack = "".join(f"\n  {r}" for r in self.records)
+        return f"<step {getattr(self.fn, '__name__', self.fn)!s}{stack}>"
+
+
+def record(step: Callable | None, what: Record) -> Any:
+    """Put a record on a step; without a step, a transform to apply later."""
+    if step is None:
+        return functools.partial(record, what=what)
+    if not isinstance(step, Step):
+        step = Step(step)
+    return Step(step.fn, (*step.records, what))
+
+
+def compose(*transforms: Callable) -> Callable[[Callable], Step]:
+    """One transform from several; the first is applied to the step first.
+
+    >>> from funcpipe.transforms import accumulated
+    >>> compose(accumulated(microbatches=4))(lambda state, batch: (state, {})).records[0].name
+    'accumulated'
+    """
+    return lambda step: functools.reduce(lambda s, t: t(s), transforms, step)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The records of a step on a mesh, in mesh order: what every rank derives its plan from."""
+
+    step: Callable[[Any, Any], Any]
+    mesh: Mesh
+    splits: tuple[Record, ...]
+    micro: Micro | None
+    micro_name: str
+    pipe: Pipe | None
+    pipe_axis: str | None
+
+    @property
+    def split_axes(self) -> Axes:
+        """V: the axes that split the batch."""
+        return self.mesh.ordered(a for r in self.splits for a in r.axes)
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks on the pipe axis, 1 without one."""
+        return self.mesh.axis_size(self.pipe_axis) if self.pipe_axis else 1
+
+
+def resolve(step: Callable, mesh: Mesh) -> Resolved:
+    """All records of a step on a mesh, whatever the order they were stacked in.
+
+    Raises:
+        MeshError: a record names an axis that the mesh lacks.
+        StackError: two records that do not go together, or an axis of the mesh that nothing uses.
+    """
+    records = step.records if isinstance(step, Step) else ()
+    for r in records:
+        mesh.check(r.axes, who=str(r))
+        if len(set(r.axes)) < len(r.axes):
+            raise StackError(f"{r} names an axis twice")
+    place = list(mesh.axes).index
+    records = tuple(sorted(records, key=lambda r: ([place(a) for a in r.axes], r.name)))
+    _check_pairs(records)
+    unused = [a for a in mesh.axes if not any(a in r.axes for r in records)]
+    if unused:
+        raise StackError(
+            f"axis {unused[0]!r} of {mesh!r} is used by no transform: its ranks would all compute the same; "
+            "leave it out of the mesh or stack a transform on it"
+        )
+    pipe = next((r for r in records if r.pipe), None)
+    micro = next((r for r in records if r.micro), None)
+    return Resolved(
+        step=step.fn if isinstance(step, Step) else step,
+        mesh=mesh,
+        splits=tuple(r for r in records if r.split),
+        micro=micro.micro if micro else None,
+        micro_name=micro.name if micro else "",
+        pipe=pipe.pipe if pipe else None,
+        pipe_axis=pipe.axes[0] if pipe else None,
+    )
+
+
+def _check_pairs(records: tuple[Record, ...]) -> None:
+    for i, a in enumerate(records):
+        for b in records[:i]:
+            if a.pipe and b.pipe:
+                raise StackError(f"two pipelines on one step: {b} and {a}; a loss is cut along one axis")
+            if a.micro and b.micro:
+                raise StackError(f"{b} and {a} both split the batch into microbatches; keep one of them")
+            shared = sorted(set(a.axes) & set(b.axes))
+            if shared and (a.pipe or b.pipe):
+                raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")
+            both = set(a.roles) & set(b.roles)
+            if shared and both:
+                raise StackError(f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis")
+
+
+def require_positive(who: str, name: str, value: Any) -> None:
+    """StackError unless ``value`` is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise StackError(f"{who}: {name} is {value!r}; it has to be a whole number, 1 or more")
+
+
+__all__ = [
+    "FuncpipeError",
+    "Mean",
+    "Microbatches",
+    "Record",
+    "Rows",
+    "Step",
+    "clip_by_global_norm",
+    "compose",
+    "global_norm",
+    "global_sum",
+    "resolve",
+    "stage_boundary",
+    "value_and_grad",
+]

@@ -1,0 +1,56 @@
+"""`pipelined`: the loss function cut at its boundaries into stages, one rank of an axis holding one stage or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from funcpipe.errors import StackError
+from funcpipe.mesh import as_axes
+from funcpipe.schedule.actions import ScheduleFn
+from funcpipe.schedule.library import one_f_one_b
+from funcpipe.step import Micro, Pipe, Record, record, require_positive
+
+
+def pipelined(
+    step: Callable | None = None,
+    *,
+    axis: str,
+    microbatches: int | None = None,
+    schedule: ScheduleFn | None = None,
+    stages: str | Sequence[int] = "balanced",
+    dims: Any = 0,
+) -> Any:
+    """Cut every ``value_and_grad`` of the step into pipeline stages along a mesh axis.
+
+    Args:
+        step: the step; without it, a transform to apply later.
+        axis: the mesh axis; its ranks hold the stages.
+        microbatches: into how many the batch is split; None takes them as `fp.Microbatches` brings them.
+        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default.
+        stages: how segments (what lies between two boundaries) are grouped: "balanced" by FLOPs, "even" by count, or
+            a list that says how many segments each stage gets.
+        dims: a pytree prefix of the batch: the dim along which a leaf is split into microbatches (default 0), or None
+            to hand the leaf to every microbatch whole.
+
+    Returns:
+        A step with the same interface and the same numbers.
+
+    1F1B: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2.
+
+    >>> pipelined(axis="pipe", microbatches=8)(lambda state, batch: (state, {}))
+    <step <lambda>
+      pipelined(axis='pipe')>
+    """
+    if len(as_axes(axis)) != 1:
+        raise StackError(f"pipelined: axis is {axis!r}; a pipeline runs along one axis, given by its name")
+    if microbatches is not None:
+        require_positive("pipelined", "microbatches", microbatches)
+    if isinstance(stages, str) and stages not in ("balanced", "even"):
+        raise StackError(f"pipelined: stages={stages!r}; write 'balanced', 'even', or a list of segments per stage")
+    if not isinstance(stages, str):
+        for n in stages:
+            require_positive("pipelined", "each entry of stages", n)
+        stages = tuple(stages)
+    pipe = Pipe(schedule or one_f_one_b(), stages)
+    return record(step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe))
