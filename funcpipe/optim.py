@@ -241,6 +241,7 @@ def from_optax(pair: Any) -> Optimizer:
         p, spec = tree.flatten(params)
         g = _leaves_beside(params, grads, "grads")
         trained = [_trained(leaf) for leaf in p]
+        g = [_laid_out(x, leaf) if t else None for x, leaf, t in zip(g, p, trained, strict=True)]
         shown_g, shown_p = (
             spec.unflatten(leaf if t else None for leaf, t in zip(leaves, trained, strict=True))
             for leaves in (g, p)

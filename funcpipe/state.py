@@ -1,0 +1,246 @@
+"""Which leaf of a state is which parameter, and what the step does to leaves outside ``value_and_grad``.
+
+A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may touch leaves only
+elementwise, or through `global_norm` and its kin. Both questions are answered by running ``init_state`` and the step
+once on *dyed* fakes: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
+averages are known by their size, and an op that is not elementwise is caught in the act.
+
+In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the parameter it belongs to (or
+None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcpipe import step as step_
+from funcpipe import tree
+from funcpipe.errors import StateError
+
+_ELEMENTWISE = frozenset(
+    "clone detach alias _to_copy copy copy_ contiguous zeros_like ones_like full_like empty_like "
+    "new_empty_strided lift_fresh".split()
+)
+_FOREACH_REDUCTIONS = frozenset("_foreach_norm _foreach_max".split())
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ``value_and_grad`` of a step.
+
+    Args:
+        loss_fn, has_aux: what it was made with.
+        params: for every leaf the number of the parameter it is.
+        params_spec: the structure of its params.
+        dtypes: of those leaves (they may differ from the parameter's: a cast before the call).
+        batch: its batch, with fake leaves.
+    """
+
+    loss_fn: Callable
+    has_aux: bool
+    params: tuple[int, ...]
+    params_spec: Any
+    dtypes: tuple[torch.dtype, ...]
+    batch: Any
+
+
+@dataclass(frozen=True)
+class Dyed:
+    """What a run on dyed fakes told.
+
+    Args:
+        params_spec: the structure of the full params.
+        paths, shapes, dtypes: of every parameter.
+        state_spec: the structure of the full state.
+        state_paths, state: for every leaf of the state its path and its parameter, or None.
+        calls: every ``value_and_grad``.
+        sums: for every global sum, the parameter of each leaf of its tree and the tree's structure.
+    """
+
+    params_spec: Any
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    state_spec: Any
+    state_paths: tuple[str, ...]
+    state: tuple[int | None, ...]
+    calls: tuple[Call, ...]
+    sums: tuple[tuple[Any, tuple[int | None, ...]], ...]
+
+
+class Dyes:
+    """The sizes that tell the leaves of params apart, and fakes of those sizes."""
+
+    def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
+        self.leaves, self.spec = step_.check_params(params)
+        self.paths = tuple(tree.paths(params))
+        sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
+        self.first = max([1 << 20, *sizes]) + 1
+        self.mode = mode
+
+    def fake(self, i: int) -> torch.Tensor:
+        """Parameter ``i`` as a fake: its dye in the first dim (a 0-d leaf gets one), ones in the others."""
+        x = self.leaves[i]
+        with self.mode:
+            return torch.empty((self.first + i, *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+
+    def params(self, held: Callable[[int], bool] = lambda i: True) -> Any:
+        """The tree of params as fakes, None where ``held`` says no."""
+        return tree.unflatten(self.spec, [self.fake(i) if held(i) else None for i in range(len(self.leaves))])
+
+    def of(self, x: Any) -> int | None:
+        """The parameter that a tensor belongs to."""
+        if not isinstance(x, torch.Tensor):
+            return None
+        for n in x.shape:
+            if self.first <= n < self.first + len(self.leaves):
+                return n - self.first
+        return None
+
+    def name(self, i: int) -> str:
+        """How to call a parameter in a message."""
+        return f"params{self.paths[i]}"
+
+
+def fake_like(x: Any, mode: FakeTensorMode) -> Any:
+    """A contiguous fake of a tensor's shape; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    with mode:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _Looking:
+    """The context of a dyed run: notes calls, and hands back fakes."""
+
+    def __init__(self, dyes: Dyes) -> None:
+        self.dyes, self.calls, self.sums = dyes, [], []  # type: ignore[var-annotated]
+
+    def stage_boundary(self, x: Any) -> Any:
+        return x
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        leaves, spec = step_.check_params(params)
+        numbers = [self.dyes.of(x) for x in leaves]
+        for path, i in zip(tree.paths(params), numbers, strict=True):
+            if i is None:
+                raise StateError(
+                    f"value_and_grad: its params{path} is no parameter of the state, so it is not known where it is held; "
+                    "pass parameters (or what follows from them elementwise) here and everything else through batch"
+                )
+        for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+            if self.dyes.of(x) is not None:
+                raise StateError(
+                    f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a rank may not hold; "  # type: ignore[arg-type]
+                    "pass it through params (detach it in the loss if it should stay as it is)"
+                )
+        self.calls.append(
+            Call(loss_fn, has_aux, tuple(numbers), spec, tuple(x.dtype for x in leaves), batch)  # type: ignore[arg-type]
+        )
+        loss = torch.zeros((), dtype=torch.float32, device=leaves[0].device if leaves else None)
+        grads = tree.unflatten(spec, [torch.empty_like(x) for x in leaves])
+        return ((loss, self._aux(self.calls[-1])) if has_aux else loss), grads
+
+    def _aux(self, call: Call) -> Any:
+        """What the loss function returns beside the loss, as fakes: the step may compute with it."""
+        true = [torch.empty(self.dyes.leaves[i].shape, dtype=d) for i, d in zip(call.params, call.dtypes, strict=True)]
+        params = tree.unflatten(call.params_spec, true)
+        parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
+        return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
+
+    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
+        flat, spec = tree.flatten(leaves)
+        self.sums.append((spec, tuple(self.dyes.of(x) for x in flat)))
+        return torch.zeros((), device=flat[0].device if flat else None)
+
+
+class _Elementwise(TorchDispatchMode):
+    """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
+
+    def __init__(self, dyes: Dyes) -> None:
+        super().__init__()
+        self.dyes = dyes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
+        dyed = [i for i in map(self.dyes.of, torch.utils._pytree.tree_leaves((args, kwargs))) if i is not None]
+        if dyed and not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
+            raise StateError(
+                f"the step applies {func.overloadpacket} to {self.dyes.name(dyed[0])} (or its gradient or state) outside "
+                "value_and_grad: that is not elementwise, and a rank holds only part of the leaves. Use fp.global_norm or "
+                "fp.global_sum for a reduction, or move it into the loss function"
+            )
+        if not listed and len(set(dyed)) > 1:
+            a, b = (self.dyes.name(i) for i in sorted(set(dyed))[:2])
+            raise StateError(f"the step mixes {a} and {b} in {func.overloadpacket}: a rank may hold only one of them")
+        return func(*args, **kwargs)
+
+
+def look(step: Callable, init_state: Callable, params: Any, batch: Any, mode: FakeTensorMode) -> tuple[Dyed, Dyes]:
+    """Run ``init_state`` and the step once on dyed fakes.
+
+    Raises:
+        StateError: a leaf is touched other than elementwise; the step returns a state of another structure than it
+            takes; a metric is a parameter; the step decides by the value of a tensor.
+    """
+    dyes = Dyes(params, batch, mode)
+    context = _Looking(dyes)
+    batch = tree.map(lambda x: fake_like(x, mode), batch)
+    with torch.no_grad(), step_.bind(context), mode, _Elementwise(dyes):
+        try:
+            state = init_state(dyes.params())
+            new_state, metrics = _returned(step(state, batch))
+        except DataDependentOutputException as error:
+            raise StateError(
+                "the step decides by the value of a tensor outside value_and_grad (an if, .item() or float()): every rank "
+                "runs the same step without looking. Use torch.where, or read the value from the metrics"
+            ) from error
+    spec, numbers = _numbers(state, dyes)
+    new_spec, new_numbers = _numbers(new_state, dyes)
+    if spec != new_spec:
+        raise StateError(f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}")
+    for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
+        if i != j:
+            was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))
+            raise StateError(f"state{path} belongs to {was} before the step and to {now} after it: keep its place and shape")
+    for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
+        if (i := dyes.of(x)) is not None:
+            raise StateError(f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with fp.global_sum")
+    dyed = Dyed(
+        dyes.spec,
+        dyes.paths,
+        tuple(tuple(x.shape) for x in dyes.leaves),
+        tuple(x.dtype for x in dyes.leaves),
+        spec,
+        tuple(tree.paths(state)),
+        numbers,
+        tuple(context.calls),
+        tuple(context.sums),
+    )
+    return dyed, dyes
+
+
+def _returned(out: Any) -> tuple[Any, Any]:
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise StateError(f"a step returns (state, metrics); this one returned a {type(out).__name__}")
+    return out
+
+
+def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
+    leaves, spec = tree.flatten(state)
+    return spec, tuple(map(dyes.of, leaves))
+
+
+def held_state(init_state: Callable, dyes: Dyes, held: Callable[[int], bool]) -> Any:
+    """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes."""
+    with torch.no_grad(), step_.bind(_Looking(dyes)), dyes.mode, _Elementwise(dyes):
+        return init_state(dyes.params(held))
+
