@@ -42,7 +42,9 @@ class Mesh:
             raise MeshError("a mesh needs at least one axis, as in Mesh(pipe=4)")
         for name, n in axes.items():
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise MeshError(f"axis {name!r} of the mesh has size {n!r}; an axis has a whole number of ranks, 1 or more")
+                raise MeshError(
+                    f"axis {name!r} of the mesh has size {n!r}; an axis has a whole number of ranks, 1 or more"
+                )
         self._axes = tuple(axes.items())
         self._groups: dict[tuple[int, Axes], tuple[int, ...]] = {}
         self.size = math.prod(axes.values())
@@ -105,7 +107,9 @@ class Mesh:
         if key not in self._groups:
             sizes, here = self.axes, self.coords(rank)
             places = itertools.product(*(range(sizes[a]) for a in self.check(key[1])))
-            self._groups[key] = tuple(self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places)
+            self._groups[key] = tuple(
+                self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places
+            )
         return self._groups[key]
 
     def index(self, rank: int, axes: str | Iterable[str]) -> int:

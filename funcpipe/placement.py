@@ -101,7 +101,12 @@ def own(x: Any) -> Any:
 
 
 def place_params(
-    mesh: Mesh, pipe_axis: str | None, dyed: Dyed, dyes: Dyes, init_state: Callable, owners: Sequence[Iterable[int]]
+    mesh: Mesh,
+    pipe_axis: str | None,
+    dyed: Dyed,
+    dyes: Dyes,
+    init_state: Callable,
+    owners: Sequence[Iterable[int]],
 ) -> Placement:
     """The placement that follows from the owners of every parameter."""
     layouts = tuple(Layout(tuple(sorted(set(o))) or (0,)) for o in owners)

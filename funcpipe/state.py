@@ -2,7 +2,7 @@
 
 A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may touch leaves only
 elementwise, or through `global_norm` and its kin. Both questions are answered by running ``init_state`` and the step
-once on *dyed* fakes: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
+once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
 averages are known by their size, and an op that is not elementwise is caught in the act.
 
 In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the parameter it belongs to (or
@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.errors import StateError
+from funcpipe.graph.fakes import BatchIsReal, fake
 
 _ELEMENTWISE = frozenset(
     "clone detach alias _to_copy copy copy_ contiguous zeros_like ones_like full_like empty_like "
@@ -39,7 +39,7 @@ class Call:
         params: for every leaf the number of the parameter it is.
         params_spec: the structure of its params.
         dtypes: of those leaves (they may differ from the parameter's: a cast before the call).
-        batch: its batch, with fake leaves.
+        batch: its batch, real.
     """
 
     loss_fn: Callable
@@ -80,15 +80,16 @@ class Dyes:
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
         self.leaves, self.spec = step_.check_params(params)
         self.paths = tuple(tree.paths(params))
-        sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
+        sizes = [
+            n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape
+        ]
         self.first = max([1 << 20, *sizes]) + 1
         self.mode = mode
 
     def fake(self, i: int) -> torch.Tensor:
         """Parameter ``i`` as a fake: its dye in the first dim (a 0-d leaf gets one), ones in the others."""
         x = self.leaves[i]
-        with self.mode:
-            return torch.empty((self.first + i, *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+        return fake((self.first + i, *[1] * (x.dim() - 1)), x, self.mode)
 
     def params(self, held: Callable[[int], bool] = lambda i: True) -> Any:
         """The tree of params as fakes, None where ``held`` says no."""
@@ -106,14 +107,6 @@ class Dyes:
     def name(self, i: int) -> str:
         """How to call a parameter in a message."""
         return f"params{self.paths[i]}"
-
-
-def fake_like(x: Any, mode: FakeTensorMode) -> Any:
-    """A contiguous fake of a tensor's shape; anything else as it is."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    with mode:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _Looking:
@@ -149,7 +142,10 @@ class _Looking:
 
     def _aux(self, call: Call) -> Any:
         """What the loss function returns beside the loss, as fakes: the step may compute with it."""
-        true = [torch.empty(self.dyes.leaves[i].shape, dtype=d) for i, d in zip(call.params, call.dtypes, strict=True)]
+        true = [
+            torch.empty(self.dyes.leaves[i].shape, dtype=d)
+            for i, d in zip(call.params, call.dtypes, strict=True)
+        ]
         params = tree.unflatten(call.params_spec, true)
         parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
         return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
@@ -160,18 +156,20 @@ class _Looking:
         return torch.zeros((), device=flat[0].device if flat else None)
 
 
-class _Elementwise(TorchDispatchMode):
+class _Elementwise(BatchIsReal):
     """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
 
     def __init__(self, dyes: Dyes) -> None:
-        super().__init__()
+        super().__init__(dyes.mode)
         self.dyes = dyes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
-        dyed = [i for i in map(self.dyes.of, torch.utils._pytree.tree_leaves((args, kwargs))) if i is not None]
+        dyed = [
+            i for i in map(self.dyes.of, torch.utils._pytree.tree_leaves((args, kwargs))) if i is not None
+        ]
         if dyed and not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
             raise StateError(
                 f"the step applies {func.overloadpacket} to {self.dyes.name(dyed[0])} (or its gradient or state) outside "
@@ -180,11 +178,15 @@ class _Elementwise(TorchDispatchMode):
             )
         if not listed and len(set(dyed)) > 1:
             a, b = (self.dyes.name(i) for i in sorted(set(dyed))[:2])
-            raise StateError(f"the step mixes {a} and {b} in {func.overloadpacket}: a rank may hold only one of them")
+            raise StateError(
+                f"the step mixes {a} and {b} in {func.overloadpacket}: a rank may hold only one of them"
+            )
         return func(*args, **kwargs)
 
 
-def look(step: Callable, init_state: Callable, params: Any, batch: Any, mode: FakeTensorMode) -> tuple[Dyed, Dyes]:
+def look(
+    step: Callable, init_state: Callable, params: Any, batch: Any, mode: FakeTensorMode
+) -> tuple[Dyed, Dyes]:
     """Run ``init_state`` and the step once on dyed fakes.
 
     Raises:
@@ -193,8 +195,7 @@ def look(step: Callable, init_state: Callable, params: Any, batch: Any, mode: Fa
     """
     dyes = Dyes(params, batch, mode)
     context = _Looking(dyes)
-    batch = tree.map(lambda x: fake_like(x, mode), batch)
-    with torch.no_grad(), step_.bind(context), mode, _Elementwise(dyes):
+    with torch.no_grad(), step_.bind(context), _Elementwise(dyes):
         try:
             state = init_state(dyes.params())
             new_state, metrics = _returned(step(state, batch))
@@ -206,14 +207,20 @@ def look(step: Callable, init_state: Callable, params: Any, batch: Any, mode: Fa
     spec, numbers = _numbers(state, dyes)
     new_spec, new_numbers = _numbers(new_state, dyes)
     if spec != new_spec:
-        raise StateError(f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}")
+        raise StateError(
+            f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}"
+        )
     for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
         if i != j:
             was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))
-            raise StateError(f"state{path} belongs to {was} before the step and to {now} after it: keep its place and shape")
+            raise StateError(
+                f"state{path} belongs to {was} before the step and to {now} after it: keep its place and shape"
+            )
     for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
         if (i := dyes.of(x)) is not None:
-            raise StateError(f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with fp.global_sum")
+            raise StateError(
+                f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with fp.global_sum"
+            )
     dyed = Dyed(
         dyes.spec,
         dyes.paths,
@@ -241,6 +248,5 @@ def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
 
 def held_state(init_state: Callable, dyes: Dyes, held: Callable[[int], bool]) -> Any:
     """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes."""
-    with torch.no_grad(), step_.bind(_Looking(dyes)), dyes.mode, _Elementwise(dyes):
+    with torch.no_grad(), step_.bind(_Looking(dyes)), _Elementwise(dyes):
         return init_state(dyes.params(held))
-

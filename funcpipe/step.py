@@ -60,7 +60,9 @@ class Context(Protocol):
     """What a runner binds while a transformed step runs."""
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any: ...
-    def global_sum(self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor: ...
+    def global_sum(
+        self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor: ...
     def stage_boundary(self, x: Any) -> Any: ...
 
 
@@ -178,7 +180,9 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     """
     norm = global_norm(grads)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return tree.map(lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads), norm
+    return tree.map(
+        lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads
+    ), norm
 
 
 def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -200,7 +204,9 @@ def differentiable(x: torch.Tensor) -> bool:
 def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
     """What a loss function returned, as ``(total, weight or None, aux)``."""
     if has_aux and not (isinstance(out, tuple) and len(out) == 2 and not isinstance(out, Mean)):
-        raise TraceError(f"with has_aux=True the loss function returns (loss, aux); this one returned {_what(out)}")
+        raise TraceError(
+            f"with has_aux=True the loss function returns (loss, aux); this one returned {_what(out)}"
+        )
     loss, aux = out if has_aux else (out, None)
     total, weight = loss if isinstance(loss, Mean) else (loss, None)
     for name, x in (("loss" if weight is None else "Mean.total", total), ("Mean.weight", weight)):
@@ -217,9 +223,13 @@ def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
     """The leaves and structure of params; TraceError when one is not a tensor."""
     leaves, spec = tree.flatten(params)
-    for path, x in zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ():
+    for path, x in (
+        zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ()
+    ):
         if not isinstance(x, torch.Tensor):
-            raise TraceError(f"params{path} is {_what(x)}, not a tensor; pass settings through a closure instead")
+            raise TraceError(
+                f"params{path} is {_what(x)}, not a tensor; pass settings through a closure instead"
+            )
     return leaves, spec
 
 
@@ -472,10 +482,14 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
                 raise StackError(f"{b} and {a} both split the batch into microbatches; keep one of them")
             shared = sorted(set(a.axes) & set(b.axes))
             if shared and (a.pipe or b.pipe):
-                raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")
+                raise StackError(
+                    f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else"
+                )
             both = set(a.roles) & set(b.roles)
             if shared and both:
-                raise StackError(f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis")
+                raise StackError(
+                    f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis"
+                )
 
 
 def require_positive(who: str, name: str, value: Any) -> None:

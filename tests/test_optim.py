@@ -36,7 +36,7 @@ every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=
 # update, ten updates, and the parameters have the size of their updates.
 FLOAT32_RATE = 1e-6
 
-# Kernels work in vectors and finish with a scalar loop, whose multiplications and additions are rounded apart:
+# Kernels work in vectors and finish with a scalar loop, whose products and sums are rounded one by one:
 # where an element lies in its slice may cost some last bits (2**-53 each) of each of three updates.
 VECTOR_TAILS = 1e-14
 
@@ -116,7 +116,7 @@ def test_adamw_is_bitwise_torchs_fused_adamw(dtype):
     ids=str,
 )
 def test_sgd_is_bitwise_torchs_sgd(dtype, settings):
-    """Its loop, not its foreach: on CPUs ``_foreach_mul_`` rounds a momentum of 0.9 to bfloat16 (torch 2.13)."""
+    """Its loop, not its foreach: on CPUs ``_foreach_mul_`` rounds a momentum of 0.9 to bfloat16 in 2.13."""
     params = [{"w": block["w"]} for block in random_params(dtype)["blocks"]]
     ours, _ = train(sgd(0.1, **settings), params, 10)
     theirs = train_torch(

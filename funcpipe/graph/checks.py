@@ -10,18 +10,18 @@ rule is broken and what to write instead.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.errors import BatchError
+from funcpipe.graph.fakes import BatchIsReal
 from funcpipe.graph.nodes import Nodes
 
 aten = torch.ops.aten
@@ -64,7 +64,12 @@ def check_weight(n: Nodes) -> None:
 
 
 def check_additive(
-    loss_fn: Callable, has_aux: bool, params: Any, batch: Any, parts: Iterable[torch.Tensor], mode: FakeTensorMode
+    loss_fn: Callable,
+    has_aux: bool,
+    params: Any,
+    batch: Any,
+    parts: Iterable[torch.Tensor],
+    mode: FakeTensorMode,
 ) -> None:
     """The weights of the parts add up to the weight of the whole batch.
 
@@ -78,7 +83,7 @@ def check_additive(
     """
     token = step_._context.set(_Whole())  # type: ignore[arg-type]
     try:
-        with torch.no_grad(), _BatchIsReal(mode):
+        with torch.no_grad(), BatchIsReal(mode):
             weight = step_.read_loss(loss_fn(params, batch), has_aux)[1]
     finally:
         step_._context.reset(token)
@@ -105,24 +110,6 @@ class _Whole:
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         return local(tree.leaves(leaves))
-
-
-class _BatchIsReal(TorchDispatchMode):
-    """Ops on real tensors run; ops that any fake tensor enters are computed as shapes."""
-
-    def __init__(self, mode: FakeTensorMode) -> None:
-        super().__init__()
-        self.mode = mode
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if not any(isinstance(x, FakeTensor) for x in leaves):
-            return func(*args, **kwargs)
-        fake = lambda x: x if isinstance(x, FakeTensor) else self.mode.from_tensor(x)  # noqa: E731
-        args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
-        with self.mode:
-            return func(*args, **kwargs)
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> Callable[[list[torch.Tensor]], torch.Tensor]:
@@ -181,18 +168,23 @@ def _summands(x: Any, scaled: bool) -> Iterable[tuple[Any, bool]]:
 
 
 def _is_stack(x: Any) -> bool:
-    return x.target in (aten.stack.default, aten.cat.default) and all(
-        a.meta["val"].numel() == 1 for a in x.args[0]
-    )
+    ops = (aten.stack.default, aten.cat.default)
+    return x.target in ops and all(a.meta["val"].numel() == 1 for a in x.args[0])
 
 
 def _is_mean(x: fx.Node) -> bool:
     if x.target is aten.mean.default:
         return True
     name = getattr(getattr(x.target, "overloadpacket", None), "__name__", "")
-    if x.target.__name__ == "getitem" if callable(x.target) else False:
-        return isinstance(x.args[0], fx.Node) and _is_mean(x.args[0])
-    reductions = {"nll_loss_forward": 3, "nll_loss2d_forward": 3, "mse_loss": 2, "huber_loss": 2, "smooth_l1_loss": 2}
+    if x.target is operator.getitem:
+        return _is_mean(x.args[0])  # type: ignore[arg-type]
+    reductions = {
+        "nll_loss_forward": 3,
+        "nll_loss2d_forward": 3,
+        "mse_loss": 2,
+        "huber_loss": 2,
+        "smooth_l1_loss": 2,
+    }
     at = reductions.get(name)
     return at is not None and (x.args[at] if len(x.args) > at else 1) == 1
 

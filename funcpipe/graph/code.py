@@ -73,7 +73,9 @@ def value_of(x: fx.Node, kind: str, index: int) -> Value:
         base = base.args[0]
     val = x.meta["val"]
     shape, stride = tuple(val.shape), tuple(val.stride())
-    return Value(x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"]))
+    return Value(
+        x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"])
+    )
 
 
 def nbytes(val: torch.Tensor) -> int:

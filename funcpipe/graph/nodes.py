@@ -22,7 +22,9 @@ from torch import fx
 from funcpipe.graph.trace import CUT, CUT_BACKWARD, SEED, Traced, is_op, is_seeded
 
 aten = torch.ops.aten
-HEAVY = frozenset("mm bmm addmm baddbmm convolution convolution_backward embedding_dense_backward _grouped_mm".split())
+HEAVY = frozenset(
+    "mm bmm addmm baddbmm convolution convolution_backward embedding_dense_backward _grouped_mm".split()
+)
 FACTORIES = frozenset("zeros ones full empty arange scalar_tensor".split())
 _CHEAP = frozenset("_to_copy clone".split())
 
@@ -109,7 +111,9 @@ def _forget_data(n: Nodes) -> None:
         if fill is not None and val.is_contiguous():
             with n.graph.inserting_before(node):
                 args: tuple = (list(val.shape), fill)
-                new = n.graph.call_function(aten.full.default, args, {"dtype": val.dtype, "device": val.device})
+                new = n.graph.call_function(
+                    aten.full.default, args, {"dtype": val.dtype, "device": val.device}
+                )
             new.meta = dict(node.meta)
             n.label[new] = n.label.pop(node)
             node.replace_all_uses_with(new)

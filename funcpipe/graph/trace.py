@@ -80,7 +80,9 @@ class _Tracing:
                 "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one block, then stage_boundary"
             )
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x)):
-            raise CutError(f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass what goes on")
+            raise CutError(
+                f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass what goes on"
+            )
         self.boundaries += 1
         return tree.map_tensors(lambda t: CUT(t, self.boundaries), x)
 
@@ -113,7 +115,9 @@ def trace(
 
     def joint(*tensors: torch.Tensor) -> Any:
         context.boundaries, context.backward = 0, False
-        inputs = [x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]]
+        inputs = [
+            x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]
+        ]
         data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=True))
         with torch.enable_grad():
             out = loss_fn(tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values()))
@@ -138,7 +142,13 @@ def trace(
         except Exception as error:
             raise _explain(error, loss_fn) from error
     traced = Traced(
-        module, len(params[0]), len(moving), context.boundaries, found["weight"], found["aux"], _count(found["aux"])
+        module,
+        len(params[0]),
+        len(moving),
+        context.boundaries,
+        found["weight"],
+        found["aux"],
+        _count(found["aux"]),
     )
     _refuse_impure(traced)
     return traced
@@ -236,7 +246,9 @@ def _explain(error: Exception, loss_fn: Callable) -> Exception:
 
 def _user_line(error: BaseException) -> str:
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))
+    ]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
 
 

@@ -37,7 +37,7 @@ def from_table(
     (0, 1)
     >>> from_table([["0F0", "0B0"]])(2, 1)
     Traceback (most recent call last):
-    funcpipe.errors.ScheduleError: table: written for 1 rank and 1 microbatch, asked for 2 ranks and 1 microbatch
+    funcpipe.errors.ScheduleError: table: written for 1 rank and 1 microbatch, not 2 ranks and 1 microbatch
     """
     ranks = tuple(tuple(_complete(Action.parse(a) if isinstance(a, str) else a) for a in row) for row in rows)
     every = [action for row in ranks for action in row]
@@ -53,7 +53,7 @@ def from_table(
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         has, asked = (len(written.ranks), written.microbatches), (ranks, microbatches)
         if has != asked:
-            raise ScheduleError(f"{name}: written for {_sizes(*has)}, asked for {_sizes(*asked)}")
+            raise ScheduleError(f"{name}: written for {_sizes(*has)}, not {_sizes(*asked)}")
         return written
 
     lay_out.__name__ = lay_out.__qualname__ = name

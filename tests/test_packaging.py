@@ -1,0 +1,46 @@
+"""What an installation holds: the transforms are files of the package, not a link that leads out of it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "*.html", "*.svg"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of a copy of this checkout, since setuptools leaves traces where it builds."""
+    there = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT, there / "source", symlinks=True, ignore=NOT_SOURCE)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
+    built = subprocess.run([*command, "-w", there, there / "source"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = there.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_a_wheel_holds_the_transforms_as_real_files(wheel):
+    for source in (ROOT / "transforms").glob("*.py"):
+        assert wheel.read(f"funcpipe/transforms/{source.name}") == source.read_bytes()
+
+
+def test_a_wheel_holds_every_module_and_nothing_else(wheel):
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    rooms = (ROOT / "funcpipe").rglob("*.py")
+    modules = {path.relative_to(ROOT).as_posix() for path in rooms}
+    modules |= {f"funcpipe/transforms/{path.name}" for path in (ROOT / "transforms").glob("*.py")}
+    assert packed == modules
+
+
+def test_a_wheel_holds_the_license(wheel):
+    assert any(name.endswith("LICENSE") for name in wheel.namelist())
