@@ -1,1 +1,46 @@
-"""funcpipe: JAX-style parallel training for PyTorch."""
+"""funcpipe: JAX-style parallel training for PyTorch.
+
+Write a training step once, as a pure function ``(state, batch) -> (state, metrics)`` for one device; stack transforms on
+it; run it on a mesh. This is the public interface, in one list.
+"""
+
+from funcpipe import errors
+from funcpipe import schedule as schedules
+from funcpipe.mesh import Mesh
+from funcpipe.runtime.launch import launch
+from funcpipe.runtime.plan import Plan
+from funcpipe.runtime.runner import simulate, spmd
+from funcpipe.step import (
+    Mean,
+    Microbatches,
+    Rows,
+    clip_by_global_norm,
+    compose,
+    global_norm,
+    global_sum,
+    stage_boundary,
+    value_and_grad,
+)
+from funcpipe.transforms import accumulated, pipelined
+
+__all__ = [
+    "Mean",
+    "Mesh",
+    "Microbatches",
+    "Plan",
+    "Rows",
+    "accumulated",
+    "clip_by_global_norm",
+    "compose",
+    "errors",
+    "global_norm",
+    "global_sum",
+    "launch",
+    "pipelined",
+    "schedules",
+    "simulate",
+    "spmd",
+    "stage_boundary",
+    "value_and_grad",
+]
+__version__ = "0.1.0"

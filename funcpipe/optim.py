@@ -248,7 +248,7 @@ def from_optax(pair: Any) -> Optimizer:
         )
         updates, state = pair_update(shown_g, state, params=shown_p, **pure)
         moves = _leaves_beside(params, updates, "the updates of the pair")
-        new = [x + u.to(x.dtype) if t else x for x, u, t in zip(p, moves, trained, strict=True)]
+        new = [x + _laid_out(u, x) if t else x for x, u, t in zip(p, moves, trained, strict=True)]
         return spec.unflatten(new), state
 
     return Optimizer(init, update)
@@ -340,7 +340,8 @@ def _laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _fresh(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A copy of ``x`` with the strides of ``like``."""
-    return torch.empty_like(like).copy_(x)
+    y = _laid_out(x, like)
+    return y.clone() if y is x else y
 
 
 def _rate_on(device: torch.device, rate: torch.Tensor | float) -> Any:

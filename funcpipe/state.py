@@ -51,6 +51,15 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """One global sum of a step: the structure of its tree, the parameter of every leaf (None: replicated), its dtype."""
+
+    spec: Any
+    params: tuple[int | None, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Dyed:
     """What a run on dyed fakes told.
 
@@ -60,7 +69,7 @@ class Dyed:
         state_spec: the structure of the full state.
         state_paths, state: for every leaf of the state its path and its parameter, or None.
         calls: every ``value_and_grad``.
-        sums: for every global sum, the parameter of each leaf of its tree and the tree's structure.
+        sums: every global sum.
     """
 
     params_spec: Any
@@ -71,7 +80,7 @@ class Dyed:
     state_paths: tuple[str, ...]
     state: tuple[int | None, ...]
     calls: tuple[Call, ...]
-    sums: tuple[tuple[Any, tuple[int | None, ...]], ...]
+    sums: tuple[Sum, ...]
 
 
 class Dyes:
@@ -152,8 +161,14 @@ class _Looking:
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         flat, spec = tree.flatten(leaves)
-        self.sums.append((spec, tuple(self.dyes.of(x) for x in flat)))
-        return torch.zeros((), device=flat[0].device if flat else None)
+        numbers = tuple(self.dyes.of(x) for x in flat)
+        whole = [
+            x if i is None else fake(self.dyes.leaves[i].shape, x, self.dyes.mode)
+            for x, i in zip(flat, numbers, strict=True)
+        ]
+        out = local(whole)
+        self.sums.append(Sum(spec, numbers, out.dtype))
+        return out
 
 
 class _Elementwise(BatchIsReal):

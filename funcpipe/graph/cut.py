@@ -74,16 +74,22 @@ class Cut:
     traced: Traced
 
 
-def cut(traced: Traced, nodes: Nodes | None = None) -> Cut:
-    """Cut a joint graph into units."""
-    return _Cutter(traced, nodes or read_nodes(traced)).cut()
+def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Cut:
+    """Cut a joint graph into units.
+
+    Args:
+        traced: its graph is used up.
+        nodes: what ``read_nodes`` said of it, if that is known already.
+        split: whether to make I and W units beside B.
+    """
+    return _Cutter(traced, nodes or read_nodes(traced), split).cut()
 
 
 class _Cutter:
-    def __init__(self, traced: Traced, n: Nodes) -> None:
-        self.traced, self.n = traced, n
+    def __init__(self, traced: Traced, n: Nodes, split: bool) -> None:
+        self.traced, self.n, self.split = traced, n, split
         self.final = set(n.heads) | {x for partials in n.grads for x in partials}
-        self.deferred = deferred(n)
+        self.deferred = deferred(n) if split else set()
         self.values: dict[fx.Node, Value] = {}
         self.readers: dict[fx.Node, set[Key]] = {}
         self.codes: dict[str, Code] = {}
@@ -106,7 +112,8 @@ class _Cutter:
 
     def _keys(self) -> Iterator[Key]:
         for s in range(self.n.segments):
-            yield from (("W", s), ("I", s), ("B", s))
+            yield from (("W", s), ("I", s)) if self.split else ()
+            yield "B", s
         yield from (("F", s) for s in reversed(range(self.n.segments)))
 
     def _nodes(self, kind: str, segment: int) -> list[fx.Node]:
@@ -117,7 +124,8 @@ class _Cutter:
         own = dict.fromkeys(self._nodes(*key))
         # B computes what I and W do: neither reads from the other.
         others = {(k, key[1]) for k in {"B": "IW", "I": "B", "W": "B"}.get(key[0], "")}
-        roots = [x for x in own if x in self.final or self.readers.get(x, set()) - others]
+        read = {x for x in own if self.readers.get(x, set()) - others and x not in self.n.constant}
+        roots = [x for x in own if x in self.final or x in read]
         body, inputs = self._body(key, own, roots)
         order = list(dict.fromkeys(a for x in body for a in x.all_input_nodes if a in inputs))
         code = code_.compile_unit(self.traced.module, body, order, roots, self.codes)

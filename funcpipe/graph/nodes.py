@@ -67,7 +67,7 @@ def read_nodes(traced: Traced) -> Nodes:
     heads = 1 + traced.has_weight + traced.aux_count
     n.heads = list(out.args[0][:heads])
     grads = [x if x is None else _computed(n, x) for x in out.args[0][heads:]]
-    _settle_epilogues(n, out)
+    _settle_epilogues(n, out, grads)
     n.grads = [[] if x is None else _partials(n, x) for x in grads]
     out.args = ((*n.heads, *(x for partials in n.grads for x in partials)),)
     n.graph.eliminate_dead_code()
@@ -145,16 +145,34 @@ def _computed(n: Nodes, x: fx.Node) -> fx.Node:
     return new
 
 
-def _settle_epilogues(n: Nodes, out: fx.Node) -> None:
-    tail: set[fx.Node] = {out}
-    backward = [x for x in n.graph.nodes if n.label.get(x, -1) >= n.segments]
+def _settle_epilogues(n: Nodes, out: fx.Node, grads: list[fx.Node | None]) -> None:
+    """Move what nothing but a gradient output reads up to the backward half of the segment that uses the param."""
+    until: dict[fx.Node, int] = {}  # tail node -> the earliest label it may move to
+    for grad, uses in zip(grads, _uses(n), strict=True):
+        if grad is not None:
+            until[grad] = max(until.get(grad, 0), n.backward(min(uses, default=0)))
+    backward = [x for x in n.graph.nodes if n.label.get(x, -1) >= n.segments and x not in n.heads]
     for x in reversed(backward):
-        if x.users and all(u in tail for u in x.users):
-            tail.add(x)
+        if x.users and all(u is out or u in until for u in x.users):
+            until[x] = max(until.get(u, until.get(x, 0)) for u in x.users)
     for x in backward:
-        if x in tail and x not in n.heads:
+        if x in until:
             sources = [n.label[a] for a in x.all_input_nodes if n.label.get(a, -1) >= n.segments]
-            n.label[x] = max(sources, default=n.label[x])
+            n.label[x] = min(n.label[x], max([until[x], *sources]))
+
+
+def _uses(n: Nodes) -> list[set[int]]:
+    """For every param the segments that use it, other than to cast it."""
+    uses: list[set[int]] = [set() for _ in n.params]
+    own: dict[fx.Node, set[int]] = {x: {i} for x, i in n.params.items()}
+    for x, label in n.label.items():
+        found: set[int] = set().union(*(own[a] for a in x.all_input_nodes if a in own))
+        if found and is_cheap(x) and all(a in own for a in x.all_input_nodes):
+            own[x] = found
+        elif label < n.segments:
+            for i in found:
+                uses[i].add(label)
+    return uses
 
 
 def _partials(n: Nodes, x: fx.Node) -> list[fx.Node]:

@@ -73,7 +73,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """For every rank on the pipe axis the order of its actions.
+    """For every rank on the pipe axis the order of its actions; ``str()`` shows a line a rank.
 
     Args:
         name: how to call it in messages.
@@ -91,6 +91,9 @@ class Schedule:
     def stages(self) -> int:
         """The number of stages."""
         return len(self.placement)
+
+    def __str__(self) -> str:
+        return "\n".join(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
 
     @property
     def communicates(self) -> bool:

@@ -14,7 +14,7 @@ from funcpipe.errors import ScheduleError
 from funcpipe.schedule.actions import COMPUTE, Action, Edge, Schedule
 from funcpipe.schedule.communication import Unit, insert_communication, message_of, sources, unit_of
 from funcpipe.schedule.pairs import Sources, needs
-from funcpipe.schedule.refusal import excerpt
+from funcpipe.schedule.refusal import excerpt, maker
 from funcpipe.schedule.walk import Walk, walk
 
 
@@ -83,12 +83,11 @@ def _explain(schedule: Schedule, circle: list[Wait], done: set[Unit], sources_of
     lines = [f"{schedule.name}: deadlock: {' and '.join(names)} wait for each other"]
     for wait in circle:
         row = schedule.ranks[wait.rank]
-        kind, stage, microbatch = wait.unit
         ready = [str(action) for _, action in _ready(row, wait.position, done, sources_of)]
         shown = ", ".join(ready[:3]) + (", …" if len(ready) > 3 else "") if ready else "nothing"
         lines += [
             f"  rank {wait.rank} stands at position {wait.position}, {row[wait.position]}:"
-            f" it waits for {stage}{kind}{microbatch} of rank {wait.source}; ready behind it: {shown}",
+            f" it waits for {maker(schedule, wait.unit)} of rank {wait.source}; ready behind it: {shown}",
             f"    rank {wait.rank}: {excerpt(row, [wait.position])}",
         ]
     lines.append(f"  instead: {_advice(schedule, circle, done, sources_of)}")

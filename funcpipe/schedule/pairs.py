@@ -25,7 +25,7 @@ from funcpipe.schedule.communication import (
     sources,
     unit_of,
 )
-from funcpipe.schedule.refusal import Place, at, refusal
+from funcpipe.schedule.refusal import Place, at, maker, refusal
 
 # (kind, stage) -> the (kind, stage) of other stages that it reads
 Sources = dict[tuple[str, int], list[tuple[str, int]]]
@@ -158,7 +158,8 @@ def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
     action, row = schedule.ranks[rank][position], schedule.ranks[rank]
     kind, stage, microbatch = unit
     local = schedule.placement[stage] == rank
-    makers = [
+    wanted, why = maker(schedule, unit), f"{action} reads what {maker(schedule, unit)} makes"
+    later = [
         (rank, p)
         for p, other in enumerate(row)
         if (
@@ -167,27 +168,19 @@ def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
             else other.kind.startswith("RECV") and message_of(other).unit == unit
         )
     ]
-    why = f"{action} reads what {stage}{kind}{microbatch} makes"
-    if makers:
-        maker = _text(schedule, makers[0])
-        what = f"comes before {maker} (position {makers[0][1]}), which it needs"
-        return refusal(
-            schedule,
-            f"{at(place)}: {action} {what}",
-            place,
-            makers[0],
-            why=why,
-            instead=f"write {maker} before {action}",
-        )
-    if local:
-        what, instead = f"needs {stage}{kind}{microbatch}, which nobody runs", f"leave out {action}"
+    if later:
+        wanted = _text(schedule, later[0])
+        what = f"comes before {wanted} (position {later[0][1]}), which it needs"
+        instead = f"write {wanted} before {action}"
+    elif local:
+        what, instead = f"needs {wanted}, which nobody runs", f"leave out {action}"
     else:
         source = schedule.placement[stage]
         receive = Action(f"RECV_{kind}", action.stage, microbatch, peer=stage)
         send = Action(f"SEND_{kind}", stage, microbatch, peer=action.stage)
-        what = f"needs {stage}{kind}{microbatch} of rank {source}, and rank {rank} never receives it"
+        what = f"needs {wanted} of rank {source}, and rank {rank} never receives it"
         instead = f"write {receive} before {action}, and {send} on rank {source}"
-    return refusal(schedule, f"{at(place)}: {action} {what}", place, why=why, instead=instead)
+    return refusal(schedule, f"{at(place)}: {action} {what}", place, *later[:1], why=why, instead=instead)
 
 
 def _text(schedule: Schedule, place: Place) -> str:

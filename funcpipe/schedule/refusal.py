@@ -47,6 +47,22 @@ def excerpt(actions: Sequence[Action], marked: Sequence[int], around: int = 2) -
     return " ".join(words)
 
 
+def maker(schedule: Schedule, unit: tuple[str, int, int]) -> str:
+    """The words for what makes a unit: of B and I the one that the table has.
+
+    >>> from funcpipe.schedule.tables import from_table
+    >>> maker(from_table([["0F0", "0I0", "0W0"]])(1, 1), ("B", 0, 0))
+    '0I0'
+    """
+    kind, stage, microbatch = unit
+    split = Action("I", stage, microbatch)
+    return str(
+        split
+        if kind == "B" and split in schedule.ranks[schedule.placement[stage]]
+        else split._replace(kind=kind)
+    )
+
+
 def at(place: Place) -> str:
     """The words for a place."""
     return f"rank {place[0]}, position {place[1]}"

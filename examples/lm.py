@@ -1,0 +1,128 @@
+"""A small Llama-style language model over bytes, as pure functions: parameters in, numbers out.
+
+Shape suffixes: B rows of the batch, T positions, D model width, V = 256 bytes, H heads of d numbers.
+Weights are (out, in), as ``torch.nn.functional.linear`` takes them. The one line that knows of parallelism is
+``fp.stage_boundary``: after every block the model may be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import funcpipe as fp
+
+VOCABULARY = 256
+IGNORED = -100  # a label that counts neither in the loss nor in its weight
+
+Params = dict[str, Any]
+
+
+class Sizes(NamedTuple):
+    """How large the model is; ``tied`` reads the logits off the embedding instead of a head of its own."""
+
+    blocks: int = 8
+    width: int = 128
+    heads: int = 4
+    tied: bool = False
+
+
+def init_params(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
+    """Random parameters, the same for the same seed on every machine."""
+    gen = torch.Generator().manual_seed(seed)
+    width, hidden = sizes.width, 8 * sizes.width // 3 // 16 * 16
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return (torch.randn(shape, generator=gen, dtype=torch.float64) * std).to(dtype)
+
+    def block() -> Params:
+        into, out = (
+            width**-0.5,
+            (2 * sizes.blocks * width) ** -0.5,
+        )  # 2 * blocks branches add up on one stream
+        return {
+            "attention_norm": torch.ones(width, dtype=dtype),
+            "qkv": normal(3 * width, width, std=into),
+            "attention_out": normal(width, width, std=out),
+            "mlp_norm": torch.ones(width, dtype=dtype),
+            "gate_up": normal(2 * hidden, width, std=into),
+            "down": normal(width, hidden, std=out),
+        }
+
+    params = {
+        "embed": normal(VOCABULARY, width, std=0.02 if sizes.tied else 1.0),
+        "blocks": [block() for _ in range(sizes.blocks)],
+        "norm": torch.ones(width, dtype=dtype),
+    }
+    return params if sizes.tied else {**params, "head": normal(VOCABULARY, width, std=0.02)}
+
+
+def rotary_table(length: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position and frequency, each (T, dim / 2)."""
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=like.device, dtype=like.dtype) / dim)
+    angle = torch.outer(torch.arange(length, device=like.device, dtype=like.dtype), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), as in Llama."""
+    (a, b), (cos, sin) = x_BHTd.chunk(2, dim=-1), table
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attention(p: Params, x_BTD: Tensor, heads: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Causal self-attention."""
+    qkv = F.linear(x_BTD, p["qkv"]).unflatten(-1, (3, heads, -1))
+    q_BHTd, k_BHTd, v_BHTd = (x.transpose(1, 2) for x in qkv.unbind(2))
+    q_BHTd, k_BHTd = rotate(q_BHTd, table), rotate(k_BHTd, table)
+    y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
+    return F.linear(y_BHTd.transpose(1, 2).flatten(-2), p["attention_out"])
+
+
+def block(p: Params, x_BTD: Tensor, heads: int, table: tuple[Tensor, Tensor]) -> Tensor:
+    """One transformer block: attention, then SwiGLU, each on a normalized copy of the stream."""
+    x_BTD = x_BTD + attention(p, norm(x_BTD, p["attention_norm"]), heads, table)
+    gate, up = F.linear(norm(x_BTD, p["mlp_norm"]), p["gate_up"]).chunk(2, dim=-1)
+    return x_BTD + F.linear(F.silu(gate) * up, p["down"])
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps=1e-5)
+
+
+def logits(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
+    """What the model expects after every token, (B, T, V)."""
+    x_BTD = F.embedding(tokens_BT, params["embed"])
+    table = rotary_table(tokens_BT.shape[1], sizes.width // sizes.heads, x_BTD)
+    for p in params["blocks"]:
+        x_BTD = fp.stage_boundary(block(p, x_BTD, sizes.heads, table))
+    return F.linear(norm(x_BTD, params["norm"]), params["embed" if sizes.tied else "head"])
+
+
+def make_loss(sizes: Sizes) -> Callable[[Params, dict[str, Tensor]], fp.Mean]:
+    """Cross entropy in nats: the sum over tokens, and how many tokens there were."""
+
+    def loss_fn(params: Params, batch: dict[str, Tensor]) -> fp.Mean:
+        z_BTV = logits(params, batch["tokens"], sizes)
+        total = F.cross_entropy(
+            z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return fp.Mean(total=total, weight=(batch["labels"] != IGNORED).sum())
+
+    return loss_fn
+
+
+@torch.no_grad()
+def continue_text(params: Params, sizes: Sizes, prompt: bytes, count: int, temperature: float = 0.7) -> bytes:
+    """``count`` more bytes, drawn one by one from what the model expects; the same ones every time."""
+    gen = torch.Generator().manual_seed(0)
+    tokens = torch.tensor([list(prompt)])
+    for _ in range(count):
+        z_V = logits(params, tokens[:, -128:], sizes)[0, -1].float()
+        drawn = torch.multinomial((z_V / temperature).softmax(-1).cpu(), 1, generator=gen)
+        tokens = torch.cat((tokens, drawn[None]), dim=1)
+    return bytes(tokens[0].tolist())

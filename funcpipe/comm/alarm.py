@@ -1,0 +1,108 @@
+"""Who failed first: one note in the store of torch.distributed that every rank can write and all ranks watch.
+
+Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The first one
+written counts; the later ones follow from it. A rank whose peers fall silent cannot know why: it looks here.
+
+In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another rank wrote
+it. The thread is needed because a rank may wait for a healthy one that itself is far from any communication.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from funcpipe.errors import RankError
+
+_LINE = 1000  # characters of an error text that travel to the other ranks
+
+
+class Failure(NamedTuple):
+    """What the ranks know about the first error."""
+
+    rank: int | None
+    text: str
+    teller: int
+
+    def error(self) -> RankError:
+        """The error that every other rank raises."""
+        return RankError(self.text if self.rank is None else f"rank {self.rank} failed: {self.text}")
+
+
+def one_line(error: BaseException) -> str:
+    """The type and text of an error in one line.
+
+    >>> one_line(ValueError("a\\n  b"))
+    'ValueError: a b'
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:_LINE] if text else type(error).__name__
+
+
+class Alarm:
+    """The first failure among the ranks that share ``key`` in ``store``.
+
+    Args:
+        store: a key-value store that all ranks reach.
+        key: where the failure is kept.
+        rank: the own rank.
+        on_alarm: called once from a daemon thread when another rank's failure is seen there.
+        period: seconds between two looks at the store.
+    """
+
+    def __init__(
+        self, store: dist.Store, key: str, rank: int, on_alarm: Callable[[], None], period: float = 0.5
+    ) -> None:
+        self.failure: Failure | None = None
+        self._store, self._key, self._rank = store, key, rank
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True
+        )
+        self._thread.start()
+
+    def record(self, rank: int | None, text: str) -> Failure:
+        """Write a failure, unless there is one; returns the first one."""
+        if self.failure is None:
+            mine = Failure(rank, text, self._rank)
+            try:
+                kept = self._store.compare_set(self._key, "", json.dumps(mine))
+                self.failure = Failure(*json.loads(kept))
+            except RuntimeError:  # the store went down with the rank that kept it
+                self.failure = mine
+        return self.failure
+
+    def first(self, wait: float = 0.0) -> Failure | None:
+        """The first failure, or None where none appears within ``wait`` seconds."""
+        end = time.monotonic() + wait
+        while not self._look() and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.failure
+
+    def _look(self) -> bool:
+        """Whether a failure is known or the store gone."""
+        if self.failure is None:
+            try:
+                if self._store.check([self._key]):
+                    self.failure = Failure(*json.loads(self._store.get(self._key)))
+            except RuntimeError:
+                return True
+        return self.failure is not None
+
+    def _watch(self, on_alarm: Callable[[], None], period: float) -> None:
+        while not self._closed.wait(period):
+            if self._look():
+                if self.failure is not None and self.failure.teller != self._rank:
+                    on_alarm()
+                return
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()

@@ -1,0 +1,146 @@
+"""The communicator of a process that is one rank of a mesh: gloo on CPUs, NCCL on GPUs.
+
+In: a mesh, and the environment that torchrun (or fp.launch) sets. Out: see `funcpipe.comm`.
+
+How errors spread. A rank that fails writes so into the store (`alarm.py`) and severs its process groups
+(`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and raises
+RankError in turn; whoever waits for a rank that is far from any communication is freed by the thread that watches
+the store. A process that dies without a word is noticed by the rank whose connection to it closes, which writes the
+note in its place.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from funcpipe.comm import teams, wire
+from funcpipe.comm.alarm import Alarm, one_line
+from funcpipe.comm.groups import Groups, Lane, Team
+from funcpipe.comm.mail import mail
+from funcpipe.errors import FuncpipeError, RankError
+from funcpipe.mesh import Axes, Mesh
+
+T = TypeVar("T")
+_NOTE = 2.0  # seconds that the note of a rank that closed its connections may take to arrive
+
+
+class ProcessGroupCommunicator:
+    """This process as one rank of ``mesh``, as ``funcpipe.comm.Communicator`` describes it.
+
+    All ranks construct it alike. Where torch.distributed is not initialised, it is, from torchrun's environment.
+
+    Args:
+        mesh: has as many ranks as there are processes.
+        device: where tensors live; by default this process's GPU if every process has one, else the CPU.
+        timeout: seconds after which a rank that does not answer counts as lost.
+
+    Raises:
+        MeshError: the number of processes is not the size of the mesh, or this process was not started as one of
+            several.
+    """
+
+    def __init__(
+        self, mesh: Mesh, device: torch.device | str | None = None, timeout: float = 600.0
+    ) -> None:
+        self._groups = groups = Groups(mesh, device, timedelta(seconds=timeout))
+        self.mesh, self.rank, self.device = mesh, groups.rank, groups.device
+        self._timeout = timeout
+        key = f"funcpipe/{groups.control.group_name}"
+        store = dist.distributed_c10d._get_default_store()
+        self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
+        self._mail = mail(groups, store, key)
+        self._closer = weakref.finalize(self, _close, self._alarm, groups)
+
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
+        self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
+
+    # --- collectives ----------------------------------------------------------------------------------
+
+    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T]) -> T:
+        team = self._groups.team(axes)
+        what = lambda: f"in {kind} of {wire.spec(x.shape, x.dtype)} over {axes}"  # noqa: E731
+        return self._attempt(lambda: run(team), what, team.ranks)
+
+    def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
+        wire.check_op(op)
+        return self._collective(f"all_reduce({op})", x, axes, lambda team: teams.all_reduce(x, op, team))
+
+    def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
+        return self._collective("all_gather", x, axes, lambda team: teams.all_gather(x, team))
+
+    def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
+        wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
+        return self._collective("reduce_scatter", x, axes, lambda team: teams.reduce_scatter(x, team))
+
+    def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
+        wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
+        return self._collective("all_to_all", x, axes, lambda team: teams.all_to_all(x, team))
+
+    def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
+        wire.check_src(src, axes, self.mesh.axis_size(axes))
+        return self._collective(
+            f"broadcast(src={src})", x, axes, lambda team: teams.broadcast(x, src, team)
+        )
+
+    # --- messages and host objects --------------------------------------------------------------------
+
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
+        try:
+            self._mail.send(xs, dst, channel)
+        except RuntimeError as error:
+            what = f"sending {wire.specs(xs)} on channel {channel!r}"
+            raise self._lost(error, what, (dst,)) from error
+
+    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
+        try:
+            return self._mail.recv(outs, src, channel)
+        except RuntimeError as error:
+            what = f"receiving {wire.specs(outs)} on channel {channel!r}"
+            raise self._lost(error, what, (src,)) from error
+
+    def flush(self) -> None:
+        self._attempt(self._mail.flush, lambda: "while messages left")
+        if self._alarm.failure is not None:
+            raise self._alarm.failure.error()
+
+    def exchange(self, what: Any) -> list[Any]:
+        out: list[Any] = [None] * self.mesh.size
+        self._attempt(
+            lambda: dist.all_gather_object(out, what, group=self._groups.control), lambda: "in exchange"
+        )
+        return out
+
+    def exchange_digest(self, n: int) -> list[int]:
+        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
+        out = torch.zeros(self.mesh.size, dtype=torch.int64)
+        out[self.rank] = n
+        self._attempt(
+            lambda: dist.all_reduce(out, group=self._groups.control), lambda: "in exchange_digest"
+        )
+        return out.tolist()
+
+    # --- errors ---------------------------------------------------------------------------------------
+
+    def _attempt(self, run: Callable[[], T], what: Callable[[], str], peers: Sequence[int] = ()) -> T:
+        if self._alarm.failure is not None:
+            raise self._alarm.failure.error()
+        try:
+            return run()
+        except RuntimeError as error:
+            raise self._lost(error, what(), peers or range(self.mesh.size)) from error
+
+    def _lost(self, error: RuntimeError, what: str, peers: Sequence[int]) -> BaseException:
+        """The error to raise for one that torch.distributed raised: who failed first, or what was lost here."""
+        failure = self._alarm.first(wait=_NOTE)
+        if failure is None:
+            others = [r for r in peers if r != self.rank]
+            culprit = others[0] if len(others) == 1 else None
+            failure = self._alarm.record(culprit, self._loss(error, what, others))
+        self._groups.sever()
+        return failure.error()

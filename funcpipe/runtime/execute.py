@@ -1,0 +1,106 @@
+"""Execute: the loop that runs a program, instruction by instruction. Nothing is decided here that a plan could decide.
+
+In: a program bound to a communicator, and the list of slots with what the step brings. Out: the same list, with the
+accumulators filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from funcpipe.comm import Communicator
+from funcpipe.comm.wire import wire_strides
+from funcpipe.graph.code import Value
+from funcpipe.program import ADD, RUN, SEND, Instruction, Program
+
+Slots = list[Any]
+
+
+class Bound(NamedTuple):
+    """An instruction with its peers' ranks and buffers filled in."""
+
+    op: str
+    run: Callable[[list[torch.Tensor]], Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    frees: tuple[int, ...]
+    peer: int
+    channel: str
+    turn: int
+
+
+def bind(program: Program, ranks: tuple[int, ...], name: str) -> list[Bound]:
+    """The instructions of a program for one rank.
+
+    Args:
+        program: of the rank's place on the pipe axis.
+        ranks: the rank at every place on that axis.
+        name: of the ``value_and_grad``, so that two of them have channels of their own.
+    """
+    return [
+        Bound(
+            i.op,
+            _runner(i),
+            i.reads,
+            i.writes,
+            i.frees,
+            ranks[i.peer] if i.peer >= 0 else -1,
+            name + i.action.kind[-1],
+            i.turn,
+        )
+        for i in program.instructions
+    ]
+
+
+def _runner(i: Instruction) -> Callable[[list[torch.Tensor]], Any]:
+    if i.op == RUN:
+        assert i.unit is not None
+        return i.unit.code.run
+    wires = [_Wire(v) for v in i.values]
+    if i.op == SEND:
+        return lambda xs: [w.dense(x) for w, x in zip(wires, xs, strict=True)]
+    return lambda _: [w.empty() for w in wires]
+
+
+class _Wire:
+    """How a value travels: in the traced memory order if that is dense, else row by row; the reader was traced so."""
+
+    def __init__(self, v: Value) -> None:
+        meta = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
+        self.shape, self.strides, self.dtype, self.device = v.shape, wire_strides(meta), v.dtype, v.device
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.stride() == self.strides else self.empty().copy_(x)
+
+
+def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
+    """Run a bound program. Values leave their slots at their last use, so that a unit can free them while it runs."""
+    for op, run, reads, writes, frees, peer, channel, turn in program:
+        if op is RUN:
+            args = [slots[i] for i in reads]
+            for i in frees:
+                slots[i] = None
+            for i, x in zip(writes, run(args), strict=True):
+                slots[i] = x
+            continue
+        if op is ADD:
+            (source,), (target,) = reads, writes
+            if turn == 0:
+                slots[target] = slots[source]
+            elif turn == 1:  # a new tensor, since the first summand may be anybody's; after that it is ours
+                slots[target] = slots[target] + slots[source]
+            else:
+                slots[target].add_(slots[source])
+        elif op is SEND:
+            comm.send(run([slots[i] for i in reads]), peer, channel)
+        else:
+            for i, x in zip(writes, comm.recv(run([]), peer, channel), strict=True):
+                slots[i] = x
+        for i in frees:
+            slots[i] = None

@@ -1,0 +1,380 @@
+"""Plans: everything that is decided before a step runs, and how to read it.
+
+In: a resolved step, ``init_state``, params and a batch. Out: `Plan`: which leaf goes where, and for every
+``value_and_grad`` of the step the cut, the stages, the checked schedule and a program for every place on the pipe axis.
+Every rank makes the same plan, and only the rank's own place is its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from funcpipe import picture, tree
+from funcpipe.batch import Splits, plan_splits, signature
+from funcpipe.errors import BatchError, CutError, ScheduleError
+from funcpipe.graph import checks
+from funcpipe.graph.balance import group
+from funcpipe.graph.code import Value, bytes_text
+from funcpipe.graph.cut import Cut, cut
+from funcpipe.graph.fakes import fake
+from funcpipe.graph.nodes import read_nodes
+from funcpipe.graph.trace import trace
+from funcpipe.placement import Placement, place_params
+from funcpipe.program import RECV, RUN, SEND, Program, check_alike, lower, owners, partial_segments, stage_edges
+from funcpipe.schedule.actions import Schedule
+from funcpipe.schedule.checker import Report, check
+from funcpipe.schedule.communication import insert_communication
+from funcpipe.schedule.library import one_f_one_b
+from funcpipe.schedule.timeline import Timeline, timeline, unit_costs
+from funcpipe.state import Call, Dyed, Dyes, look
+from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Resolved, is_summary
+
+Stages = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedCall:
+    """One ``value_and_grad`` of a step, planned.
+
+    Args:
+        call: as the dyed run saw it.
+        splits: of its batch.
+        cuts: for every microbatch; microbatches of equal shapes share one.
+        moving: for every microbatch, which leaves of its batch are tensors.
+        stages: for every stage its segments.
+        schedule: with sends and receives, checked.
+        report: what the checker found.
+        programs: for every place on the pipe axis.
+        segments: for every leaf of params the segments that make its partial gradients, in the order of their sum.
+        summed: the numbers of the heads that are summed over microbatches.
+        signature: of its batch.
+    """
+
+    call: Call
+    splits: Splits
+    cuts: tuple[Cut, ...]
+    moving: tuple[tuple[int, ...], ...]
+    stages: Stages
+    schedule: Schedule
+    report: Report
+    programs: tuple[Program, ...]
+    segments: tuple[tuple[int, ...], ...]
+    summed: frozenset[int]
+    signature: tuple
+
+    def place_of(self, segment: int) -> int:
+        """The place on the pipe axis that holds a segment."""
+        stage = next(s for s, segments in enumerate(self.stages) if segment in segments)
+        return self.schedule.placement[stage]
+
+    def hops(self, leaf: int) -> list[tuple[int, list[int]]]:
+        """The places that make partial gradients of a leaf, with their numbers, in the order of the sum."""
+        runs = itertools.groupby(range(len(self.segments[leaf])), lambda k: self.place_of(self.segments[leaf][k]))
+        return [(place, list(partials)) for place, partials in runs]
+
+    def grad_like(self, leaf: int) -> Value:
+        """A partial gradient of a leaf, for its shape and dtype."""
+        return self.cuts[0].grads[leaf][0]
+
+    def constant(self, v: Value) -> torch.Tensor:
+        """A folded constant, computed on this rank."""
+        return next(c.constants[v] for c in self.cuts if v in c.constants)()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What will run. ``print(plan)`` reads as text; ``plan.save("x.html")`` draws it.
+
+    Args:
+        resolved: the transforms on their mesh.
+        placement: which rank holds which leaf.
+        calls: every ``value_and_grad`` of the step.
+    """
+
+    resolved: Resolved
+    placement: Placement
+    calls: tuple[PlannedCall, ...]
+
+    @property
+    def memory(self) -> list[dict[str, int]]:
+        """Predicted bytes at every place on the pipe axis: ``activations`` (the peak, with each unit's own
+        intermediates), ``residuals`` (the part of it held between units), ``gradients`` and ``params``."""
+        return [self._memory(p) for p in range(self.resolved.ranks)]
+
+    def _memory(self, place: int) -> dict[str, int]:
+        dyed = self.placement.dyed
+        held = [i for i, layout in enumerate(self.placement.layouts) if place in layout.owners]
+        programs = [c.programs[place] for c in self.calls]
+        return {
+            "activations": max((p.peak_bytes for p in programs), default=0),
+            "residuals": max((p.kept_bytes for p in programs), default=0),
+            "gradients": sum(p.grad_bytes for p in programs),
+            "params": sum(torch.Size(dyed.shapes[i]).numel() * dyed.dtypes[i].itemsize for i in held),
+        }
+
+    def timeline(self, call: int = 0) -> Timeline:
+        """When every action would run if a unit took as long as its FLOPs and transfers took no time."""
+        c = self.calls[call]
+        flops = {s: _stage_flops(c, s) for s in range(len(c.stages))}
+        mean = sum(f[k] for f in flops.values() for k in "FB") / max(len(flops), 1) or 1.0
+        costs = unit_costs(segments=tuple(map(len, c.stages)))
+        known = all(f[k] for f in flops.values() for k in "FB")
+
+        def cost(action: Any) -> float:
+            if not known or action.kind not in flops[action.stage]:
+                return costs(action)
+            whole = flops[action.stage][action.kind] / mean
+            return whole if action.segment is None else whole / len(c.stages[action.stage])
+
+        return timeline(c.schedule, cost)
+
+    @property
+    def bubble(self) -> float:
+        """The share of rank time in which nothing runs, by FLOPs (the first ``value_and_grad``)."""
+        return self.timeline().bubble if self.calls else 0.0
+
+    def digest(self) -> int:
+        """A number that ranks compare: equal when they are about to run the same."""
+        text = [repr(self.resolved.mesh), repr(self.placement.layouts), repr(self.placement.dyed.state_paths)]
+        for c in self.calls:
+            text += [u.code.key for m in set(c.cuts) for u in m.units.values()]
+            text += [repr(c.schedule.ranks), repr(c.stages), repr(c.splits.cuttings)]
+        return int.from_bytes(hashlib.sha256("\n".join(sorted(text)).encode()).digest()[:7], "big")
+
+    def save(self, path: str | Path, call: int = 0) -> Path:
+        """Draw the timeline: an ``.html`` page or an ``.svg`` picture."""
+        path = Path(path)
+        draw = {".html": picture.timeline_html, ".svg": picture.timeline_svg}.get(path.suffix)
+        if draw is None:
+            raise ValueError(f"cannot draw a plan as {path.suffix or path.name!r}; name a file .html or .svg")
+        c = self.calls[call]
+        title = f"{c.schedule.name}: {len(c.schedule.ranks)} ranks, {c.schedule.microbatches} microbatches"
+        path.write_text(draw(self.timeline(call), title=title), encoding="utf-8")
+        return path
+
+    def __str__(self) -> str:
+        return "\n".join(_text(self))
+
+
+def _stage_flops(c: PlannedCall, stage: int) -> dict[str, int]:
+    units = c.cuts[0].units
+    kinds = [k for k in "FBIW" if (k, 0) in units]
+    return {k: sum(units[k, s].code.flops for s in c.stages[stage]) for k in kinds}
+
+
+# ---- making a plan
+
+
+class Planner:
+    """Makes the plans of a step: one for every shape of batch, all with the same stages and placement.
+
+    Raises, while planning: every error of ``funcpipe.errors`` that can be known before a step runs.
+    """
+
+    def __init__(self, resolved: Resolved, init_state: Callable, params: Any) -> None:
+        self.resolved, self.init_state = resolved, init_state
+        self.mode = FakeTensorMode()
+        self.params = tree.map_tensors(lambda x: fake(x.shape, x, self.mode), params)
+        self.cuts: dict[tuple, tuple[Cut, Any]] = {}
+        self.plans: dict[tuple, Plan] = {}
+        self.stages: dict[int, Stages] = {}
+        self.placement: Placement | None = None
+
+    def plan(self, batch: Any) -> Plan:
+        """The plan for batches like this one."""
+        key = signature(batch)
+        if key not in self.plans:
+            dyed, dyes = look(self.resolved.step, self.init_state, self.params, batch, self.mode)
+            calls = tuple(self._call(k, call, dyed) for k, call in enumerate(dyed.calls))
+            self.plans[key] = Plan(self.resolved, self._place(dyed, dyes, calls), calls)
+        return self.plans[key]
+
+    def _place(self, dyed: Dyed, dyes: Dyes, calls: Sequence[PlannedCall]) -> Placement:
+        held: list[set[int]] = [set() for _ in dyed.paths]
+        for c in calls:
+            for m in set(c.cuts):
+                for i, places in zip(c.call.params, owners(m, c.stages, c.schedule.placement), strict=True):
+                    held[i] |= places
+        if self.placement is None:
+            r = self.resolved
+            self.placement = place_params(r.mesh, r.pipe_axis, dyed, dyes, self.init_state, held)
+        for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
+            if not places <= set(layout.owners):
+                raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
+        return self.placement
+
+    def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
+        r = self.resolved
+        splits = plan_splits(r, call.batch)
+        schedule = self._schedule(splits.count)
+        split = any(a.kind in "IW" for row in schedule.ranks for a in row)
+        parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
+        found = [self._cut(k, call, dyed, splits, i, part, split) for i, part in enumerate(parts)]
+        cuts = tuple(c for c, _ in found) if len(found) > 1 else (found[0][0],) * splits.count
+        check_alike(cuts)
+        if r.splits or splits.count > 1:
+            self._check_weight(call, dyed, splits, [w for _, w in found])
+        if k not in self.stages:
+            self.stages[k] = group(_costs(cuts[0]), schedule.stages, r.pipe.stages if r.pipe else "even")
+        stages = self.stages[k]
+        edges = stage_edges(cuts, stages)
+        schedule = insert_communication(schedule, edges)
+        report = check(schedule, edges, [len(s) for s in stages])
+        summed = _summed(cuts[0])
+        programs = tuple(lower(cuts, stages, schedule, p, summed) for p in range(r.ranks))
+        moving = tuple(_tensors(part) for part in parts)
+        return PlannedCall(
+            call, splits, cuts, moving if len(parts) > 1 else moving * splits.count, stages, schedule, report, programs,
+            partial_segments(cuts[0]), summed, signature(call.batch),
+        )  # fmt: skip
+
+    def _schedule(self, microbatches: int) -> Schedule:
+        r = self.resolved
+        schedule = (r.pipe.schedule if r.pipe else one_f_one_b())(r.ranks, microbatches)
+        if len(schedule.ranks) != r.ranks or schedule.microbatches != microbatches:
+            raise ScheduleError(
+                f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and {schedule.microbatches} microbatches, but "
+                f"axis {r.pipe_axis!r} has {r.ranks} ranks and the batch {microbatches} microbatches"
+            )
+        if not any(a.kind in "BW" for row in schedule.ranks for a in row):
+            raise ScheduleError(f"{schedule.name}: has no backward actions, but value_and_grad needs gradients")
+        return schedule
+
+    def _cut(
+        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool
+    ) -> tuple[Cut, Callable | None]:
+        """The cut of one microbatch, and the function that computes its weight from its tensors."""
+        leaves, spec = tree.flatten(part)
+        local = [
+            fake(splits.shape(i, j, tuple(x.shape)), x, self.mode) if isinstance(x, torch.Tensor) else x
+            for j, x in enumerate(leaves)
+        ]
+        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)))
+        if key not in self.cuts:
+            params = self._fakes(call, dyed)
+            traced = trace(call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode)
+            nodes = read_nodes(traced)
+            weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
+            if self.resolved.splits or splits.count > 1:
+                self._check_split(traced, nodes)
+            self.cuts[key] = cut(traced, nodes, split), weight
+        return self.cuts[key]
+
+    def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
+        like = tree.leaves(self.params)
+        return [
+            fake(dyed.shapes[i], like[i], self.mode, dtype)
+            for i, dtype in zip(call.params, call.dtypes, strict=True)
+        ]
+
+    def _check_split(self, traced: Any, nodes: Any) -> None:
+        r = self.resolved
+        if not traced.has_weight:
+            who = [x.name for x in r.splits] + ([r.micro_name] if r.micro else [])
+            raise BatchError(SCALAR_LOSS.format(why=f"{' and '.join(who)} split the batch"))
+        checks.check_summands(nodes)
+        checks.check_weight(nodes)
+        _check_aux(traced.aux)
+
+    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: list[Callable | None]) -> None:
+        if isinstance(call.batch, Microbatches):
+            return  # ready microbatches: there is no whole batch to compare with
+        weight = weights[0]
+        assert weight is not None
+        axes = self.resolved.split_axes
+        mesh = self.resolved.mesh
+        ranks = mesh.group(0, axes) if axes else (0,)
+        moving = _tensors(call.batch)
+        parts = [
+            weight([leaves[i] for i in moving]) for rank in ranks for leaves in splits.microbatches(call.batch, rank)
+        ]
+        params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
+        checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode)
+
+
+def _tensors(batch: Any) -> tuple[int, ...]:
+    return tuple(i for i, x in enumerate(tree.leaves(batch)) if isinstance(x, torch.Tensor))
+
+
+def _costs(c: Cut) -> list[int]:
+    return [c.units["F", s].code.flops + c.units["B", s].code.flops for s in range(c.segments)]
+
+
+def _summary_paths(aux: Any) -> list[str]:
+    return tree.paths(tree.map(lambda _: 0, aux, is_leaf=is_summary))
+
+
+def _check_aux(aux: Any) -> None:
+    nodes: list[Any] = []
+    tree.map(nodes.append, aux, is_leaf=is_summary)
+    for path, x in zip(_summary_paths(aux), nodes, strict=True):
+        if not is_summary(x):
+            raise BatchError(AUX_LEAF.format(path=path))
+
+
+def _summed(c: Cut) -> frozenset[int]:
+    """The heads that are summed over microbatches: total, weight, and both halves of a `Mean` in aux."""
+    first = 1 + c.traced.has_weight
+    out = set(range(first))
+    nodes: list[Any] = []
+    tree.map(nodes.append, c.traced.aux, is_leaf=is_summary)
+    for x in nodes:
+        if isinstance(x, Mean):
+            out |= {first + int(x.total), first + int(x.weight)}
+    return frozenset(out)
+
+
+# ---- reading a plan
+
+
+def _text(plan: Plan) -> list[str]:
+    r = plan.resolved
+    out = [f"{r.mesh!r}"]
+    for k, c in enumerate(plan.calls):
+        s = c.schedule
+        out.append(
+            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, {s.microbatches} microbatches, "
+            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct units"
+        )
+        for place, program in enumerate(c.programs):
+            memory = plan._memory(place)
+            held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory.items())
+            stages = ", ".join(
+                f"stage {i} = segments {_span(c.stages[i])}" for i, p in enumerate(s.placement) if p == place
+            )
+            out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
+            out += _program_text(program)
+    return out
+
+
+def _codes(c: PlannedCall) -> set[str]:
+    return {u.code.key for m in set(c.cuts) for u in m.units.values()}
+
+
+def _span(segments: Sequence[int]) -> str:
+    return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
+
+
+def _program_text(program: Program) -> list[str]:
+    out = []
+    for i in program.instructions:
+        if i.op == RUN:
+            assert i.unit is not None
+            made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
+            size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
+            out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
+        elif i.op in (SEND, RECV):
+            size = bytes_text(sum(v.nbytes for v in i.values))
+            way = "to" if i.op == SEND else "from"
+            names = ", ".join(map(str, i.values)) or "nothing"
+            out.append(f"    {i.action!s:<10} {i.op} {way} rank {i.peer}, {size}: {names}")
+    return out
+

@@ -1,0 +1,265 @@
+"""One rank's step: the user's function, run under a context in which ``value_and_grad`` is a program.
+
+In: a plan, a communicator, a rank's state and the global batch. Out: the rank's new state and the metrics, which are
+the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from funcpipe import step as step_
+from funcpipe import tree
+from funcpipe.batch import signature
+from funcpipe.comm import Communicator
+from funcpipe.errors import StateError
+from funcpipe.graph.cut import Cut
+from funcpipe.graph.trace import fill_aux
+from funcpipe.mesh import Axes
+from funcpipe.runtime.execute import Bound, Slots, bind, execute
+from funcpipe.runtime.plan import Plan, PlannedCall
+from funcpipe.step import Mean, Rows, is_summary
+
+
+class Rank:
+    """A rank of a plan: programs bound to its communicator, constants computed, ready to run steps."""
+
+    def __init__(self, plan: Plan, comm: Communicator) -> None:
+        self.plan, self.comm = plan, comm
+        mesh, axis = comm.mesh, plan.resolved.pipe_axis
+        self.place = plan.placement.stage_rank(comm.rank)
+        self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
+        self.split_axes = plan.resolved.split_axes
+        self.head_axes = mesh.ordered((*self.split_axes, *([axis] if axis else [])))
+        self.calls = [_BoundCall(self, c, str(k)) for k, c in enumerate(plan.calls)]
+
+    def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """Run the step once."""
+        context = _Running(self)
+        with step_.bind(context):
+            state, metrics = self.plan.resolved.step(state, batch)
+        seen, planned = (context.calls, context.sums), (len(self.calls), len(self.plan.placement.dyed.sums))
+        if seen != planned:
+            raise StateError(
+                f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} times, but {planned[0]} and "
+                f"{planned[1]} times when it was planned: a step does the same every time"
+            )
+        return state, metrics
+
+    def prepare(self) -> None:
+        """Make the communicator ready for the collectives of this plan; all ranks call it alike."""
+        mesh = self.comm.mesh
+        self.comm.prepare({a for a in (self.head_axes, self.split_axes, tuple(mesh.axes), self._pipe_axes) if a})
+
+    @property
+    def _pipe_axes(self) -> Axes:
+        axis = self.plan.resolved.pipe_axis
+        return (axis,) if axis else ()
+
+
+class _BoundCall:
+    """One ``value_and_grad`` on one rank."""
+
+    def __init__(self, rank: Rank, planned: PlannedCall, name: str) -> None:
+        self.rank, self.planned, self.name = rank, planned, name
+        self.program = planned.programs[rank.place]
+        self.bound: list[Bound] = bind(self.program, rank.ranks, name)
+        self.constants = {slot: planned.constant(v) for v, slot in self.program.constants.items()}
+        self.signature = planned.signature
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        leaves = self._leaves(params)
+        slots = self._slots(leaves, batch)
+        execute(self.bound, slots, self.rank.comm)
+        heads = self._heads(slots)
+        weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
+        grads = [
+            g if g is None or weight is None or not step_.differentiable(g) else g / weight
+            for g in self._grads(leaves, slots)
+        ]
+        loss = heads[0] if weight is None else heads[0] / weight
+        out = tree.unflatten(self.planned.call.params_spec, grads)
+        if not self.planned.call.has_aux:
+            return loss, out
+        return (loss, self._aux(heads, slots)), out
+
+    def _leaves(self, params: Any) -> list[torch.Tensor | None]:
+        leaves = self.planned.call.params_spec.flatten_up_to(params)
+        for i, x in zip(self.planned.call.params, leaves, strict=True):
+            if (x is None) == self.rank.plan.placement.holds(self.rank.comm.rank, i):
+                dyed = self.rank.plan.placement.dyed
+                raise StateError(
+                    f"rank {self.rank.comm.rank}: params{dyed.paths[i]} is {'missing' if x is None else 'not held here'}; "
+                    "pass the state that run.init, run.place or the last step returned"
+                )
+        return leaves
+
+    def _slots(self, leaves: Sequence[torch.Tensor | None], batch: Any) -> Slots:
+        planned, program = self.planned, self.program
+        if signature(batch) != self.signature:
+            raise StateError(
+                f"value_and_grad {self.name} got a batch of other shapes or values than when the step was planned: what a "
+                "step passes to it may depend on the shapes of the batch only"
+            )
+        slots: Slots = [None] * program.slots
+        for i, slot in program.params.items():
+            slots[slot] = leaves[i]
+        for slot, x in self.constants.items():
+            slots[slot] = x
+        micro = planned.splits.microbatches(batch, self.rank.comm.rank)
+        for (m, i), slot in program.batch.items():
+            slots[slot] = micro[m][planned.moving[m][i]]
+        return slots
+
+    # ---- what is summed over ranks
+
+    def _heads(self, slots: Slots) -> dict[int, torch.Tensor]:
+        """Total, weight and the sums of averaged aux values, over all microbatches and ranks."""
+        cut: Cut = self.planned.cuts[0]
+        numbers = sorted(self.planned.summed)
+        if not self.rank.head_axes:
+            return {h: slots[self.program.heads[h]] for h in numbers}
+        out = {}
+        for dtype, group in groupby(sorted(numbers, key=lambda h: str(cut.heads[h].dtype)), lambda h: cut.heads[h].dtype):
+            some = list(group)
+            mine = [self._head(slots, h) for h in some]
+            packed = torch.cat([x.reshape(-1) for x in mine])
+            packed = self.rank.comm.all_reduce(packed, self.rank.head_axes)
+            sizes = [x.numel() for x in mine]
+            out |= {h: x.view(cut.heads[h].shape) for h, x in zip(some, packed.split(sizes), strict=True)}
+            assert packed.dtype == dtype
+        return out
+
+    def _head(self, slots: Slots, h: int) -> torch.Tensor:
+        v = self.planned.cuts[0].heads[h]
+        slot = self.program.heads.get(h)
+        return torch.zeros(v.shape, dtype=v.dtype, device=v.device) if slot is None else slots[slot]
+
+    def _aux(self, heads: dict[int, torch.Tensor], slots: Slots) -> Any:
+        traced = self.planned.cuts[0].traced
+        first = 1 + traced.has_weight
+
+        def finish(x: Any) -> Any:
+            if isinstance(x, Mean):
+                return heads[first + int(x.total)] / heads[first + int(x.weight)]
+            if isinstance(x, Rows):
+                return self._rows(first + int(x.x), x.dim, slots)
+            return fill_aux(x, lambda i: self._rows(first + i, None, slots))
+
+        return tree.map(finish, traced.aux, is_leaf=is_summary)
+
+    def _rows(self, h: int, dim: int | None, slots: Slots) -> torch.Tensor:
+        """The rows of every microbatch, shard by shard, on every rank."""
+        comm, cuts = self.rank.comm, self.planned.cuts
+        place = next(p for p, program in enumerate(self.planned.programs) if (h, 0) in program.rows)
+        if place == self.rank.place:
+            pieces = [slots[self.program.rows[h, m]] for m in range(len(cuts))]
+        else:
+            pieces = [torch.empty(c.heads[h].shape, dtype=c.heads[h].dtype, device=c.heads[h].device) for c in cuts]
+        out = pieces[0] if dim is None else torch.cat(pieces, dim)
+        if self.rank.split_axes and dim is not None:
+            out = torch.cat(list(comm.all_gather(out.contiguous(), self.rank.split_axes)), dim)
+        return comm.broadcast(out.contiguous(), place, self.rank._pipe_axes) if len(self.rank.ranks) > 1 else out
+
+    # ---- gradients
+
+    def _grads(self, leaves: Sequence[torch.Tensor | None], slots: Slots) -> list[torch.Tensor | None]:
+        held = [i for i, x in enumerate(leaves) if x is not None]
+        sums = self._tied(held, slots)
+        for i in held:
+            x = leaves[i]
+            assert x is not None
+            if sums.get(i) is None:
+                sums[i] = torch.zeros_like(x)
+        moving = [i for i in held if step_.differentiable(sums[i])]  # type: ignore[arg-type]
+        if self.rank.split_axes:
+            self._all_reduce(sums, moving)  # type: ignore[arg-type]
+        return [sums.get(i) for i in range(len(leaves))]
+
+    def _tied(self, held: list[int], slots: Slots) -> dict[int, torch.Tensor | None]:
+        """The sum of a leaf's partial gradients on each rank that holds it.
+
+        The running sum passes through the stages in the order in which autograd would add, so that its bits do not
+        depend on where the stages lie; then the last rank hands it to the other owners.
+        """
+        comm, ranks, here = self.rank.comm, self.rank.ranks, self.rank.place
+        sums: dict[int, torch.Tensor | None] = {}
+        tied = []
+        for i in held:
+            hops = self.planned.hops(i)
+            for n, (place, partials) in enumerate(hops):
+                if place != here:
+                    continue
+                terms = [slots[self.program.partials[i, k]] for k in partials]
+                if n:
+                    terms.insert(0, self._receive(terms[0], ranks[hops[n - 1][0]]))
+                sums[i] = _add(terms)
+                if n + 1 < len(hops):
+                    comm.send([_dense(sums[i])], ranks[hops[n + 1][0]], self.name + "tied")
+            if hops and len(self.rank.plan.placement.layouts[self.planned.call.params[i]].owners) > 1:
+                tied.append((i, hops[-1][0]))
+        for i, last in tied:
+            others = [p for p in self.rank.plan.placement.layouts[self.planned.call.params[i]].owners if p != last]
+            if here == last:
+                for p in others:
+                    comm.send([_dense(sums[i])], ranks[p], self.name + "tied")
+            else:
+                like = sums[i] if sums.get(i) is not None else self.planned.grad_like(i)
+                sums[i] = self._receive(like, ranks[last])  # type: ignore[arg-type]
+        return sums
+
+    def _receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return self.rank.comm.recv([out], source, self.name + "tied")[0]
+
+    def _all_reduce(self, sums: dict[int, torch.Tensor], moving: list[int]) -> None:
+        """Sums over the axes that split the batch, once per step, all leaves of a dtype in one collective."""
+        for dtype in dict.fromkeys(sums[i].dtype for i in moving):
+            some = [i for i in moving if sums[i].dtype == dtype]
+            packed = torch.cat([sums[i].reshape(-1) for i in some])
+            packed = self.rank.comm.all_reduce(packed, self.rank.split_axes)
+            for i, x in zip(some, packed.split([sums[i].numel() for i in some]), strict=True):
+                sums[i] = x.view(sums[i].shape)
+
+
+def _dense(x: torch.Tensor | None) -> torch.Tensor:
+    assert x is not None
+    return x.contiguous()
+
+
+def _add(terms: list[torch.Tensor]) -> torch.Tensor:
+    out = terms[0]
+    for x in terms[1:]:
+        out = out + x
+    return out
+
+
+class _Running:
+    """The context of a step that runs on a rank."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.calls, self.sums = rank, 0, 0
+
+    def stage_boundary(self, x: Any) -> Any:
+        return x
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        if self.calls >= len(self.rank.calls):
+            raise StateError("the step calls value_and_grad more often than when it was planned: it does the same every time")
+        self.calls += 1
+        return self.rank.calls[self.calls - 1](params, batch)
+
+    def global_sum(self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        placement, comm = self.rank.plan.placement, self.rank.comm
+        if self.sums >= len(placement.dyed.sums):
+            raise StateError("the step takes more global sums than when it was planned: it does the same every time")
+        known = placement.dyed.sums[self.sums]
+        self.sums += 1
+        mine = zip(known.params, known.spec.flatten_up_to(leaves), strict=True)
+        counted = [x for i, x in mine if x is not None and placement.counts(comm.rank, i)]
+        out = local(counted).to(device=comm.device, dtype=known.dtype)
+        return comm.all_reduce(out, tuple(comm.mesh.axes))

@@ -1,0 +1,273 @@
+"""Runners: `simulate` runs every rank of a mesh in this process, `spmd` the rank that this process is.
+
+Both make the same plan and run the same programs; only the communicator differs.
+
+In: a step with its transforms, a mesh. Out: an object with ``init``, ``place``, ``unplace``, ``plan``, which is called
+with ``(state, batch)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from funcpipe import tree
+from funcpipe.batch import signature
+from funcpipe.comm import Communicator
+from funcpipe.comm.inprocess import Ranks
+from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.errors import FuncpipeError, MismatchError, StateError
+from funcpipe.mesh import Mesh
+from funcpipe.placement import Placement
+from funcpipe.runtime.plan import Plan, Planner
+from funcpipe.runtime.rank import Rank
+from funcpipe.step import resolve
+
+
+class Runner:
+    """What `simulate` and `spmd` have in common."""
+
+    def __init__(self, step: Callable, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._resolved = resolve(step, mesh)
+        self._planner: Planner | None = None
+
+    def plan(self, state: Any, batch: Any) -> Plan:
+        """What will run for batches like this one: see `Plan`."""
+        return self._made.plan(batch)
+
+    @property
+    def _made(self) -> Planner:
+        if self._planner is None:
+            raise StateError("call run.init(init_state, params, batch) first: it makes the plan")
+        return self._planner
+
+    @property
+    def _placement(self) -> Placement:
+        placement = self._made.placement
+        assert placement is not None
+        return placement
+
+
+class Simulation(Runner):
+    """Every rank of a mesh in this process; see `simulate`."""
+
+    def __init__(self, step: Callable, mesh: Mesh) -> None:
+        super().__init__(step, mesh)
+        self._ranks = Ranks(mesh)
+        self._bound: dict[int, list[Rank]] = {}
+
+    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> list[Any]:
+        """Make the plan, and every rank's state: ``init_state`` of the leaves that the rank holds.
+
+        Args:
+            init_state: a pure function from params to the state.
+            params: the full params.
+            batch: a global batch like those to come, with its data.
+        """
+        self._planner = Planner(self._resolved, init_state, params)
+        self._bound.clear()
+        self._planner.plan(batch)
+        with torch.no_grad():
+            return [init_state(self._placement.params(params, r)) for r in range(self.mesh.size)]
+
+    def __call__(self, state: list[Any], batch: Any) -> tuple[list[Any], Any]:
+        """One step of every rank."""
+        if not isinstance(state, list) or len(state) != self.mesh.size:
+            raise StateError(
+                f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "
+                "returned it; use run.place(full) for a single-device state"
+            )
+        plan = self._made.plan(batch)
+        ranks = self._bound.get(id(plan))
+        if ranks is None:
+            ranks = self._bound[id(plan)] = [Rank(plan, comm) for comm in self._ranks.communicators]
+        out = self._ranks.run(lambda comm: ranks[comm.rank].step(state[comm.rank], batch))
+        for r, (_, metrics) in enumerate(out):
+            check_same(out[0][1], metrics, r)
+        return [s for s, _ in out], out[0][1]
+
+    def place(self, full: Any) -> list[Any]:
+        """What every rank holds of a single-device state."""
+        return [self._placement.place(full, r) for r in range(self.mesh.size)]
+
+    def unplace(self, state: list[Any]) -> Any:
+        """The single-device state again."""
+        leaves = [self._placement.state_leaves(s, "unplace") for s in state]
+        return self._placement.unplace(lambda rank, j: leaves[rank][j])
+
+
+def check_same(first: Any, other: Any, rank: int) -> None:
+    """MismatchError unless two ranks' metrics are equal, bit by bit."""
+    names = tree.paths(first)
+    for path, a, b in zip(names, tree.leaves(first), tree.leaves(other), strict=True):
+        if isinstance(a, torch.Tensor):
+            same = torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+        else:
+            same = a == b
+        if not same:
+            raise MismatchError(f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the same on all")
+
+
+class Spmd(Runner):
+    """The rank that this process is; see `spmd`."""
+
+    def __init__(self, step: Callable, mesh: Mesh, device: torch.device | str | None, timeout: float | None) -> None:
+        super().__init__(step, mesh)
+        options = {} if timeout is None else {"timeout": timeout}
+        self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
+        self._bound: dict[int, Rank] = {}
+        self._digests: dict[tuple, int] = {}
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+        return self._comm.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._comm.device
+
+    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> Any:
+        """Make the plan, compare it with the other ranks', and make this rank's state; see `Simulation.init`."""
+        return self._guarded(self._init, init_state, params, batch)
+
+    def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> Any:
+        self._agree({"params": params, "batch": batch}, f"{self.mesh!r} {self._resolved.splits} {self._resolved.micro}")
+        self._planner = Planner(self._resolved, init_state, params)
+        self._bound.clear()
+        self._rank_of(batch)
+        with torch.no_grad():
+            return init_state(self._placement.params(params, self.rank))
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """One step of this rank; every rank calls it with the same global batch."""
+        return self._guarded(self._step, state, batch)
+
+    def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        self._agree({"batch": batch}, "step")
+        rank = self._rank_of(batch)
+        with torch.no_grad():
+            out = rank.step(state, batch)
+        self._comm.flush()
+        return out
+
+    def _rank_of(self, batch: Any) -> Rank:
+        plan = self._made.plan(batch)
+        if id(plan) not in self._bound:
+            digests = self._comm.exchange_digest(plan.digest())
+            if len(set(digests)) > 1:
+                odd = next(r for r, d in enumerate(digests) if d != digests[0])
+                raise MismatchError(
+                    f"rank {odd} has planned another program than rank 0 for the same shapes: the step, its transforms or "
+                    "the schedule differ between ranks. Run the same script with the same options everywhere"
+                )
+            rank = Rank(plan, self._comm)
+            rank.prepare()
+            self._bound[id(plan)] = rank
+        return self._bound[id(plan)]
+
+    def _agree(self, trees: dict[str, Any], what: str) -> None:
+        """MismatchError on every rank unless all are about to run the same on the same shapes."""
+        key = (what, *((name, signature(x)) for name, x in trees.items()))
+        digest = self._digests.get(key)
+        if digest is None:
+            text = repr(_described(trees)) + what
+            digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+            self._digests[key] = digest
+        if len(set(self._comm.exchange_digest(digest))) > 1:
+            raise MismatchError(_difference(self._comm.exchange((what, _described(trees)))))
+
+    def _guarded(self, fn: Callable, *args: Any) -> Any:
+        try:
+            return fn(*args)
+        except BaseException as error:
+            raise self._comm.fail(error) from (None if isinstance(error, FuncpipeError) else error)
+
+    def place(self, full: Any) -> Any:
+        """What this rank holds of a single-device state."""
+        return self._placement.place(full, self.rank)
+
+    def unplace(self, state: Any) -> Any:
+        """The single-device state again, on every rank."""
+        return self._guarded(self._unplace, state)
+
+    def _unplace(self, state: Any) -> Any:
+        leaves = self._placement.state_leaves(state, "unplace")
+        held = {j: x for j, x in enumerate(leaves) if x is not None and self._placement.holder(j) == self.rank}
+        found: dict[int, Any] = {}
+        for some in self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()}):
+            found |= some
+        move = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        return self._placement.unplace(lambda _, j: move(found[j]))
+
+    def close(self) -> None:
+        """Give back the process groups."""
+        self._comm.close()
+
+
+def _described(trees: dict[str, Any]) -> list[tuple[str, str]]:
+    """Path and description of every leaf."""
+    out = []
+    for name, x in trees.items():
+        for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
+            text = f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
+            out.append((name + path, text))
+    return out
+
+
+def _difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
+    what, first = all_ranks[0]
+    for r, (other_what, other) in enumerate(all_ranks):
+        if other_what != what:
+            return f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same calls in the same order"
+        a, b = dict(first), dict(other)
+        for path in [*a, *b]:
+            if a.get(path) != b.get(path):
+                mine, theirs = (x.get(path, "no such leaf") for x in (a, b))
+                return (
+                    f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes the same global batch "
+                    "and params"
+                )
+    return "ranks disagree about the order of leaves: build batch and params alike everywhere"
+
+
+def simulate(step: Callable, mesh: Mesh) -> Simulation:
+    """Run a transformed step on every rank of a mesh in this process: the same programs, the same interface as `spmd`.
+
+    Args:
+        step: a step with transforms on it.
+        mesh: with every axis that they name.
+
+    Returns:
+        a runner. Its state is a list with every rank's own; every step checks that metrics are the same everywhere.
+
+    Raises:
+        MeshError, StackError: the transforms do not fit the mesh or each other.
+    """
+    return Simulation(step, mesh)
+
+
+def spmd(
+    step: Callable, mesh: Mesh, *, device: torch.device | str | None = None, timeout: float | None = None
+) -> Spmd:
+    """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        step: a step with transforms on it; the same in every process.
+        mesh: as many ranks as there are processes (`launch` or torchrun started them).
+        device: where this rank computes; its own GPU if there is one, else the CPU.
+        timeout: seconds after which a rank that does not answer is given up.
+
+    Returns:
+        a runner; ``state`` is this rank's part of it.
+
+    Raises:
+        MeshError, StackError: the transforms do not fit the mesh or each other.
+        RankError, on every rank: another one failed; says which, and with what.
+    """
+    return Spmd(step, mesh, device, timeout)

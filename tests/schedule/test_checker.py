@@ -1,0 +1,473 @@
+"""The checker: its texts, and its verdict against running mutated tables."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections import Counter, defaultdict, deque
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tables_for_tests import LIBRARY, edges_for, library, table
+
+from funcpipe.errors import ScheduleError
+from funcpipe.schedule import Action, Edge, Schedule, chain, check, insert_communication
+
+# Every bad table with the whole text that rejects it.
+BAD = {
+    "missing receive": (
+        ["0F0 0SEND_F0 0RECV_B0 0B0", "1F0 1B0 1SEND_B0"],
+        """\
+mine: rank 0, position 1: 0SEND_F0>1 is sent to rank 1, which never receives it
+  rank 0: 0F0 [0SEND_F0>1] 0RECV_B0<1 0B0
+  why: every send needs one receive, and every receive one send
+  instead: write 1RECV_F0<0 on rank 1 before what reads it""",
+    ),
+    "missing send": (
+        ["0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"],
+        """\
+mine: rank 1, position 0: 1RECV_F0<0 waits for rank 0, which never sends it
+  rank 1: [1RECV_F0<0] 1F0 1B0 …
+  why: every send needs one receive, and every receive one send
+  instead: write 0SEND_F0>1 on rank 0 behind what makes it""",
+    ),
+    "missing message": (
+        ["0F0 0RECV_B0 0B0", "1F0 1B0 1SEND_B0"],
+        """\
+mine: rank 1, position 0: 1F0 needs 0F0 of rank 0, and rank 1 never receives it
+  rank 1: [1F0] 1B0 1SEND_B0>0
+  why: 1F0 reads what 0F0 makes
+  instead: write 1RECV_F0<0 before 1F0, and 0SEND_F0>1 on rank 0""",
+    ),
+    "message that nobody reads": (
+        ["0F0 0SEND_F0>2 0B0", "1F0 1B0", "2RECV_F0<0 2F0 2B0"],
+        """\
+mine: rank 0, position 1: 0SEND_F0>2 sends what stage 2 does not read
+  rank 0: 0F0 [0SEND_F0>2] 0B0
+  why: by the edges between the stages, no action of its target reads what is sent
+  instead: leave out the send and its receive, or send to a stage that reads it""",
+    ),
+    "duplicate forward": (
+        ["0F0 0F0 0B0 0B1", "1F0 1B0 1F1 1B1"],
+        """\
+mine: rank 0 has 0F0 twice, at positions 0 and 1
+  rank 0: [0F0] [0F0] 0B0 0B1
+  why: every action of a microbatch runs once
+  instead: leave one out, or make it 0F1, which is nowhere in the list""",
+    ),
+    "missing forward": (
+        ["0F0 0B0 0B1", "1F0 1F1 1B0 1B1"],
+        """\
+mine: rank 0 never runs 0F1
+  why: every stage runs F of every microbatch once
+  instead: write 0F1 on rank 0""",
+    ),
+    "missing backward": (
+        ["0F0 0F1 0B0", "1F0 1F1 1B0 1B1"],
+        """\
+mine: rank 0 never runs 0B1 (or 0I1 and 0W1)
+  rank 0: 0F0 [0F1] 0B0
+  why: some action in the table is a backward, so every microbatch needs its own
+  instead: write 0B1 (or 0I1 and 0W1) behind 0F1""",
+    ),
+    "missing weight gradient": (
+        ["0F0 0I0 0F1 0I1 0W1"],
+        """\
+mine: rank 0 never runs 0W0
+  rank 0: 0F0 [0I0] 0F1 0I1 …
+  why: I leaves the weight gradients to W
+  instead: write 0W0 behind 0I0""",
+    ),
+    "missing segment": (
+        ["0F0 0I0 0W0.0 0W0.1 0F1 0I1 0W1.1"],
+        """\
+mine: rank 0 never runs 0W1.0
+  rank 0: … 0W0.1 0F1 [0I1] [0W1.1]
+  why: I leaves the weight gradients to W
+  instead: write 0W1.0 behind 0W1.1""",
+    ),
+    "backward both ways": (
+        ["0F0 0B0 0W0"],
+        """\
+mine: rank 0 has both 0B0 and 0W0
+  rank 0: 0F0 [0B0] [0W0]
+  why: B is I and W in one
+  instead: leave one out""",
+    ),
+    "W whole and by segment": (
+        ["0F0 0I0 0W0 0W0.0"],
+        """\
+mine: rank 0 has both 0W0 and 0W0.0
+  rank 0: 0F0 0I0 [0W0] [0W0.0]
+  why: W without a segment is W of all segments
+  instead: leave one out""",
+    ),
+    "receive order swapped": (
+        [
+            "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
+            "1RECV_F1 1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
+        ],
+        """\
+mine: rank 1 receives 1RECV_F1<0 (position 0) before 1RECV_F0<0 (position 1), but rank 0 sends them the other\
+ way round
+  rank 0: 0F0 [0SEND_F0>1] 0F1 [0SEND_F1>1] 0RECV_B0<1 0B0 …
+  rank 1: [1RECV_F1<0] [1RECV_F0<0] 1F0 1B0 …
+  why: what one rank sends another arrives in the order in which it was sent
+  instead: receive 1RECV_F0<0 first, or swap the two sends""",
+    ),
+    "B before F": (
+        ["0B0 0F0"],
+        """\
+mine: rank 0, position 0: 0B0 comes before 0F0 (position 1), which it needs
+  rank 0: [0B0] [0F0]
+  why: 0B0 reads what 0F0 makes
+  instead: write 0F0 before 0B0""",
+    ),
+    "W before I": (
+        ["0F0 0W0 0I0"],
+        """\
+mine: rank 0, position 1: 0W0 comes before 0I0 (position 2), which it needs
+  rank 0: 0F0 [0W0] [0I0]
+  why: 0W0 reads what 0I0 makes
+  instead: write 0I0 before 0W0""",
+    ),
+    "used before it is received": (
+        ["0F0 0SEND_F0 0RECV_B0 0B0", "1F0 1RECV_F0 1B0 1SEND_B0"],
+        """\
+mine: rank 1, position 0: 1F0 comes before 1RECV_F0<0 (position 1), which it needs
+  rank 1: [1F0] [1RECV_F0<0] 1B0 1SEND_B0>0
+  why: 1F0 reads what 0F0 makes
+  instead: write 1RECV_F0<0 before 1F0""",
+    ),
+    "sent before it is made": (
+        ["0SEND_F0 0F0 0RECV_B0 0B0", "1RECV_F0 1F0 1B0 1SEND_B0"],
+        """\
+mine: rank 0, position 0: 0SEND_F0>1 comes before 0F0 (position 1), which it needs
+  rank 0: [0SEND_F0>1] [0F0] 0RECV_B0<1 0B0
+  why: 0SEND_F0>1 reads what 0F0 makes
+  instead: write 0F0 before 0SEND_F0>1""",
+    ),
+    "cycle": (
+        ["0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"],
+        """\
+mine: deadlock: rank 0 and rank 1 wait for each other
+  rank 0 stands at position 1, 0B0: it waits for 1B0 of rank 1; ready behind it: 0F1
+    rank 0: 0F0 [0B0] 0F1 0B1
+  rank 1 stands at position 1, 1F1: it waits for 0F1 of rank 0; ready behind it: 1B0
+    rank 1: 1F0 [1F1] 1B0 1B1
+  instead: on rank 1 write 1B0 before 1F1""",
+    ),
+    "cycle through transfers": (
+        [
+            "0F0 0SEND_F0 0RECV_B0 0B0 0F1 0SEND_F1 0RECV_B1 0B1",
+            "1RECV_F0 1F0 1B0 1RECV_F1 1F1 1SEND_B0 1B1 1SEND_B1",
+        ],
+        """\
+mine: deadlock: rank 0 and rank 1 wait for each other
+  rank 0 stands at position 2, 0RECV_B0<1: it waits for 1B0 of rank 1; ready behind it: 0B0, 0F1
+    rank 0: 0F0 0SEND_F0>1 [0RECV_B0<1] 0B0 0F1 …
+  rank 1 stands at position 3, 1RECV_F1<0: it waits for 0F1 of rank 0; ready behind it: nothing
+    rank 1: … 1F0 1B0 [1RECV_F1<0] 1F1 1SEND_B0>0 …
+  instead: on rank 1 write 1SEND_B0>0 before 1RECV_F1<0""",
+    ),
+    "transfer within a rank": (
+        ["0F0 0SEND_F0>1 1RECV_F0 1F0"],
+        """\
+mine: rank 0, position 1: 0SEND_F0>1 goes to stage 1 on the same rank
+  rank 0: 0F0 [0SEND_F0>1] 1RECV_F0<0 1F0
+  why: an action names a stage that its rank holds, a microbatch of the step, and a transfer its peer
+  instead: leave it out: a rank needs no message for what it has""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_table(case: str) -> None:
+    rows, text = BAD[case]
+    with pytest.raises(ScheduleError) as caught:
+        check(table(*rows))
+    assert str(caught.value) == text
+
+
+def test_wrong_rank() -> None:
+    """A stage's action on a rank that does not hold it."""
+    schedule = table("0F0 0F1 0B0 0B1 1F1", "1F0 1B0 1B1")
+    with pytest.raises(ScheduleError) as caught:
+        check(replace(schedule, placement=(0, 1)))
+    assert str(caught.value) == (
+        """\
+mine: rank 0, position 4: 1F1 is of stage 1, which rank 1 holds
+  rank 0: … 0B0 0B1 [1F1]
+  why: an action names a stage that its rank holds, a microbatch of the step, and a transfer its peer
+  instead: move it to rank 1"""
+    )
+
+
+def test_sent_twice() -> None:
+    """One message is enough for two stages of a rank that read the same values."""
+    schedule = table("0F0 0SEND_F0>1 0SEND_F0>2", "1RECV_F0<0 1F0 2RECV_F0<0 2F0")
+    edges = {(("F", 0), ("F", 1)), (("F", 0), ("F", 2)), (("F", 1), ("F", 2))}
+    with pytest.raises(ScheduleError) as caught:
+        check(schedule, edges)
+    assert str(caught.value) == (
+        """\
+mine: rank 0, position 2: 0SEND_F0>2 sends rank 1 what 0SEND_F0>1 at position 1 sent already
+  rank 0: 0F0 [0SEND_F0>1] [0SEND_F0>2]
+  why: one message is enough for all stages of a rank
+  instead: leave out the second send and its receive"""
+    )
+
+
+def _with(**changes) -> Schedule:
+    return replace(table("0F0 0B0", "1F0 1B0"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (_with(placement=(0, 2)), "mine: stage 1 is placed on rank 2, but the table has ranks 0 to 1"),
+        (_with(placement=(0, 0)), "mine: rank 1 holds no stage; use fewer ranks or place a stage there"),
+        (_with(placement=(0,), ranks=((Action("F", 1, 0),),)), "1F0 names stage 1 of 1"),
+        (_with(placement=(0,), ranks=((Action("F", 0, 7),),)), "0F7 names microbatch 7 of 1"),
+        (_with(placement=(0,), ranks=((Action("F", 0, 0, 2),),)), "0F0.2 names a segment"),
+        (_with(placement=(0,), ranks=((Action("F", 0, 0, peer=0),),)), "names a peer"),
+        (_with(placement=(0,), ranks=((Action("SEND_F", 0, 0),),)), "goes to stage None"),
+        (_with(placement=(0,), ranks=((Action("X", 0, 0),),)), "is of unknown kind 'X'"),
+    ],
+)
+def test_senseless_table(schedule: Schedule, text: str) -> None:
+    with pytest.raises(ScheduleError, match=re.escape(text)):
+        check(schedule)
+
+
+def test_segments() -> None:
+    """With the true number of segments, a missing one is missed and an extra one refused."""
+    schedule = table("0F0 0I0 0W0.0 0W0.1")
+    assert check(schedule, segments=[2]) == check(schedule)
+    with pytest.raises(ScheduleError, match=re.escape("rank 0 never runs 0W0.2")):
+        check(schedule, segments=[3])
+    with pytest.raises(ScheduleError, match=re.escape("0W0.1 names segment 1 of 1")):
+        check(schedule, segments=[1])
+    with pytest.raises(ScheduleError, match=re.escape("has 1 stages, but segments= counts 2")):
+        check(schedule, segments=[1, 1])
+
+
+def test_edges_in_a_circle() -> None:
+    """Edges that no order can satisfy are a deadlock of two ranks with nothing ready."""
+    edges = {(("F", 0), ("F", 1)), (("F", 1), ("F", 0))}
+    with pytest.raises(ScheduleError, match="no order of these actions would end"):
+        check(table("0F0", "1F0"), edges)
+
+
+def test_shortest_circle() -> None:
+    """Of four ranks that stand still, only the two that wait for each other are shown."""
+    with pytest.raises(ScheduleError, match="deadlock: rank 1 and rank 2 wait for each other"):
+        check(table("0F0 0B0 0F1 0B1", "1F0 1B0 1F1 1B1", "2F0 2F1 2B0 2B1", "3F0 3B0 3F1 3B1"))
+
+
+def test_report() -> None:
+    report = check(table("0F0 0F1 0I0 0I1 0W0.0 0W0.1 0W1"))
+    assert (report.peak_live, report.peak_waiting, report.messages, report.actions) == ((2,), (2,), 0, 7)
+    assert check(table("0F0 0F1", "1F0 1F1")).peak_live == (1, 1)
+
+
+@given(library())
+def test_library_passes(schedule: Schedule) -> None:
+    report = check(schedule)
+    assert check(insert_communication(schedule, chain(schedule.stages))) == report
+
+
+@given(st.data())
+def test_library_passes_with_skips(data: st.DataObject) -> None:
+    schedule = data.draw(library(ranks=6, microbatches=8))
+    check(schedule, data.draw(edges_for(schedule.stages)))
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_fast(name: str) -> None:
+    """Linear: 16 ranks, 128 microbatches and 4 stages a rank (some 50,000 actions) are nothing to wait for."""
+    factory, takes_v = LIBRARY[name]
+    schedule = (factory(4) if takes_v else factory())(16, 128)
+    start = time.process_time()
+    check(schedule)
+    assert time.process_time() - start < 3.0  # a third of a second on an idle machine
+
+
+# Mutation: the verdict against a run. The interpreter below shares no code with the checker. A table is right if every
+# rank ends, nothing is left in a channel, nothing runs twice, everything ran, and whatever an action reads was there.
+
+
+class Fault(Exception):
+    """The table asked for something that is not there."""
+
+
+class Interpreter:
+    """Runs a table rank by rank in turn, with blocking channels, and knows which rank has which values."""
+
+    def __init__(self, schedule: Schedule, edges: frozenset[Edge]) -> None:
+        self.schedule, self.edges = schedule, edges
+        self.values: list[set] = [set() for _ in schedule.ranks]  # of (kind, stage, microbatch)
+        self.channels: dict = defaultdict(deque)
+        self.ran: set[Action] = set()
+        self.backward = any(a.kind in "BIW" for row in schedule.ranks for a in row)
+
+    def right(self) -> bool:
+        """Whether the table runs to its end, and has then done everything once."""
+        at = [0] * len(self.schedule.ranks)
+        try:
+            moved = True
+            while moved:
+                moved = False
+                for rank, row in enumerate(self.schedule.ranks):
+                    while at[rank] < len(row) and self.step(rank, row[at[rank]]):
+                        at[rank], moved = at[rank] + 1, True
+        except Fault:
+            return False
+        ended = all(n == len(row) for n, row in zip(at, self.schedule.ranks, strict=True))
+        return ended and not any(self.channels.values()) and self.complete()
+
+    def step(self, rank: int, action: Action) -> bool:
+        """Run one action; False if it has to wait."""
+        kind, stage, m = action.kind, action.stage, action.microbatch
+        if self.schedule.placement[stage] != rank or action in self.ran:
+            raise Fault
+        if "_" in kind:
+            if not self.transfer(rank, action):
+                return False
+        elif kind == "W":
+            self.read(rank, "B", stage, m)
+        else:
+            made = "F" if kind == "F" else "B"
+            inputs = [maker for maker, reader in self.edges if reader == (made, stage)]
+            for k, s in inputs if kind == "F" else [("F", stage), *inputs]:
+                self.read(rank, k, s, m)
+            self.values[rank].add((made, stage, m))
+        self.ran.add(action)
+        return True
+
+    def transfer(self, rank: int, action: Action) -> bool:
+        stage, peer, m, kind = action.stage, action.peer, action.microbatch, action.kind[-1]
+        if peer is None or self.schedule.placement[peer] == rank:
+            raise Fault
+        other = self.schedule.placement[peer]
+        if action.kind.startswith("SEND"):
+            self.read(rank, kind, stage, m)
+            self.channels[rank, other, kind].append((stage, peer, m))
+            return True
+        channel = self.channels[other, rank, kind]
+        if not channel:
+            return False
+        if channel.popleft() != (peer, stage, m):
+            raise Fault
+        self.values[rank].add((kind, peer, m))
+        return True
+
+    def read(self, rank: int, kind: str, stage: int, m: int) -> None:
+        if (kind, stage, m) not in self.values[rank]:
+            raise Fault
+
+    def complete(self) -> bool:
+        """Whether F of every stage and microbatch ran, and its backward exactly once: B, or I and every W."""
+        parts = Counter((a.kind, a.stage, a.microbatch) for a in self.ran if "_" not in a.kind)
+        segments: dict[int, int] = defaultdict(int)
+        for a in self.ran:
+            segments[a.stage] = max(segments[a.stage], (-1 if a.segment is None else a.segment) + 1)
+        for stage in range(self.schedule.stages):
+            for m in range(self.schedule.microbatches):
+                whole = Action("W", stage, m) in self.ran
+                f, b, i, w = (parts[kind, stage, m] for kind in "FBIW")
+                split = (i, b) == (1, 0) and w == (1 if whole else max(segments[stage], 1))
+                if f != 1 or (self.backward and not split and (b, i, w) != (1, 0, 0)):
+                    return False
+        return True
+
+
+def mutate(schedule: Schedule, rng: random.Random) -> Schedule:
+    """Drop, duplicate, swap, move or retarget one action of a table."""
+    rows = [list(row) for row in schedule.ranks]
+    rank = rng.choice([r for r, row in enumerate(rows) if row])
+    row = rows[rank]
+    i = rng.randrange(len(row))
+    match rng.choice(
+        ["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]
+    ):
+        case "drop":
+            del row[i]
+        case "duplicate":
+            row.insert(rng.randrange(len(row) + 1), row[i])
+        case "swap":
+            j = rng.randrange(len(row))
+            row[i], row[j] = row[j], row[i]
+        case "neighbours":
+            j = min(i + 1, len(row) - 1)
+            row[i], row[j] = row[j], row[i]
+        case "move":
+            action = row.pop(i)
+            row.insert(rng.randrange(len(row) + 1), action)
+        case "elsewhere":
+            action, other = row.pop(i), rng.choice(rows)
+            other.insert(rng.randrange(len(other) + 1), action)
+        case "retarget":
+            row[i] = retarget(row[i], schedule, rng)
+    return replace(schedule, ranks=tuple(map(tuple, rows)))
+
+
+def retarget(action: Action, schedule: Schedule, rng: random.Random) -> Action:
+    """The action with another microbatch, stage, peer, kind or segment."""
+    stage, microbatch = rng.randrange(schedule.stages), rng.randrange(schedule.microbatches)
+    match rng.choice(["microbatch", "stage", "other"]):
+        case "microbatch":
+            return action._replace(microbatch=microbatch)
+        case "stage":
+            return action._replace(stage=stage)
+    if action.peer is not None:
+        return action._replace(peer=stage)
+    if action.segment is not None:
+        return action._replace(segment=rng.choice([None, 0, 1]))
+    return action._replace(kind=rng.choice("FBIW"))
+
+
+def by_segment(schedule: Schedule, segments: int = 2) -> Schedule:
+    """The table with every B as I and W, and every W by segment."""
+
+    def parts(action: Action) -> list[Action]:
+        if action.kind == "B":
+            return [action._replace(kind="I"), *parts(action._replace(kind="W"))]
+        return [action._replace(segment=n) for n in range(segments)] if action.kind == "W" else [action]
+
+    rows = tuple(tuple(part for action in row for part in parts(action)) for row in schedule.ranks)
+    return replace(schedule, ranks=rows)
+
+
+MUTANTS_PER_EXAMPLE = 40  # 600 by default, 10,000 in the thorough profile
+
+
+@given(st.data())
+def test_verdict_is_that_of_a_run(data: st.DataObject) -> None:
+    written = data.draw(library(ranks=5, microbatches=6, v=3))
+    if data.draw(st.booleans()):
+        written = by_segment(written)
+    edges = data.draw(edges_for(written.stages))
+    full = insert_communication(written, edges)
+    assert Interpreter(full, edges).right()
+    rng = random.Random(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    for _ in range(MUTANTS_PER_EXAMPLE):
+        mutant = full
+        for _ in range(rng.choice([1, 1, 2])):
+            mutant = mutate(mutant, rng)
+        if full.communicates and not mutant.communicates:
+            continue  # a table without any transfer is not wrong but short for one with them
+        assert verdict(mutant, edges) == Interpreter(mutant, edges).right(), [
+            " ".join(map(str, row)) for row in mutant.ranks
+        ]
+
+
+def verdict(schedule: Schedule, edges: frozenset[Edge]) -> bool:
+    try:
+        check(schedule, edges)
+    except ScheduleError:
+        return False
+    return True
