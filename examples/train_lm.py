@@ -267,5 +267,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (fp.errors.FuncpipeError, AssertionError) as error:
+    except fp.errors.FuncpipeError as error:
         sys.exit(f"train_lm: {error}")

@@ -24,10 +24,10 @@ class Mesh:
     """Named axes of ranks, immutable and hashable.
 
     Args:
-        axes: the size of every axis, at least 1; the last one varies fastest over ranks.
+        axes: the size of every axis, at least 1; the last one varies fastest over ranks. None at all: one rank.
 
     Raises:
-        MeshError: no axis, or a size that is not a positive int.
+        MeshError: a size that is not a positive int.
 
     >>> mesh = Mesh(pipe=2, data=2)
     >>> mesh.size, mesh.coords(3), mesh.group(0, ("pipe",))
@@ -38,8 +38,6 @@ class Mesh:
     size: int
 
     def __init__(self, **axes: int) -> None:
-        if not axes:
-            raise MeshError("a mesh needs at least one axis, as in Mesh(pipe=4)")
         for name, n in axes.items():
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise MeshError(
@@ -57,7 +55,7 @@ class Mesh:
         Mesh(pipe=2, data=4)
         """
         try:
-            return cls(**{name.strip(): int(n) for name, n in (part.split("=") for part in text.split(","))})
+            return cls(**{name.strip(): int(n) for name, n in (part.split("=") for part in text.split(",") if part)})
         except ValueError:
             raise MeshError(f"cannot read a mesh from {text!r}; write it like 'pipe=2,data=4'") from None
 
@@ -78,7 +76,7 @@ class Mesh:
             if a not in dict(self._axes):
                 raise MeshError(
                     f"{who + ': ' if who else ''}axis {a!r} is not in {self!r}; "
-                    f"its axes are {', '.join(repr(n) for n, _ in self._axes)}"
+                    f"its axes are {', '.join(repr(n) for n, _ in self._axes) or 'none'}"
                 )
         return axes
 

@@ -1,9 +1,9 @@
 """The process groups of one mesh: made by all ranks alike, severed when a rank fails, given back at the end.
 
-Terms. A *team* is the process group of a rank over some axes. A process group counts its ranks in ascending order,
-a team in the order of the mesh; for axes that are not in mesh order the two differ. A *lane* is a (source,
-destination, channel). To *sever* a group is to make every operation that waits on it end with an error, here and on
-the other ranks.
+Terms. A *team* is the process group of a rank over some axes. A process group counts its ranks in ascending
+order, a team in the order of the mesh; for axes that are not in mesh order the two differ. A *lane* is a (source,
+destination, channel). To *sever* a group is to make every operation that waits on it end with an error, here and
+on the other ranks.
 
 In: a mesh, a device, the environment that torchrun sets. Out: process groups.
 """
@@ -55,12 +55,14 @@ class Groups:
             _tenants.add(self)
         _check_size(mesh, dist.get_world_size())
         self.rank = dist.get_rank()
-        self._made: list[dist.ProcessGroup] = []
+        self._made: list[tuple[dist.ProcessGroup, str]] = []  # with its backend
         self._teams: dict[Axes, dist.ProcessGroup | None] = {}
         self._views: dict[Axes, Team] = {}
         self._lanes: dict[Lane, dist.ProcessGroup] = {}
         everyone = range(mesh.size)
-        self.control = self._new(everyone, "gloo", "control")
+        control = self._new(everyone, "gloo", "control")
+        assert control is not None
+        self.control = control
         # On CPUs one group carries all messages, told apart by tags; NCCL knows no tags (see `prepare`).
         self.mail = self._new(everyone, "gloo", "mail") if self.device.type == "cpu" else None
 
@@ -71,7 +73,7 @@ class Groups:
         )
         if not isinstance(group, dist.ProcessGroup):
             return None
-        self._made.append(group)
+        self._made.append((group, backend))
         return group
 
     # --- teams and lanes ------------------------------------------------------------------------------
@@ -145,13 +147,13 @@ class Groups:
     def sever(self) -> None:
         """End all operations that wait on these groups, here and on the other ranks. May be called from any
         thread, and again."""
-        for group in self._made:
+        for group, backend in self._made:
             if group.size() > 1:
-                (_sever_gloo if group.name() == "gloo" else _abort)(group)
+                (_sever_gloo if backend == "gloo" else _abort)(group)
 
     def close(self) -> None:
         """Give the groups back."""
-        for group in reversed(self._made):
+        for group, _ in reversed(self._made):
             try:
                 dist.destroy_process_group(group)
             except ValueError:  # its owner has destroyed all of torch.distributed meanwhile

@@ -41,9 +41,9 @@ class InProcessCommunicator:
             return combine([x])[0]
         return self._world.meet(self.rank, Call(kind, axes, tuple(x.shape), x.dtype), group, x, combine)
 
-    def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
+    def allwire.fold(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
         wire.check_op(op)
-        return self._collective(f"all_reduce({op})", x, axes, lambda xs: _copies(_reduce(xs, op), len(xs)))
+        return self._collective(f"allwire.fold({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs)))
 
     def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         return self._collective("all_gather", x, axes, lambda xs: _copies(torch.stack(xs), len(xs)))
@@ -51,7 +51,7 @@ class InProcessCommunicator:
     def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
         return self._collective(
-            "reduce_scatter", x, axes, lambda xs: [_reduce([x[i] for x in xs], "sum") for i in range(len(xs))]
+            "reduce_scatter", x, axes, lambda xs: [wire.fold([x[i] for x in xs], "sum") for i in range(len(xs))]
         )
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
@@ -63,7 +63,7 @@ class InProcessCommunicator:
     def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
         wire.check_src(src, axes, self.mesh.axis_size(axes))
         kind = f"broadcast(src={src})"
-        return self._collective(kind, x, axes, lambda xs: _copies(_fresh(xs[src]), len(xs)))
+        return self._collective(kind, x, axes, lambda xs: _copies(wire.fresh(xs[src]), len(xs)))
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
         world = self._world
@@ -101,7 +101,7 @@ class InProcessCommunicator:
         everyone = tuple(range(self.mesh.size))
         return self._world.meet(self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs])
 
-    def prepare(self, axes_sets: Iterable[Axes]) -> None:
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
         for axes in axes_sets:
             self.mesh.check(axes, "prepare")
 
@@ -118,21 +118,6 @@ class InProcessCommunicator:
 
 
 @torch.no_grad()
-def _reduce(xs: list[torch.Tensor], op: str) -> torch.Tensor:
-    out = _fresh(xs[0])
-    for x in xs[1:]:
-        if op == "sum":
-            out.add_(x)
-        else:
-            torch.maximum(out, x, out=out)
-    return out
-
-
-@torch.no_grad()
-def _fresh(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _copies(x: torch.Tensor, n: int) -> list[torch.Tensor]:
     return [x, *(x.clone() for _ in range(n - 1))]
 
@@ -165,7 +150,7 @@ class Ranks:
         device: what the communicators say their device is.
 
     >>> with Ranks(Mesh(pipe=2, data=2)) as ranks:
-    ...     ranks.run(lambda comm: comm.all_reduce(torch.tensor(comm.rank), ("data",)).item())
+    ...     ranks.run(lambda comm: comm.allwire.fold(torch.tensor(comm.rank), ("data",)).item())
     [1, 1, 5, 5]
     """
 

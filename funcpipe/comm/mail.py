@@ -87,7 +87,9 @@ class GlooMail:
             number = self._store.add(f"{self._key}/channels", 1)
             kept = int(self._store.compare_set(f"{self._key}/channel/{channel}", "", str(number)))
             if kept >= _CHANNELS:
-                raise RuntimeError(f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart")
+                raise RuntimeError(
+                    f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart"
+                )
             self._channels[channel] = kept
         return self._channels[channel]
 
@@ -134,4 +136,3 @@ class NcclMail:
 def mail(groups: Groups, store: dist.Store, key: str) -> GlooMail | NcclMail:
     """The mail that fits the groups' device."""
     return NcclMail(groups) if groups.mail is None else GlooMail(groups.mail, store, key)
-

@@ -11,6 +11,7 @@ note in its place.
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -23,7 +24,7 @@ from funcpipe.comm import teams, wire
 from funcpipe.comm.alarm import Alarm, one_line
 from funcpipe.comm.groups import Groups, Lane, Team
 from funcpipe.comm.mail import mail
-from funcpipe.errors import FuncpipeError, RankError
+from funcpipe.errors import RankError
 from funcpipe.mesh import Axes, Mesh
 
 T = TypeVar("T")
@@ -45,9 +46,7 @@ class ProcessGroupCommunicator:
             several.
     """
 
-    def __init__(
-        self, mesh: Mesh, device: torch.device | str | None = None, timeout: float = 600.0
-    ) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device | str | None = None, timeout: float = 600.0) -> None:
         self._groups = groups = Groups(mesh, device, timedelta(seconds=timeout))
         self.mesh, self.rank, self.device = mesh, groups.rank, groups.device
         self._timeout = timeout
@@ -64,7 +63,10 @@ class ProcessGroupCommunicator:
 
     def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T]) -> T:
         team = self._groups.team(axes)
-        what = lambda: f"in {kind} of {wire.spec(x.shape, x.dtype)} over {axes}"  # noqa: E731
+
+        def what() -> str:
+            return f"in {kind} of {wire.spec(x.shape, x.dtype)} over {axes}"
+
         return self._attempt(lambda: run(team), what, team.ranks)
 
     def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
@@ -84,9 +86,7 @@ class ProcessGroupCommunicator:
 
     def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
         wire.check_src(src, axes, self.mesh.axis_size(axes))
-        return self._collective(
-            f"broadcast(src={src})", x, axes, lambda team: teams.broadcast(x, src, team)
-        )
+        return self._collective(f"broadcast(src={src})", x, axes, lambda team: teams.broadcast(x, src, team))
 
     # --- messages and host objects --------------------------------------------------------------------
 
@@ -120,9 +120,7 @@ class ProcessGroupCommunicator:
         # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
         out = torch.zeros(self.mesh.size, dtype=torch.int64)
         out[self.rank] = n
-        self._attempt(
-            lambda: dist.all_reduce(out, group=self._groups.control), lambda: "in exchange_digest"
-        )
+        self._attempt(lambda: dist.all_reduce(out, group=self._groups.control), lambda: "in exchange_digest")
         return out.tolist()
 
     # --- errors ---------------------------------------------------------------------------------------
@@ -132,6 +130,8 @@ class ProcessGroupCommunicator:
             raise self._alarm.failure.error()
         try:
             return run()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self._lost(error, what(), peers or range(self.mesh.size)) from error
 
@@ -144,3 +144,35 @@ class ProcessGroupCommunicator:
             failure = self._alarm.record(culprit, self._loss(error, what, others))
         self._groups.sever()
         return failure.error()
+
+    def _loss(self, error: RuntimeError, what: str, others: Sequence[int]) -> str:
+        late = "imed out" in str(error)
+        end = f" within {self._timeout:g} s" if late else f": {_reason(error)}"
+        if len(others) == 1:
+            verb = "did not answer" if late else "lost contact with"
+            return f"it {verb} rank {self.rank}, which was {what}{end}"
+        names = f"ranks {', '.join(map(str, others))}"
+        verb = f"not all of {names} answered" if late else f"lost contact with one of {names}"
+        return f"rank {self.rank} was {what}; {verb}{end}"
+
+    def fail(self, error: BaseException) -> BaseException:
+        failure = self._alarm.record(self.rank, one_line(error))
+        self._groups.sever()
+        return error if failure.teller == self.rank or isinstance(error, RankError) else failure.error()
+
+    def close(self) -> None:
+        self._closer()
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch.distributed says, without the source line and the advice.
+
+    >>> _reason(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:7. This is usual"))
+    'Connection closed by peer [::1]:7'
+    """
+    return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]
+
+
+def _close(alarm: Alarm, groups: Groups) -> None:
+    alarm.close()
+    groups.close()

@@ -61,6 +61,28 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.numel(),), (1,)) if is_dense(x) else x.contiguous().view(-1)
 
 
+@torch.no_grad()
+def fresh(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def fold(xs: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    """The sum (``"sum"``) or maximum (``"max"``) of tensors of one shape, in the given order: a new tensor.
+
+    >>> fold([torch.tensor([1, 5]), torch.tensor([2, 3])], "max")
+    tensor([2, 5])
+    """
+    out = fresh(xs[0])
+    for x in xs[1:]:
+        if op == "sum":
+            out.add_(x)
+        else:
+            torch.maximum(out, x, out=out)
+    return out
+
+
 def same_layout(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> bool:
     """Whether the two ends of a message agree in number, shapes, dtypes and wire order."""
     if len(xs) != len(ys):

@@ -262,4 +262,4 @@ class _Running:
         mine = zip(known.params, known.spec.flatten_up_to(leaves), strict=True)
         counted = [x for i, x in mine if x is not None and placement.counts(comm.rank, i)]
         out = local(counted).to(device=comm.device, dtype=known.dtype)
-        return comm.all_reduce(out, tuple(comm.mesh.axes))
+        return comm.all_reduce(out, tuple(comm.mesh.axes)) if comm.mesh.size > 1 else out

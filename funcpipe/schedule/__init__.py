@@ -3,7 +3,17 @@
 from funcpipe.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
 from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
-from funcpipe.schedule.library import gpipe, one_f_one_b
+from funcpipe.schedule.library import (
+    dual_pipe_v,
+    forward_only,
+    gpipe,
+    interleaved_1f1b,
+    interleaved_zb,
+    looped_bfs,
+    one_f_one_b,
+    zb_h1,
+    zb_v,
+)
 from funcpipe.schedule.tables import from_csv, from_table, to_csv
 from funcpipe.schedule.timeline import Span, Timeline, timeline, unit_costs
 
@@ -17,12 +27,19 @@ __all__ = [
     "Timeline",
     "chain",
     "check",
+    "dual_pipe_v",
+    "forward_only",
     "from_csv",
     "from_table",
     "gpipe",
     "insert_communication",
+    "interleaved_1f1b",
+    "interleaved_zb",
+    "looped_bfs",
     "one_f_one_b",
     "timeline",
     "to_csv",
     "unit_costs",
+    "zb_h1",
+    "zb_v",
 ]

@@ -159,9 +159,9 @@ def written(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Row:
 def spread(name: str, base: ScheduleFn) -> ScheduleFn:
     """A schedule with every B as I and W, where W waits for a moment in which its rank would be idle.
 
-    The order of F and B is the base's, and no rank holds more microbatches than the rank of the base that holds
-    most; at that limit W comes before the next F. What is idle is found by running the table in time, with
-    F = I = W = 1.
+    The order of F and B is the base's, and no rank holds more microbatches than the rank of the base that
+    holds most; at that limit W comes before the next F. What is idle is found by running the table in time,
+    with F = I = W = 1.
 
     >>> base = by_rank("base", lambda rank, ranks, microbatches: run("F", 0, 2) + run("B", 0, 2), loop())
     >>> print(spread("mine", base)(1, 2))

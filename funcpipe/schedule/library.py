@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from funcpipe.schedule.actions import ScheduleFn
-from funcpipe.schedule.layout import Row, alternate, by_rank, in_turn, loop, named, run, spread, turns, vee, written
+from funcpipe.schedule.layout import Row, alternate, by_rank, in_turn, loop, named, run, spread, turns, vee,
+written
 
 
 def gpipe() -> ScheduleFn:
@@ -69,10 +70,11 @@ def interleaved_1f1b(v: int) -> ScheduleFn:
     def row(rank: int, ranks: int, microbatches: int) -> Row:
         stages = range(rank, v * ranks, ranks)
         rounds = turns(microbatches, ranks)
-        warmup = (v - 1) * len(rounds[0]) + (2 if v > 1 else 1) * (ranks - rank - 1)
+        warmup = (v - 1) * len(rounds[0]) + 2 * (ranks - rank - 1)
         return alternate(in_turn("F", stages, rounds), in_turn("B", stages[::-1], rounds), warmup)
 
-    return by_rank(f"interleaved_1f1b(v={v})", row, loop(v))
+    name = f"interleaved_1f1b(v={v})"
+    return named(name, one_f_one_b()) if v == 1 else by_rank(name, row, loop(v))
 
 
 def looped_bfs(v: int) -> ScheduleFn:
@@ -97,7 +99,8 @@ def looped_bfs(v: int) -> ScheduleFn:
 def zb_h1() -> ScheduleFn:
     """1F1B whose weight gradients wait for a moment in which their rank would be idle.
 
-    Bubble (P-1)/(3M+P-1); live P on every rank. Qi et al. 2023, section 2.3, https://arxiv.org/abs/2401.10241.
+    Bubble (P-1)/(3M+P-1); live P on every rank. Qi et al. 2023, section 2.3,
+    https://arxiv.org/abs/2401.10241.
 
     >>> print(zb_h1()(2, 3))
     rank 0: 0F0 0F1 0I0 0W0 0F2 0I1 0W1 0I2 0W2
@@ -109,21 +112,26 @@ def zb_h1() -> ScheduleFn:
 def interleaved_zb(v: int) -> ScheduleFn:
     """Interleaved 1F1B whose weight gradients wait for a moment in which their rank would be idle.
 
-    Bubble (P-1)/(3vM+P-1); live (v+1)P-1 on every rank, for v > 1, as on rank 0 of interleaved 1F1B. Qi et al.
-    2023, https://arxiv.org/abs/2401.10241, on Narayanan et al. 2021, https://arxiv.org/abs/2104.04473.
+    Bubble (P-1)/(3vM+P-1); live (v+1)P-1 on every rank, for v > 1, as on rank 0 of interleaved 1F1B. Qi et
+    al. 2023, https://arxiv.org/abs/2401.10241, on Narayanan et al. 2021, https://arxiv.org/abs/2104.04473.
 
     >>> print(interleaved_zb(2)(2, 2))
+    rank 0: 0F0 0F1 2F0 2F1 2I0 2W0 2I1 0I0 0I1 2W1 0W0 0W1
+    rank 1: 1F0 1F1 3F0 3I0 3F1 3I1 1I0 1I1 3W0 3W1 1W0 1W1
     """
     return spread(f"interleaved_zb(v={v})", interleaved_1f1b(v))
 
 
 def zb_v() -> ScheduleFn:
-    """Two stages a rank, placed as a V so that the last stage is on the first rank: no bubble but the filling.
+    """Two stages a rank, placed as a V so that the last stage is on the first rank: no bubble but the
+    filling.
 
     Bubble (P-1)/(6M+P-1); live 2P halves of a rank's layers, which is what 1F1B holds on rank 0. Qi et al.
     2023, section 6, https://arxiv.org/abs/2401.10241. With M < 2P-1, W waits for idle moments instead.
 
     >>> print(zb_v()(2, 3))
+    rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 3I1 3W1 0I0 0W0 3F2 3I2 3W2 0I1 0W1 0I2 0W2
+    rank 1: 1F0 2F0 1F1 2F1 2I0 2W0 1F2 1I0 1W0 2F2 2I1 2W1 1I1 2I2 1I2 1W1 2W2 1W2
     """
 
     def row(rank: int, ranks: int, microbatches: int) -> Row:
@@ -146,12 +154,14 @@ def zb_v() -> ScheduleFn:
 def dual_pipe_v() -> ScheduleFn:
     """DualPipe cut in half: two stages a rank in a V, each F next to a B of the other stage.
 
-    The weight gradients of the filling and the emptying wait; the others stay within B. The neighbours F and B
-    are what DualPipe overlaps with each other's communication. Bubble (P-1)/(6M+P-1); live 2P+1 halves of a
-    rank's layers. DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437 and https://github.com/deepseek-ai/DualPipe.
-    With M < 2P, all W wait for idle moments.
+    The weight gradients of the filling and the emptying wait; the others stay within B. The neighbours F and
+    B are what DualPipe overlaps with each other's communication. Bubble (P-1)/(6M+P-1); live 2P+1 halves of a
+    rank's layers. DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437 and
+    https://github.com/deepseek-ai/DualPipe. With M < 2P, all W wait for idle moments.
 
     >>> print(dual_pipe_v()(2, 4))
+    rank 0: 0F0 0F1 0F2 3F0 3I0 3W0 3F1 0F3 3B1 3F2 0B0 3B2 3F3 0B1 3B3 0I2 0W2 0I3 0W3
+    rank 1: 1F0 2F0 1F1 2F1 1F2 2B0 2F2 1B0 1F3 2B1 2F3 1B1 2B2 1B2 2I3 1I3 2W3 1W3
     """
 
     def row(rank: int, ranks: int, microbatches: int) -> Row:
@@ -189,6 +199,6 @@ def forward_only(v: int = 1) -> ScheduleFn:
 
 
 def _or_spread(many: ScheduleFn, least: Callable[[int], int]) -> ScheduleFn:
-    """A table that is written for ``least(ranks)`` microbatches or more; with fewer, its W wait for idle moments."""
-    few = spread(many.__name__, many)
-    return named(many.__name__, lambda ranks, m: (many if m >= least(ranks) else few)(ranks, m))
+    """A table that is written for ``least(ranks)`` microbatches or more; with fewer, its W wait for idle
+    moments.""" few = spread(many.__name__, many) return named(many.__name__, lambda ranks, m: (many if m >=
+    least(ranks) else few)(ranks, m))
