@@ -1,9 +1,9 @@
 """What ranks say to each other: one protocol, two implementations.
 
 Terms. A *communicator* belongs to one rank of one mesh. Collectives run over the rank's *group* on named
-axes. A *channel* is a named one-way lane from one rank to another: messages on it arrive in the order in which
-they were sent, and a send never waits for its receiver. The *wire order* of a tensor is its memory order if it
-is dense, else row-major (`wire.py`); both ends of a message have the same.
+axes. A *channel* is a named one-way lane from one rank to another: messages on it arrive in the order in
+which they were sent, and a send never waits for its receiver. The *wire order* of a tensor is its memory
+order if it is dense, else row-major (`wire.py`); both ends of a message have the same.
 
 In: tensors, axis names, peer ranks. Out: tensors, or an error that names the rank that failed. The results of
 collectives are always new, contiguous tensors; their operands may have any strides.

@@ -3,9 +3,9 @@
 Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The first one
 written counts; the later ones follow from it. A rank whose peers fall silent cannot know why: it looks here.
 
-In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another rank wrote
-it. The thread is needed because a rank may wait for a healthy one that itself is far from any communication.
-"""
+In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another
+rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is far from any
+communication."""
 
 from __future__ import annotations
 

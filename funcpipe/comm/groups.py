@@ -1,9 +1,9 @@
 """The process groups of one mesh: made by all ranks alike, severed when a rank fails, given back at the end.
 
 Terms. A *team* is the process group of a rank over some axes. A process group counts its ranks in ascending
-order, a team in the order of the mesh; for axes that are not in mesh order the two differ. A *lane* is a (source,
-destination, channel). To *sever* a group is to make every operation that waits on it end with an error, here and
-on the other ranks.
+order, a team in the order of the mesh; for axes that are not in mesh order the two differ. A *lane* is a
+(source, destination, channel). To *sever* a group is to make every operation that waits on it end with an
+error, here and on the other ranks.
 
 In: a mesh, a device, the environment that torchrun sets. Out: process groups.
 """
@@ -25,7 +25,8 @@ from funcpipe.mesh import Axes, Mesh
 Lane = tuple[int, int, str]
 _SEVER_TAG = 2**30  # no message has it: lanes count below it
 
-# torch.distributed has one default group in a process. Where funcpipe made it, the last communicator unmakes it.
+# torch.distributed has one default group in a process. Where funcpipe made it, the last communicator
+# unmakes it.
 _tenants: weakref.WeakSet[Groups] = weakref.WeakSet()
 
 
@@ -79,9 +80,9 @@ class Groups:
     # --- teams and lanes ------------------------------------------------------------------------------
 
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
-        """Make the groups that are still missing. Every rank calls it with the same arguments, since every rank
-        takes part in making every group. Lanes matter to NCCL alone, where each gets a communicator of its own:
-        on a shared one, messages wait for each other."""
+        """Make the groups that are still missing. Every rank calls it with the same arguments, since every
+        rank takes part in making every group. Lanes matter to NCCL alone, where each gets a communicator of
+        its own: on a shared one, messages wait for each other."""
         wanted = {self._canonical(axes) for axes in axes_sets}
         for axes in sorted(wanted - self._teams.keys()):
             self._teams[axes] = self._make_team(axes)
@@ -166,9 +167,9 @@ class Groups:
 
 
 def _sever_gloo(group: dist.ProcessGroup) -> None:
-    # abort() and shutdown() of a gloo group end nothing (torch 2.13). A receive that times out does: gloo then
-    # closes every connection of the group (gloo/transport/tcp/unbound_buffer.cc, waitRecv), which ends what
-    # waits here and makes the peers see "connection closed".
+    # abort() and shutdown() of a gloo group end nothing (torch 2.13). A receive that times out does: gloo
+    # then closes every connection of the group (gloo/transport/tcp/unbound_buffer.cc, waitRecv), which ends
+    # what waits here and makes the peers see "connection closed".
     nothing = torch.empty(1, dtype=torch.uint8)
     try:
         work = group.recv([nothing], (group.rank() + 1) % group.size(), _SEVER_TAG)
@@ -217,6 +218,6 @@ def _initialise(mesh: Mesh, device: torch.device, timeout: timedelta) -> None:
 def _check_size(mesh: Mesh, world: int) -> None:
     if world != mesh.size:
         raise MeshError(
-            f"{mesh!r} has {mesh.size} ranks, but {world} processes were started; start one for each rank, as "
-            f"with `torchrun --nproc-per-node={mesh.size}`, or change the mesh"
+            f"{mesh!r} has {mesh.size} ranks, but {world} processes were started; start one for each rank, "
+            f"as with `torchrun --nproc-per-node={mesh.size}`, or change the mesh"
         )

@@ -41,9 +41,9 @@ class InProcessCommunicator:
             return combine([x])[0]
         return self._world.meet(self.rank, Call(kind, axes, tuple(x.shape), x.dtype), group, x, combine)
 
-    def allwire.fold(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
         wire.check_op(op)
-        return self._collective(f"allwire.fold({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs)))
+        return self._collective(f"all_reduce({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs)))
 
     def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         return self._collective("all_gather", x, axes, lambda xs: _copies(torch.stack(xs), len(xs)))
@@ -51,7 +51,10 @@ class InProcessCommunicator:
     def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
         return self._collective(
-            "reduce_scatter", x, axes, lambda xs: [wire.fold([x[i] for x in xs], "sum") for i in range(len(xs))]
+            "reduce_scatter",
+            x,
+            axes,
+            lambda xs: [wire.fold([x[i] for x in xs], "sum") for i in range(len(xs))],
         )
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
@@ -150,7 +153,7 @@ class Ranks:
         device: what the communicators say their device is.
 
     >>> with Ranks(Mesh(pipe=2, data=2)) as ranks:
-    ...     ranks.run(lambda comm: comm.allwire.fold(torch.tensor(comm.rank), ("data",)).item())
+    ...     ranks.run(lambda comm: comm.all_reduce(torch.tensor(comm.rank), ("data",)).item())
     [1, 1, 5, 5]
     """
 

@@ -1,14 +1,13 @@
 """Messages over process groups: one mail for gloo, one for NCCL.
 
-Terms. A *lane* is a (source, destination, channel). A message is a sequence of tensors; each travels as the flat
-elements in its wire order (`wire.py`), and one without elements does not travel at all. A *pending* send is one
-that may not have left yet: its tensor must live until then.
+Terms. A *lane* is a (source, destination, channel). A message is a sequence of tensors; each travels as the
+flat elements in its wire order (`wire.py`), and one without elements does not travel at all. A *pending*
+send is one that may not have left yet: its tensor must live until then.
 
 In: tensors, peers, channels. Out: filled tensors. Errors are those of torch.distributed.
 
-FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo every tensor carries
-its number in its tag, on NCCL every lane has a communicator of its own.
-"""
+FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo every tensor
+carries its number in its tag, on NCCL every lane has a communicator of its own."""
 
 from __future__ import annotations
 
@@ -40,9 +39,8 @@ class _Lane:
 class GlooMail:
     """Messages between CPUs, over one group of all ranks.
 
-    A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its receiver.
-    So every sent tensor is kept until ``flush``.
-    """
+    A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its
+    receiver. So every sent tensor is kept until ``flush``."""
 
     def __init__(self, group: dist.ProcessGroup, store: dist.Store, key: str) -> None:
         self._group, self._store, self._key = group, store, key
@@ -97,10 +95,9 @@ class GlooMail:
 class NcclMail:
     """Messages between GPUs, one communicator for each lane (`Groups.prepare`).
 
-    Both ends only enqueue: a receive makes the current stream wait, not the host. A sent tensor is kept until its
-    work is waited on, at the latest by ``flush``, which also joins the communicators' streams to the current one,
-    as a capture of the step into a CUDA graph needs.
-    """
+    Both ends only enqueue: a receive makes the current stream wait, not the host. A sent tensor is kept
+    until its work is waited on, at the latest by ``flush``, which also joins the communicators' streams to
+    the current one, as a capture of the step into a CUDA graph needs."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups

@@ -3,11 +3,10 @@
 In: a mesh, and the environment that torchrun (or fp.launch) sets. Out: see `funcpipe.comm`.
 
 How errors spread. A rank that fails writes so into the store (`alarm.py`) and severs its process groups
-(`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and raises
-RankError in turn; whoever waits for a rank that is far from any communication is freed by the thread that watches
-the store. A process that dies without a word is noticed by the rank whose connection to it closes, which writes the
-note in its place.
-"""
+(`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and
+raises RankError in turn; whoever waits for a rank that is far from any communication is freed by the thread
+that watches the store. A process that dies without a word is noticed by the rank whose connection to it
+closes, which writes the note in its place."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ _NOTE = 2.0  # seconds that the note of a rank that closed its connections may t
 class ProcessGroupCommunicator:
     """This process as one rank of ``mesh``, as ``funcpipe.comm.Communicator`` describes it.
 
-    All ranks construct it alike. Where torch.distributed is not initialised, it is, from torchrun's environment.
+    All ranks construct it alike. Where torch.distributed is not initialised, it is, from torchrun's
+    environment.
 
     Args:
         mesh: has as many ranks as there are processes.
@@ -42,7 +42,8 @@ class ProcessGroupCommunicator:
         timeout: seconds after which a rank that does not answer counts as lost.
 
     Raises:
-        MeshError: the number of processes is not the size of the mesh, or this process was not started as one of
+        MeshError: the number of processes is not the size of the mesh, or this process was not started as
+        one of
             several.
     """
 
@@ -136,7 +137,8 @@ class ProcessGroupCommunicator:
             raise self._lost(error, what(), peers or range(self.mesh.size)) from error
 
     def _lost(self, error: RuntimeError, what: str, peers: Sequence[int]) -> BaseException:
-        """The error to raise for one that torch.distributed raised: who failed first, or what was lost here."""
+        """The error to raise for one that torch.distributed raised: who failed first, or what was lost
+        here."""
         failure = self._alarm.first(wait=_NOTE)
         if failure is None:
             others = [r for r in peers if r != self.rank]
@@ -167,7 +169,7 @@ class ProcessGroupCommunicator:
 def _reason(error: RuntimeError) -> str:
     """What torch.distributed says, without the source line and the advice.
 
-    >>> _reason(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:7. This is usual"))
+    >>> _reason(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:7. This is"))
     'Connection closed by peer [::1]:7'
     """
     return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]

@@ -1,13 +1,12 @@
 """Collectives over process groups.
 
-Terms. A *team* is the process group of a rank over some axes (`groups.py`). What only moves, moves as bytes, so every
-dtype can. A *fold* is a sum or maximum taken in the order of the team.
+Terms. A *team* is the process group of a rank over some axes (`groups.py`). What only moves, moves as
+bytes, so every dtype can. A *fold* is a sum or maximum taken in the order of the team.
 
 In: a team and a tensor. Out: a new contiguous tensor. Errors are those of torch.distributed.
 
-On CPUs reductions move the operands and fold them here, in team order: the bits are then those of the in-process
-ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces.
-"""
+On CPUs reductions move the operands and fold them here, in team order: the bits are then those of the
+in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces."""
 
 from __future__ import annotations
 
@@ -20,8 +19,16 @@ from funcpipe.comm.groups import Team
 _SMALL = 1 << 16  # bytes that a gather may hand to every member at once, rather than in a ring of steps
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _REDUCED_BY_NCCL = frozenset(
-    [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-    + [torch.int8, torch.uint8, torch.int32, torch.int64]
+    {
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    }
 )
 
 

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.errors import CutError, FuncpipeError, TraceError
+from funcpipe.graph.mutation import make_functional, mutates
 
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
 for _name in ("cut", "cut_backward"):
@@ -134,7 +135,7 @@ def trace(
     with _TRACING, step_.bind(context), torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
             module = make_fx(joint, tracing_mode="fake")(*tensors)
-            if any(_mutates(n) for n in module.graph.nodes):
+            if not make_functional(module):
                 pure = torch.func.functionalize(module, remove="mutations")
                 module = make_fx(pure, tracing_mode="fake")(*tensors)
         except FuncpipeError:
@@ -201,10 +202,6 @@ def is_seeded(node: fx.Node) -> bool:
     return not name.endswith("_backward") and not unused
 
 
-def _mutates(node: fx.Node) -> bool:
-    return is_op(node) and node.target._schema.is_mutable
-
-
 def _refuse_impure(traced: Traced) -> None:
     backward = False
     inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
@@ -220,7 +217,7 @@ def _refuse_impure(traced: Traced) -> None:
                 f"{node.target} draws from the global random generator, so no two ranks or microbatches could repeat what "
                 "one device does. Draw the random values outside the loss and pass them through batch"
             )
-        if _mutates(node) and node.args and node.args[0] in inputs:
+        if mutates(node) and node.args and node.args[0] in inputs:
             raise TraceError(
                 f"the loss function changes one of its inputs in place ({node.target}); it has to be pure: "
                 "write to a clone instead"

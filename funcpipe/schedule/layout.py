@@ -39,7 +39,7 @@ def named(name: str, lay_out: ScheduleFn) -> ScheduleFn:
         if ranks < 1 or microbatches < 1:
             got = f"{ranks} and {microbatches}"
             raise ScheduleError(f"{name}: needs at least 1 rank and 1 microbatch, got {got}")
-        return lay_out(ranks, microbatches)
+        return replace(lay_out(ranks, microbatches), name=name)
 
     sized.__name__ = sized.__qualname__ = name
     return sized
@@ -170,7 +170,7 @@ def spread(name: str, base: ScheduleFn) -> ScheduleFn:
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         table = base(ranks, microbatches)
-        return replace(table, name=name, ranks=tuple(map(tuple, _spread(table))))
+        return replace(table, ranks=tuple(map(tuple, _spread(table))))
 
     return named(name, lay_out)
 

@@ -18,8 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from funcpipe.schedule.actions import ScheduleFn
-from funcpipe.schedule.layout import Row, alternate, by_rank, in_turn, loop, named, run, spread, turns, vee,
-written
+from funcpipe.schedule.layout import (
+    Row,
+    alternate,
+    by_rank,
+    in_turn,
+    loop,
+    named,
+    run,
+    spread,
+    turns,
+    vee,
+    written,
+)
 
 
 def gpipe() -> ScheduleFn:
@@ -123,8 +134,7 @@ def interleaved_zb(v: int) -> ScheduleFn:
 
 
 def zb_v() -> ScheduleFn:
-    """Two stages a rank, placed as a V so that the last stage is on the first rank: no bubble but the
-    filling.
+    """Two stages a rank in a V, so that the last is on the first rank: no bubble but the filling.
 
     Bubble (P-1)/(6M+P-1); live 2P halves of a rank's layers, which is what 1F1B holds on rank 0. Qi et al.
     2023, section 6, https://arxiv.org/abs/2401.10241. With M < 2P-1, W waits for idle moments instead.
@@ -199,6 +209,6 @@ def forward_only(v: int = 1) -> ScheduleFn:
 
 
 def _or_spread(many: ScheduleFn, least: Callable[[int], int]) -> ScheduleFn:
-    """A table that is written for ``least(ranks)`` microbatches or more; with fewer, its W wait for idle
-    moments.""" few = spread(many.__name__, many) return named(many.__name__, lambda ranks, m: (many if m >=
-    least(ranks) else few)(ranks, m))
+    """A table that is written for ``least(ranks)`` microbatches or more; with fewer, its W are spread."""
+    few = spread(many.__name__, many)
+    return named(many.__name__, lambda ranks, m: (many if m >= least(ranks) else few)(ranks, m))

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from funcpipe.schedule import Action, Edge, Schedule, ScheduleFn, chain, from_table, gpipe, one_f_one_b
+from funcpipe.schedule import (
+    Action,
+    Edge,
+    Schedule,
+    ScheduleFn,
+    chain,
+    dual_pipe_v,
+    forward_only,
+    from_table,
+    gpipe,
+    interleaved_1f1b,
+    interleaved_zb,
+    looped_bfs,
+    one_f_one_b,
+    zb_h1,
+    zb_v,
+)
 
 # Every schedule of the library: its name, the factory, and whether it takes a number of stages per rank.
 LIBRARY: dict[str, tuple] = {
     "gpipe": (gpipe, False),
     "one_f_one_b": (one_f_one_b, False),
+    "interleaved_1f1b": (interleaved_1f1b, True),
+    "looped_bfs": (looped_bfs, True),
+    "zb_h1": (zb_h1, False),
+    "interleaved_zb": (interleaved_zb, True),
+    "zb_v": (zb_v, False),
+    "dual_pipe_v": (dual_pipe_v, False),
+    "forward_only": (forward_only, True),
 }
 
 

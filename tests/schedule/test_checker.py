@@ -288,7 +288,7 @@ def test_library_passes_with_skips(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_fast(name: str) -> None:
-    """Linear: 16 ranks, 128 microbatches and 4 stages a rank (some 50,000 actions) are nothing to wait for."""
+    """Linear: 16 ranks, 128 microbatches and 4 stages a rank are some 50,000 actions."""
     factory, takes_v = LIBRARY[name]
     schedule = (factory(4) if takes_v else factory())(16, 128)
     start = time.process_time()
@@ -296,8 +296,9 @@ def test_fast(name: str) -> None:
     assert time.process_time() - start < 3.0  # a third of a second on an idle machine
 
 
-# Mutation: the verdict against a run. The interpreter below shares no code with the checker. A table is right if every
-# rank ends, nothing is left in a channel, nothing runs twice, everything ran, and whatever an action reads was there.
+# Mutation: the verdict against a run. The interpreter below shares no code with the checker. A table is right
+# if every rank ends, nothing is left in a channel, nothing runs twice, everything ran, and whatever an action
+# reads was there.
 
 
 class Fault(Exception):
