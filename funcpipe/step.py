@@ -82,7 +82,7 @@ def bind(context: Context) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tap() -> Iterator[list]:
-    """Collect ``(context, call number, loss, grads)`` of every ``value_and_grad`` call: for tests."""
+    """Collect ``(context, loss, grads)`` of every ``value_and_grad`` call, in tensors of their own: for tests."""
     seen: list = []
     token = _tap.set(seen)
     try:
@@ -139,7 +139,8 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
         out = (_plain if context is None else context.value_and_grad)(loss_fn, has_aux, params, batch)
         seen = _tap.get()
         if seen is not None:
-            seen.append((context, out[0][0] if has_aux else out[0], out[1]))
+            loss, grads = tree.map_tensors(torch.clone, (out[0][0] if has_aux else out[0], out[1]))
+            seen.append((context, loss, grads))
         return out
 
     return run

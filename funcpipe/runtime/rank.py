@@ -39,7 +39,7 @@ class Rank:
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """Run the step once."""
-        context = _Running(self)
+        context = Running(self)
         with step_.bind(context):
             state, metrics = self.plan.resolved.step(state, batch)
         seen, planned = (context.calls, context.sums), (len(self.calls), len(self.plan.placement.dyed.sums))
@@ -238,7 +238,7 @@ def _add(terms: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
-class _Running:
+class Running:
     """The context of a step that runs on a rank."""
 
     def __init__(self, rank: Rank) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import math
 import re
 import signal
 import threading
@@ -32,7 +33,8 @@ def error_of(mesh, body, kind):
 
 @st.composite
 def meshes_and_axes(draw):
-    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda s: torch.Size(s).numel() <= 8))
+    few = st.lists(st.integers(1, 4), min_size=1, max_size=3).filter(lambda s: math.prod(s) <= 8)
+    sizes = draw(few)
     mesh = Mesh(**dict(zip("abc", sizes, strict=False)))
     axes = draw(st.lists(st.sampled_from(list(mesh.axes)), min_size=1, unique=True))
     return mesh, tuple(axes)
@@ -60,8 +62,8 @@ def test_collectives_equal_plain_loops(mesh_axes, kind, shape, dtype, turned):
     got = run_ranks(mesh, lambda comm: call(comm, kind, xs[comm.rank], axes))
     assert all(map(same, got, expected(kind, before, mesh, axes)))
     assert all(map(torch.equal, xs, before))
-    storages = {x.untyped_storage().data_ptr() for x in [*got, *xs] if x.numel()}
-    assert len(storages) == 2 * mesh.size * bool(got[0].numel() and xs[0].numel()) or not xs[0].numel()
+    if xs[0].numel():
+        assert len({x.untyped_storage().data_ptr() for x in [*got, *xs]}) == 2 * mesh.size
 
 
 def test_operands_may_change_once_a_collective_returns():
@@ -186,17 +188,18 @@ def test_a_deadlock_says_where_each_rank_stands():
             comm.send([ZEROS], 2, "B")
             comm.recv([ZEROS, torch.zeros((), dtype=torch.int64)], 1, "F")
         if comm.rank == 1:
-            comm.all_reduce(torch.zeros(2, 3), ("pipe", "data"))
+            comm.all_reduce(torch.zeros(2, 3), ("data",))
         if comm.rank == 2:
             comm.exchange("here")
 
     assert str(error_of(GRID, body, DeadlockError)) == (
         "every rank that has not finished waits for another one:\n"
         "  rank 0 waits to receive (float32[2], int64[]) from rank 1 on channel 'F'\n"
-        "  rank 1 waits in all_reduce(sum) of float32[2, 3] over ('pipe', 'data'); not there yet: ranks 0, 2, 3\n"
-        "  rank 2 waits in exchange; not there yet: ranks 0, 1, 3; unread: 1 message from rank 0 on channel 'B'\n"
+        "  rank 1 waits in all_reduce(sum) of float32[2, 3] over ('data',); not there yet: rank 0\n"
+        "  rank 2 waits in exchange; not there yet: ranks 0, 1, 3; "
+        "unread: 1 message from rank 0 on channel 'B'\n"
         "  rank 3 has finished"
-    ).replace("  rank 2 waits in exchange; not there yet: ranks 0, 1, 3", "  rank 2 waits in exchange; not there yet: ranks 0, 1, 3")
+    )
 
 
 def test_a_deadlock_of_two_receivers():

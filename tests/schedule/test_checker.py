@@ -389,8 +389,7 @@ class Interpreter:
 def mutate(schedule: Schedule, rng: random.Random) -> Schedule:
     """Drop, duplicate, swap, move or retarget one action of a table."""
     rows = [list(row) for row in schedule.ranks]
-    rank = rng.choice([r for r, row in enumerate(rows) if row])
-    row = rows[rank]
+    row = rng.choice([row for row in rows if row] or [[Action("F", 0, 0)]])
     i = rng.randrange(len(row))
     match rng.choice(
         ["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]

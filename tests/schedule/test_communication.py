@@ -85,7 +85,7 @@ def test_every_message_that_is_needed_and_no_other(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_received_when_read_and_sent_when_made(data: st.DataObject) -> None:
-    """The last receive of a channel before an action is one that the action reads; sends follow their maker."""
+    """The last receive of a channel before an action is read by that action; sends follow their maker."""
     schedule = data.draw(library(ranks=6, microbatches=8))
     edges = data.draw(edges_for(schedule.stages))
     for row in insert_communication(schedule, edges).ranks:
@@ -98,8 +98,7 @@ def test_received_when_read_and_sent_when_made(data: st.DataObject) -> None:
                 assert message_of(action).unit == maker
             else:
                 maker = unit_of(action)
-                reads = {
-                    (k, s, action.microbatch) for (k, s), reader in edges if maker and reader == maker[:2]
-                }
+                makers = [m for m, reader in edges if maker and reader == maker[:2]]
+                reads = {(*m, action.microbatch) for m in makers}
                 assert set(pending.values()) <= reads
                 pending = {}
