@@ -124,6 +124,8 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         f"{_number(timeline.makespan)}{_unit(unit)}",
         f"bubble {timeline.bubble:.1%}",
     ]
+    if schedule.stages > len(timeline.spans):
+        facts.append("paler: a rank's later stages")
     headline, y = escape(title or schedule.name), 26
     yield f"<text x='{_LEFT:g}' y='{y}' font-size='17' font-weight='600'>{headline}</text>"
     yield f"<text x='{_LEFT:g}' y='{y + 20}' font-size='12' fill='{_FAINT}'>{' · '.join(facts)}</text>"
@@ -159,7 +161,7 @@ def _lane(
         number = str(span.action.microbatch)
         size = min(10.0, (width - 1) / (len(number) * _DIGIT))
         if size >= 6:
-            ink = "#fff" if _luminance(colour) < 0.4 else "#000"
+            ink = "#fff" if _luminance(colour) < 0.3 else "#000"
             where = (
                 f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' font-size='{size:.1f}'"
             )

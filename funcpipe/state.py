@@ -196,7 +196,7 @@ class _Elementwise(BatchIsReal):
             raise StateError(
                 f"the step mixes {a} and {b} in {func.overloadpacket}: a rank may hold only one of them"
             )
-        return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def look(

@@ -117,31 +117,32 @@ def _complete(
     f, b, i, w = (Action(kind, stage, microbatch) for kind in "FBIW")
     parts = [w._replace(segment=number) for number in range(segments)]
     some = [part for part in parts if part in place]
+    weights = [w] if w in place else some
     rank = schedule.placement[stage]
 
-    def fail(missing: str, why: str, *there: Action, instead: str | None = None) -> ScheduleError:
-        behind = f"write {missing} behind {there[-1]}" if there else f"write {missing} on rank {rank}"
-        what = f"rank {rank} never runs {missing}" if instead is None else missing
+    def lacks(what: str, why: str, *there: Action) -> ScheduleError:
+        instead = f"write {what} behind {there[-1]}" if there else f"write {what} on rank {rank}"
         places = [place[action] for action in there]
-        return refusal(schedule, what, *places, why=why, instead=instead or behind)
+        return refusal(schedule, f"rank {rank} never runs {what}", *places, why=why, instead=instead)
+
+    def both(one: Action, other: Action, why: str) -> ScheduleError:
+        places = (place[one], place[other])
+        what = f"rank {rank} has both {one} and {other}"
+        return refusal(schedule, what, *places, why=why, instead="leave one out")
 
     if f not in place:
-        raise fail(f"{f}", "every stage runs F of every microbatch once")
+        raise lacks(f"{f}", "every stage runs F of every microbatch once")
     if not backward:
         return
-    if b in place and (i in place or w in place or some):
-        also = next(action for action in (i, w, *some) if action in place)
-        raise fail(
-            f"rank {rank} has both {b} and {also}", "B is I and W in one", b, also, instead="leave one out"
-        )
     if b in place:
+        if others := [action for action in (i, *weights) if action in place]:
+            raise both(b, others[0], "B is I and W in one")
         return
     if i not in place:
-        either = f"{b} (or {i} and {w})" if w not in place and not some else f"{i}"
-        raise fail(either, "some action in the table is a backward, so every microbatch needs its own", f)
+        what = f"{i}" if weights else f"{b} (or {i} and {w})"
+        raise lacks(what, "some action in the table is a backward, so every microbatch needs its own", f)
     if w in place and some:
-        what = f"rank {rank} has both {w} and {some[0]}"
-        raise fail(what, "W without a segment is W of all segments", w, some[0], instead="leave one out")
-    absent = [part for part in parts if part not in place]
-    if w not in place and (not some or absent):
-        raise fail(f"{absent[0] if some else w}", "I leaves the weight gradients to W", i, *some)
+        raise both(w, some[0], "W without a segment is W of all segments")
+    if w not in place and len(some) < max(segments, 1):
+        absent = next((part for part in parts if part not in place), w) if some else w
+        raise lacks(f"{absent}", "I leaves the weight gradients to W", i, *some)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from funcpipe.testing.equivalence import Report, assert_equivalent
-from funcpipe.testing.models import Layer, Model
+from funcpipe.testing.model import Layer, Model
 
 if TYPE_CHECKING:
     from funcpipe.testing.strategies import RandomTable, meshes, microbatch_counts, models, schedules
