@@ -21,7 +21,7 @@ from funcpipe.step import (
     stage_boundary,
     value_and_grad,
 )
-from funcpipe.transforms import accumulated, pipelined
+from funcpipe.transforms import accumulated, data_parallel, pipelined
 
 __all__ = [
     "Mean",
@@ -32,6 +32,7 @@ __all__ = [
     "accumulated",
     "clip_by_global_norm",
     "compose",
+    "data_parallel",
     "errors",
     "global_norm",
     "global_sum",

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcpipe import step as step_
 from funcpipe import tree
@@ -151,13 +152,12 @@ class _Looking:
 
     def _aux(self, call: Call) -> Any:
         """What the loss function returns beside the loss, as fakes: the step may compute with it."""
-        true = [
-            torch.empty(self.dyes.leaves[i].shape, dtype=d)
-            for i, d in zip(call.params, call.dtypes, strict=True)
-        ]
+        leaves, mode = self.dyes.leaves, self.dyes.mode
+        true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
         params = tree.unflatten(call.params_spec, true)
         parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
-        return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
+        with _disable_current_modes(), BatchIsReal(mode):  # a loss function need not be elementwise
+            return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         flat, spec = tree.flatten(leaves)

@@ -1,6 +1,7 @@
 """Transforms: one file each, each a function ``transform(step=None, *, axis=..., **options) -> step``."""
 
 from funcpipe.transforms.accumulated import accumulated
+from funcpipe.transforms.data_parallel import data_parallel
 from funcpipe.transforms.pipelined import pipelined
 
-__all__ = ["accumulated", "pipelined"]
+__all__ = ["accumulated", "data_parallel", "pipelined"]

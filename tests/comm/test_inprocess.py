@@ -1,4 +1,4 @@
-"""In-process ranks: collectives against plain loops, order of messages, who goes on when, and every error text."""
+"""In-process ranks: collectives against plain loops, order of messages, who goes on when, error texts."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_an_interrupt_stops_the_ranks():
     def body(comm):
         while True:
             if comm.rank == 0:
-                signal.raise_signal(signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             comm.exchange(0)
             time.sleep(0.001)
 
