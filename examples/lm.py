@@ -108,9 +108,7 @@ def make_loss(sizes: Sizes) -> Callable[[Params, dict[str, Tensor]], fp.Mean]:
 
     def loss_fn(params: Params, batch: dict[str, Tensor]) -> fp.Mean:
         z_BTV = logits(params, batch["tokens"], sizes)
-        total = F.cross_entropy(
-            z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        total = F.cross_entropy(z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
         return fp.Mean(total=total, weight=(batch["labels"] != IGNORED).sum())
 
     return loss_fn

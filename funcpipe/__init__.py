@@ -21,7 +21,7 @@ from funcpipe.step import (
     stage_boundary,
     value_and_grad,
 )
-from funcpipe.transforms import accumulated, data_parallel, pipelined
+from funcpipe.transforms import accumulated, data_parallel, pipelined, sharded_weights
 
 __all__ = [
     "Mean",
@@ -40,6 +40,7 @@ __all__ = [
     "optim",
     "pipelined",
     "schedules",
+    "sharded_weights",
     "simulate",
     "spmd",
     "stage_boundary",

@@ -141,9 +141,7 @@ def adamw(
     return Optimizer(init, update)
 
 
-def sgd(
-    lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
-) -> Optimizer:
+def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
     r"""Stochastic gradient descent, with momentum and L2 regularization as in ``torch.optim.SGD``.
 
     .. math::
@@ -243,8 +241,7 @@ def from_optax(pair: Any) -> Optimizer:
         trained = [_trained(leaf) for leaf in p]
         g = [_laid_out(x, leaf) if t else None for x, leaf, t in zip(g, p, trained, strict=True)]
         shown_g, shown_p = (
-            spec.unflatten(leaf if t else None for leaf, t in zip(leaves, trained, strict=True))
-            for leaves in (g, p)
+            spec.unflatten(leaf if t else None for leaf, t in zip(leaves, trained, strict=True)) for leaves in (g, p)
         )
         updates, state = pair_update(shown_g, state, params=shown_p, **pure)
         moves = _leaves_beside(params, updates, "the updates of the pair")

@@ -1,6 +1,7 @@
 """Placement: which rank holds which leaf, and the way there and back.
 
-Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it. To *place* a tree is to
+Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and over which axes it is
+*sharded*: cut flat into equal pieces, one for each rank of the group on those axes. To *place* a tree is to
 turn the single-device pytree into what one rank holds, to *unplace* to turn what all ranks hold into it again. A leaf
 that a rank does not hold is None there.
 
@@ -17,15 +18,49 @@ import torch
 
 from funcpipe import tree
 from funcpipe.errors import StateError
-from funcpipe.mesh import Mesh
+from funcpipe.mesh import Axes, Mesh
 from funcpipe.state import Dyed, Dyes, held_state
+
+
+def extent(numel: int, parts: int, index: int) -> tuple[int, int]:
+    """Where a shard begins and ends among the elements of its leaf: flat, the last ones may be smaller or empty.
+
+    >>> [extent(5, 3, i) for i in range(3)], extent(1, 3, 2)
+    ([(0, 2), (2, 4), (4, 5)], (1, 1))
+    """
+    chunk = -(-numel // parts)
+    return min(index * chunk, numel), min((index + 1) * chunk, numel)
+
+
+def shard_shape(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
+    """The shape of a shard: as many dims as its leaf has."""
+    return (elements, *[1] * (len(shape) - 1))
+
+
+def take(x: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
+    """A rank's shard of a whole leaf."""
+    start, end = extent(x.numel(), mesh.axis_size(axes), mesh.index(rank, axes))
+    return x.reshape(-1)[start:end].reshape(shard_shape(tuple(x.shape), end - start))
+
+
+def join(shards: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """The whole leaf of all its shards, in order."""
+    return torch.cat([s.reshape(-1) for s in shards]).view(shape)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a parameter is held: the places on the pipe axis, lowest first (place 0 without a pipe axis)."""
+    """Where a parameter is held.
+
+    Args:
+        owners: the places on the pipe axis, lowest first (place 0 without a pipe axis).
+        shape: of the whole leaf.
+        axes: the axes it is sharded over, in mesh order; none: each owner holds it whole.
+    """
 
     owners: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: Axes = ()
 
 
 @dataclass(frozen=True)
@@ -54,35 +89,53 @@ class Placement:
         return self.stage_rank(rank) in self.layouts[param].owners
 
     def counts(self, rank: int, param: int | None) -> bool:
-        """Whether a rank is the one that counts a leaf in a sum over the mesh: the lowest of those that hold it."""
+        """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that hold the part."""
         here = self.mesh.coords(rank)
-        first = 0 if param is None else self.layouts[param].owners[0]
-        return all(here[a] == (first if a == self.pipe_axis else 0) for a in self.mesh.axes)
+        layout = Layout((0,), ()) if param is None else self.layouts[param]
+        fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
+        return all(here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items())
 
-    def holder(self, leaf: int) -> int:
-        """The lowest rank that holds a leaf of the state."""
+    def holders(self, leaf: int) -> tuple[int, ...]:
+        """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in order."""
         place = next(p for p, present in enumerate(self.present) if present[leaf])
         zero = dict.fromkeys(self.mesh.axes, 0)
-        return self.mesh.rank(zero | ({self.pipe_axis: place} if self.pipe_axis else {}))
+        first = self.mesh.rank(zero | ({self.pipe_axis: place} if self.pipe_axis else {}))
+        return self.mesh.group(first, self._axes(leaf))
+
+    def _axes(self, leaf: int) -> Axes:
+        param = self.dyed.state[leaf]
+        return () if param is None else self.layouts[param].axes
 
     def params(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full params, in tensors of its own."""
         leaves = self.dyed.params_spec.flatten_up_to(full)
-        held = [own(x) if self.holds(rank, i) else None for i, x in enumerate(leaves)]
+        held = [
+            own(self._part(x, layout.axes, rank)) if self.holds(rank, i) else None
+            for i, (x, layout) in enumerate(zip(leaves, self.layouts, strict=True))
+        ]
         return tree.unflatten(self.dyed.params_spec, held)
 
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
         leaves = self.state_leaves(full, "place")
-        return tree.unflatten(
-            self.dyed.state_spec,
-            [own(x) if p else None for x, p in zip(leaves, self.present[self.stage_rank(rank)], strict=True)],
-        )
+        present = self.present[self.stage_rank(rank)]
+        held = [
+            own(self._part(x, self._axes(j), rank)) if here else None
+            for j, (x, here) in enumerate(zip(leaves, present, strict=True))
+        ]
+        return tree.unflatten(self.dyed.state_spec, held)
+
+    def _part(self, x: Any, axes: Axes, rank: int) -> Any:
+        return take(x, self.mesh, rank, axes) if axes else x
 
     def unplace(self, leaf: Callable[[int, int], Any]) -> Any:
-        """The full state; ``leaf(rank, number)`` fetches a leaf of the state from a rank that holds it."""
-        count = len(self.dyed.state)
-        return tree.unflatten(self.dyed.state_spec, [own(leaf(self.holder(j), j)) for j in range(count)])
+        """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the state."""
+        out = []
+        for j, param in enumerate(self.dyed.state):
+            parts = [leaf(rank, j) for rank in self.holders(j)]
+            sharded = bool(self._axes(j)) and param is not None
+            out.append(join(parts, self.layouts[param].shape) if sharded else own(parts[0]))  # type: ignore[index]
+        return tree.unflatten(self.dyed.state_spec, out)
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
         """The leaves of a rank's state (None where it holds nothing), in the order of the full state's."""
@@ -107,9 +160,12 @@ def place_params(
     dyes: Dyes,
     init_state: Callable,
     owners: Sequence[Iterable[int]],
+    axes: Sequence[Axes],
 ) -> Placement:
-    """The placement that follows from the owners of every parameter."""
-    layouts = tuple(Layout(tuple(sorted(set(o))) or (0,)) for o in owners)
+    """The placement that follows from the owners of every parameter and the axes it is sharded over."""
+    layouts = tuple(
+        Layout(tuple(sorted(set(o))) or (0,), shape, a) for o, shape, a in zip(owners, dyed.shapes, axes, strict=True)
+    )
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
     placement = Placement(mesh, pipe_axis, dyed, layouts, ())
     present = []

@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -365,6 +365,19 @@ class Pipe:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Split weights, gradients and optimizer state over the record's axes; the fields are `sharded_weights`' options."""
+
+    regather: str | int = "microbatch"
+    reduce: str = "each"
+    prefetch: int = 1
+    bucket_bytes: int | None = None
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    only: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True)
 class Record:
     """What one transform wants: any of the roles below, on its axes."""
 
@@ -373,6 +386,7 @@ class Record:
     split: Split | None = None
     micro: Micro | None = None
     pipe: Pipe | None = None
+    shard: Shard | None = None
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
@@ -380,7 +394,7 @@ class Record:
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that take an axis for themselves."""
-        return tuple(r for r in ("split", "pipe") if getattr(self, r) is not None)
+        return tuple(r for r in ("split", "pipe", "shard") if getattr(self, r) is not None)
 
 
 class Step:
@@ -428,6 +442,12 @@ class Resolved:
     micro_name: str
     pipe: Pipe | None
     pipe_axis: str | None
+    shards: tuple[Record, ...]
+
+    def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
+        """S: the axes that a parameter is sharded over; a 0-d parameter stays whole."""
+        wanted = [r for r in self.shards if r.shard and (r.shard.only is None or r.shard.only(path))]
+        return self.mesh.ordered(a for r in wanted for a in r.axes) if shape else ()
 
     @property
     def split_axes(self) -> Axes:
@@ -471,6 +491,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         micro_name=micro.name if micro else "",
         pipe=pipe.pipe if pipe else None,
         pipe_axis=pipe.axes[0] if pipe else None,
+        shards=tuple(r for r in records if r.shard),
     )
 
 

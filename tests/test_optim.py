@@ -26,9 +26,7 @@ OPTIMIZERS = {
     "sgd-nesterov": sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "torchopt-adam": from_optax(torchopt.adam(1e-2)),
     "torchopt-sgd": from_optax(torchopt.sgd(0.1, momentum=0.9, nesterov=True)),
-    "torchopt-chain": from_optax(
-        torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))
-    ),
+    "torchopt-chain": from_optax(torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
@@ -119,9 +117,7 @@ def test_sgd_is_bitwise_torchs_sgd(dtype, settings):
     """Its loop, not its foreach: on CPUs ``_foreach_mul_`` rounds a momentum of 0.9 to bfloat16 in 2.13."""
     params = [{"w": block["w"]} for block in random_params(dtype)["blocks"]]
     ours, _ = train(sgd(0.1, **settings), params, 10)
-    theirs = train_torch(
-        lambda groups: torch.optim.SGD(groups[:1], 0.1, foreach=False, **settings), params, 10
-    )
+    theirs = train_torch(lambda groups: torch.optim.SGD(groups[:1], 0.1, foreach=False, **settings), params, 10)
     assert_same(ours, theirs)
 
 
@@ -228,9 +224,7 @@ def test_integer_bool_and_foreign_leaves_are_frozen(optimizer):
         grads = {"w": torch.ones(2), "ids": nothing, "mask": None, "name": None}
         params, state = optimizer.update(grads, state, params)
     assert params["w"][0] < 1.0 and params["name"] == "x"
-    assert torch.equal(params["ids"], torch.arange(3)) and torch.equal(
-        params["mask"], torch.tensor([True, False])
-    )
+    assert torch.equal(params["ids"], torch.arange(3)) and torch.equal(params["mask"], torch.tensor([True, False]))
 
 
 @every_optimizer
@@ -348,9 +342,7 @@ def test_trees_of_other_types_are_refused(optimizer):
 
 def test_a_state_of_other_parameters_is_refused_with_the_path():
     optimizer = adamw(1e-3)
-    with pytest.raises(
-        OptimError, match=r"^opt_state\.m\['w'\] is float32\[3\] on cpu, but params\['w'\] is"
-    ):
+    with pytest.raises(OptimError, match=r"^opt_state\.m\['w'\] is float32\[3\] on cpu, but params\['w'\] is"):
         optimizer.update({"w": W}, optimizer.init({"w": B}), {"w": W})
     with pytest.raises(OptimError, match=r"^opt_state\.m\['w'\] is float32.*, but params\['w'\] is bfloat16"):
         optimizer.update({"w": W}, optimizer.init({"w": W}), {"w": W.bfloat16()})
@@ -392,9 +384,7 @@ def test_settings_out_of_range_are_refused(make, message):
 
 
 def test_something_else_than_a_pair_is_refused():
-    with pytest.raises(
-        OptimError, match=r"from_optax takes a pair of functions \(init, update\), such as torchopt"
-    ):
+    with pytest.raises(OptimError, match=r"from_optax takes a pair of functions \(init, update\), such as torchopt"):
         from_optax(torch.optim.AdamW)
 
 

@@ -3,5 +3,6 @@
 from funcpipe.transforms.accumulated import accumulated
 from funcpipe.transforms.data_parallel import data_parallel
 from funcpipe.transforms.pipelined import pipelined
+from funcpipe.transforms.sharded_weights import sharded_weights
 
-__all__ = ["accumulated", "data_parallel", "pipelined"]
+__all__ = ["accumulated", "data_parallel", "pipelined", "sharded_weights"]

@@ -23,6 +23,23 @@ import torch
 from funcpipe.mesh import Axes, Mesh
 
 
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> torch.Tensor:
+        """Its result, once."""
+
+
+class Done:
+    """A collective that was over when it began."""
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+
+    def wait(self) -> torch.Tensor:
+        return self._out
+
+
 class Communicator(Protocol):
     """One rank's way to the others.
 
@@ -47,6 +64,12 @@ class Communicator(Protocol):
     def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         """``x`` has shape ``(n, *s)``: the sum over members of their ``x[i]``, where ``i`` is the own index;
         shape ``s``."""
+
+    def start_all_gather(self, x: torch.Tensor, axes: Axes) -> Pending:
+        """``all_gather``, waited for later; ``x`` must not be changed until then."""
+
+    def start_reduce_scatter(self, x: torch.Tensor, axes: Axes) -> Pending:
+        """``reduce_scatter``, waited for later; ``x`` must not be changed until then."""
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         """``x`` has shape ``(n, *s)``: piece ``i`` goes to member ``i``; returns what came from each,

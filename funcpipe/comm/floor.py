@@ -3,8 +3,8 @@
 Terms. The *floor* belongs to one rank at a time: it runs until it blocks (in a receive, or in a collective
 that others have not reached), then hands the floor to the next rank, in cyclic order, that can go on. A
 rank's *gate* is the lock that its thread sleeps on. A *box* holds the messages of one (source, destination,
-channel) in order. Ranks *meet* in a collective: the last one to arrive computes everybody's result, so no rank
-can change an operand that others still read.
+channel) in order. Ranks *meet* in a collective: the last one to arrive computes everybody's result, so no
+rank can change an operand that others still read.
 
 In: what ranks call. Out: who goes on, with what; or the first error, after which every rank is stopped.
 

@@ -48,7 +48,9 @@ class Groups:
 
     def __init__(self, mesh: Mesh, device: torch.device | str | None, timeout: timedelta) -> None:
         self.mesh, self.timeout = mesh, timeout
-        self.device = torch.device(device) if device is not None else _default_device()
+        self.device = _with_index(torch.device(device)) if device is not None else _default_device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             _initialise(mesh, self.device, timeout)
             _tenants.add(self)
@@ -187,6 +189,12 @@ def _backend(device: torch.device) -> str:
     return "gloo" if device.type == "cpu" else "nccl"
 
 
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
 def _default_device() -> torch.device:
     """The GPU of this process where every process of this machine has one, else the CPU."""
     if dist.is_initialized() and "nccl" not in dist.get_backend_config():
@@ -210,7 +218,6 @@ def _initialise(mesh: Mesh, device: torch.device, timeout: timedelta) -> None:
     if device.type == "cpu":
         dist.init_process_group("gloo", timeout=timeout)
     else:
-        torch.cuda.set_device(device)
         # With a device_id NCCL connects now, and groups made later are split off without a handshake.
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
 

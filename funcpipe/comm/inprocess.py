@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from funcpipe.comm import wire
+from funcpipe.comm import Done, wire
 from funcpipe.comm.floor import DONE, READY, Call, Combine, World
 from funcpipe.errors import FuncpipeError, MismatchError
 from funcpipe.mesh import Axes, Mesh
@@ -56,6 +56,12 @@ class InProcessCommunicator:
             axes,
             lambda xs: [wire.fold([x[i] for x in xs], "sum") for i in range(len(xs))],
         )
+
+    def start_all_gather(self, x: torch.Tensor, axes: Axes) -> Done:
+        return Done(self.all_gather(x, axes))
+
+    def start_reduce_scatter(self, x: torch.Tensor, axes: Axes) -> Done:
+        return Done(self.reduce_scatter(x, axes))
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from funcpipe.comm import teams, wire
+from funcpipe.comm import Pending, teams, wire
 from funcpipe.comm.alarm import Alarm, one_line
 from funcpipe.comm.groups import Groups, Lane, Team
 from funcpipe.comm.mail import mail
@@ -27,6 +27,7 @@ from funcpipe.errors import RankError
 from funcpipe.mesh import Axes, Mesh
 
 T = TypeVar("T")
+_LOSS = re.compile(r"connect|peer|socket|pipe|timed out|timeout|nccl", re.IGNORECASE)
 _NOTE = 2.0  # seconds that the note of a rank that closed its connections may take to arrive
 
 
@@ -81,6 +82,17 @@ class ProcessGroupCommunicator:
         wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
         return self._collective("reduce_scatter", x, axes, lambda team: teams.reduce_scatter(x, team))
 
+    def start_all_gather(self, x: torch.Tensor, axes: Axes) -> Pending:
+        return self._start("all_gather", x, axes, lambda team: teams.start_all_gather(x, team))
+
+    def start_reduce_scatter(self, x: torch.Tensor, axes: Axes) -> Pending:
+        wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
+        return self._start("reduce_scatter", x, axes, lambda team: teams.start_reduce_scatter(x, team))
+
+    def _start(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], Pending]) -> Pending:
+        begun = self._collective(kind, x, axes, run)
+        return _Guarded(lambda: self._collective(kind, x, axes, lambda _: begun.wait()))
+
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
         return self._collective("all_to_all", x, axes, lambda team: teams.all_to_all(x, team))
@@ -131,15 +143,16 @@ class ProcessGroupCommunicator:
             raise self._alarm.failure.error()
         try:
             return run()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             raise self._lost(error, what(), peers or range(self.mesh.size)) from error
 
     def _lost(self, error: RuntimeError, what: str, peers: Sequence[int]) -> BaseException:
-        """The error to raise for one that torch.distributed raised: who failed first, or what was lost
-        here."""
-        failure = self._alarm.first(wait=_NOTE)
+        """The error to raise for one that torch.distributed raised: who failed first, or what was lost here;
+        or that error itself where it is about something else (out of memory, a dtype that NCCL lacks)."""
+        if self._alarm.failure is None and not _is_loss(error):
+            raise error
+        # Where a rank was given the whole timeout to answer, a note about it would be there by now.
+        failure = self._alarm.first(wait=0 if _late(error) else _NOTE)
         if failure is None:
             others = [r for r in peers if r != self.rank]
             culprit = others[0] if len(others) == 1 else None
@@ -148,7 +161,7 @@ class ProcessGroupCommunicator:
         return failure.error()
 
     def _loss(self, error: RuntimeError, what: str, others: Sequence[int]) -> str:
-        late = "imed out" in str(error)
+        late = _late(error)
         end = f" within {self._timeout:g} s" if late else f": {_reason(error)}"
         if len(others) == 1:
             verb = "did not answer" if late else "lost contact with"
@@ -164,6 +177,21 @@ class ProcessGroupCommunicator:
 
     def close(self) -> None:
         self._closer()
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or bool(_LOSS.search(str(error)))
+
+
+def _late(error: RuntimeError) -> bool:
+    return "timed out" in str(error).lower()
+
+
+class _Guarded:
+    """A collective under way, whose failure is explained like any other's."""
+
+    def __init__(self, wait: Callable[[], torch.Tensor]) -> None:
+        self.wait = wait
 
 
 def _reason(error: RuntimeError) -> str:

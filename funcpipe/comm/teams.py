@@ -10,10 +10,12 @@ in-process ranks, whatever the size of the team, and no dtype is missing. On GPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
-from funcpipe.comm import wire
+from funcpipe.comm import Done, Pending, wire
 from funcpipe.comm.groups import Team
 
 _SMALL = 1 << 16  # bytes that a gather may hand to every member at once, rather than in a ring of steps
@@ -31,6 +33,10 @@ _REDUCED_BY_NCCL = frozenset(
     }
 )
 
+# torch 2.13 renamed both and warns about the old names.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1).view(torch.uint8)
@@ -44,8 +50,44 @@ def all_gather(x: torch.Tensor, team: Team) -> torch.Tensor:
     if x.device.type == "cpu" and n * x.nbytes <= _SMALL:
         return all_to_all(x.expand(n, *x.shape), team)
     out = x.new_empty((n, *x.shape))
-    dist.all_gather_into_tensor(_bytes(out), _bytes(x.contiguous()), group=team.group)
+    _gather(_bytes(out), _bytes(x.contiguous()), group=team.group)
     return out if team.places is None else out[team.places]
+
+
+class _Work:
+    """A collective under way, and what becomes of what it wrote."""
+
+    def __init__(self, work: dist.Work, finish: Callable[[], torch.Tensor], *held: torch.Tensor) -> None:
+        self.work, self.finish, self.held = work, finish, held
+
+    def wait(self) -> torch.Tensor:
+        self.work.wait()
+        return self.finish()
+
+
+def start_all_gather(x: torch.Tensor, team: Team) -> Pending:
+    """``all_gather``, waited for later."""
+    if team.group is None or x.numel() == 0:
+        return Done(all_gather(x, team))
+    x = x.contiguous()
+    out = x.new_empty((len(team.ranks), *x.shape))
+    work = _gather(_bytes(out), _bytes(x), group=team.group, async_op=True)
+    return _Work(work, lambda: out if team.places is None else out[team.places], x)
+
+
+def start_reduce_scatter(x: torch.Tensor, team: Team) -> Pending:
+    """``reduce_scatter``, waited for later."""
+    if team.group is None or x.numel() == 0:
+        return Done(reduce_scatter(x, team))
+    x = _by_rank(x, team)
+    if x.device.type == "cpu" or x.dtype not in _REDUCED_BY_NCCL:
+        pieces = torch.empty_like(x)
+        work = dist.all_to_all_single(_bytes(pieces), _bytes(x), group=team.group, async_op=True)
+        order = team.places or range(len(team.ranks))
+        return _Work(work, lambda: wire.fold([pieces[i] for i in order], "sum"), x)
+    out = x.new_empty(x.shape[1:])
+    work = _reduce_scatter(out.view(-1), x.view(-1), group=team.group, async_op=True)
+    return _Work(work, lambda: out, x)
 
 
 def all_to_all(x: torch.Tensor, team: Team) -> torch.Tensor:
@@ -79,7 +121,7 @@ def reduce_scatter(x: torch.Tensor, team: Team) -> torch.Tensor:
         return wire.fold(list(all_to_all(x, team)), "sum")
     x = _by_rank(x, team)
     out = x.new_empty(x.shape[1:])
-    dist.reduce_scatter_tensor(out.view(-1), x.view(-1), group=team.group)
+    _reduce_scatter(out.view(-1), x.view(-1), group=team.group)
     return out
 
 

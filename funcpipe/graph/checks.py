@@ -25,8 +25,8 @@ from funcpipe.graph.fakes import BatchIsReal
 from funcpipe.graph.nodes import Nodes
 
 aten = torch.ops.aten
-_THROUGH = frozenset("clone _to_copy alias neg view reshape squeeze unsqueeze".split())
-_SCALES = frozenset("mul div".split())
+_THROUGH = frozenset(["clone", "_to_copy", "alias", "neg", "view", "reshape", "squeeze", "unsqueeze"])
+_SCALES = frozenset(["mul", "div"])
 _WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
 
 

@@ -11,13 +11,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from funcpipe.graph.nodes import is_op, is_view
+from funcpipe.graph.nodes import base_of, is_op, viewed
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +67,7 @@ class Code:
 
 def value_of(x: fx.Node, kind: str, index: int) -> Value:
     """The value that a node stands for."""
-    base: Any = x
-    while is_view(base) and base.op != "placeholder":
-        base = base.args[0]
-    val = x.meta["val"]
+    base, val = base_of(x), x.meta["val"]
     shape, stride = tuple(val.shape), tuple(val.stride())
     return Value(
         x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"])
@@ -141,23 +137,17 @@ def _peak(body: list[fx.Node], outputs: list[fx.Node]) -> int:
     last = {}
     for x in body:
         for a in x.all_input_nodes:
-            last[_base(a)] = x
+            last[base_of(a)] = x
     ends: dict[fx.Node, list[fx.Node]] = {}
     for a, x in last.items():
         ends.setdefault(x, []).append(a)
-    keep = {_base(x) for x in keep}
+    keep = {base_of(x) for x in keep}
     now = peak = 0
     for x in body:
-        now += 0 if is_view(x) else _size(x)
+        now += 0 if viewed(x) else _size(x)
         peak = max(peak, now)
         now -= sum(_size(a) for a in ends.get(x, ()) if a in own and a not in keep)
     return peak
-
-
-def _base(x: Any) -> fx.Node:
-    while is_view(x):
-        x = x.args[0]
-    return x
 
 
 def _size(x: fx.Node) -> int:

@@ -25,7 +25,7 @@ from torch import fx
 
 from funcpipe.graph import code as code_
 from funcpipe.graph.code import Code, Value
-from funcpipe.graph.nodes import Nodes, is_factory, is_heavy, read_nodes
+from funcpipe.graph.nodes import Nodes, is_carried, is_heavy, read_nodes
 from funcpipe.graph.trace import Traced
 
 Key = tuple[str, int]  # kind and segment of a unit
@@ -156,7 +156,7 @@ class _Cutter:
         if x in self.final:
             return x in own
         if x in self.n.constant:
-            return is_factory(x) or not isinstance(x.meta.get("val"), torch.Tensor)
+            return not is_carried(x)
         return x in own or x in self.n.rebuilt
 
     def _value(self, x: fx.Node) -> Value:

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from funcpipe.graph.trace import CUT, CUT_BACKWARD, SEED, Traced, is_op, is_seeded
+from funcpipe.graph.trace import MARK, Traced, is_op, is_seeded
 
 aten = torch.ops.aten
 HEAVY = frozenset(
-    "mm bmm addmm baddbmm convolution convolution_backward embedding_dense_backward _grouped_mm".split()
+    ["mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "embedding_dense_backward", "_grouped_mm"]
 )
-FACTORIES = frozenset("zeros ones full empty arange scalar_tensor".split())
-_CHEAP = frozenset("_to_copy clone".split())
+FACTORIES = frozenset(["zeros", "ones", "full", "empty", "arange", "scalar_tensor"])
+_CHEAP = frozenset(["_to_copy", "clone"])
 
 
 @dataclass
@@ -63,6 +63,7 @@ def read_nodes(traced: Traced) -> Nodes:
     """Sort the nodes of a joint graph."""
     n = _labelled(traced)
     _forget_data(n)
+    _merge_constants(n)
     out = next(x for x in n.graph.nodes if x.op == "output")
     heads = 1 + traced.has_weight + traced.aux_count
     n.heads = list(out.args[0][:heads])
@@ -82,16 +83,14 @@ def _labelled(traced: Traced) -> Nodes:
     label: dict[fx.Node, int] = {}
     current = 0
     for node in list(graph.nodes):
-        if node.target is CUT:
-            current = segments if node.args[1] == SEED else int(node.args[1])
-        elif node.target is CUT_BACKWARD:
-            current = 2 * segments - int(node.args[1])
-        elif node.target is not aten.detach.default:
-            if node.op in ("call_function", "get_attr"):
-                label[node] = current
-            continue
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        if node.target is MARK:
+            current = int(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif node.target is aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op in ("call_function", "get_attr"):
+            label[node] = current
     inputs = [x for x in graph.nodes if x.op == "placeholder"]
     params, batch = inputs[: traced.params], inputs[traced.params :]
     return Nodes(
@@ -107,7 +106,7 @@ def _forget_data(n: Nodes) -> None:
         if not is_op(node):
             continue
         fill = _fill_of(node)
-        val = node.meta["val"]
+        val = node.meta.get("val")
         if fill is not None and val.is_contiguous():
             with n.graph.inserting_before(node):
                 args: tuple = (list(val.shape), fill)
@@ -130,6 +129,29 @@ def _fill_of(node: fx.Node) -> Any:
     if name in ("full_like", "new_full") and not isinstance(node.args[-1], fx.Node):
         return node.args[-1]
     return None
+
+
+def _merge_constants(n: Nodes) -> None:
+    """Constants that are made alike, such as a mask that every block makes for itself, become one."""
+    known: dict[tuple, fx.Node] = {}
+    alike: dict[fx.Node, int] = {}  # constant -> a number that constants made alike share
+    for node in list(n.label):
+        if not is_op(node) or is_seeded(node) or is_communication(node):
+            continue
+        if not all(a in alike for a in node.all_input_nodes):
+            continue
+        args = fx.node.map_arg((node.args, node.kwargs), lambda a: f"%{alike[a]}")
+        first = known.setdefault((node.target, repr(args)), node)
+        alike[node] = alike.setdefault(first, len(alike))
+        if first is not node and is_carried(node) and not any(u.op == "output" for u in node.users):
+            node.replace_all_uses_with(first)
+            n.graph.erase_node(node)
+            del n.label[node]
+
+
+def is_carried(x: fx.Node) -> bool:
+    """Whether a constant is computed once, and not in every unit that reads it."""
+    return not is_factory(x) and viewed(x) is None and isinstance(x.meta.get("val"), torch.Tensor)
 
 
 def _computed(n: Nodes, x: fx.Node) -> fx.Node:
@@ -204,8 +226,13 @@ def _classify(n: Nodes) -> None:
         elif is_cheap(x) and all(a in own or a in n.constant for a in inputs):
             own.add(x)
             n.rebuilt.add(x)
-        elif is_view(x) and x.meta["val"].numel() >= x.args[0].meta["val"].numel():  # type: ignore[union-attr]
+        elif is_view(x) and _size(x) >= _size(viewed(x)):
             n.rebuilt.add(x)
+
+
+def _size(x: fx.Node | None) -> int:
+    val = None if x is None else x.meta.get("val")
+    return val.numel() if isinstance(val, torch.Tensor) else 0
 
 
 def is_heavy(x: fx.Node) -> bool:
@@ -214,8 +241,25 @@ def is_heavy(x: fx.Node) -> bool:
 
 
 def is_view(x: fx.Node) -> bool:
-    """Whether a node's result shares its operand's memory."""
-    return is_op(x) and x.target.is_view  # type: ignore[union-attr]
+    """Whether a node's result, or each of its results, shares its operand's memory."""
+    return is_op(x) and (x.target.is_view or x.target is aten._unsafe_view.default)  # type: ignore[union-attr]
+
+
+def viewed(x: fx.Node) -> fx.Node | None:
+    """The node whose memory a node's result shares, if there is one."""
+    source = x.args[0] if x.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if x.target is operator.getitem:  # of split, unbind: one of several views
+        return viewed(source)
+    return source if is_view(x) else None
+
+
+def base_of(x: fx.Node) -> fx.Node:
+    """The node that owns the memory in which a node's result lies."""
+    while (source := viewed(x)) is not None:
+        x = source
+    return x
 
 
 def is_cheap(x: fx.Node) -> bool:

@@ -1,9 +1,10 @@
 """Trace: a loss function becomes one joint FX graph, forward then backward, of one microbatch as one rank runs it.
 
-Terms. The *joint* function returns the loss and its gradient, by autograd on fake tensors. A *marker* is an op
-``funcpipe::cut(x, k)``: the identity, put by boundary ``k``; its autograd emits ``funcpipe::cut_backward(g, k)``. The
-marker ``k = -1`` on the seed of the backward pass says where that begins. The engine runs backward nodes in the reverse
-order of their creation when it uses one thread, so the markers label both halves of the graph.
+Terms. The *joint* function returns the loss and its gradient, by autograd on fake tensors. A *marker* is a node of the
+graph that reads and makes nothing, ``funcpipe::mark(label)``: what comes after it has that label (see `nodes.py`). A
+boundary marks the forward half and notes how many autograd nodes there were. The engine, on one thread, runs them in the
+reverse order of their creation; so when it first comes to an older one than that, it has crossed the boundary backward,
+and a marker says so. Autograd knows nothing of boundaries: it adds up in the order in which it does without them.
 
 In: a loss function, the structure and fake leaves of params and batch. Out: `Traced`, a flat graph of ATen ops whose
 placeholders are the params' tensors, then the batch's. It holds no real data, process group or rank number.
@@ -20,9 +21,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import step as step_
 from funcpipe import tree
@@ -30,18 +36,11 @@ from funcpipe.errors import CutError, FuncpipeError, TraceError
 from funcpipe.graph.mutation import make_functional, mutates
 
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
-for _name in ("cut", "cut_backward"):
-    _LIB.define(f"{_name}(Tensor x, int k) -> Tensor")
-    _LIB.impl(_name, lambda x, k: x.clone(), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"funcpipe::{_name}", lambda x, k: torch.empty_like(x), lib=_LIB)
-CUT, CUT_BACKWARD = torch.ops.funcpipe.cut.default, torch.ops.funcpipe.cut_backward.default
-torch.library.register_autograd(
-    "funcpipe::cut",
-    lambda ctx, g: (CUT_BACKWARD(g, ctx.k), None),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "k", inputs[1]),
-    lib=_LIB,
-)
-SEED = -1  # the marker on the seed of the backward pass
+_LIB.define("mark(int label) -> ()")
+_LIB.impl("mark", lambda label: None, "CompositeExplicitAutograd")
+torch.library.register_fake("funcpipe::mark", lambda label: None, lib=_LIB)
+MARK = torch.ops.funcpipe.mark.default
+fx.has_side_effect(MARK)  # else it is removed as dead code
 
 _TRACING = threading.RLock()  # make_fx keeps process-wide state
 
@@ -69,29 +68,71 @@ class Traced:
 
 
 class _Tracing:
-    """The context of a loss that is being traced: boundaries are counted; everything else is plain PyTorch."""
+    """The context of a loss that is being traced: boundaries are marked; everything else is plain PyTorch."""
 
     def __init__(self) -> None:
-        self.boundaries, self.backward = 0, False
+        self.begin()
+
+    def begin(self) -> None:
+        """Start over: make_fx may run the joint function twice."""
+        self.ages: list[int] = []  # of every boundary: the number that the next autograd node gets
+        self.segment: int | None = None  # in the backward half, the one whose turn it is
+
+    @property
+    def boundaries(self) -> int:
+        return len(self.ages)
 
     def stage_boundary(self, x: Any) -> Any:
-        if self.backward:
+        if self.segment is not None:
             raise CutError(
                 "stage_boundary is called again while a checkpoint recomputes: a boundary inside "
                 "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one block, then stage_boundary"
+            )
+        if any(i.key() != TransformType.Vmap for i in get_interpreter_stack() or ()):
+            raise CutError(
+                "stage_boundary is called inside torch.func.grad, vjp or jvp within the loss function: what is differentiated "
+                "there cannot be cut. Put the boundary outside of it"
             )
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x)):
             raise CutError(
                 f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass what goes on"
             )
-        self.boundaries += 1
-        return tree.map_tensors(lambda t: CUT(t, self.boundaries), x)
+        self.ages.append(torch.autograd._get_sequence_nr())
+        MARK(self.boundaries)
+        return x
+
+    def backward(self) -> None:
+        """The backward half begins, in the last segment."""
+        self.segment = self.boundaries
+        MARK(self.boundaries + 1)
+
+    def reach(self, age: int) -> None:
+        """The engine is at an autograd node of this age."""
+        while self.segment and age < self.ages[self.segment - 1]:
+            self.segment -= 1
+            MARK(2 * self.boundaries + 1 - self.segment)
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         return step_._plain(loss_fn, has_aux, params, batch)
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         return local(tree.leaves(leaves))
+
+
+class _Crossing(TorchDispatchMode):
+    """Tells the context, op by op, which autograd node the engine is at."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, context: _Tracing) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            self.context.reach(node._sequence_nr())
+        return func(*args, **(kwargs or {}))
 
 
 def trace(
@@ -115,7 +156,7 @@ def trace(
     leaves, moving = batch[0], [i for i, x in enumerate(batch[0]) if isinstance(x, torch.Tensor)]
 
     def joint(*tensors: torch.Tensor) -> Any:
-        context.boundaries, context.backward = 0, False
+        context.begin()
         inputs = [
             x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]
         ]
@@ -128,8 +169,9 @@ def trace(
         found["weight"] = weight is not None
         with torch.no_grad():  # clones, so that every output is a node of the forward half
             heads = [x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)]
-        context.backward = True
-        return (*heads, *_gradients(total, inputs))
+        context.backward()
+        with _Crossing(context):
+            return (*heads, *_gradients(total, inputs))
 
     tensors = [*params[0], *(leaves[i] for i in moving)]
     with _TRACING, step_.bind(context), torch.autograd.set_multithreading_enabled(False), fake_mode:
@@ -159,9 +201,7 @@ def _gradients(total: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Te
     wanted = [x for x in inputs if x.requires_grad]
     if not (total.requires_grad and wanted):
         return [None] * len(inputs)
-    with torch.no_grad():
-        seed = CUT(torch.ones_like(total), SEED)
-    found = iter(torch.autograd.grad(total, wanted, seed, allow_unused=True))
+    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
@@ -197,16 +237,22 @@ def is_seeded(node: fx.Node) -> bool:
     """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention backward is tagged so."""
     if not is_op(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    name = node.target.overloadpacket.__name__
-    unused = node.kwargs.get("dropout_p", None) == 0.0 or ("attention" in name and 0.0 in node.args)
-    return not name.endswith("_backward") and not unused
+    return not node.target.overloadpacket.__name__.endswith("_backward") and _argument(node, "dropout_p") != 0.0
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """An argument of an op by name, its default included; None where the op has none of that name."""
+    for i, a in enumerate(node.target._schema.arguments):
+        if a.name == name:
+            return node.kwargs.get(name, node.args[i] if i < len(node.args) else a.default_value)
+    return None
 
 
 def _refuse_impure(traced: Traced) -> None:
     backward = False
     inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
     for node in traced.module.graph.nodes:
-        backward |= node.target is CUT and node.args[1] == SEED
+        backward |= node.target is MARK and node.args[0] > traced.boundaries
         if is_seeded(node) and backward:
             raise TraceError(
                 f"{node.target} draws a new random mask while torch.utils.checkpoint recomputes: the gradient would belong "

@@ -14,7 +14,8 @@ import torch
 from funcpipe.comm import Communicator
 from funcpipe.comm.wire import wire_strides
 from funcpipe.graph.code import Value
-from funcpipe.program import ADD, RUN, SEND, Instruction, Program
+from funcpipe.program import ADD, GATHER, RECV, REDUCE, RUN, SEND, Instruction, Program
+from funcpipe.runtime import shards
 
 Slots = list[Any]
 
@@ -23,7 +24,7 @@ class Bound(NamedTuple):
     """An instruction with its peers' ranks and buffers filled in."""
 
     op: str
-    run: Callable[[list[torch.Tensor]], Any]
+    run: Callable[[list[Any]], Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     frees: tuple[int, ...]
@@ -32,18 +33,19 @@ class Bound(NamedTuple):
     turn: int
 
 
-def bind(program: Program, ranks: tuple[int, ...], name: str) -> list[Bound]:
+def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator) -> list[Bound]:
     """The instructions of a program for one rank.
 
     Args:
         program: of the rank's place on the pipe axis.
         ranks: the rank at every place on that axis.
         name: of the ``value_and_grad``, so that two of them have channels of their own.
+        comm: the rank's communicator.
     """
     return [
         Bound(
             i.op,
-            _runner(i),
+            _runner(i, program, comm),
             i.reads,
             i.writes,
             i.frees,
@@ -55,14 +57,25 @@ def bind(program: Program, ranks: tuple[int, ...], name: str) -> list[Bound]:
     ]
 
 
-def _runner(i: Instruction) -> Callable[[list[torch.Tensor]], Any]:
+def _runner(i: Instruction, program: Program, comm: Communicator) -> Callable[[list[Any]], Any]:
+    """What an instruction does with what it reads."""
     if i.op == RUN:
         assert i.unit is not None
         return i.unit.code.run
-    wires = [_Wire(v) for v in i.values]
-    if i.op == SEND:
-        return lambda xs: [w.dense(x) for w, x in zip(wires, xs, strict=True)]
-    return lambda _: [w.empty() for w in wires]
+    if i.op in (SEND, RECV):
+        wires = [_Wire(v) for v in i.values]
+        if i.op == SEND:
+            return lambda xs: [w.dense(x) for w, x in zip(wires, xs, strict=True)]
+        return lambda _: [w.empty() for w in wires]
+    if i.op == ADD:
+        dtype = i.dtype
+        return (lambda xs: xs[0]) if dtype is None else (lambda xs: xs[0].to(dtype))
+    assert i.bucket is not None
+    if i.op == GATHER:
+        return shards.gather(i.bucket, comm)
+    if i.op == REDUCE:
+        return shards.reduce(i.bucket, comm)
+    return lambda xs: xs[0].wait()
 
 
 class _Wire:
@@ -82,25 +95,25 @@ class _Wire:
 def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
     """Run a bound program. Values leave their slots at their last use, so that a unit can free them while it runs."""
     for op, run, reads, writes, frees, peer, channel, turn in program:
-        if op is RUN:
-            args = [slots[i] for i in reads]
+        if op is ADD:
+            x, target = run([slots[reads[0]]]), writes[0]
+            if turn == 0:
+                slots[target] = x
+            elif turn == 1:  # a new tensor, since the first summand may be anybody's; after that it is ours
+                slots[target] = slots[target] + x
+            else:
+                slots[target].add_(x)
             for i in frees:
                 slots[i] = None
-            for i, x in zip(writes, run(args), strict=True):
-                slots[i] = x
             continue
-        if op is ADD:
-            (source,), (target,) = reads, writes
-            if turn == 0:
-                slots[target] = slots[source]
-            elif turn == 1:  # a new tensor, since the first summand may be anybody's; after that it is ours
-                slots[target] = slots[target] + slots[source]
-            else:
-                slots[target].add_(slots[source])
-        elif op is SEND:
-            comm.send(run([slots[i] for i in reads]), peer, channel)
-        else:
-            for i, x in zip(writes, comm.recv(run([]), peer, channel), strict=True):
-                slots[i] = x
+        args = [slots[i] for i in reads]
         for i in frees:
             slots[i] = None
+        if op is SEND:
+            comm.send(run(args), peer, channel)
+        elif op is RECV:
+            for i, x in zip(writes, comm.recv(run(args), peer, channel), strict=True):
+                slots[i] = x
+        else:
+            for i, x in zip(writes, run(args), strict=True):
+                slots[i] = x

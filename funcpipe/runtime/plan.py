@@ -28,7 +28,21 @@ from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import read_nodes
 from funcpipe.graph.trace import trace
 from funcpipe.placement import Placement, place_params
-from funcpipe.program import RECV, RUN, SEND, Program, check_alike, lower, owners, partial_segments, stage_edges
+from funcpipe.program import (
+    GATHER,
+    RECV,
+    REDUCE,
+    RUN,
+    SEND,
+    Piece,
+    Program,
+    Sharding,
+    check_alike,
+    lower,
+    owners,
+    partial_segments,
+    stage_edges,
+)
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
@@ -79,10 +93,6 @@ class PlannedCall:
         """The places that make partial gradients of a leaf, with their numbers, in the order of the sum."""
         runs = itertools.groupby(range(len(self.segments[leaf])), lambda k: self.place_of(self.segments[leaf][k]))
         return [(place, list(partials)) for place, partials in runs]
-
-    def grad_like(self, leaf: int) -> Value:
-        """A partial gradient of a leaf, for its shape and dtype."""
-        return self.cuts[0].grads[leaf][0]
 
     def constant(self, v: Value) -> torch.Tensor:
         """A folded constant, computed on this rank."""
@@ -205,7 +215,8 @@ class Planner:
                     held[i] |= places
         if self.placement is None:
             r = self.resolved
-            self.placement = place_params(r.mesh, r.pipe_axis, dyed, dyes, self.init_state, held)
+            axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
+            self.placement = place_params(r.mesh, r.pipe_axis, dyed, dyes, self.init_state, held, axes)
         for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
@@ -229,12 +240,41 @@ class Planner:
         schedule = insert_communication(schedule, edges)
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
-        programs = tuple(lower(cuts, stages, schedule, p, summed) for p in range(r.ranks))
+        sharding = self._sharding(call, dyed)
+        programs = tuple(lower(cuts, stages, schedule, p, summed, sharding) for p in range(r.ranks))
         moving = tuple(_tensors(part) for part in parts)
         return PlannedCall(
             call, splits, cuts, moving if len(parts) > 1 else moving * splits.count, stages, schedule, report, programs,
             partial_segments(cuts[0]), summed, signature(call.batch),
         )  # fmt: skip
+
+    def _sharding(self, call: Call, dyed: Dyed) -> Sharding | None:
+        """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
+        r = self.resolved
+        axes = {k: r.sharded_over(dyed.paths[i], dyed.shapes[i]) for k, i in enumerate(call.params)}
+        axes = {k: a for k, a in axes.items() if a}
+        options = r.shards[0].shard if r.shards else None
+        if options is None or not axes:
+            return None
+        shapes = {k: dyed.shapes[call.params[k]] for k in axes}
+        size = {k: r.mesh.axis_size(a) for k, a in axes.items()}
+        return Sharding(
+            pieces={k: Piece(k, shape, -(-torch.Size(shape).numel() // size[k])) for k, shape in shapes.items()},
+            axes=axes,
+            summed={k: tuple(a for a in axes[k] if a in r.split_axes) for k in axes},
+            grads={k: call.dtypes[k] for k in axes},
+            dtypes={k: self._param_dtype(call.dtypes[k]) for k in axes},
+            regather=options.regather,
+            reduce=options.reduce,
+            prefetch=options.prefetch,
+            bucket_bytes=options.bucket_bytes,
+            reduce_dtype=options.reduce_dtype,
+        )
+
+    def _param_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a loss function sees a sharded parameter."""
+        wanted = self.resolved.shards[0].shard.param_dtype if self.resolved.shards else None  # type: ignore[union-attr]
+        return wanted if wanted is not None and dtype.is_floating_point else dtype
 
     def _schedule(self, microbatches: int) -> Schedule:
         r = self.resolved
@@ -270,10 +310,11 @@ class Planner:
 
     def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
         like = tree.leaves(self.params)
-        return [
-            fake(dyed.shapes[i], like[i], self.mode, dtype)
-            for i, dtype in zip(call.params, call.dtypes, strict=True)
-        ]
+        out = []
+        for i, dtype in zip(call.params, call.dtypes, strict=True):
+            sharded = self.resolved.sharded_over(dyed.paths[i], dyed.shapes[i])
+            out.append(fake(dyed.shapes[i], like[i], self.mode, self._param_dtype(dtype) if sharded else dtype))
+        return out
 
     def _check_split(self, traced: Any, nodes: Any) -> None:
         r = self.resolved

@@ -20,6 +20,7 @@ from funcpipe.errors import StateError
 from funcpipe.graph.cut import Cut
 from funcpipe.graph.trace import fill_aux
 from funcpipe.mesh import Axes
+from funcpipe.placement import Layout
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.step import Mean, Rows, is_summary
@@ -52,8 +53,11 @@ class Rank:
 
     def prepare(self) -> None:
         """Make the communicator ready for the collectives of this plan; all ranks call it alike."""
-        mesh = self.comm.mesh
-        self.comm.prepare({a for a in (self.head_axes, self.split_axes, tuple(mesh.axes), self._pipe_axes) if a})
+        used = {self.head_axes, self.split_axes, tuple(self.comm.mesh.axes), self._pipe_axes}
+        for layout in self.plan.placement.layouts:
+            used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
+            used |= {(a,) for a in layout.axes if a in self.split_axes}
+        self.comm.prepare(sorted(a for a in used if a))
 
     @property
     def _pipe_axes(self) -> Axes:
@@ -67,7 +71,7 @@ class _BoundCall:
     def __init__(self, rank: Rank, planned: PlannedCall, name: str) -> None:
         self.rank, self.planned, self.name = rank, planned, name
         self.program = planned.programs[rank.place]
-        self.bound: list[Bound] = bind(self.program, rank.ranks, name)
+        self.bound: list[Bound] = bind(self.program, rank.ranks, name, rank.comm)
         self.constants = {slot: planned.constant(v) for v, slot in self.program.constants.items()}
         self.signature = planned.signature
 
@@ -155,9 +159,9 @@ class _BoundCall:
     def _rows(self, h: int, dim: int | None, slots: Slots) -> torch.Tensor:
         """The rows of every microbatch, shard by shard, on every rank."""
         comm, cuts = self.rank.comm, self.planned.cuts
-        place = next(p for p, program in enumerate(self.planned.programs) if (h, 0) in program.rows)
+        place = next(p for p, program in enumerate(self.planned.programs) if (h, 0) in program.kept)
         if place == self.rank.place:
-            pieces = [slots[self.program.rows[h, m]] for m in range(len(cuts))]
+            pieces = [slots[self.program.kept[h, m]] for m in range(len(cuts))]
         else:
             pieces = [torch.empty(c.heads[h].shape, dtype=c.heads[h].dtype, device=c.heads[h].device) for c in cuts]
         out = pieces[0] if dim is None else torch.cat(pieces, dim)
@@ -169,18 +173,18 @@ class _BoundCall:
 
     def _grads(self, leaves: Sequence[torch.Tensor | None], slots: Slots) -> list[torch.Tensor | None]:
         held = [i for i, x in enumerate(leaves) if x is not None]
-        sums = self._tied(held, slots)
+        sums = self._tied(held, leaves, slots)
         for i in held:
             x = leaves[i]
             assert x is not None
             if sums.get(i) is None:
                 sums[i] = torch.zeros_like(x)
-        moving = [i for i in held if step_.differentiable(sums[i])]  # type: ignore[arg-type]
-        if self.rank.split_axes:
-            self._all_reduce(sums, moving)  # type: ignore[arg-type]
+        self._all_reduce(sums, [i for i in held if step_.differentiable(sums[i])])  # type: ignore[arg-type]
         return [sums.get(i) for i in range(len(leaves))]
 
-    def _tied(self, held: list[int], slots: Slots) -> dict[int, torch.Tensor | None]:
+    def _tied(
+        self, held: list[int], leaves: Sequence[torch.Tensor | None], slots: Slots
+    ) -> dict[int, torch.Tensor | None]:
         """The sum of a leaf's partial gradients on each rank that holds it.
 
         The running sum passes through the stages in the order in which autograd would add, so that its bits do not
@@ -200,30 +204,37 @@ class _BoundCall:
                 sums[i] = _add(terms)
                 if n + 1 < len(hops):
                     comm.send([_dense(sums[i])], ranks[hops[n + 1][0]], self.name + "tied")
-            if hops and len(self.rank.plan.placement.layouts[self.planned.call.params[i]].owners) > 1:
+            if hops and len(self._layout(i).owners) > 1:
                 tied.append((i, hops[-1][0]))
         for i, last in tied:
-            others = [p for p in self.rank.plan.placement.layouts[self.planned.call.params[i]].owners if p != last]
+            others = [p for p in self._layout(i).owners if p != last]
             if here == last:
                 for p in others:
                     comm.send([_dense(sums[i])], ranks[p], self.name + "tied")
             else:
-                like = sums[i] if sums.get(i) is not None else self.planned.grad_like(i)
-                sums[i] = self._receive(like, ranks[last])  # type: ignore[arg-type]
+                sums[i] = self._receive(leaves[i], ranks[last])
         return sums
 
-    def _receive(self, like: torch.Tensor, source: int) -> torch.Tensor:
+    def _receive(self, like: torch.Tensor | None, source: int) -> torch.Tensor:
+        assert like is not None
         out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return self.rank.comm.recv([out], source, self.name + "tied")[0]
 
     def _all_reduce(self, sums: dict[int, torch.Tensor], moving: list[int]) -> None:
-        """Sums over the axes that split the batch, once per step, all leaves of a dtype in one collective."""
-        for dtype in dict.fromkeys(sums[i].dtype for i in moving):
-            some = [i for i in moving if sums[i].dtype == dtype]
+        """Sums over the axes that split the batch and do not shard the leaf, once per step, alike leaves together."""
+        groups: dict[tuple[torch.dtype, Axes], list[int]] = {}
+        for i in moving:
+            axes = tuple(a for a in self.rank.split_axes if a not in self._layout(i).axes)
+            if axes:
+                groups.setdefault((sums[i].dtype, axes), []).append(i)
+        for (_, axes), some in groups.items():
             packed = torch.cat([sums[i].reshape(-1) for i in some])
-            packed = self.rank.comm.all_reduce(packed, self.rank.split_axes)
+            packed = self.rank.comm.all_reduce(packed, axes)
             for i, x in zip(some, packed.split([sums[i].numel() for i in some]), strict=True):
                 sums[i] = x.view(sums[i].shape)
+
+    def _layout(self, i: int) -> Layout:
+        return self.rank.plan.placement.layouts[self.planned.call.params[i]]
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor:

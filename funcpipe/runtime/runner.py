@@ -198,12 +198,10 @@ class Spmd(Runner):
 
     def _unplace(self, state: Any) -> Any:
         leaves = self._placement.state_leaves(state, "unplace")
-        held = {j: x for j, x in enumerate(leaves) if x is not None and self._placement.holder(j) == self.rank}
-        found: dict[int, Any] = {}
-        for some in self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()}):
-            found |= some
+        held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
+        found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
         move = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return self._placement.unplace(lambda _, j: move(found[j]))
+        return self._placement.unplace(lambda rank, j: move(found[rank][j]))
 
     def close(self) -> None:
         """Give back the process groups."""

@@ -1,18 +1,21 @@
 """Process groups over gloo, in four processes that are started once: every check runs in all of them.
 
-The checks below are functions of a rank; ``results`` starts the processes, runs all checks there and collects what
-they return; each test looks at one of them. Checks of failures make communicators of their own, and break them.
+The checks below are functions of a rank; ``results`` starts the processes, runs all checks there and
+collects what they return; each test looks at one of them. Checks of failures make communicators of their
+own, and break them.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import socket
 import threading
 import time
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -48,7 +51,8 @@ def collectives_equal_plain_loops():
         comm.prepare(reversed(axes_sets))
         shapes = [(), (3,), (2, 3, 2), (0, 2)]
         cases = list(itertools.product(axes_sets, KINDS, shapes, DTYPES))
-        # All dtypes for one shape, all shapes for one dtype, and one operand too large to be gathered at once.
+        # All dtypes for one shape, all shapes for one dtype, and one operand too large to be gathered at
+        # once.
         few = [c for c in cases if c[2] == (2, 3, 2) or c[3] == torch.float32]
         for axes, kind, shape, dtype in [*few, (axes_sets[0], "all_reduce", (50_001,), torch.float32)]:
             if kind == "all_reduce_max" and dtype.is_complex:
@@ -99,7 +103,7 @@ def layouts():
         comm.send(xs, other, "layouts")
         got = comm.recv(outs, other, "layouts")
         assert all(map(torch.equal, got, want)), (got, want)
-        assert all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() for a, b in zip(got, outs))
+        assert all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() for a, b in zip(got, outs, strict=True))
     wide = torch.zeros(2, 3, 8)
     comm.send([torch.ones(2, 3, 4)], other, "layouts")
     comm.recv([wide[:, :, ::2]], other, "layouts")
@@ -174,7 +178,8 @@ def broken(body, timeout=60.0):
 
 
 def a_rank_raises():
-    """Rank 1 does, while the others wait: in a receive from it, in one from a rank that waits, in an exchange."""
+    """Rank 1 does, while the others wait: in a receive from it, in one from a rank that waits, in an
+    exchange."""
 
     def body(comm):
         if comm.rank == 0:
@@ -200,7 +205,8 @@ def a_rank_raises_before_a_collective():
 
 
 def a_rank_raises_while_all_else_is_busy():
-    """Rank 0 waits for rank 2, which is far from any communication; none of them talks to rank 1, which fails."""
+    """Rank 0 waits for rank 2, which is far from any communication; none of them talks to rank 1, which
+    fails."""
 
     def body(comm):
         if comm.rank == 0:
@@ -228,9 +234,8 @@ def a_rank_is_late():
     def body(comm):
         if comm.rank == 0:
             comm.recv([ZEROS], 3, "F")
-        if comm.rank == 3:
-            time.sleep(2.5)
-        comm.all_reduce(ZEROS, ("pipe",))
+        time.sleep(2.5 if comm.rank == 3 else 0.4)
+        comm.recv([ZEROS], 0, "F")
 
     return broken(body, timeout=1.0)
 
@@ -264,6 +269,7 @@ CHECKS = [
 def run_checks():
     """In each process: every check's result, or the text of its error."""
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     keeper = communicator()  # so that the default group lives from the first check to the last
     out = {}
     for check in [mesh_of_the_wrong_size, *CHECKS]:
@@ -304,13 +310,18 @@ def test_exchange(results):
 
 
 def test_error_texts(results):
-    assert result(results, unprepared_axes) == [
-        "no process groups over ('data',): every rank must call prepare([('data',)]) first"
-    ] * 4
-    assert result(results, mesh_of_the_wrong_size) == [
-        "Mesh(pipe=3) has 3 ranks, but 4 processes were started; start one for each rank, "
-        "as with `torchrun --nproc-per-node=3`, or change the mesh"
-    ] * 4
+    assert (
+        result(results, unprepared_axes)
+        == ["no process groups over ('data',): every rank must call prepare([('data',)]) first"] * 4
+    )
+    assert (
+        result(results, mesh_of_the_wrong_size)
+        == [
+            "Mesh(pipe=3) has 3 ranks, but 4 processes were started; start one for each rank, "
+            "as with `torchrun --nproc-per-node=3`, or change the mesh"
+        ]
+        * 4
+    )
 
 
 def test_two_communicators(results):
@@ -339,13 +350,19 @@ def test_a_rank_that_waits_for_a_busy_one_is_freed(results):
 def test_a_late_rank_is_named_with_what_waited_for_it(results):
     texts, seconds = zip(*result(results, a_rank_is_late), strict=True)
     assert max(seconds) < SOON
-    for text in texts:
-        assert text == (
-            "rank 3 failed: it did not answer rank 0, which was receiving (float32[2]) on channel 'F', within 1 s"
-        ) or text.startswith("rank 1 was in all_reduce(sum)") or text.startswith("rank 2 was in all_reduce(sum)")
+    told = "it did not answer rank 0, which was receiving (float32[2]) on channel 'F' within 1 s"
+    assert set(texts) == {f"rank 3 failed: {told}"}
+
+
+def test_a_rank_late_for_a_collective_ends_it(results):
     texts, seconds = zip(*result(results, a_rank_is_late_for_a_collective), strict=True)
     assert max(seconds) < SOON
     assert len(set(texts)) == 1
+    assert re.fullmatch(
+        r"rank (.) was in all_reduce\(sum\) of float32\[2\] over \('pipe',\); "
+        r"not all of ranks ., ., . answered within 1 s",
+        texts[0],
+    )
 
 
 # --- a process that is killed ---------------------------------------------------------------------------
@@ -355,7 +372,11 @@ def beside_a_killed_rank(rank, port, answers):
     """Rank 2 ends without a word; the others wait for it in a receive and in an exchange."""
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
+        RANK=str(rank),
+        WORLD_SIZE="4",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
     )
     comm = communicator(LINE)
     comm.exchange_digest(0)

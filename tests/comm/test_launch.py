@@ -1,0 +1,111 @@
+"""Starting processes: results in rank order, the error of the rank that failed first, a quiet console."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.errors import RankError
+from funcpipe.mesh import Mesh
+from funcpipe.runtime.launch import launch
+
+
+def describe(word, x):
+    assert os.environ["LOCAL_RANK"] == os.environ["RANK"]
+    return word, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), x + 1, torch.get_num_threads()
+
+
+def test_results_in_rank_order():
+    handler = signal.getsignal(signal.SIGINT)
+    results = launch(describe, 2, "a", torch.arange(3))
+    threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else results[0][4]
+    for rank, (word, r, size, x, t) in enumerate(results):
+        assert (word, r, size, x.tolist(), t) == ("a", rank, 2, [1, 2, 3], threads)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
+
+
+def fail(how):
+    """Rank 1 fails; rank 0 waits for it, in a communicator or without one."""
+    if how == "late":
+        time.sleep(60)
+    comm = ProcessGroupCommunicator(Mesh(pipe=2), "cpu") if how == "in a step" else None
+    try:
+        if os.environ["RANK"] == "1":
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "exits":
+                os._exit(3)
+            raise ValueError("boom\nin two lines")
+        if comm is not None:
+            comm.recv([torch.zeros(2)], 1, "F")
+        time.sleep(60)
+    except Exception as error:
+        raise comm.fail(error) if comm is not None else error
+
+
+@pytest.mark.parametrize(
+    "how, timeout, told",
+    [
+        ("raises", None, "rank 1 failed: ValueError: boom in two lines"),
+        ("in a step", None, "rank 1 failed: ValueError: boom in two lines"),
+        ("killed", None, "rank 1 failed: ended by SIGKILL"),
+        ("exits", None, "rank 1 failed: exited with code 3"),
+    ],
+)
+def test_the_first_failure_is_raised(how, timeout, told, capfd):
+    with pytest.raises(RankError) as caught:
+        launch(fail, 2, how, timeout=timeout)
+    assert str(caught.value) == told
+    notes = "".join(getattr(caught.value, "__notes__", []))
+    assert ('raise ValueError("boom' in notes) == ("ValueError" in told)
+    assert "ProcessRaisedException" not in capfd.readouterr().err
+
+
+def test_a_rank_that_does_not_finish_in_time():
+    with pytest.raises(RankError, match=r"rank . failed: TimeoutError: not finished after 0.5 s") as caught:
+        launch(fail, 2, "late", timeout=0.5)
+    assert "time.sleep(60)" in caught.value.__notes__[0]
+
+
+def test_no_process_at_all():
+    with pytest.raises(ValueError, match="launch starts 1 process or more, not 0"):
+        launch(describe, 0)
+
+
+SCRIPT = """
+import os, torch
+from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.mesh import Mesh
+from funcpipe.runtime.launch import launch
+
+def total():
+    comm = ProcessGroupCommunicator(Mesh(data=2))
+    comm.prepare([("data",)])
+    out = comm.all_reduce(torch.tensor(comm.rank + 1), ("data",)).item()
+    comm.close()
+    return out
+
+if __name__ == "__main__":
+    print(launch(total, 2))
+"""
+
+
+def test_a_script_with_its_functions_in_main_is_quiet(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[3, 3]\n", "")

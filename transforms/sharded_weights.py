@@ -1,0 +1,65 @@
+"""`sharded_weights`: weights, gradients and optimizer state split over mesh axes; whole only while a unit needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from funcpipe.errors import StackError
+from funcpipe.mesh import as_axes
+from funcpipe.step import Record, Shard, record, require_positive
+
+
+def sharded_weights(
+    step: Callable | None = None,
+    *,
+    axis: str | Iterable[str],
+    regather: str | int = "microbatch",
+    reduce: str = "each",
+    prefetch: int = 1,
+    bucket_bytes: int | None = None,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    only: Callable[[str], bool] | None = None,
+) -> Any:
+    """Split weights, gradients and optimizer state over mesh axes, and nothing else.
+
+    On an axis over which another transform splits the data it is FSDP / ZeRO-3; on one of two data axes, HSDP; on a
+    sequence axis, InternEvo's intern sequence parallelism. Every leaf is cut flat into equal pieces, any size will do;
+    0-d leaves stay whole. A leaf is gathered for one segment at a time, so mark a boundary after every block.
+
+    Args:
+        step: the step; without it, a transform to apply later.
+        axis: the mesh axis, or a tuple of axes.
+        regather: when a leaf is gathered again: "microbatch" for each unit that uses it, "step" once (held from the
+            first use to the last), or after a number of microbatches.
+        reduce: "each" microbatch's gradients are reduced and added up in shards; or "last": they are added up whole, and
+            reduced once.
+        prefetch: how many units before its use a gather starts. Gathered memory grows with it.
+        bucket_bytes: the most that one collective gathers; by default, all that a unit needs.
+        param_dtype: in which leaves are gathered and the loss function sees them (the state keeps its own).
+        reduce_dtype: of gradients on the wire.
+        only: a predicate on a parameter's path, such as ``lambda path: "embed" not in path``.
+
+    Returns:
+        A step with the same interface and the same numbers. Outside ``value_and_grad`` a rank sees its shards.
+
+    Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; Zhao et al. 2023,
+    "PyTorch FSDP".
+
+    >>> sharded_weights(axis="data")(lambda state, batch: (state, {}))
+    <step <lambda>
+      sharded_weights(axis='data')>
+    """
+    if regather not in ("microbatch", "step"):
+        require_positive("sharded_weights", "regather (other than 'microbatch' and 'step')", regather)
+    if reduce not in ("each", "last"):
+        raise StackError(f"sharded_weights: reduce={reduce!r}; write 'each' or 'last'")
+    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+        raise StackError(f"sharded_weights: prefetch is {prefetch!r}; it is a number of units, 0 or more")
+    if bucket_bytes is not None:
+        require_positive("sharded_weights", "bucket_bytes", bucket_bytes)
+    options = Shard(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype, only)
+    return record(step, Record("sharded_weights", as_axes(axis), shard=options))
