@@ -207,7 +207,8 @@ def check(args: argparse.Namespace) -> None:
         )
     except AssertionError as error:
         sys.exit(f"train_lm: the parallel step computes something else: {error}")
-    print(f"check: two steps on {args.mesh!r} equal one device, {found} ({time.perf_counter() - start:.1f} s)")
+    took = time.perf_counter() - start
+    print(f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} ({took:.1f} s)")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

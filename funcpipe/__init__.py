@@ -4,7 +4,7 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import errors, optim
+from funcpipe import errors, optim, random
 from funcpipe import schedule as schedules
 from funcpipe.mesh import Mesh
 from funcpipe.runtime.launch import launch
@@ -39,6 +39,7 @@ __all__ = [
     "launch",
     "optim",
     "pipelined",
+    "random",
     "schedules",
     "sharded_weights",
     "simulate",

@@ -17,7 +17,7 @@ import torch
 from funcpipe import tree
 from funcpipe.errors import BatchError
 from funcpipe.mesh import Axes, Mesh
-from funcpipe.step import Microbatches, Resolved
+from funcpipe.step import Microbatches, Resolved, check_microbatches
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ def plan_splits(resolved: Resolved, batch: Any) -> Splits:
     """
     ready = isinstance(batch, Microbatches)
     count = resolved.micro.count if resolved.micro else 1
+    if ready:
+        check_microbatches(batch)
     if ready and count not in (None, len(batch.parts)) and resolved.micro:
         raise BatchError(
             f"{resolved.micro_name} asks for {count} microbatches, but the batch brings {len(batch.parts)}; "
             "pass microbatches=None to take what the batch brings"
         )
-    if ready and not batch.parts:
-        raise BatchError("the batch is fp.Microbatches([]): a step needs at least one microbatch")
     if count is None and not ready:
         raise BatchError(
             f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch is a "
@@ -111,7 +111,7 @@ def plan_splits(resolved: Resolved, batch: Any) -> Splits:
 
 
 def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cutting, ...]]:
-    wanted = [(r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims) for r in resolved.splits if r.split]
+    wanted = [(r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims) for r in resolved.splits if r.split and not resolved.local]
     if resolved.micro and not ready:
         wanted.append((resolved.micro_name, (), resolved.micro.count or 1, resolved.micro.dims))
     leaves = list(zip(tree.paths(batch), tree.leaves(batch), strict=True))
@@ -123,9 +123,9 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
                 continue
             into = f"{pieces} microbatches" if not axes else f"{pieces} shards over {', '.join(map(repr, axes))}"
             if not -x.dim() <= dim < x.dim() or sizes[i][dim] % pieces:
-                left = f", {sizes[i][dim]} of which are left for it" if -x.dim() <= dim < x.dim() else ""
+                split = "" if out[i] == [] else f", {tuple(sizes[i])} after other splits,"
                 raise BatchError(
-                    f"{name}: batch{path} of shape {tuple(x.shape)} does not split along dim {dim}{left} into {into}; "
+                    f"{name}: batch{path} of shape {tuple(x.shape)}{split} does not split along dim {dim} into {into}; "
                     f"change the batch, or name another dim for this leaf (dims=..., None hands it out whole)"
                 )
             sizes[i][dim] //= pieces
@@ -134,10 +134,14 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
 
 
 def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
+    shape = tree.map(lambda _: Ellipsis, batch)  # for messages: without data
     try:
-        out = tree.broadcast_prefix(dims, batch)
+        out = tree.broadcast_prefix(dims, shape)
     except ValueError as error:
-        raise BatchError(f"{name}: dims={dims!r} is not a prefix of the batch: {error}") from error
+        raise BatchError(
+            f"{name}: dims={dims!r} is not a prefix of the batch {shape!r}: {error}. Write one dim for the whole batch, or a "
+            "tree with the batch's keys"
+        ) from None
     for d in out:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
             raise BatchError(f"{name}: dims={dims!r} holds {d!r}; a dim is an int, or None to hand a leaf out whole")

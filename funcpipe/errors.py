@@ -14,6 +14,10 @@ class MeshError(FuncpipeError):
     """A mesh cannot be built, or an axis is asked for that it lacks."""
 
 
+class AxisError(FuncpipeError):
+    """A collective names an axis that is not bound where it is called, or gets what it cannot work on."""
+
+
 class StackError(FuncpipeError):
     """The transforms on a step do not fit each other or the mesh."""
 

@@ -10,14 +10,21 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 
-from funcpipe.errors import MeshError
+from funcpipe.errors import MeshError, StackError
 
 Axes = tuple[str, ...]
 
 
 def as_axes(axis: str | Iterable[str]) -> Axes:
-    """An axis name or several, as a tuple of names."""
-    return (axis,) if isinstance(axis, str) else tuple(axis)
+    """An axis name or several, as a tuple of names; StackError when it is anything else.
+
+    >>> as_axes("pipe"), as_axes(["data", "seq"])
+    (('pipe',), ('data', 'seq'))
+    """
+    axes = (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    if not all(isinstance(a, str) for a in axes):
+        raise StackError(f"axis={axis!r}: write the name of a mesh axis, such as axis='data', or a tuple of names")
+    return axes
 
 
 class Mesh:

@@ -106,12 +106,11 @@ class Placement:
         param = self.dyed.state[leaf]
         return () if param is None else self.layouts[param].axes
 
-    def params(self, full: Any, rank: int) -> Any:
-        """What a rank holds of the full params, in tensors of its own."""
-        leaves = self.dyed.params_spec.flatten_up_to(full)
+    def params(self, leaf: Callable[[int], torch.Tensor], rank: int) -> Any:
+        """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a whole one."""
         held = [
-            own(self._part(x, layout.axes, rank)) if self.holds(rank, i) else None
-            for i, (x, layout) in enumerate(zip(leaves, self.layouts, strict=True))
+            own(self._part(leaf(i), layout.axes, rank)) if self.holds(rank, i) else None
+            for i, layout in enumerate(self.layouts)
         ]
         return tree.unflatten(self.dyed.params_spec, held)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from funcpipe import tree
-from funcpipe.errors import BatchError, FuncpipeError, StackError, TraceError
+from funcpipe.errors import BatchError, FuncpipeError, MeshError, StackError, TraceError
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.schedule.actions import ScheduleFn
 
@@ -209,16 +209,38 @@ def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
             f"with has_aux=True the loss function returns (loss, aux); this one returned {_what(out)}"
         )
     loss, aux = out if has_aux else (out, None)
+    parts = {"Mean.total": loss.total, "Mean.weight": loss.weight} if isinstance(loss, Mean) else {"loss": loss}
+    for name, x in parts.items():
+        if not (isinstance(x, torch.Tensor) and x.dim() == 0):
+            raise TraceError(f"the {name} that the loss function returned is {_what(x)}; {_instead(x)}")
     total, weight = loss if isinstance(loss, Mean) else (loss, None)
-    for name, x in (("loss" if weight is None else "Mean.total", total), ("Mean.weight", weight)):
-        if x is not None and not (isinstance(x, torch.Tensor) and x.dim() == 0):
-            raise TraceError(
-                f"the {name} that the loss function returned is {_what(x)}; it has to be a 0-d tensor: "
-                "sum it, and return Mean(total, weight) for an average"
-            )
     if not total.is_floating_point():
         raise TraceError(f"the loss has dtype {total.dtype}; gradients need a real floating-point loss")
+    if aux is not None:
+        _check_aux(aux)
     return total, weight, aux
+
+
+def _instead(x: Any) -> str:
+    if isinstance(x, int | float):
+        return f"it has to be a 0-d tensor: write torch.tensor({x!r}), on the device of the batch"
+    if isinstance(x, tuple):
+        return "it has to be a 0-d tensor or fp.Mean(total, weight); with has_aux=True, (loss, aux)"
+    return "it has to be a 0-d tensor: sum it, and return Mean(total, weight) for an average"
+
+
+def _check_aux(aux: Any) -> None:
+    """TraceError when a `Mean` or `Rows` in aux holds what cannot be averaged or concatenated."""
+    nodes: list[Any] = []
+    names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=is_summary))  # type: ignore[func-returns-value]
+    for path, x in zip(names, nodes, strict=True):
+        held = x if isinstance(x, Mean) else (x.x,) if isinstance(x, Rows) else ()
+        if not all(isinstance(y, torch.Tensor) for y in held):
+            raise TraceError(
+                f"aux{path} is a {type(x).__name__} of {', '.join(map(_what, held))}; it takes tensors: write torch.tensor(...)"
+            )
+        if isinstance(x, Rows) and not -x.x.dim() <= x.dim < x.x.dim():
+            raise TraceError(f"aux{path} is fp.Rows of {_what(x.x)} along dim {x.dim}, which it lacks")
 
 
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
@@ -293,7 +315,7 @@ def _divide(total: Any, weight: Any, aux: Any, grads: list, spec: Any, has_aux: 
 
 def _plain_microbatches(loss_fn: Callable, has_aux: bool, params: Any, batch: Microbatches) -> Any:
     leaves, spec = check_params(params)
-    parts = [totals_and_grads(loss_fn, has_aux, leaves, spec, part) for part in batch.parts]
+    parts = [totals_and_grads(loss_fn, has_aux, leaves, spec, part) for part in check_microbatches(batch)]
     if len(parts) > 1 and any(weight is None for _, weight, _, _ in parts):
         raise BatchError(SCALAR_LOSS.format(why="the batch comes in several microbatches"))
     add = functools.partial(functools.reduce, torch.add)
@@ -301,6 +323,15 @@ def _plain_microbatches(loss_fn: Callable, has_aux: bool, params: Any, batch: Mi
     grads = [add(list(gs)) for gs in zip(*(p[3] for p in parts), strict=True)]
     aux = join_aux([p[2] for p in parts])
     return _divide(add([p[0] for p in parts]), weight, aux, grads, spec, has_aux)
+
+
+def check_microbatches(batch: Microbatches) -> Sequence[Any]:
+    """The ready microbatches; BatchError when there are none."""
+    if not isinstance(batch.parts, Sequence) or not batch.parts:
+        raise BatchError(
+            f"the batch is fp.Microbatches({batch.parts!r}): it takes a list of microbatches, and a step needs at least one"
+        )
+    return batch.parts
 
 
 def join_aux(parts: list[Any]) -> Any:
@@ -416,6 +447,8 @@ def record(step: Callable | None, what: Record) -> Any:
     """Put a record on a step; without a step, a transform to apply later."""
     if step is None:
         return functools.partial(record, what=what)
+    if not callable(step):
+        raise StackError(f"{what.name}: the step is {_what(step)}; pass a function (state, batch) -> (state, metrics)")
     if not isinstance(step, Step):
         step = Step(step)
     return Step(step.fn, (*step.records, what))
@@ -443,6 +476,7 @@ class Resolved:
     pipe: Pipe | None
     pipe_axis: str | None
     shards: tuple[Record, ...]
+    local: bool = False  # whether the batch that a rank gets is its own rows already
 
     def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
         """S: the axes that a parameter is sharded over; a 0-d parameter stays whole."""
@@ -467,6 +501,8 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         MeshError: a record names an axis that the mesh lacks.
         StackError: two records that do not go together, or an axis of the mesh that nothing uses.
     """
+    if not isinstance(mesh, Mesh):
+        raise MeshError(f"the mesh is {_what(mesh)}; write fp.Mesh(...) with a size for every axis")
     records = step.records if isinstance(step, Step) else ()
     for r in records:
         mesh.check(r.axes, who=str(r))

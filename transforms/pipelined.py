@@ -7,7 +7,7 @@ from typing import Any
 
 from funcpipe.errors import StackError
 from funcpipe.mesh import as_axes
-from funcpipe.schedule.actions import ScheduleFn
+from funcpipe.schedule.actions import Schedule, ScheduleFn
 from funcpipe.schedule.library import one_f_one_b
 from funcpipe.step import Micro, Pipe, Record, record, require_positive
 
@@ -46,7 +46,12 @@ def pipelined(
         raise StackError(f"pipelined: axis is {axis!r}; a pipeline runs along one axis, given by its name")
     if microbatches is not None:
         require_positive("pipelined", "microbatches", microbatches)
-    if isinstance(stages, str) and stages not in ("balanced", "even"):
+    if isinstance(schedule, Schedule) or (schedule is not None and not callable(schedule)):
+        raise StackError(
+            f"pipelined: schedule is a {type(schedule).__name__}, not a function (ranks, microbatches) -> Schedule; pass one of "
+            "fp.schedules, such as fp.schedules.one_f_one_b(), or fp.schedules.from_table(rows)"
+        )
+    if not isinstance(stages, Sequence) or (isinstance(stages, str) and stages not in ("balanced", "even")):
         raise StackError(f"pipelined: stages={stages!r}; write 'balanced', 'even', or a list of segments per stage")
     if not isinstance(stages, str):
         for n in stages:

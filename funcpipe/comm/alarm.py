@@ -61,9 +61,7 @@ class Alarm:
         self.failure: Failure | None = None
         self._store, self._key, self._rank = store, key, rank
         self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True
-        )
+        self._thread = threading.Thread(target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True)
         self._thread.start()
 
     def record(self, rank: int | None, text: str) -> Failure:

@@ -51,18 +51,26 @@ class Groups:
         self.device = _with_index(torch.device(device)) if device is not None else _default_device()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if not dist.is_initialized():
-            _initialise(mesh, self.device, timeout)
-            _tenants.add(self)
-        elif _tenants:
-            _tenants.add(self)
-        _check_size(mesh, dist.get_world_size())
-        self.rank = dist.get_rank()
         self._made: list[tuple[dist.ProcessGroup, str]] = []  # with its backend
         self._teams: dict[Axes, dist.ProcessGroup | None] = {}
         self._views: dict[Axes, Team] = {}
         self._lanes: dict[Lane, dist.ProcessGroup] = {}
-        everyone = range(mesh.size)
+        ours = bool(_tenants)
+        if not dist.is_initialized():
+            _initialise(mesh, self.device, timeout)
+            ours = True
+        _check_size(mesh, dist.get_world_size())
+        self.rank = dist.get_rank()
+        if ours:
+            _tenants.add(self)
+        try:
+            self._make_first()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_first(self) -> None:
+        everyone = range(self.mesh.size)
         control = self._new(everyone, "gloo", "control")
         assert control is not None
         self.control = control
@@ -71,9 +79,7 @@ class Groups:
 
     def _new(self, ranks: Iterable[int], backend: str, what: str) -> dist.ProcessGroup | None:
         """A process group of these ranks; None where this rank is not among them."""
-        group = dist.new_group(
-            sorted(ranks), timeout=self.timeout, backend=backend, group_desc=f"funcpipe {what}"
-        )
+        group = dist.new_group(sorted(ranks), timeout=self.timeout, backend=backend, group_desc=f"funcpipe {what}")
         if not isinstance(group, dist.ProcessGroup):
             return None
         self._made.append((group, backend))
@@ -124,9 +130,7 @@ class Groups:
         if team is None:
             ranks = self.mesh.group(self.rank, axes)
             if len(ranks) > 1 and self._canonical(axes) not in self._teams:
-                raise MeshError(
-                    f"no process groups over {axes}: every rank must call prepare([{axes}]) first"
-                )
+                raise MeshError(f"no process groups over {axes}: every rank must call prepare([{axes}]) first")
             places = [sorted(ranks).index(r) for r in ranks]
             team = self._views[axes] = Team(
                 self._teams[self._canonical(axes)] if len(ranks) > 1 else None,

@@ -265,9 +265,7 @@ def _raise_first(world: World) -> None:
             raise MismatchError(f"rank {box.dst} finished without receiving {box.unread()}")
 
 
-def run_ranks(
-    mesh: Mesh, body: Callable[[InProcessCommunicator], T], device: torch.device | str = _CPU
-) -> list[T]:
+def run_ranks(mesh: Mesh, body: Callable[[InProcessCommunicator], T], device: torch.device | str = _CPU) -> list[T]:
     """Run ``body(comm)`` once per rank of the mesh in this process; ``Ranks.run`` for a single run.
 
     >>> run_ranks(Mesh(seq=3), lambda comm: comm.exchange(comm.rank * 10))

@@ -85,9 +85,7 @@ class GlooMail:
             number = self._store.add(f"{self._key}/channels", 1)
             kept = int(self._store.compare_set(f"{self._key}/channel/{channel}", "", str(number)))
             if kept >= _CHANNELS:
-                raise RuntimeError(
-                    f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart"
-                )
+                raise RuntimeError(f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart")
             self._channels[channel] = kept
         return self._channels[channel]
 

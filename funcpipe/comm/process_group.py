@@ -46,10 +46,17 @@ class ProcessGroupCommunicator:
         MeshError: the number of processes is not the size of the mesh, or this process was not started as
         one of
             several.
+        RankError: not all of them construct it within the timeout.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device | str | None = None, timeout: float = 600.0) -> None:
-        self._groups = groups = Groups(mesh, device, timedelta(seconds=timeout))
+        try:
+            groups = Groups(mesh, device, timedelta(seconds=timeout))
+        except dist.DistError as error:
+            raise RankError(
+                f"not every rank of {mesh!r} came to make process groups within {timeout:g} s: {_reason(error)}"
+            ) from error
+        self._groups = groups
         self.mesh, self.rank, self.device = mesh, groups.rank, groups.device
         self._timeout = timeout
         key = f"funcpipe/{groups.control.group_name}"
@@ -124,9 +131,7 @@ class ProcessGroupCommunicator:
 
     def exchange(self, what: Any) -> list[Any]:
         out: list[Any] = [None] * self.mesh.size
-        self._attempt(
-            lambda: dist.all_gather_object(out, what, group=self._groups.control), lambda: "in exchange"
-        )
+        self._attempt(lambda: dist.all_gather_object(out, what, group=self._groups.control), lambda: "in exchange")
         return out
 
     def exchange_digest(self, n: int) -> list[int]:

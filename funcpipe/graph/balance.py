@@ -24,14 +24,14 @@ def group(costs: Sequence[int], stages: int, how: str | tuple[int, ...]) -> tupl
     n = len(costs)
     if n < stages:
         raise CutError(
-            f"{stages} stages need at least {stages - 1} boundaries, but the loss function has {n - 1}: call "
+            f"{stages} stages need {stages - 1} boundaries or more, but the loss function has {n - 1}: call "
             "fp.stage_boundary after every block"
         )
     if isinstance(how, tuple):
         if len(how) != stages or sum(how) != n:
             raise CutError(
-                f"stages={list(how)} gives {len(how)} stages {sum(how)} segments, but there are {stages} stages and "
-                f"{n} segments ({n - 1} boundaries)"
+                f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}, but there are {stages} stages and "
+                f"{n} segments (one more than boundaries): write {stages} numbers that add up to {n}"
             )
         sizes = list(how)
     elif how == "even":

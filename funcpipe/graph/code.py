@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from funcpipe.graph.nodes import base_of, is_op, viewed
+from funcpipe.graph.ops import base_of, is_op, viewed
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,8 @@ from torch import fx
 
 from funcpipe.graph import code as code_
 from funcpipe.graph.code import Code, Value
-from funcpipe.graph.nodes import Nodes, is_carried, is_heavy, read_nodes
+from funcpipe.graph.nodes import Nodes, read_nodes
+from funcpipe.graph.ops import is_carried, is_heavy
 from funcpipe.graph.trace import Traced
 
 Key = tuple[str, int]  # kind and segment of a unit

@@ -19,39 +19,35 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from funcpipe import tree
-from funcpipe.errors import CutError, TraceError
+from funcpipe.errors import TraceError
 from funcpipe.graph.mutation import mutates
-from funcpipe.graph.ops import CUT, CUT_BACKWARD, SEED, is_seeded
+from funcpipe.graph.ops import MARK, is_seeded
 
 _BY_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
 _FOREIGN = ("Please convert all Tensors to FakeTensors first", "Mixing fake modes")
 
 
-def refuse_impure(graph: fx.Graph, name: Callable[[int], str]) -> None:
+def refuse_impure(graph: fx.Graph, boundaries: int, names: Sequence[str]) -> None:
     """Refuse what no two ranks or microbatches could repeat.
 
     Args:
         graph: as traced, with its markers.
-        name: of an input, by number.
+        boundaries: how many.
+        names: of its inputs.
 
     Raises:
         TraceError: randomness, or an input that is changed in place.
-        CutError: a gradient within the loss that goes through a boundary.
     """
     nodes = list(graph.nodes)
-    begin = next((i for i, x in enumerate(nodes) if x.target is CUT and x.args[1] == SEED), len(nodes))
-    if any(x.target is CUT_BACKWARD for x in nodes[:begin]):
-        raise CutError(
-            "the loss function differentiates through a stage_boundary (torch.autograd.grad within the loss): what is "
-            "differentiated there cannot be cut. Put the boundary outside of it"
-        )
-    _refuse_random([x for x in nodes[:begin] if is_seeded(x)], [x for x in nodes[begin:] if is_seeded(x)])
-    inputs = {x: i for i, x in enumerate(x for x in nodes if x.op == "placeholder")}
+    marks = (i for i, x in enumerate(nodes) if x.target is MARK and x.args[0] > boundaries)
+    begin = next(marks, len(nodes))
+    _refuse_random(*([x for x in half if is_seeded(x)] for half in (nodes[:begin], nodes[begin:])))
+    inputs = dict(zip((x for x in nodes if x.op == "placeholder"), names, strict=True))
     for x in filter(mutates, nodes):
         if x.args and x.args[0] in inputs:
             raise TraceError(
-                f"the loss function changes {name(inputs[x.args[0]])} in place: it has to be pure, since a microbatch is "
-                "a view of the caller's batch and params are used again. Write to a clone instead"
+                f"the loss function changes {inputs[x.args[0]]} in place: it has to be pure, since a microbatch is a view "
+                "of the caller's batch and params are used again. Write to a clone instead"
             )
 
 
@@ -73,8 +69,8 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
     where, text = _user_line(error), str(error)
     if isinstance(error, _BY_VALUE) or ".numpy() is not supported" in text:
         return TraceError(
-            f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a tensor as index): a "
-            "traced step is the same for every batch. Use torch.where or index_select, or a plain Python value that the "
+            f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a tensor as index): "
+            "a traced step is the same for every batch. Use torch.where or index_select, or a plain Python value that the "
             "closure or batch brings"
         )
     if isinstance(error, DynamicOutputShapeException):
@@ -95,7 +91,7 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
     if "in-place operation" in text or "inplace operation" in text:
         return TraceError(
             f"the loss function changes a tensor in place{where} whose gradient needs its old value, which plain PyTorch "
-            f"refuses too: {text.split('. Hint')[0]}. Write to a clone instead"
+            f"refuses too: {text.split('. Hint')[0].rstrip('.')}. Write to a clone instead"
         )
     return error
 

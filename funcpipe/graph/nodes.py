@@ -12,21 +12,26 @@ In: `Traced`, whose graph is used up. Out: `Nodes`.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from funcpipe.graph.trace import MARK, Traced, is_op, is_seeded
+from funcpipe.graph.ops import (
+    MARK,
+    is_carried,
+    is_cheap,
+    is_communication,
+    is_heavy,
+    is_op,
+    is_seeded,
+    is_view,
+    viewed,
+)
+from funcpipe.graph.trace import Traced
 
 aten = torch.ops.aten
-HEAVY = frozenset(
-    ["mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "embedding_dense_backward", "_grouped_mm"]
-)
-FACTORIES = frozenset(["zeros", "ones", "full", "empty", "arange", "scalar_tensor"])
-_CHEAP = frozenset(["_to_copy", "clone"])
 
 
 @dataclass
@@ -149,11 +154,6 @@ def _merge_constants(n: Nodes) -> None:
             del n.label[node]
 
 
-def is_carried(x: fx.Node) -> bool:
-    """Whether a constant is computed once, and not in every unit that reads it."""
-    return not is_factory(x) and viewed(x) is None and isinstance(x.meta.get("val"), torch.Tensor)
-
-
 def _computed(n: Nodes, x: fx.Node) -> fx.Node:
     """A gradient that is an input or a constant as it stands, made a node of the last unit."""
     if x in n.label:
@@ -233,49 +233,3 @@ def _classify(n: Nodes) -> None:
 def _size(x: fx.Node | None) -> int:
     val = None if x is None else x.meta.get("val")
     return val.numel() if isinstance(val, torch.Tensor) else 0
-
-
-def is_heavy(x: fx.Node) -> bool:
-    """Whether a node is a matrix product or the like."""
-    return is_op(x) and x.target.overloadpacket.__name__ in HEAVY  # type: ignore[union-attr]
-
-
-def is_view(x: fx.Node) -> bool:
-    """Whether a node's result, or each of its results, shares its operand's memory."""
-    return is_op(x) and (x.target.is_view or x.target is aten._unsafe_view.default)  # type: ignore[union-attr]
-
-
-def viewed(x: fx.Node) -> fx.Node | None:
-    """The node whose memory a node's result shares, if there is one."""
-    source = x.args[0] if x.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if x.target is operator.getitem:  # of split, unbind: one of several views
-        return viewed(source)
-    return source if is_view(x) else None
-
-
-def base_of(x: fx.Node) -> fx.Node:
-    """The node that owns the memory in which a node's result lies."""
-    while (source := viewed(x)) is not None:
-        x = source
-    return x
-
-
-def is_cheap(x: fx.Node) -> bool:
-    """Whether computing a node again costs no more than reading it."""
-    if x.target is operator.getitem:
-        return True
-    if not is_op(x):
-        return False
-    return torch.Tag.pointwise in x.target.tags or is_view(x) or x.target.overloadpacket.__name__ in _CHEAP  # type: ignore[union-attr]
-
-
-def is_factory(x: fx.Node) -> bool:
-    """Whether a node makes a constant from nothing, so that folding it would only cost memory."""
-    return is_op(x) and not x.all_input_nodes and x.target.overloadpacket.__name__ in FACTORIES  # type: ignore[union-attr]
-
-
-def is_communication(x: fx.Node) -> bool:
-    """Whether a node talks to other ranks: such a node runs exactly where the loss put it."""
-    return is_op(x) and x.target.namespace == "funcpipe"  # type: ignore[union-attr]

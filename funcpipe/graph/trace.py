@@ -13,34 +13,22 @@ placeholders are the params' tensors, then the batch's. It holds no real data, p
 from __future__ import annotations
 
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import step as step_
 from funcpipe import tree
-from funcpipe.errors import CutError, FuncpipeError, TraceError
-from funcpipe.graph.mutation import make_functional, mutates
-
-_LIB = torch.library.Library("funcpipe", "FRAGMENT")
-_LIB.define("mark(int label) -> ()")
-_LIB.impl("mark", lambda label: None, "CompositeExplicitAutograd")
-torch.library.register_fake("funcpipe::mark", lambda label: None, lib=_LIB)
-MARK = torch.ops.funcpipe.mark.default
-fx.has_side_effect(MARK)  # else it is removed as dead code
+from funcpipe.errors import CutError, FuncpipeError
+from funcpipe.graph.explain import explain, refuse_impure
+from funcpipe.graph.mutation import make_functional
+from funcpipe.graph.ops import MARK
 
 _TRACING = threading.RLock()  # make_fx keeps process-wide state
 
@@ -87,11 +75,6 @@ class _Tracing:
             raise CutError(
                 "stage_boundary is called again while a checkpoint recomputes: a boundary inside "
                 "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one block, then stage_boundary"
-            )
-        if any(i.key() != TransformType.Vmap for i in get_interpreter_stack() or ()):
-            raise CutError(
-                "stage_boundary is called inside torch.func.grad, vjp or jvp within the loss function: what is differentiated "
-                "there cannot be cut. Put the boundary outside of it"
             )
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x)):
             raise CutError(
@@ -183,7 +166,7 @@ def trace(
         except FuncpipeError:
             raise
         except Exception as error:
-            raise _explain(error, loss_fn) from error
+            raise explain(error, loss_fn) from error
     traced = Traced(
         module,
         len(params[0]),
@@ -193,7 +176,9 @@ def trace(
         found["aux"],
         _count(found["aux"]),
     )
-    _refuse_impure(traced)
+    paths = tree.paths(tree.unflatten(batch[1], leaves))
+    names = [f"params{p}" for p in tree.paths(tree.unflatten(*params[::-1]))]
+    refuse_impure(module.graph, traced.boundaries, [*names, *(f"batch{paths[i]}" for i in moving)])
     return traced
 
 
@@ -223,83 +208,3 @@ def _count(aux: Any) -> int:
 def fill_aux(aux: Any, values: Callable[[int], Any]) -> Any:
     """The aux tree with a value in place of every output number."""
     return tree.map(lambda x: values(int(x)) if isinstance(x, _Output) else x, aux)
-
-
-# ---- what a graph must not hold
-
-
-def is_op(node: fx.Node) -> bool:
-    """Whether a node calls an ATen (or custom) op."""
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-
-
-def is_seeded(node: fx.Node) -> bool:
-    """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention backward is tagged so."""
-    if not is_op(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    return not node.target.overloadpacket.__name__.endswith("_backward") and _argument(node, "dropout_p") != 0.0
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An argument of an op by name, its default included; None where the op has none of that name."""
-    for i, a in enumerate(node.target._schema.arguments):
-        if a.name == name:
-            return node.kwargs.get(name, node.args[i] if i < len(node.args) else a.default_value)
-    return None
-
-
-def _refuse_impure(traced: Traced) -> None:
-    backward = False
-    inputs = [n for n in traced.module.graph.nodes if n.op == "placeholder"]
-    for node in traced.module.graph.nodes:
-        backward |= node.target is MARK and node.args[0] > traced.boundaries
-        if is_seeded(node) and backward:
-            raise TraceError(
-                f"{node.target} draws a new random mask while torch.utils.checkpoint recomputes: the gradient would belong "
-                "to another mask than the loss. Draw the mask outside the checkpoint and pass it in"
-            )
-        if is_seeded(node):
-            raise TraceError(
-                f"{node.target} draws from the global random generator, so no two ranks or microbatches could repeat what "
-                "one device does. Draw the random values outside the loss and pass them through batch"
-            )
-        if mutates(node) and node.args and node.args[0] in inputs:
-            raise TraceError(
-                f"the loss function changes one of its inputs in place ({node.target}); it has to be pure: "
-                "write to a clone instead"
-            )
-
-
-def _explain(error: Exception, loss_fn: Callable) -> Exception:
-    """The error of a trace in the words of the user's own code, where its kind is known; else the error itself."""
-    where = _user_line(error)
-    if isinstance(error, DataDependentOutputException | GuardOnDataDependentSymNode):
-        return TraceError(
-            f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a mask index): a traced "
-            "step is the same for every batch. Use torch.where, or a plain Python value that the closure or batch brings"
-        )
-    text = str(error)
-    if "Please convert all Tensors to FakeTensors first" in text:
-        return TraceError(
-            f"the loss function uses a tensor that did not come in through its arguments{where}{_closed_over(loss_fn)}: "
-            "pass it through params or batch"
-        )
-    return error
-
-
-def _user_line(error: BaseException) -> str:
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))
-    ]
-    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
-
-
-def _closed_over(loss_fn: Callable) -> str:
-    code = getattr(loss_fn, "__code__", None)
-    if code is None:
-        return ""
-    cells = zip(code.co_freevars, (c.cell_contents for c in loss_fn.__closure__ or ()), strict=False)
-    names = dict(cells) | {n: loss_fn.__globals__[n] for n in code.co_names if n in loss_fn.__globals__}
-    held = [n for n, x in names.items() if isinstance(x, torch.Tensor | torch.nn.Module)]
-    return f" (it closes over {', '.join(map(repr, held))})" if held else ""

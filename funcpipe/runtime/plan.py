@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import read_nodes
 from funcpipe.graph.trace import trace
+from funcpipe.mesh import Axes
 from funcpipe.placement import Placement, place_params
 from funcpipe.program import (
     GATHER,
@@ -115,20 +117,50 @@ class Plan:
 
     @property
     def memory(self) -> list[dict[str, int]]:
-        """Predicted bytes at every place on the pipe axis: ``activations`` (the peak, with each unit's own
-        intermediates), ``residuals`` (the part of it held between units), ``gradients`` and ``params``."""
+        """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
+        intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
+        at their peak), ``gradients`` and ``params`` (what the rank holds)."""
         return [self._memory(p) for p in range(self.resolved.ranks)]
 
     def _memory(self, place: int) -> dict[str, int]:
-        dyed = self.placement.dyed
-        held = [i for i, layout in enumerate(self.placement.layouts) if place in layout.owners]
+        dyed, mesh = self.placement.dyed, self.resolved.mesh
+        held = [(i, layout) for i, layout in enumerate(self.placement.layouts) if place in layout.owners]
         programs = [c.programs[place] for c in self.calls]
+        sizes = [-(-torch.Size(x.shape).numel() // mesh.axis_size(x.axes)) * dyed.dtypes[i].itemsize for i, x in held]
         return {
             "activations": max((p.peak_bytes for p in programs), default=0),
             "residuals": max((p.kept_bytes for p in programs), default=0),
+            "gathered": max((p.gathered_bytes for p in programs), default=0),
             "gradients": sum(p.grad_bytes for p in programs),
-            "params": sum(torch.Size(dyed.shapes[i]).numel() * dyed.dtypes[i].itemsize for i in held),
+            "params": sum(sizes),
         }
+
+    @property
+    def traffic(self) -> list[dict[Axes, int]]:
+        """Bytes that a rank at every place on the pipe axis receives in a step, by the axes they travel along.
+
+        Counted as rings do: ``n - 1`` of ``n`` parts for a gather or a reduce-scatter, twice that for an all-reduce.
+        The loss, the norm and other single numbers are left out.
+        """
+        return [self._traffic(p) for p in range(self.resolved.ranks)]
+
+    def _traffic(self, place: int) -> dict[Axes, int]:
+        r, out = self.resolved, Counter()  # type: ignore[var-annotated]
+        for c in self.calls:
+            for i in c.programs[place].instructions:
+                if i.op == RECV:
+                    out[(r.pipe_axis,)] += sum(v.nbytes for v in i.values)
+                elif i.op in (GATHER, REDUCE) and i.bucket is not None:
+                    axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
+                    out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
+            for k, param in enumerate(c.call.params):
+                layout = self.placement.layouts[param]
+                axes = tuple(a for a in r.split_axes if a not in layout.axes)
+                if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
+                    n = r.mesh.axis_size(axes)
+                    size = -(-torch.Size(layout.shape).numel() // r.mesh.axis_size(layout.axes))
+                    out[axes] += 2 * (n - 1) * size * c.call.dtypes[k].itemsize // n
+        return dict(out)
 
     def timeline(self, call: int = 0) -> Timeline:
         """When every action would run if a unit took as long as its FLOPs and transfers took no time."""
@@ -332,7 +364,7 @@ class Planner:
         assert weight is not None
         axes = self.resolved.split_axes
         mesh = self.resolved.mesh
-        ranks = mesh.group(0, axes) if axes else (0,)
+        ranks = mesh.group(0, axes) if axes and not self.resolved.local else (0,)
         moving = _tensors(call.batch)
         parts = [
             weight([leaves[i] for i in moving]) for rank in ranks for leaves in splits.microbatches(call.batch, rank)
@@ -379,6 +411,8 @@ def _summed(c: Cut) -> frozenset[int]:
 def _text(plan: Plan) -> list[str]:
     r = plan.resolved
     out = [f"{r.mesh!r}"]
+    moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
+    out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
     for k, c in enumerate(plan.calls):
         s = c.schedule
         out.append(
@@ -412,6 +446,9 @@ def _program_text(program: Program) -> list[str]:
             made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
             size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
             out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
+        elif i.op in (GATHER, REDUCE):
+            assert i.bucket is not None
+            out.append(f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank")
         elif i.op in (SEND, RECV):
             size = bytes_text(sum(v.nbytes for v in i.values))
             way = "to" if i.op == SEND else "from"

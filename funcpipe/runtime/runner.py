@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from funcpipe import tree
+from funcpipe import random, tree
 from funcpipe.batch import signature
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import Ranks
 from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.errors import FuncpipeError, MismatchError, StateError
+from funcpipe.errors import FuncpipeError, MismatchError, StackError, StateError
+from funcpipe.lazy import LazyParams
 from funcpipe.mesh import Mesh
 from funcpipe.placement import Placement
 from funcpipe.runtime.plan import Plan, Planner
@@ -38,6 +40,19 @@ class Runner:
     def plan(self, state: Any, batch: Any) -> Plan:
         """What will run for batches like this one: see `Plan`."""
         return self._made.plan(batch)
+
+    def _read(self, params: Any, key: torch.Tensor | int) -> tuple[Any, Callable[[int], torch.Tensor]]:
+        """Params for their shapes, and a function that fetches a leaf."""
+        if not callable(params):
+            leaves = tree.leaves(params)
+            return params, leaves.__getitem__
+        lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
+        return lazy.fakes, lambda i: lazy.leaf(i).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ranks compute."""
+        return torch.device("cpu")
 
     @property
     def _made(self) -> Planner:
@@ -60,19 +75,24 @@ class Simulation(Runner):
         self._ranks = Ranks(mesh)
         self._bound: dict[int, list[Rank]] = {}
 
-    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> list[Any]:
+    def init(
+        self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0
+    ) -> list[Any]:
         """Make the plan, and every rank's state: ``init_state`` of the leaves that the rank holds.
 
         Args:
             init_state: a pure function from params to the state.
-            params: the full params.
+            params: the full params; or a pure function ``params_fn(key)`` that makes them (with `fp.random`), of which a
+                rank computes only the leaves that it holds.
             batch: a global batch like those to come, with its data.
+            key: what ``params_fn`` gets; a seed or a key.
         """
-        self._planner = Planner(self._resolved, init_state, params)
+        shapes, leaf = self._read(params, key)
+        self._planner = Planner(self._resolved, init_state, shapes)
         self._bound.clear()
         self._planner.plan(batch)
         with torch.no_grad():
-            return [init_state(self._placement.params(params, r)) for r in range(self.mesh.size)]
+            return [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
 
     def __call__(self, state: list[Any], batch: Any) -> tuple[list[Any], Any]:
         """One step of every rank."""
@@ -115,8 +135,13 @@ def check_same(first: Any, other: Any, rank: int) -> None:
 class Spmd(Runner):
     """The rank that this process is; see `spmd`."""
 
-    def __init__(self, step: Callable, mesh: Mesh, device: torch.device | str | None, timeout: float | None) -> None:
+    def __init__(
+        self, step: Callable, mesh: Mesh, device: torch.device | str | None, timeout: float | None, batch: str
+    ) -> None:
         super().__init__(step, mesh)
+        if batch not in ("global", "local"):
+            raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
+        self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
         self._bound: dict[int, Rank] = {}
@@ -132,17 +157,20 @@ class Spmd(Runner):
         """Where this rank computes."""
         return self._comm.device
 
-    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> Any:
+    def init(
+        self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0
+    ) -> Any:
         """Make the plan, compare it with the other ranks', and make this rank's state; see `Simulation.init`."""
-        return self._guarded(self._init, init_state, params, batch)
+        return self._guarded(self._init, init_state, params, batch, key)
 
-    def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any) -> Any:
+    def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
+        params, leaf = self._read(params, key)
         self._agree({"params": params, "batch": batch}, f"{self.mesh!r} {self._resolved.splits} {self._resolved.micro}")
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
         self._rank_of(batch)
         with torch.no_grad():
-            return init_state(self._placement.params(params, self.rank))
+            return init_state(self._placement.params(leaf, self.rank))
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One step of this rank; every rank calls it with the same global batch."""
@@ -251,7 +279,12 @@ def simulate(step: Callable, mesh: Mesh) -> Simulation:
 
 
 def spmd(
-    step: Callable, mesh: Mesh, *, device: torch.device | str | None = None, timeout: float | None = None
+    step: Callable,
+    mesh: Mesh,
+    *,
+    device: torch.device | str | None = None,
+    timeout: float | None = None,
+    batch: str = "global",
 ) -> Spmd:
     """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
 
@@ -260,6 +293,8 @@ def spmd(
         mesh: as many ranks as there are processes (`launch` or torchrun started them).
         device: where this rank computes; its own GPU if there is one, else the CPU.
         timeout: seconds after which a rank that does not answer is given up.
+        batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
+            that differ on no axis that splits the batch (the ranks of one pipeline) then pass the same rows.
 
     Returns:
         a runner; ``state`` is this rank's part of it.
@@ -268,4 +303,4 @@ def spmd(
         MeshError, StackError: the transforms do not fit the mesh or each other.
         RankError, on every rank: another one failed; says which, and with what.
     """
-    return Spmd(step, mesh, device, timeout)
+    return Spmd(step, mesh, device, timeout, batch)

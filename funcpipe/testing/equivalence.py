@@ -10,16 +10,18 @@ that says which step, what, where in the pytree, on which rank, how far off, and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from funcpipe import tree
 from funcpipe.mesh import Mesh
+from funcpipe.placement import take
 from funcpipe.runtime.rank import Running
 from funcpipe.runtime.runner import simulate
 from funcpipe.step import tap
@@ -44,11 +46,28 @@ class Report:
     compared: int
 
 
+class _Call(NamedTuple):
+    """What one ``value_and_grad`` returned, and the context of the rank that called it (None for the reference)."""
+
+    context: Any
+    loss: torch.Tensor
+    grads: Any
+
+    def part(self, number: int, leaf: int, whole: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """What a rank has of a gradient in call ``number``, and which of its shards that is."""
+        rank = self.context.rank
+        layout = rank.plan.placement.layouts[rank.plan.calls[number].call.params[leaf]]
+        if not layout.axes:
+            return whole, 0
+        mesh, here = rank.comm.mesh, rank.comm.rank
+        return take(whole, mesh, here, layout.axes), mesh.index(here, layout.axes)
+
+
 @dataclass(frozen=True)
 class _Ran:
     """One step of a run: by rank (0 for the reference) what every ``value_and_grad`` returned; metrics; the full state."""
 
-    calls: dict[int, list[tuple[torch.Tensor, Any]]]
+    calls: dict[int, list[_Call]]
     metrics: Any
     state: Any
 
@@ -123,7 +142,7 @@ def _reference(step: Callable, init_state: Callable, params: Any, batches: Seque
         for batch in batches:
             with tap() as seen:
                 state, metrics = step(state, batch)
-            yield _Ran({0: [(loss, grads) for _, loss, grads in seen]}, metrics, _copy(state))
+            yield _Ran({0: [_Call(*call) for call in seen]}, metrics, tree.map_tensors(torch.clone, state))
 
 
 def _transformed(run: Any, init_state: Callable, params: Any, batches: Sequence[Any]) -> Iterator[_Ran]:
@@ -132,14 +151,10 @@ def _transformed(run: Any, init_state: Callable, params: Any, batches: Sequence[
         with tap() as seen:
             state, metrics = run(state, batch)
         calls = defaultdict(list)
-        for context, loss, grads in seen:
-            if isinstance(context, Running):  # others only looked at the step, to plan it
-                calls[context.rank.comm.rank].append((loss, grads))
+        for call in itertools.starmap(_Call, seen):
+            if isinstance(call.context, Running):  # others only looked at the step, to plan it
+                calls[call.context.rank.comm.rank].append(call)
         yield _Ran(dict(calls), metrics, run.unplace(state))
-
-
-def _copy(x: Any) -> Any:
-    return tree.map_tensors(torch.clone, x)
 
 
 class _Comparison:
@@ -149,36 +164,37 @@ class _Comparison:
         self.rtol, self.at = rtol, ""
         self.error, self.where, self.compared = 0.0, "", 0
 
-    def calls(self, got: dict[int, list], want: list, exact: bool) -> None:
+    def calls(self, got: dict[int, list[_Call]], want: list[_Call], exact: bool) -> None:
         """Every rank's losses and gradients, and that what several ranks hold is the same."""
-        held: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        held: dict[tuple[int, int, int], tuple[int, torch.Tensor]] = {}
         for rank, calls in sorted(got.items()):
             if len(calls) != len(want):
                 self._fail(f"rank {rank} called value_and_grad {len(calls)} times instead of {len(want)}")
-            for k, ((loss, grads), (true_loss, true_grads)) in enumerate(zip(calls, want, strict=True)):
+            for k, (call, true) in enumerate(zip(calls, want, strict=True)):
                 name = f"of value_and_grad {k} on rank {rank}"
-                self.tree("loss", loss, true_loss, name, exact)
-                here = self.tree("grads", grads, true_grads, name, exact, absent=True)
-                for i, path, x in here:
-                    first, other = held.setdefault((k, i), (rank, x))
+                self._leaf(f"loss {name}", call.loss, true.loss, 0.0, exact)
+                for i, (path, x, whole) in enumerate(self._pairs(f"grads {name}", call.grads, true.grads)):
+                    if x is None:
+                        continue
+                    wanted, shard = call.part(k, i, whole)
+                    self._leaf(f"grads{path} {name}", x, wanted, _floor(true.grads), exact)
+                    first, other = held.setdefault((k, i, shard), (rank, x))
                     if not _same_bits(x, other):
                         self._fail(f"grads{path} {name}: other bits than on rank {first}")
 
-    def tree(
-        self, what: str, got: Any, want: Any, of: str = "", exact: bool = False, absent: bool = False
-    ) -> list[tuple[int, str, Any]]:
-        """Compare two trees; ``absent``: whether leaves may be missing. Returns number, path and leaf of those there."""
+    def tree(self, what: str, got: Any, want: Any) -> None:
+        """Two whole trees."""
+        for path, x, wanted in self._pairs(what, got, want):
+            self._leaf(f"{what}{path}", x, wanted, _floor(want), exact=False)
+
+    def _pairs(self, what: str, got: Any, want: Any) -> Iterator[tuple[str, Any, Any]]:
+        """Path, leaf (None if it is absent) and wanted leaf."""
         leaves, spec = tree.flatten(want)
-        paths = tree.paths(want)
         try:
             found = spec.flatten_up_to(got)
         except ValueError as error:
-            self._fail(f"{what} {of}: another structure than on one device: {error}")
-        floor = SMALL * max((_norm(x) for x in leaves if isinstance(x, torch.Tensor) and x.dim()), default=0.0)
-        here = [(i, path, x) for i, (path, x) in enumerate(zip(paths, found, strict=True)) if x is not None or not absent]
-        for i, path, x in here:
-            self._leaf(f"{what}{path} {of}".rstrip(), x, leaves[i], floor, exact)
-        return here
+            self._fail(f"{what}: another structure than on one device: {error}")
+        return zip(tree.paths(want), found, leaves, strict=True)
 
     def _leaf(self, name: str, got: Any, want: Any, floor: float, exact: bool) -> None:
         self.compared += 1
@@ -195,8 +211,14 @@ class _Comparison:
         if exact and not _same_bits(got, want):
             self._fail(f"{name}: other bits than on one device (relative error {error:.1e})")
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, text: str) -> NoReturn:
         raise AssertionError(self.at + text)
+
+
+def _floor(want: Any) -> float:
+    """The least that a leaf of a tree is measured against; 0-d leaves, often counters, do not set it."""
+    leaves = [x for x in tree.leaves(want) if isinstance(x, torch.Tensor) and x.dim()]
+    return SMALL * max(map(_norm, leaves), default=0.0)
 
 
 def _describe(x: Any) -> str:

@@ -230,6 +230,14 @@ def two_ranks_raise():
     return broken(body)
 
 
+def a_rank_is_late_for_the_construction():
+    if dist.get_rank() == 3:
+        time.sleep(1.5)
+    with pytest.raises(RankError) as caught:
+        communicator(LINE, timeout=1.0)
+    return str(caught.value)
+
+
 def a_rank_is_late():
     def body(comm):
         if comm.rank == 0:
@@ -263,6 +271,7 @@ CHECKS = [
     two_ranks_raise,
     a_rank_is_late,
     a_rank_is_late_for_a_collective,
+    a_rank_is_late_for_the_construction,
 ]
 
 
@@ -277,7 +286,7 @@ def run_checks():
             out[check.__name__] = True, check()
         except Exception:
             out[check.__name__] = False, traceback.format_exc()
-    keeper.exchange_digest(0)
+        keeper.exchange_digest(0)  # the next check's communicator may have a short timeout
     keeper.close()
     assert not dist.is_initialized()
     assert not [t for t in threading.enumerate() if t.name == "funcpipe-alarm"]
@@ -352,6 +361,11 @@ def test_a_late_rank_is_named_with_what_waited_for_it(results):
     assert max(seconds) < SOON
     told = "it did not answer rank 0, which was receiving (float32[2]) on channel 'F' within 1 s"
     assert set(texts) == {f"rank 3 failed: {told}"}
+
+
+def test_a_rank_late_for_the_construction(results):
+    texts = result(results, a_rank_is_late_for_the_construction)
+    assert texts[0].startswith("not every rank of Mesh(pipe=4) came to make process groups within 1 s: ")
 
 
 def test_a_rank_late_for_a_collective_ends_it(results):

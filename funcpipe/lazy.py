@@ -1,0 +1,67 @@
+"""Params that are not there yet: a rank makes the leaves that it holds, and no others.
+
+In: a pure function from a key to params. Out: `LazyParams`: their shapes, and each leaf on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from funcpipe import tree
+from funcpipe.errors import StateError
+from funcpipe.graph.ops import is_seeded
+
+
+class LazyParams:
+    """What ``params_fn(key)`` would return.
+
+    Args:
+        params_fn: pure; random values come from its key, by `fp.random`.
+        key: see `fp.random.key`.
+
+    Attributes:
+        fakes: the tree, with shapes and dtypes but no data.
+    """
+
+    def __init__(self, params_fn: Callable[[torch.Tensor], Any], key: torch.Tensor) -> None:
+        self.key, self.mode = key, FakeTensorMode()
+        specs: list[Any] = []
+
+        def flat(key: torch.Tensor) -> list[torch.Tensor]:
+            leaves, spec = tree.flatten(params_fn(key))
+            specs[:] = [spec]
+            return leaves
+
+        with self.mode:
+            fake_key = torch.empty((), dtype=torch.int64)
+            self.module = make_fx(flat, tracing_mode="fake")(fake_key)
+        for node in self.module.graph.nodes:
+            if is_seeded(node):
+                raise StateError(
+                    f"params_fn draws from the global random generator ({node.target}), so ranks could not agree on what "
+                    "they hold: draw from its key with fp.random.normal or fp.random.uniform"
+                )
+        self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
+        self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])
+
+    def leaf(self, number: int) -> torch.Tensor:
+        """A leaf, computed from what it depends on alone."""
+        need, stack = {self.outputs[number]}, [self.outputs[number]]
+        while stack:
+            for a in stack.pop().all_input_nodes:
+                if a not in need:
+                    need.add(a)
+                    stack.append(a)
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        for node in self.module.graph.nodes:
+            if node in need or node.op == "placeholder":
+                new[node] = graph.node_copy(node, lambda a: new[a])
+        graph.output(new[self.outputs[number]])
+        return fx.GraphModule(self.module, graph)(self.key)
