@@ -57,7 +57,7 @@ def make_step(sizes: Sizes, optimizer: fp.optim.Optimizer) -> Callable:
 
 def parallel(step: Callable, args: argparse.Namespace) -> Callable:
     step = fp.pipelined(step, axis="pipe", microbatches=args.microbatches, schedule=SCHEDULES[args.schedule]())
-    for axis in set(args.mesh.axes) - {"pipe"}:
+    for axis in [name for name in args.mesh.axes if name != "pipe"]:
         step = fp.data_parallel(step, axis=axis)
     return fp.sharded_weights(step, axis=args.shard) if args.shard else step
 
@@ -139,13 +139,13 @@ def train(
             state, metrics = run(state, batch(i))
             losses.append(float(metrics["loss"]))
             if i == 0:
-                build, start = time.perf_counter() - start, time.perf_counter()
+                built, start = time.perf_counter() - start, time.perf_counter()
             rate = i * args.rows * args.length / max(time.perf_counter() - start, 1e-9)
             bar.update(task, advance=1, loss=losses[-1], rate=rate)
             if bar.disable and (i % max(args.steps // 10, 1) == 0 or i == args.steps - 1):
-                pace = f"{rate:8,.0f} tokens/s" if i else f"after {build:.1f} s"
+                pace = f"{rate:8,.0f} tokens/s" if i else f"after {built:.1f} s"
                 console.print(f"step {i + 1:4}  loss {losses[-1]:.3f}  {pace}", highlight=False)
-    return state, Result(losses, build, time.perf_counter() - start)
+    return state, Result(losses, built, time.perf_counter() - start)
 
 
 # ---- what is told at the end

@@ -6,6 +6,18 @@ it; run it on a mesh. This is the public interface, in one list.
 
 from funcpipe import errors, optim, random
 from funcpipe import schedule as schedules
+from funcpipe.collectives import (
+    all_gather,
+    all_to_all,
+    axis_index,
+    axis_size,
+    pmax,
+    pmean,
+    ppermute,
+    psum,
+    psum_scatter,
+    vmap,
+)
 from funcpipe.mesh import Mesh
 from funcpipe.runtime.launch import launch
 from funcpipe.runtime.plan import Plan
@@ -30,6 +42,10 @@ __all__ = [
     "Plan",
     "Rows",
     "accumulated",
+    "all_gather",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
     "clip_by_global_norm",
     "compose",
     "data_parallel",
@@ -39,6 +55,11 @@ __all__ = [
     "launch",
     "optim",
     "pipelined",
+    "pmax",
+    "pmean",
+    "ppermute",
+    "psum",
+    "psum_scatter",
     "random",
     "schedules",
     "sharded_weights",
@@ -46,5 +67,6 @@ __all__ = [
     "spmd",
     "stage_boundary",
     "value_and_grad",
+    "vmap",
 ]
 __version__ = "0.1.0"

@@ -134,12 +134,12 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
 
 
 def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
-    shape = tree.map(lambda _: Ellipsis, batch)  # for messages: without data
+    bare = tree.without_data(batch)
     try:
-        out = tree.broadcast_prefix(dims, shape)
+        out = tree.broadcast_prefix(dims, bare)
     except ValueError as error:
         raise BatchError(
-            f"{name}: dims={dims!r} is not a prefix of the batch {shape!r}: {error}. Write one dim for the whole batch, or a "
+            f"{name}: dims={dims!r} is not a prefix of the batch {bare!r}: {str(error).rstrip('.')}. Write one dim for the whole batch, or a "
             "tree with the batch's keys"
         ) from None
     for d in out:

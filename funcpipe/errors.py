@@ -54,5 +54,9 @@ class RankError(FuncpipeError):
     """Another rank failed, or is gone; the message names it."""
 
 
+class PlanError(FuncpipeError, ValueError):
+    """A plan cannot be drawn as asked."""
+
+
 class OptimError(FuncpipeError, ValueError):
     """An optimizer has a setting out of range, or gets trees that do not fit each other."""

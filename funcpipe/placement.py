@@ -10,6 +10,7 @@ In: `Dyed` (which leaf of the state is which parameter) and the owners of every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from funcpipe import tree
 from funcpipe.errors import StateError
 from funcpipe.mesh import Axes, Mesh
-from funcpipe.state import Dyed, Dyes, held_state
+from funcpipe.state import Dyed
 
 
 def extent(numel: int, parts: int, index: int) -> tuple[int, int]:
@@ -88,6 +89,15 @@ class Placement:
         """Whether a rank holds a parameter."""
         return self.stage_rank(rank) in self.layouts[param].owners
 
+    def shape(self, rank: int, param: int) -> tuple[int, ...]:
+        """The shape of what a rank holds of a parameter."""
+        layout = self.layouts[param]
+        if not layout.axes:
+            return layout.shape
+        parts, index = self.mesh.axis_size(layout.axes), self.mesh.index(rank, layout.axes)
+        start, end = extent(math.prod(layout.shape), parts, index)
+        return shard_shape(layout.shape, end - start)
+
     def counts(self, rank: int, param: int | None) -> bool:
         """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that hold the part."""
         here = self.mesh.coords(rank)
@@ -139,12 +149,12 @@ class Placement:
     def state_leaves(self, state: Any, who: str) -> list[Any]:
         """The leaves of a rank's state (None where it holds nothing), in the order of the full state's."""
         try:
-            return self.dyed.state_spec.flatten_up_to(state)
+            return tree.leaves_up_to(self.dyed.state_spec, state)
         except ValueError as error:
             raise StateError(
-                f"{who}: the state has another structure than init_state made: {error}. Write init_state and the step with "
-                "tree_map, which keeps the places of leaves that a rank does not hold"
-            ) from error
+                f"{who}: the state has another structure than init_state made: {str(error).rstrip('.')}. Write init_state and "
+                "the step with tree_map, which keeps the places of leaves that a rank does not hold"
+            ) from None
 
 
 def own(x: Any) -> Any:
@@ -156,8 +166,7 @@ def place_params(
     mesh: Mesh,
     pipe_axis: str | None,
     dyed: Dyed,
-    dyes: Dyes,
-    init_state: Callable,
+    held_state: Callable[[Callable[[int], bool]], Any],
     owners: Sequence[Iterable[int]],
     axes: Sequence[Axes],
 ) -> Placement:
@@ -169,6 +178,6 @@ def place_params(
     placement = Placement(mesh, pipe_axis, dyed, layouts, ())
     present = []
     for p in range(places):
-        state = held_state(init_state, dyes, lambda i, p=p: p in layouts[i].owners)  # type: ignore[misc]
+        state = held_state(lambda i, p=p: p in layouts[i].owners)  # type: ignore[misc]
         present.append(tuple(x is not None for x in placement.state_leaves(state, "init_state")))
     return Placement(mesh, pipe_axis, dyed, layouts, tuple(present))

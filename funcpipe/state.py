@@ -11,23 +11,28 @@ None: replicated), and every ``value_and_grad`` and global sum that the step mak
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from funcpipe import step as step_
 from funcpipe import tree
-from funcpipe.errors import StateError
+from funcpipe.collectives import one_rank
+from funcpipe.errors import FuncpipeError, StateError
+from funcpipe.graph.explain import BY_VALUE, user_line
 from funcpipe.graph.fakes import BatchIsReal, fake
 
 _ELEMENTWISE = frozenset(
     "clone detach alias _to_copy copy copy_ contiguous zeros_like ones_like full_like empty_like "
     "new_empty_strided lift_fresh".split()
 )
+_FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
 _FOREACH_REDUCTIONS = frozenset("_foreach_norm _foreach_max".split())
 
 
@@ -114,6 +119,11 @@ class Dyes:
                 return n - self.first
         return None
 
+    def sizes(self, args: Any) -> list[int]:
+        """The parameters whose sizes stand among the arguments of an op that makes a tensor."""
+        numbers = [n - self.first for n in pytree.tree_leaves(args) if type(n) is int]
+        return [i for i in numbers if 0 <= i < len(self.leaves)]
+
     def name(self, i: int) -> str:
         """How to call a parameter in a message."""
         return f"params{self.paths[i]}"
@@ -123,7 +133,7 @@ class _Looking:
     """The context of a dyed run: notes calls, and hands back fakes."""
 
     def __init__(self, dyes: Dyes) -> None:
-        self.dyes, self.calls, self.sums = dyes, [], []  # type: ignore[var-annotated]
+        self.dyes, self.calls, self.sums, self.aux = dyes, [], [], []  # type: ignore[var-annotated]
 
     def stage_boundary(self, x: Any) -> Any:
         return x
@@ -146,9 +156,14 @@ class _Looking:
         self.calls.append(
             Call(loss_fn, has_aux, tuple(numbers), spec, tuple(x.dtype for x in leaves), batch)  # type: ignore[arg-type]
         )
-        loss = torch.zeros((), dtype=torch.float32, device=leaves[0].device if leaves else None)
+        self.aux.append(self._aux(self.calls[-1]) if has_aux else None)
+        return self._results(leaves, spec, self.aux[-1], has_aux)
+
+    def _results(self, leaves: list[torch.Tensor], spec: Any, aux: Any, has_aux: bool) -> Any:
+        with self.dyes.mode:
+            loss = torch.zeros((), device=leaves[0].device if leaves else None)
         grads = tree.unflatten(spec, [torch.empty_like(x) for x in leaves])
-        return ((loss, self._aux(self.calls[-1])) if has_aux else loss), grads
+        return ((loss, aux) if has_aux else loss), grads
 
     def _aux(self, call: Call) -> Any:
         """What the loss function returns beside the loss, as fakes: the step may compute with it."""
@@ -156,7 +171,7 @@ class _Looking:
         true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
         params = tree.unflatten(call.params_spec, true)
         parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
-        with _disable_current_modes(), BatchIsReal(mode):  # a loss function need not be elementwise
+        with _disable_current_modes(), BatchIsReal(mode), one_rank():  # a loss function need not be elementwise
             return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
@@ -171,6 +186,17 @@ class _Looking:
         return out
 
 
+class _Rehearsing(_Looking):
+    """The context of a run on the leaves that one rank holds: nothing is noted, aux values are those of the first run."""
+
+    def __init__(self, dyes: Dyes, aux: list[Any]) -> None:
+        super().__init__(dyes)
+        self.known = iter(aux)
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        return self._results(*step_.check_params(params), next(self.known, None), has_aux)
+
+
 class _Elementwise(BatchIsReal):
     """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
 
@@ -181,28 +207,44 @@ class _Elementwise(BatchIsReal):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
-        dyed = [
-            i for i in map(self.dyes.of, torch.utils._pytree.tree_leaves((args, kwargs))) if i is not None
-        ]
-        if dyed and not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
-            raise StateError(
-                f"the step applies {func.overloadpacket} to {self.dyes.name(dyed[0])} (or its gradient or state) outside "
-                "value_and_grad: that is not elementwise, and a rank holds only part of the leaves. Use fp.global_norm or "
-                "fp.global_sum for a reduction, or move it into the loss function"
-            )
-        if not listed and len(set(dyed)) > 1:
-            a, b = (self.dyes.name(i) for i in sorted(set(dyed))[:2])
-            raise StateError(
-                f"the step mixes {a} and {b} in {func.overloadpacket}: a rank may hold only one of them"
-            )
+        dyed = [i for i in map(self.dyes.of, pytree.tree_leaves((args, kwargs))) if i is not None]
+        sized = [] if dyed else self.dyes.sizes(args)
+        if sized and name in _FILLS:
+            with self.mode:
+                return func(*args, **kwargs)
+        if (dyed or sized) and func.namespace != "prim":
+            self._check(func, name, [*dyed, *sized], (*args, *kwargs.values()))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _check(self, func: Any, name: str, dyed: list[int], args: tuple) -> None:
+        who, what = self.dyes.name(dyed[0]), str(func.overloadpacket)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise StateError(
+                f"the step draws random values ({what}) for {who} outside value_and_grad: ranks that hold copies or parts of "
+                "it would draw different ones. Draw them before the step and pass them through the state or batch"
+            )
+        listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
+        if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
+            raise StateError(
+                f"the step applies {what} to {who} (or its gradient or state) outside value_and_grad: that is not "
+                "elementwise, and a rank holds only part of the leaves. Use fp.global_norm or fp.global_sum for a "
+                "reduction, or move it into the loss function"
+            )
+        lists = [x for x in args if isinstance(x, list | tuple)]
+        for together in zip(*lists, strict=False) if listed else [pytree.tree_leaves(args)]:
+            mixed = sorted({i for i in map(self.dyes.of, together) if i is not None})
+            if len(mixed) > 1:
+                a, b = map(self.dyes.name, mixed[:2])
+                raise StateError(f"the step mixes {a} and {b} in {what}: a rank may hold only one of them")
 
 
 def look(
     step: Callable, init_state: Callable, params: Any, batch: Any, mode: FakeTensorMode
-) -> tuple[Dyed, Dyes]:
+) -> tuple[Dyed, Callable[[Callable[[int], bool]], Any]]:
     """Run ``init_state`` and the step once on dyed fakes.
+
+    Returns:
+        what it told, and a function from "is parameter i held?" to the state of a rank that holds those, as fakes.
 
     Raises:
         StateError: a leaf is touched other than elementwise; the step returns a state of another structure than it
@@ -214,10 +256,11 @@ def look(
         try:
             state = init_state(dyes.params())
             new_state, metrics = _returned(step(state, batch))
-        except DataDependentOutputException as error:
+        except (*BY_VALUE, DynamicOutputShapeException) as error:
             raise StateError(
-                "the step decides by the value of a tensor outside value_and_grad (an if, .item() or float()): every rank "
-                "runs the same step without looking. Use torch.where, or read the value from the metrics"
+                f"the step decides by the value of a tensor outside value_and_grad{user_line(error)} (an if, .item(), "
+                "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
+                "value from the metrics"
             ) from error
     spec, numbers = _numbers(state, dyes)
     new_spec, new_numbers = _numbers(new_state, dyes)
@@ -247,12 +290,12 @@ def look(
         tuple(context.calls),
         tuple(context.sums),
     )
-    return dyed, dyes
+    return dyed, functools.partial(held_state, step, init_state, batch, dyes, context.aux)
 
 
 def _returned(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise StateError(f"a step returns (state, metrics); this one returned a {type(out).__name__}")
+        raise StateError(f"a step returns (state, metrics); this one returned {step_.describe(out)}")
     return out
 
 
@@ -261,7 +304,27 @@ def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
     return spec, tuple(map(dyes.of, leaves))
 
 
-def held_state(init_state: Callable, dyes: Dyes, held: Callable[[int], bool]) -> Any:
-    """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes."""
-    with torch.no_grad(), step_.bind(_Looking(dyes)), _Elementwise(dyes):
-        return init_state(dyes.params(held))
+def held_state(
+    step: Callable, init_state: Callable, batch: Any, dyes: Dyes, aux: list[Any], held: Callable[[int], bool]
+) -> Any:
+    """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes.
+
+    Raises:
+        StateError: ``init_state`` or the step runs on all leaves, but not on some.
+    """
+    missing = next((i for i in range(len(dyes.leaves)) if not held(i)), None)
+    who = "init_state"
+    with torch.no_grad(), step_.bind(_Rehearsing(dyes, aux)), _Elementwise(dyes):
+        try:
+            state = init_state(dyes.params(held))
+            who = "the step"
+            if missing is not None:
+                step(state, batch)
+        except Exception as error:
+            if missing is None or (isinstance(error, FuncpipeError) and not isinstance(error, ValueError)):
+                raise
+            raise StateError(
+                f"{who} fails on a rank that does not hold all leaves ({dyes.name(missing)} is None there){user_line(error)}: "
+                f"{type(error).__name__}: {error}. Go over leaves with optree.tree_map, which passes over None"
+            ) from error
+    return state

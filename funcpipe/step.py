@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -202,17 +202,22 @@ def differentiable(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def averaged(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A gradient of a total over the weight, in the dtype of the leaf: a quotient of two 0-d tensors may have another."""
+    return (grad / weight).to(grad.dtype) if differentiable(grad) else grad
+
+
 def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
     """What a loss function returned, as ``(total, weight or None, aux)``."""
     if has_aux and not (isinstance(out, tuple) and len(out) == 2 and not isinstance(out, Mean)):
         raise TraceError(
-            f"with has_aux=True the loss function returns (loss, aux); this one returned {_what(out)}"
+            f"with has_aux=True the loss function returns (loss, aux); this one returned {describe(out)}"
         )
     loss, aux = out if has_aux else (out, None)
     parts = {"Mean.total": loss.total, "Mean.weight": loss.weight} if isinstance(loss, Mean) else {"loss": loss}
     for name, x in parts.items():
         if not (isinstance(x, torch.Tensor) and x.dim() == 0):
-            raise TraceError(f"the {name} that the loss function returned is {_what(x)}; {_instead(x)}")
+            raise TraceError(f"the {name} that the loss function returned is {describe(x)}; {_instead(x)}")
     total, weight = loss if isinstance(loss, Mean) else (loss, None)
     if not total.is_floating_point():
         raise TraceError(f"the loss has dtype {total.dtype}; gradients need a real floating-point loss")
@@ -237,10 +242,10 @@ def _check_aux(aux: Any) -> None:
         held = x if isinstance(x, Mean) else (x.x,) if isinstance(x, Rows) else ()
         if not all(isinstance(y, torch.Tensor) for y in held):
             raise TraceError(
-                f"aux{path} is a {type(x).__name__} of {', '.join(map(_what, held))}; it takes tensors: write torch.tensor(...)"
+                f"aux{path} is a {type(x).__name__} of {', '.join(map(describe, held))}; it takes tensors: write torch.tensor(...)"
             )
         if isinstance(x, Rows) and not -x.x.dim() <= x.dim < x.x.dim():
-            raise TraceError(f"aux{path} is fp.Rows of {_what(x.x)} along dim {x.dim}, which it lacks")
+            raise TraceError(f"aux{path} is fp.Rows of {describe(x.x)} along dim {x.dim}, which it lacks")
 
 
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
@@ -251,7 +256,7 @@ def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
     ):
         if not isinstance(x, torch.Tensor):
             raise TraceError(
-                f"params{path} is {_what(x)}, not a tensor; pass settings through a closure instead"
+                f"params{path} is {describe(x)}, not a tensor; pass settings through a closure instead"
             )
     return leaves, spec
 
@@ -309,7 +314,7 @@ def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spe
 
 def _divide(total: Any, weight: Any, aux: Any, grads: list, spec: Any, has_aux: bool) -> Any:
     loss = total if weight is None else total / weight
-    grads = grads if weight is None else [g / weight if differentiable(g) else g for g in grads]
+    grads = grads if weight is None else [averaged(g, weight) for g in grads]
     return ((loss, aux) if has_aux else loss), tree.unflatten(spec, grads)
 
 
@@ -360,7 +365,16 @@ AUX_LEAF = (
 )
 
 
-def _what(x: Any) -> str:
+def describe(x: Any) -> str:
+    """What a value is, for messages.
+
+    >>> describe(None), describe(3), describe(torch.ones(2))
+    ('None', 'an int', 'a tensor of shape (2,) and dtype torch.float32')
+    """
+    if x is None:
+        return "None"
+    if type(x) in (list, tuple):
+        return f"a {type(x).__name__} of {len(x)}"
     if isinstance(x, torch.Tensor):
         return f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}"
     return f"{'an' if type(x).__name__[0] in 'aeiou' else 'a'} {type(x).__name__}"
@@ -423,6 +437,14 @@ class Record:
         return f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
 
     @property
+    def text(self) -> str:
+        """With all options that can be compared between processes; functions cannot."""
+        roles = [x for x in (self.split, self.micro, self.pipe, self.shard) if x is not None]
+        options = [(f.name, getattr(x, f.name)) for x in roles for f in fields(x)]
+        given = [f"{name}={value!r}" for name, value in options if not callable(value)]
+        return f"{self.name}({', '.join([f'axis={self.axes!r}'] * bool(self.axes) + given)})"
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The roles that take an axis for themselves."""
         return tuple(r for r in ("split", "pipe", "shard") if getattr(self, r) is not None)
@@ -448,7 +470,7 @@ def record(step: Callable | None, what: Record) -> Any:
     if step is None:
         return functools.partial(record, what=what)
     if not callable(step):
-        raise StackError(f"{what.name}: the step is {_what(step)}; pass a function (state, batch) -> (state, metrics)")
+        raise StackError(f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, metrics)")
     if not isinstance(step, Step):
         step = Step(step)
     return Step(step.fn, (*step.records, what))
@@ -476,17 +498,39 @@ class Resolved:
     pipe: Pipe | None
     pipe_axis: str | None
     shards: tuple[Record, ...]
+    records: tuple[Record, ...]
     local: bool = False  # whether the batch that a rank gets is its own rows already
 
     def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
         """S: the axes that a parameter is sharded over; a 0-d parameter stays whole."""
-        wanted = [r for r in self.shards if r.shard and (r.shard.only is None or r.shard.only(path))]
-        return self.mesh.ordered(a for r in wanted for a in r.axes) if shape else ()
+        return self.mesh.ordered(a for r in self._shards_of(path) for a in r.axes) if shape else ()
+
+    def shard_options(self, path: str) -> Shard:
+        """The options of a sharded parameter; StackError when several records shard it with different ones."""
+        first, *others = self._shards_of(path)
+        assert first.shard is not None
+        for other in others:
+            for f in fields(Shard):
+                a, b = (getattr(r.shard, f.name) for r in (first, other))
+                if f.name != "only" and a != b:
+                    raise StackError(
+                        f"{first} and {other} both shard params{path}, one with {f.name}={a!r}, the other with {f.name}={b!r}: "
+                        "give both the same options, or each its own leaves (only=...)"
+                    )
+        return first.shard
+
+    def _shards_of(self, path: str) -> list[Record]:
+        return [r for r in self.shards if r.shard and (r.shard.only is None or r.shard.only(path))]
 
     @property
     def split_axes(self) -> Axes:
         """V: the axes that split the batch."""
         return self.mesh.ordered(a for r in self.splits for a in r.axes)
+
+    @property
+    def row_axes(self) -> Axes:
+        """The axes that split the batch, in the order in which they do, major first: that of rows."""
+        return tuple(a for r in self.splits for a in r.axes)
 
     @property
     def ranks(self) -> int:
@@ -502,7 +546,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         StackError: two records that do not go together, or an axis of the mesh that nothing uses.
     """
     if not isinstance(mesh, Mesh):
-        raise MeshError(f"the mesh is {_what(mesh)}; write fp.Mesh(...) with a size for every axis")
+        raise MeshError(f"the mesh is {describe(mesh)}; write fp.Mesh(...) with a size for every axis")
     records = step.records if isinstance(step, Step) else ()
     for r in records:
         mesh.check(r.axes, who=str(r))
@@ -528,6 +572,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         pipe=pipe.pipe if pipe else None,
         pipe_axis=pipe.axes[0] if pipe else None,
         shards=tuple(r for r in records if r.shard),
+        records=records,
     )
 
 

@@ -44,6 +44,36 @@ def leaves(tree: Any) -> list[Any]:
     return optree.tree_leaves(tree, namespace=NAMESPACE)
 
 
+def leaves_up_to(spec: optree.PyTreeSpec, tree: Any) -> list[Any]:
+    """What a tree has at the leaves of a structure, subtrees and None included.
+
+    Raises:
+        ValueError: the tree has another structure; says where, without the data.
+
+    >>> leaves_up_to(flatten({"a": 1, "b": 2})[1], {"a": None, "b": [3]})
+    [None, [3]]
+    """
+    try:
+        return spec.flatten_up_to(tree)
+    except ValueError:
+        pass
+    return spec.flatten_up_to(without_data(tree))
+
+
+class _Leaf:
+    def __repr__(self) -> str:
+        return "*"
+
+
+def without_data(tree: Any) -> Any:
+    """A tree of the same structure, for messages.
+
+    >>> without_data({"a": [1, 2]})
+    {'a': [*, *]}
+    """
+    return map(lambda _: _Leaf(), tree)
+
+
 def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """``optree.tree_map``."""
     return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf, namespace=NAMESPACE)

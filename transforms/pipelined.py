@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from funcpipe.errors import StackError
 from funcpipe.mesh import as_axes
-from funcpipe.schedule.actions import Schedule, ScheduleFn
+from funcpipe.schedule.actions import ScheduleFn
 from funcpipe.schedule.library import one_f_one_b
-from funcpipe.step import Micro, Pipe, Record, record, require_positive
+from funcpipe.step import Micro, Pipe, Record, describe, record, require_positive
 
 
 def pipelined(
@@ -46,10 +47,10 @@ def pipelined(
         raise StackError(f"pipelined: axis is {axis!r}; a pipeline runs along one axis, given by its name")
     if microbatches is not None:
         require_positive("pipelined", "microbatches", microbatches)
-    if isinstance(schedule, Schedule) or (schedule is not None and not callable(schedule)):
+    if schedule is not None and not _lays_out(schedule):
         raise StackError(
-            f"pipelined: schedule is a {type(schedule).__name__}, not a function (ranks, microbatches) -> Schedule; pass one of "
-            "fp.schedules, such as fp.schedules.one_f_one_b(), or fp.schedules.from_table(rows)"
+            f"pipelined: schedule is {getattr(schedule, '__name__', describe(schedule))}, not a function (ranks, microbatches) -> "
+            "Schedule; pass one of fp.schedules, called: fp.schedules.one_f_one_b() or fp.schedules.from_table(rows)"
         )
     if not isinstance(stages, Sequence) or (isinstance(stages, str) and stages not in ("balanced", "even")):
         raise StackError(f"pipelined: stages={stages!r}; write 'balanced', 'even', or a list of segments per stage")
@@ -59,3 +60,12 @@ def pipelined(
         stages = tuple(stages)
     pipe = Pipe(schedule or one_f_one_b(), stages)
     return record(step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe))
+
+
+def _lays_out(schedule: Any) -> bool:
+    """Whether something can be called with a number of ranks and one of microbatches."""
+    try:
+        inspect.signature(schedule).bind(1, 1)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,8 +1,8 @@
 """Which axes are bound where a collective is called, and to what. The innermost binding of a name wins.
 
-Terms. An axis is bound to ranks of a mesh (`bind_mesh`: while a loss is traced, or by hand around a rank's code) or to
-the elements of a mapped dim (`vmap`: all "ranks" lie in one tensor). A *run* is what one collective covers: neighbouring
-axes of the mesh together, or one mapped axis. Axes of one rank are left out of a run, so no run at all is one rank.
+Terms. An axis is bound to ranks of a mesh (`bind_mesh`: while a loss is traced, or by hand around a rank's code) or
+to the elements of a mapped dim (`vmap`: all "ranks" lie in one tensor). A *run* is what one collective covers:
+neighbouring axes of the mesh together, or one mapped axis. Axes of one rank are left out, so no run is one rank.
 
 Nothing is bound in plain PyTorch: there every axis has one rank, and a step runs as it is. In a runner, or inside
 `vmap`, a name that is not bound is an error.
@@ -37,8 +37,8 @@ class Run:
         axes: neighbouring axes of the mesh, or one mapped axis.
         size: the number of ranks.
         index: of a mapped axis: the own place, a 0-d tensor that is batched over that axis and no other. Every
-            collective over the axis takes it as an operand, so that vmap calls the collective's rule for an operand that
-            is the same on all ranks, too.
+            collective over the axis takes it as an operand, so that vmap calls the collective's rule also for what is
+            the same on all ranks.
     """
 
     axes: Axes
@@ -73,8 +73,8 @@ def bind_mesh(mesh: Mesh, axes: Iterable[str]) -> contextlib.AbstractContextMana
 
     Args:
         mesh: gives their sizes.
-        axes: those that a collective may name: the ones that split the batch. On any other axis every rank would compute
-            the same (or, along a pipeline, another stage).
+        axes: those that a collective may name: the ones that split the batch. On any other axis every rank would
+            compute the same (or, along a pipeline, another stage).
 
     >>> with bind_mesh(Mesh(pipe=2, data=4), ("data",)):
     ...     axis_size("data")
@@ -95,8 +95,7 @@ def one_rank() -> contextlib.AbstractContextManager[None]:
 
 def bound_mesh() -> Mesh | None:
     """The mesh whose axes are bound."""
-    scope = _scope.get()
-    return scope and scope.mesh
+    return (_scope.get() or _Scope()).mesh
 
 
 def axis_size(axis: str | Iterable[str]) -> int:
@@ -151,14 +150,14 @@ def _unbound(name: str, scope: _Scope) -> str:
     listed = f"bound are {', '.join(bound)}" if bound else "no axis is bound"
     if scope.mesh is not None and name in scope.mesh.axes:
         return (
-            f"axis {name!r} of {scope.mesh!r} does not split the batch, so no collective runs over it: its ranks have the "
-            f"same rows, or other stages of a pipeline. Here, {listed}; stack a transform that splits the batch over it "
-            "(data_parallel), or name another axis"
+            f"axis {name!r} of {scope.mesh!r} does not split the batch, so no collective runs over it: its ranks have "
+            f"the same rows, or other stages of a pipeline. Here, {listed}; name one of those, or stack a transform "
+            "that splits the batch over it (data_parallel)"
         )
     if scope.mesh is not None:
         return (
-            f"axis {name!r} is not bound here: {scope.mesh!r} lacks it, and {listed}. Name one of those, or add it to the "
-            "mesh and stack a transform on it"
+            f"axis {name!r} is not bound here: {scope.mesh!r} lacks it, and {listed}. Name one of those, or add it to "
+            "the mesh and stack a transform on it"
         )
     if scope.mapped:
         return (
@@ -166,8 +165,8 @@ def _unbound(name: str, scope: _Scope) -> str:
             f"fp.vmap(f, axis_name={name!r})"
         )
     return (
-        f"axis {name!r} is not bound here: the step runs on a mesh, and this is outside value_and_grad, where every rank "
-        "has the global batch. Call it inside the loss function; fp.global_sum sums over leaves out here"
+        f"axis {name!r} is not bound here: the step runs on a mesh, and this is outside value_and_grad, where every "
+        "rank has the global batch. Call it inside the loss function; fp.global_sum sums over leaves out here"
     )
 
 
@@ -232,7 +231,7 @@ def _in_dims(in_dims: Any, args: tuple, kwargs: dict, axis_name: str) -> list[in
     try:
         dims = tree.broadcast_prefix((prefix, 0), (args, kwargs))
     except ValueError as error:
-        raise AxisError(f"vmap over {axis_name!r}: in_dims={in_dims!r} is not a prefix of the arguments: {error}") from error
+        raise AxisError(f"vmap over {axis_name!r}: in_dims={in_dims!r} does not fit the arguments: {error}") from error
     for d in dims:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
             raise AxisError(f"vmap over {axis_name!r}: in_dims={in_dims!r} holds {d!r}; a dim is an int or None")
@@ -246,12 +245,14 @@ def _size(leaves: list[Any], dims: list[int | None], asked: int | None, axis_nam
     for path, x, d in zip(paths, leaves, dims, strict=True):
         if d is None:
             continue
-        name = "argument " + path.removeprefix("[0]") if path.startswith("[0]") else "keyword argument " + path[3:]
+        name = ("args" if path.startswith("[0]") else "kwargs") + path[3:]
         if not -x.dim() <= d < x.dim():
-            raise AxisError(f"vmap over {axis_name!r}: {name} of shape {tuple(x.shape)} has no dim {d}; use in_dims=None for it")
+            raise AxisError(
+                f"vmap over {axis_name!r}: {name} of shape {tuple(x.shape)} has no dim {d}; write in_dims=None for it"
+            )
         sizes[name] = x.shape[d]
     if not sizes:
-        raise AxisError(f"vmap over {axis_name!r}: no argument is mapped; say how many elements there are: axis_size=...")
+        raise AxisError(f"vmap over {axis_name!r}: no argument is mapped; say how many elements: axis_size=...")
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{n} in {name}" for name, n in sizes.items())
         raise AxisError(f"vmap over {axis_name!r}: mapped dims differ in size: {listed}")

@@ -60,10 +60,13 @@ def _axes(text: str) -> Axes:
 
 
 def _size(axes: str) -> int:
-    comm = _rank.get()
-    mesh = bound_mesh() or (comm and comm.mesh)
+    comm, mesh = _rank.get(), bound_mesh()
+    if mesh is None and comm is not None:
+        mesh = comm.mesh
     if mesh is None:
-        raise AxisError(f"the size of {_axes(axes)} is not known here: wrap what looks at the graph in bind_mesh(mesh, axes)")
+        raise AxisError(
+            f"the size of {_axes(axes)} is not known: wrap what looks at the graph in bind_mesh(mesh, axes)"
+        )
     return mesh.axis_size(_axes(axes))
 
 
@@ -168,6 +171,11 @@ def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:
 
 
 # ---- what a graph needs of a communicator
+
+
+def names_axes(graph: fx.Graph) -> bool:
+    """Whether what a graph computes depends on the rank that runs it, other than by its inputs."""
+    return any(node.target in (*STARTS.values(), AXIS_INDEX) for node in graph.nodes)
 
 
 def axes_of(graph: fx.Graph) -> set[Axes]:

@@ -5,7 +5,8 @@ written counts; the later ones follow from it. A rank whose peers fall silent ca
 
 In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another
 rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is far from any
-communication."""
+communication.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ send is one that may not have left yet: its tensor must live until then.
 In: tensors, peers, channels. Out: filled tensors. Errors are those of torch.distributed.
 
 FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo every tensor
-carries its number in its tag, on NCCL every lane has a communicator of its own."""
+carries its number in its tag, on NCCL every lane has a communicator of its own.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class GlooMail:
     """Messages between CPUs, over one group of all ranks.
 
     A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its
-    receiver. So every sent tensor is kept until ``flush``."""
+    receiver. So every sent tensor is kept until ``flush``.
+    """
 
     def __init__(self, group: dist.ProcessGroup, store: dist.Store, key: str) -> None:
         self._group, self._store, self._key = group, store, key
@@ -95,7 +97,8 @@ class NcclMail:
 
     Both ends only enqueue: a receive makes the current stream wait, not the host. A sent tensor is kept
     until its work is waited on, at the latest by ``flush``, which also joins the communicators' streams to
-    the current one, as a capture of the step into a CUDA graph needs."""
+    the current one, as a capture of the step into a CUDA graph needs.
+    """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups

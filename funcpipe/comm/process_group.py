@@ -6,7 +6,8 @@ How errors spread. A rank that fails writes so into the store (`alarm.py`) and s
 (`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and
 raises RankError in turn; whoever waits for a rank that is far from any communication is freed by the thread
 that watches the store. A process that dies without a word is noticed by the rank whose connection to it
-closes, which writes the note in its place."""
+closes, which writes the note in its place.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from funcpipe.mesh import Axes, Mesh
 
 T = TypeVar("T")
 _LOSS = re.compile(r"connect|peer|socket|pipe|timed out|timeout|nccl", re.IGNORECASE)
-_NOTE = 2.0  # seconds that the note of a rank that closed its connections may take to arrive
+# Seconds to look for a note when a connection closes. A rank writes it before it severs its groups, so one that is
+# not there is most likely never written.
+_NOTE = 0.5
 
 
 class ProcessGroupCommunicator:
@@ -43,8 +46,7 @@ class ProcessGroupCommunicator:
         timeout: seconds after which a rank that does not answer counts as lost.
 
     Raises:
-        MeshError: the number of processes is not the size of the mesh, or this process was not started as
-        one of
+        MeshError: the number of processes is not the size of the mesh, or this process was not started as one of
             several.
         RankError: not all of them construct it within the timeout.
     """
@@ -52,7 +54,9 @@ class ProcessGroupCommunicator:
     def __init__(self, mesh: Mesh, device: torch.device | str | None = None, timeout: float = 600.0) -> None:
         try:
             groups = Groups(mesh, device, timedelta(seconds=timeout))
-        except dist.DistError as error:
+        except RuntimeError as error:
+            if not _is_loss(error):
+                raise
             raise RankError(
                 f"not every rank of {mesh!r} came to make process groups within {timeout:g} s: {_reason(error)}"
             ) from error

@@ -6,7 +6,8 @@ bytes, so every dtype can. A *fold* is a sum or maximum taken in the order of th
 In: a team and a tensor. Out: a new contiguous tensor. Errors are those of torch.distributed.
 
 On CPUs reductions move the operands and fold them here, in team order: the bits are then those of the
-in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces."""
+in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from funcpipe.errors import TraceError
 from funcpipe.graph.mutation import mutates
 from funcpipe.graph.ops import MARK, is_seeded
 
-_BY_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
+BY_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
 _FOREIGN = ("Please convert all Tensors to FakeTensors first", "Mixing fake modes")
 
 
@@ -66,8 +66,8 @@ def _refuse_random(forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> N
 
 def explain(error: Exception, loss_fn: Callable) -> Exception:
     """The error of a trace in the words of the user's own code, where its kind is known; else the error itself."""
-    where, text = _user_line(error), str(error)
-    if isinstance(error, _BY_VALUE) or ".numpy() is not supported" in text:
+    where, text = user_line(error), str(error)
+    if isinstance(error, BY_VALUE) or ".numpy() is not supported" in text:
         return TraceError(
             f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a tensor as index): "
             "a traced step is the same for every batch. Use torch.where or index_select, or a plain Python value that the "
@@ -96,7 +96,8 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
     return error
 
 
-def _user_line(error: BaseException) -> str:
+def user_line(error: BaseException) -> str:
+    """The line of the user's code that an error comes from, as " at file:number `line`"; empty if there is none."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))

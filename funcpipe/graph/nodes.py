@@ -112,7 +112,7 @@ def _forget_data(n: Nodes) -> None:
             continue
         fill = _fill_of(node)
         val = node.meta.get("val")
-        if fill is not None and val.is_contiguous():
+        if fill is not None and val is not None and val.is_contiguous():
             with n.graph.inserting_before(node):
                 args: tuple = (list(val.shape), fill)
                 new = n.graph.call_function(

@@ -30,14 +30,15 @@ def is_op(node: fx.Node) -> bool:
 
 def is_seeded(node: fx.Node) -> bool:
     """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention backward is tagged so."""
-    if not is_op(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+    op: Any = node.target
+    if not is_op(node) or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    return not node.target.overloadpacket.__name__.endswith("_backward") and _argument(node, "dropout_p") != 0.0
+    return not op.overloadpacket.__name__.endswith("_backward") and _argument(node, op, "dropout_p") != 0.0
 
 
-def _argument(node: fx.Node, name: str) -> Any:
+def _argument(node: fx.Node, op: Any, name: str) -> Any:
     """An argument of an op by name, its default included; None where the op has none of that name."""
-    for i, a in enumerate(node.target._schema.arguments):
+    for i, a in enumerate(op._schema.arguments):
         if a.name == name:
             return node.kwargs.get(name, node.args[i] if i < len(node.args) else a.default_value)
     return None
@@ -85,8 +86,13 @@ def is_factory(x: fx.Node) -> bool:
 
 
 def is_communication(x: fx.Node) -> bool:
-    """Whether a node talks to other ranks: such a node runs exactly where the loss put it."""
-    return is_op(x) and x.target.namespace == "funcpipe"  # type: ignore[union-attr]
+    """Whether a node talks to other ranks: such a node runs exactly where the loss put it.
+
+    The place of a rank on an axis is no talk: it is a constant of the rank.
+    """
+    if not is_op(x) or x.target.namespace != "funcpipe":  # type: ignore[union-attr]
+        return False
+    return x.target.overloadpacket.__name__ != "axis_index"  # type: ignore[union-attr]
 
 
 def is_carried(x: fx.Node) -> bool:

@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import step as step_
 from funcpipe import tree
+from funcpipe.collectives import bind_mesh, one_rank
 from funcpipe.errors import CutError, FuncpipeError
 from funcpipe.graph.explain import explain, refuse_impure
 from funcpipe.graph.mutation import make_functional
 from funcpipe.graph.ops import MARK
+from funcpipe.mesh import Axes, Mesh
 
 _TRACING = threading.RLock()  # make_fx keeps process-wide state
 
@@ -124,14 +126,18 @@ def trace(
     params: tuple[list[torch.Tensor], Any],
     batch: tuple[list[Any], Any],
     fake_mode: FakeTensorMode,
+    mesh: Mesh | None = None,
+    axes: Axes = (),
 ) -> Traced:
     """The joint graph of a loss function.
 
     Args:
         params, batch: fake leaves (a batch may hold other values too, which become constants) and structure.
+        mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any name has one rank.
 
     Raises:
         TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified input.
+        AxisError: a collective over another axis.
         CutError: a boundary inside a checkpoint, or without a tensor.
     """
     found: dict[str, Any] = {}
@@ -157,7 +163,8 @@ def trace(
             return (*heads, *_gradients(total, inputs))
 
     tensors = [*params[0], *(leaves[i] for i in moving)]
-    with _TRACING, step_.bind(context), torch.autograd.set_multithreading_enabled(False), fake_mode:
+    bound = one_rank() if mesh is None else bind_mesh(mesh, axes)
+    with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
             module = make_fx(joint, tracing_mode="fake")(*tensors)
             if not make_functional(module):

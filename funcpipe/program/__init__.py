@@ -31,7 +31,7 @@ from funcpipe.program.instructions import (
     Program,
 )
 from funcpipe.program.lower import check_alike, lower, owners, partial_segments, stage_edges
-from funcpipe.program.shards import Sharding
+from funcpipe.program.shards import Sharded, Sharding
 
 __all__ = [
     "ADD",
@@ -45,6 +45,7 @@ __all__ = [
     "Instruction",
     "Piece",
     "Program",
+    "Sharded",
     "Sharding",
     "check_alike",
     "lower",

@@ -39,6 +39,7 @@ class Bucket:
 
     Args:
         axes: the axes that they are sharded over, in mesh order.
+        parts: the number of ranks on them.
         pieces: the leaves.
         dtype: on the wire.
         summed: for gradients: those of the axes that split the batch (reduce-scatter); on the others a rank takes its
@@ -46,6 +47,7 @@ class Bucket:
     """
 
     axes: Axes
+    parts: int
     pieces: tuple[Piece, ...]
     dtype: torch.dtype
     summed: Axes = ()
@@ -60,8 +62,14 @@ class Bucket:
         """Bytes of one rank's part on the wire."""
         return self.chunk * self.dtype.itemsize
 
+    @property
+    def copied(self) -> bool:
+        """Whether whole leaves are copied out of what was gathered; a lone leaf is a view of it."""
+        return self.parts > 1 and len(self.pieces) > 1
+
     def __str__(self) -> str:
-        return f"{len(self.pieces)} leaves over {', '.join(map(repr, self.axes))}"
+        some = "1 leaf" if len(self.pieces) == 1 else f"{len(self.pieces)} leaves"
+        return f"{some} of {self.dtype} over {', '.join(map(repr, self.axes))}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +118,13 @@ class Instruction:
     turn: int = 0
     dtype: torch.dtype | None = None
 
+    @property
+    def text(self) -> str:
+        """On one line, the same in every process."""
+        values = ", ".join(f"{v} {v.dtype} {v.shape} {v.stride}" for v in self.values)
+        what = self.unit or self.bucket or values
+        return f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} {self.turn} {self.dtype or ''}".strip()
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -127,7 +142,7 @@ class Program:
         peak_bytes: predicted: the most that activations, residuals and a unit's own intermediates take at once.
         kept_bytes: of that, what is held between units.
         gathered_bytes: predicted: the most that gathered params take at once, those under way included.
-        grad_bytes: of the accumulators.
+        grad_bytes: predicted: the most that accumulators take at once, with gradients that are being reduced.
     """
 
     place: int

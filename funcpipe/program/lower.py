@@ -80,7 +80,7 @@ def lower(
     schedule: Schedule,
     place: int,
     summed: frozenset[int],
-    sharding: Sharding | None = None,
+    sharding: Sharding,
 ) -> Program:
     """The program of the ranks at one place on the pipe axis.
 
@@ -90,12 +90,10 @@ def lower(
         schedule: checked, with its sends and receives.
         place: on the pipe axis.
         summed: the numbers of the heads that are summed over microbatches; the others are kept as rows.
-        sharding: which leaves are sharded, and when they are gathered and reduced.
+        sharding: the leaves that are sharded.
     """
     rows = _Lowering(cuts, stages, schedule, place, summed).lower()
-    if sharding is not None:
-        rows = shard(rows, sharding)
-    program = allocate(place, rows)
+    program = allocate(place, shard(rows, sharding))
     verify(program)
     return program
 

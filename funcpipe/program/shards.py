@@ -12,7 +12,7 @@ in which ("param", leaf) of a sharded leaf is the shard and ("grad", leaf, parti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, groupby, pairwise
 
@@ -20,37 +20,33 @@ import torch
 
 from funcpipe.mesh import Axes
 from funcpipe.program.instructions import ADD, GATHER, REDUCE, RUN, WAIT, Bucket, Name, Piece, Row
+from funcpipe.step import Shard
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """Which leaves are sharded, and when they are whole.
+class Sharded:
+    """A sharded leaf.
 
     Args:
-        pieces: of every sharded leaf.
+        piece: its place in buckets.
         axes: what it is sharded over, in mesh order.
+        parts: the number of ranks on them.
         summed: those of its axes that split the batch.
-        grads: the dtype of its gradient shards (the parameter's own).
-        dtypes: the dtype in which it is gathered.
-        regather: "microbatch": whole for one unit at a time; "step": from its first use to its last; a number: for that
-            many microbatches.
-        reduce: "each": every microbatch's gradient is reduced and added up in shards; "last": added up whole, reduced
-            once.
-        prefetch: how many units before its use a gather starts.
-        bucket_bytes: the most that one collective gathers, if anything.
-        reduce_dtype: of gradients on the wire; by default, as the unit makes them.
+        grad: the dtype of its gradient shards (the parameter's own).
+        whole: the dtype in which it is gathered.
+        options: when it is whole, and how it travels: those of `sharded_weights`.
     """
 
-    pieces: dict[int, Piece]
-    axes: dict[int, Axes]
-    summed: dict[int, Axes]
-    grads: dict[int, torch.dtype]
-    dtypes: dict[int, torch.dtype]
-    regather: str | int = "microbatch"
-    reduce: str = "each"
-    prefetch: int = 1
-    bucket_bytes: int | None = None
-    reduce_dtype: torch.dtype | None = None
+    piece: Piece
+    axes: Axes
+    parts: int
+    summed: Axes
+    grad: torch.dtype
+    whole: torch.dtype
+    options: Shard
+
+
+Sharding = Mapping[int, Sharded]  # by the leaf's number; the others are held whole
 
 
 def shard(rows: Sequence[Row], s: Sharding) -> list[Row]:
@@ -63,7 +59,7 @@ def shard(rows: Sequence[Row], s: Sharding) -> list[Row]:
 
 def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
     runs = [i for i, row in enumerate(rows) if row.op == RUN]
-    needs = {i: [n[1] for n in dict.fromkeys(rows[i].reads) if n[0] == "param" and n[1] in s.pieces] for i in runs}
+    needs = {i: [n[1] for n in dict.fromkeys(rows[i].reads) if n[0] == "param" and n[1] in s] for i in runs}
     held = _held(rows, runs, needs, s)
     fresh = count()
     live: dict[int, Name] = {}  # leaf -> the name under which it is whole
@@ -71,12 +67,12 @@ def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
     waits: dict[int, list[Row]] = {}
     names: dict[int, dict[Name, Name]] = {}
     for k, i in enumerate(runs):
-        new = [leaf for leaf in needs[i] if leaf not in live]
-        for bucket in _buckets(new, s, s.dtypes):
+        new = {leaf: s[leaf].whole for leaf in needs[i] if leaf not in live}
+        for bucket in _buckets(new, s):
             token = ("pending", next(fresh))
             leaves = [p.leaf for p in bucket.pieces]
             live.update((leaf, ("full", leaf, token[1])) for leaf in leaves)
-            at = runs[max(k - s.prefetch, 0)]
+            at = runs[max(k - s[leaves[0]].options.prefetch, 0)]
             shards = tuple(("param", leaf) for leaf in leaves)
             starts.setdefault(at, []).append(Row(GATHER, rows[i].action, shards, (token,), bucket=bucket))
             whole = tuple(live[leaf] for leaf in leaves)
@@ -109,32 +105,34 @@ def _held(
         following = after.get((leaf, last[leaf]))
         if following is None:
             return False
-        if s.regather == "step" or following == k + 1:
+        options = s[leaf].options
+        if options.regather == "step" or following - k <= 1 + options.prefetch:  # gathered again, it would be under way
             return True
-        if s.regather == "microbatch":
+        if options.regather == "microbatch":
             return False
-        a, b = (rows[runs[x]].action.microbatch // int(s.regather) for x in (last[leaf], following))
+        a, b = (rows[runs[x]].action.microbatch // int(options.regather) for x in (last[leaf], following))
         return a == b
 
     return held
 
 
-def _buckets(leaves: Sequence[int], s: Sharding, dtypes: dict[int, torch.dtype], sums: bool = False) -> Iterator[Bucket]:
-    key = lambda i: (s.axes[i], s.summed[i] if sums else (), str(dtypes[i]))  # noqa: E731
-    for _, alike in groupby(sorted(leaves, key=key), key):
+def _buckets(dtypes: Mapping[int, torch.dtype], s: Sharding, sums: bool = False) -> Iterator[Bucket]:
+    """Leaves with their dtype on the wire, in the collectives in which they travel; ``sums``: as gradients."""
+
+    def key(leaf: int) -> tuple:
+        options = s[leaf].options
+        summed = s[leaf].summed if sums else ()
+        return s[leaf].axes, s[leaf].parts, summed, str(dtypes[leaf]), options.bucket_bytes or 0, options.prefetch
+
+    for (axes, parts, summed, _, most, _), alike in groupby(sorted(dtypes, key=key), key):
         some: list[int] = []
         for leaf in alike:
-            size = sum(s.pieces[i].numel for i in (*some, leaf)) * dtypes[leaf].itemsize
-            if some and s.bucket_bytes is not None and size > s.bucket_bytes:
-                yield _bucket(some, s, dtypes, sums)
+            size = sum(s[i].piece.numel for i in (*some, leaf)) * dtypes[leaf].itemsize
+            if some and most and size > most:
+                yield Bucket(axes, parts, tuple(s[i].piece for i in some), dtypes[leaf], summed)
                 some = []
             some.append(leaf)
-        yield _bucket(some, s, dtypes, sums)
-
-
-def _bucket(leaves: list[int], s: Sharding, dtypes: dict[int, torch.dtype], sums: bool) -> Bucket:
-    pieces = tuple(s.pieces[i] for i in leaves)
-    return Bucket(s.axes[leaves[0]], pieces, dtypes[leaves[0]], s.summed[leaves[0]] if sums else ())
+        yield Bucket(axes, parts, tuple(s[i].piece for i in some), dtypes[some[0]], summed)
 
 
 # ---- reductions
@@ -174,9 +172,9 @@ def _reduce(
     ready: dict[int, list[tuple[Row, Name]]] = {}
     for row in grads:
         name, source = row.writes[0], row.reads[0]
-        if s.reduce == "last":
+        if _late(row, s):
             whole = ("whole", *name[1:])
-            out.append(replace(row, writes=(whole,), dtype=s.reduce_dtype or _sum_dtype(row, s)))
+            out.append(replace(row, writes=(whole,), dtype=_wire_dtype(row, s)))
             if row.turn < final[name]:
                 continue
             source = whole
@@ -185,8 +183,7 @@ def _reduce(
     while ready:  # a leaf may have several partial gradients in one unit: one bucket each
         some = {leaf: rows.pop(0) for leaf, rows in ready.items()}
         ready = {leaf: rows for leaf, rows in ready.items() if rows}
-        dtypes = {leaf: s.reduce_dtype or _made_dtype(row, s) for leaf, (row, _) in some.items()}
-        for bucket in _buckets(list(some), s, dtypes, sums=True):
+        for bucket in _buckets({leaf: _wire_dtype(row, s) for leaf, (row, _) in some.items()}, s, sums=True):
             token = ("pending", f"grad {next(fresh)}")
             chosen = [some[p.leaf] for p in bucket.pieces]
             starts.append(Row(REDUCE, chosen[0][0].action, tuple(x for _, x in chosen), (token,), bucket=bucket))
@@ -199,23 +196,28 @@ def _finish(chosen: list[tuple[Row, Name]], token: Name, bucket: Bucket, s: Shar
     shards = tuple(("shard", *row.writes[0][1:], row.action.microbatch) for row, _ in chosen)
     out = [Row(WAIT, action, (token,), shards, bucket=bucket)]
     for (row, _), name in zip(chosen, shards, strict=True):
-        turn = row.turn if s.reduce == "each" else 0
-        out.append(Row(ADD, row.action, (name,), row.writes, turn=turn, dtype=s.grads[row.writes[0][1]]))
+        turn = 0 if _late(row, s) else row.turn
+        out.append(Row(ADD, row.action, (name,), row.writes, turn=turn, dtype=s[row.writes[0][1]].grad))
     return out
 
 
 def _is_grad(row: Row, s: Sharding) -> bool:
-    return row.op == ADD and row.writes[0][0] == "grad" and row.writes[0][1] in s.pieces
+    return row.op == ADD and row.writes[0][0] == "grad" and row.writes[0][1] in s
+
+
+def _late(row: Row, s: Sharding) -> bool:
+    """Whether a leaf's gradients are added up whole."""
+    return s[row.writes[0][1]].options.reduce == "last"
 
 
 def _last_turns(rows: Sequence[Row]) -> dict[Name, int]:
     return {row.writes[0]: row.turn for row in rows if row.op == ADD}
 
 
-def _made_dtype(row: Row, s: Sharding) -> torch.dtype:
-    return row.reads[0][1].dtype if s.reduce == "each" else _sum_dtype(row, s)
-
-
-def _sum_dtype(row: Row, s: Sharding) -> torch.dtype:
-    """Whole gradients add up in the parameter's own precision, or the unit's where that is higher."""
-    return torch.promote_types(row.reads[0][1].dtype, s.grads[row.writes[0][1]])
+def _wire_dtype(row: Row, s: Sharding) -> torch.dtype:
+    """In which dtype a gradient travels: as its unit makes it, or as it was added up. Whole gradients add up in the
+    parameter's own precision, or the unit's where that is higher."""
+    leaf, made = s[row.writes[0][1]], row.reads[0][1].dtype
+    if leaf.options.reduce_dtype is not None:
+        return leaf.options.reduce_dtype
+    return torch.promote_types(made, leaf.grad) if _late(row, s) else made

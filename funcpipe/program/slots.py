@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
-from funcpipe.program.instructions import ADD, GATHER, REDUCE, WAIT, Instruction, Name, Program, Row
+import torch
+
+from funcpipe.program.instructions import ADD, GATHER, REDUCE, Bucket, Instruction, Name, Program, Row
 
 FIXED = ("param", "batch", "const")  # what a step brings
 SUMS = ("head", "row", "grad")  # what it takes away
@@ -52,8 +54,8 @@ def allocate(place: int, rows: Sequence[Row]) -> Program:
         slots=size,
         peak_bytes=memory.peak,
         kept_bytes=memory.kept,
-        gathered_bytes=memory.gathered_peak,
-        grad_bytes=memory.sums,
+        gathered_bytes=memory.gathered.peak,
+        grad_bytes=memory.sums.peak,
     )
 
 
@@ -73,52 +75,86 @@ def _instruction(row: Row, slots: dict[Name, int], dead: Iterable[Name]) -> Inst
     )
 
 
-class _Memory:
-    """Bytes of what is live. Values that share memory count once."""
+class _Live:
+    """Bytes of what some names hold. Names may share memory, which counts once."""
 
     def __init__(self) -> None:
-        self.users: dict[tuple, int] = defaultdict(int)
-        self.now = self.peak = self.kept = self.sums = self.gathered = self.gathered_peak = 0
-        self.sizes: dict[Name, int] = {}
+        self.users: dict[Hashable, int] = defaultdict(int)
+        self.held: dict[Name, tuple[Hashable, int]] = {}
+        self.now = self.peak = 0
+
+    def hold(self, name: Name, memory: Hashable, nbytes: int) -> None:
+        before = self.held.get(name)
+        self.held[name] = memory, nbytes
+        self.now += nbytes if not self.users[memory] else 0
+        self.users[memory] += 1
+        self.peak = max(self.peak, self.now)
+        if before is not None:
+            self._release(*before)
+
+    def drop(self, name: Name) -> None:
+        if name in self.held:
+            self._release(*self.held.pop(name))
+
+    def _release(self, memory: Hashable, nbytes: int) -> None:
+        self.users[memory] -= 1
+        self.now -= nbytes if not self.users[memory] else 0
+
+
+class _Memory:
+    """What a program holds, as `funcpipe.runtime.execute` holds it."""
+
+    def __init__(self) -> None:
+        self.values, self.gathered, self.sums = _Live(), _Live(), _Live()
+        self.elements: dict[Name, tuple[int, torch.dtype]] = {}
+        self.peak = self.kept = 0
 
     def step(self, row: Row, dead: Iterable[Name]) -> None:
         if row.unit is not None:
-            self.peak = max(self.peak, self.now + row.unit.code.peak)
+            self.peak = max(self.peak, self.values.now + row.unit.code.peak)
         for n in row.writes:
             self._write(row, n)
-        self.gathered_peak = max(self.gathered_peak, self.gathered)
         for n in dead:
-            self._drop(n)
-        self.kept = max(self.kept, self.now)
-        self.peak = max(self.peak, self.now)
+            for live in (self.values, self.gathered, self.sums):
+                live.drop(n)
+        self.kept = max(self.kept, self.values.now)
+        self.peak = max(self.peak, self.values.now)
 
     def _write(self, row: Row, n: Name) -> None:
         if n[0] == "value":
-            key = (n[1].storage, n[2])
-            self.users[key] += 1
-            self.now += n[1].nbytes if self.users[key] == 1 else 0
-        elif row.op == ADD and n not in self.sizes:
-            source = row.reads[0]
-            value = source[1] if source[0] == "value" else None
-            width = row.dtype.itemsize if row.dtype else value.dtype.itemsize if value else 1
-            size = value.nbytes // value.dtype.itemsize * width if value else self.sizes.get(source, 0)
-            self.sizes[n] = size
-            self.sums += size
-        elif row.op == WAIT and row.bucket is not None:
-            piece = row.bucket.pieces[row.writes.index(n)]
-            elements = piece.numel if n[0] == "full" else piece.chunk
-            self.sizes[n] = elements * row.bucket.dtype.itemsize
-            self.gathered += self.sizes[n] if n[0] == "full" else 0
-            self.sums += self.sizes[n] if n[0] == "grad" else 0
-        elif row.op in (GATHER, REDUCE) and row.bucket is not None:
-            whole = sum(p.numel for p in row.bucket.pieces) if row.op == GATHER else 0
-            self.sizes[n] = whole * row.bucket.dtype.itemsize
-            self.gathered += self.sizes[n]
+            self.values.hold(n, (n[1].storage, n[2]), n[1].nbytes)
+        elif row.op == ADD:
+            self._add(row, n)
+        elif row.bucket is not None:
+            self._travel(row, n, row.bucket)
 
-    def _drop(self, n: Name) -> None:
-        if n[0] == "value":
-            key = (n[1].storage, n[2])
-            self.users[key] -= 1
-            self.now -= n[1].nbytes if self.users[key] == 0 else 0
-        elif n[0] in ("full", "pending"):
-            self.gathered -= self.sizes.get(n, 0)
+    def _add(self, row: Row, n: Name) -> None:
+        """The first summand is the sum; the second makes a new one, to which the others are added."""
+        if row.turn > 1:
+            return
+        source = row.reads[0]
+        if source[0] == "value":
+            value = source[1]
+            memory, held, dtype = (value.storage, source[2]), value.nbytes, value.dtype
+            elements = torch.Size(value.shape).numel()
+        else:
+            memory, held = self.sums.held[source]
+            elements, dtype = self.elements[source]
+        wanted = row.dtype or dtype
+        self.elements[n] = elements, wanted
+        if row.turn == 0 and wanted == dtype:
+            self.sums.hold(n, memory, held)
+        else:
+            self.sums.hold(n, (n, row.turn), elements * wanted.itemsize)
+
+    def _travel(self, row: Row, n: Name, bucket: Bucket) -> None:
+        """What is under way takes a bucket on all ranks; what arrives is a part of it, or a copy."""
+        live = self.gathered if row.op == GATHER or n[0] == "full" else self.sums
+        if row.op in (GATHER, REDUCE):
+            live.hold(n, n, bucket.parts * bucket.nbytes)
+        elif n[0] == "full" and not bucket.copied:
+            live.hold(n, row.reads[0], bucket.parts * bucket.nbytes)
+        else:
+            elements = bucket.pieces[row.writes.index(n)].chunk * (bucket.parts if n[0] == "full" else 1)
+            live.hold(n, n, elements * bucket.dtype.itemsize)
+            self.elements[n] = elements, bucket.dtype

@@ -16,6 +16,7 @@ from funcpipe.comm.wire import wire_strides
 from funcpipe.graph.code import Value
 from funcpipe.program import ADD, GATHER, RECV, REDUCE, RUN, SEND, Instruction, Program
 from funcpipe.runtime import shards
+from funcpipe.runtime.backend import Backend
 
 Slots = list[Any]
 
@@ -33,7 +34,9 @@ class Bound(NamedTuple):
     turn: int
 
 
-def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator) -> list[Bound]:
+def bind(
+    program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend
+) -> list[Bound]:
     """The instructions of a program for one rank.
 
     Args:
@@ -41,11 +44,12 @@ def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator
         ranks: the rank at every place on that axis.
         name: of the ``value_and_grad``, so that two of them have channels of their own.
         comm: the rank's communicator.
+        backend: what runs units.
     """
     return [
         Bound(
             i.op,
-            _runner(i, program, comm),
+            _runner(i, comm, backend),
             i.reads,
             i.writes,
             i.frees,
@@ -57,11 +61,11 @@ def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator
     ]
 
 
-def _runner(i: Instruction, program: Program, comm: Communicator) -> Callable[[list[Any]], Any]:
+def _runner(i: Instruction, comm: Communicator, backend: Backend) -> Callable[[list[Any]], Any]:
     """What an instruction does with what it reads."""
     if i.op == RUN:
         assert i.unit is not None
-        return i.unit.code.run
+        return backend(i.unit.code)
     if i.op in (SEND, RECV):
         wires = [_Wire(v) for v in i.values]
         if i.op == SEND:
@@ -103,6 +107,7 @@ def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
                 slots[target] = slots[target] + x
             else:
                 slots[target].add_(x)
+            del x
             for i in frees:
                 slots[i] = None
             continue
@@ -111,9 +116,9 @@ def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
             slots[i] = None
         if op is SEND:
             comm.send(run(args), peer, channel)
-        elif op is RECV:
-            for i, x in zip(writes, comm.recv(run(args), peer, channel), strict=True):
-                slots[i] = x
         else:
-            for i, x in zip(writes, run(args), strict=True):
-                slots[i] = x
+            made = comm.recv(run(args), peer, channel) if op is RECV else run(args)
+            for k, i in enumerate(writes):
+                slots[i] = made[k]
+            del made
+        del args  # nothing outlives its slot

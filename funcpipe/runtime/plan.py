@@ -7,6 +7,7 @@ Every rank makes the same plan, and only the rank's own place is its own.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections import Counter
@@ -17,18 +18,23 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 
 from funcpipe import picture, tree
 from funcpipe.batch import Splits, plan_splits, signature
-from funcpipe.errors import BatchError, CutError, ScheduleError
+from funcpipe.collectives import bind_rank, names_axes
+from funcpipe.comm import Communicator
+from funcpipe.comm.inprocess import run_ranks
+from funcpipe.errors import BatchError, CutError, PlanError, ScheduleError
 from funcpipe.graph import checks
 from funcpipe.graph.balance import group
 from funcpipe.graph.code import Value, bytes_text
 from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
-from funcpipe.graph.nodes import read_nodes
-from funcpipe.graph.trace import trace
-from funcpipe.mesh import Axes
+from funcpipe.graph.nodes import Nodes, read_nodes
+from funcpipe.graph.summands import Term, check_summands, terms
+from funcpipe.graph.trace import Traced, trace
+from funcpipe.mesh import Axes, Mesh
 from funcpipe.placement import Placement, place_params
 from funcpipe.program import (
     GATHER,
@@ -38,6 +44,7 @@ from funcpipe.program import (
     SEND,
     Piece,
     Program,
+    Sharded,
     Sharding,
     check_alike,
     lower,
@@ -50,8 +57,8 @@ from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.library import one_f_one_b
 from funcpipe.schedule.timeline import Timeline, timeline, unit_costs
-from funcpipe.state import Call, Dyed, Dyes, look
-from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Resolved, is_summary
+from funcpipe.state import Call, Dyed, look
+from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Resolved, describe, is_summary
 
 Stages = tuple[tuple[int, ...], ...]
 
@@ -119,21 +126,24 @@ class Plan:
     def memory(self) -> list[dict[str, int]]:
         """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
         intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
-        at their peak), ``gradients`` and ``params`` (what the rank holds)."""
+        at their peak), ``gradients`` (sums and what is being reduced, at their peak) and ``params`` (what the rank holds)."""
         return [self._memory(p) for p in range(self.resolved.ranks)]
 
     def _memory(self, place: int) -> dict[str, int]:
-        dyed, mesh = self.placement.dyed, self.resolved.mesh
-        held = [(i, layout) for i, layout in enumerate(self.placement.layouts) if place in layout.owners]
+        dtypes, layouts = self.placement.dyed.dtypes, self.placement.layouts
         programs = [c.programs[place] for c in self.calls]
-        sizes = [-(-torch.Size(x.shape).numel() // mesh.axis_size(x.axes)) * dyed.dtypes[i].itemsize for i, x in held]
         return {
             "activations": max((p.peak_bytes for p in programs), default=0),
             "residuals": max((p.kept_bytes for p in programs), default=0),
             "gathered": max((p.gathered_bytes for p in programs), default=0),
-            "gradients": sum(p.grad_bytes for p in programs),
-            "params": sum(sizes),
+            "gradients": max((p.grad_bytes for p in programs), default=0),
+            "params": sum(self._shard_bytes(i, dtypes[i]) for i, x in enumerate(layouts) if place in x.owners),
         }
+
+    def _shard_bytes(self, param: int, dtype: torch.dtype) -> int:
+        """The most that a rank holds of a parameter."""
+        layout = self.placement.layouts[param]
+        return -(-torch.Size(layout.shape).numel() // self.resolved.mesh.axis_size(layout.axes)) * dtype.itemsize
 
     @property
     def traffic(self) -> list[dict[Axes, int]]:
@@ -154,12 +164,13 @@ class Plan:
                     axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
                     out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
             for k, param in enumerate(c.call.params):
-                layout = self.placement.layouts[param]
+                layout, size = self.placement.layouts[param], self._shard_bytes(param, c.call.dtypes[k])
+                if received := _tied_sums(c, k, layout.owners, place):
+                    out[(r.pipe_axis,)] += received * size
                 axes = tuple(a for a in r.split_axes if a not in layout.axes)
                 if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
                     n = r.mesh.axis_size(axes)
-                    size = -(-torch.Size(layout.shape).numel() // r.mesh.axis_size(layout.axes))
-                    out[axes] += 2 * (n - 1) * size * c.call.dtypes[k].itemsize // n
+                    out[axes] += 2 * (n - 1) * size // n
         return dict(out)
 
     def timeline(self, call: int = 0) -> Timeline:
@@ -183,20 +194,44 @@ class Plan:
         """The share of rank time in which nothing runs, by FLOPs (the first ``value_and_grad``)."""
         return self.timeline().bubble if self.calls else 0.0
 
+    @functools.cached_property
+    def sections(self) -> dict[str, list[str]]:
+        """What ranks compare before they run: by topic, line by line."""
+        dyed = self.placement.dyed
+        out = {
+            "the mesh": [repr(self.resolved.mesh)],
+            "the transforms": [f"{r.text}{' of local batches' * self.resolved.local}" for r in self.resolved.records],
+            "where params lie": [f"params{p}: {x}" for p, x in zip(dyed.paths, self.placement.layouts, strict=True)],
+            "what the state holds": [
+                f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
+                for p, i in zip(dyed.state_paths, dyed.state, strict=True)
+            ],
+            "the global sums": [f"{s.params} {s.dtype}" for s in dyed.sums],
+        }
+        for k, c in enumerate(self.calls):
+            name = f"value_and_grad {k}"
+            out[f"the stages of {name}"] = [str(s) for s in c.stages]
+            out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
+            out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
+            out[f"the units of {name}"] = [
+                f"{u} {u.code.key}" for m in dict.fromkeys(c.cuts) for u in m.units.values()
+            ]
+            for p, program in enumerate(c.programs):
+                out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
+        return out
+
     def digest(self) -> int:
         """A number that ranks compare: equal when they are about to run the same."""
-        text = [repr(self.resolved.mesh), repr(self.placement.layouts), repr(self.placement.dyed.state_paths)]
-        for c in self.calls:
-            text += [u.code.key for m in set(c.cuts) for u in m.units.values()]
-            text += [repr(c.schedule.ranks), repr(c.stages), repr(c.splits.cuttings)]
-        return int.from_bytes(hashlib.sha256("\n".join(sorted(text)).encode()).digest()[:7], "big")
+        return int.from_bytes(hashlib.sha256(repr(self.sections).encode()).digest()[:7], "big")
 
     def save(self, path: str | Path, call: int = 0) -> Path:
         """Draw the timeline: an ``.html`` page or an ``.svg`` picture."""
         path = Path(path)
         draw = {".html": picture.timeline_html, ".svg": picture.timeline_svg}.get(path.suffix)
         if draw is None:
-            raise ValueError(f"cannot draw a plan as {path.suffix or path.name!r}; name a file .html or .svg")
+            raise PlanError(f"cannot draw a plan as {path.suffix or path.name!r}; name a file .html or .svg")
+        if call not in range(len(self.calls)):
+            raise PlanError(f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
         c = self.calls[call]
         title = f"{c.schedule.name}: {len(c.schedule.ranks)} ranks, {c.schedule.microbatches} microbatches"
         path.write_text(draw(self.timeline(call), title=title), encoding="utf-8")
@@ -204,6 +239,12 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
+
+
+def _tied_sums(c: PlannedCall, leaf: int, owners: Sequence[int], place: int) -> int:
+    """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole sum."""
+    hops = [p for p, _ in c.hops(leaf)]
+    return hops[1:].count(place) + (len(owners) > 1 and place in owners and hops[-1:] not in ([], [place]))
 
 
 def _stage_flops(c: PlannedCall, stage: int) -> dict[str, int]:
@@ -234,12 +275,12 @@ class Planner:
         """The plan for batches like this one."""
         key = signature(batch)
         if key not in self.plans:
-            dyed, dyes = look(self.resolved.step, self.init_state, self.params, batch, self.mode)
+            dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
             calls = tuple(self._call(k, call, dyed) for k, call in enumerate(dyed.calls))
-            self.plans[key] = Plan(self.resolved, self._place(dyed, dyes, calls), calls)
+            self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
         return self.plans[key]
 
-    def _place(self, dyed: Dyed, dyes: Dyes, calls: Sequence[PlannedCall]) -> Placement:
+    def _place(self, dyed: Dyed, held_state: Callable, calls: Sequence[PlannedCall]) -> Placement:
         held: list[set[int]] = [set() for _ in dyed.paths]
         for c in calls:
             for m in set(c.cuts):
@@ -248,7 +289,7 @@ class Planner:
         if self.placement is None:
             r = self.resolved
             axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
-            self.placement = place_params(r.mesh, r.pipe_axis, dyed, dyes, self.init_state, held, axes)
+            self.placement = place_params(r.mesh, r.pipe_axis, dyed, held_state, held, axes)
         for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
@@ -280,37 +321,33 @@ class Planner:
             partial_segments(cuts[0]), summed, signature(call.batch),
         )  # fmt: skip
 
-    def _sharding(self, call: Call, dyed: Dyed) -> Sharding | None:
+    def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
         """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
-        r = self.resolved
-        axes = {k: r.sharded_over(dyed.paths[i], dyed.shapes[i]) for k, i in enumerate(call.params)}
-        axes = {k: a for k, a in axes.items() if a}
-        options = r.shards[0].shard if r.shards else None
-        if options is None or not axes:
-            return None
-        shapes = {k: dyed.shapes[call.params[k]] for k in axes}
-        size = {k: r.mesh.axis_size(a) for k, a in axes.items()}
-        return Sharding(
-            pieces={k: Piece(k, shape, -(-torch.Size(shape).numel() // size[k])) for k, shape in shapes.items()},
-            axes=axes,
-            summed={k: tuple(a for a in axes[k] if a in r.split_axes) for k in axes},
-            grads={k: call.dtypes[k] for k in axes},
-            dtypes={k: self._param_dtype(call.dtypes[k]) for k in axes},
-            regather=options.regather,
-            reduce=options.reduce,
-            prefetch=options.prefetch,
-            bucket_bytes=options.bucket_bytes,
-            reduce_dtype=options.reduce_dtype,
-        )
+        r, out = self.resolved, {}
+        for k, i in enumerate(call.params):
+            axes = r.sharded_over(dyed.paths[i], dyed.shapes[i])
+            if axes:
+                parts = r.mesh.axis_size(axes)
+                chunk = -(-torch.Size(dyed.shapes[i]).numel() // parts)
+                summed = tuple(a for a in axes if a in r.split_axes)
+                whole, options = self._whole_dtype(call, dyed, k), r.shard_options(dyed.paths[i])
+                out[k] = Sharded(Piece(k, dyed.shapes[i], chunk), axes, parts, summed, call.dtypes[k], whole, options)
+        return out
 
-    def _param_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a loss function sees a sharded parameter."""
-        wanted = self.resolved.shards[0].shard.param_dtype if self.resolved.shards else None  # type: ignore[union-attr]
+    def _whole_dtype(self, call: Call, dyed: Dyed, k: int) -> torch.dtype:
+        """The dtype in which a loss function sees a parameter."""
+        path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
+        wanted = self.resolved.shard_options(path).param_dtype if self.resolved.sharded_over(path, shape) else None
         return wanted if wanted is not None and dtype.is_floating_point else dtype
 
     def _schedule(self, microbatches: int) -> Schedule:
         r = self.resolved
         schedule = (r.pipe.schedule if r.pipe else one_f_one_b())(r.ranks, microbatches)
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"the schedule function returned {describe(schedule)}, not an fp.schedules.Schedule; "
+                "fp.schedules.from_table(rows) makes one from rows of actions"
+            )
         if len(schedule.ranks) != r.ranks or schedule.microbatches != microbatches:
             raise ScheduleError(
                 f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and {schedule.microbatches} microbatches, but "
@@ -322,7 +359,7 @@ class Planner:
 
     def _cut(
         self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool
-    ) -> tuple[Cut, Callable | None]:
+    ) -> tuple[Cut, GraphModule | None]:
         """The cut of one microbatch, and the function that computes its weight from its tensors."""
         leaves, spec = tree.flatten(part)
         local = [
@@ -332,45 +369,67 @@ class Planner:
         key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)))
         if key not in self.cuts:
             params = self._fakes(call, dyed)
-            traced = trace(call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode)
+            r = self.resolved
+            traced = trace(
+                call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes
+            )
             nodes = read_nodes(traced)
             weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
             if self.resolved.splits or splits.count > 1:
-                self._check_split(traced, nodes)
+                self._check_split(call, dyed, splits, traced, nodes)
             self.cuts[key] = cut(traced, nodes, split), weight
         return self.cuts[key]
 
     def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
         like = tree.leaves(self.params)
-        out = []
-        for i, dtype in zip(call.params, call.dtypes, strict=True):
-            sharded = self.resolved.sharded_over(dyed.paths[i], dyed.shapes[i])
-            out.append(fake(dyed.shapes[i], like[i], self.mode, self._param_dtype(dtype) if sharded else dtype))
-        return out
+        return [
+            fake(dyed.shapes[i], like[i], self.mode, self._whole_dtype(call, dyed, k)) for k, i in enumerate(call.params)
+        ]
 
-    def _check_split(self, traced: Any, nodes: Any) -> None:
+    def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes) -> None:
         r = self.resolved
         if not traced.has_weight:
             who = [x.name for x in r.splits] + ([r.micro_name] if r.micro else [])
             raise BatchError(SCALAR_LOSS.format(why=f"{' and '.join(who)} split the batch"))
-        checks.check_summands(nodes)
         checks.check_weight(nodes)
+        shards = 1 if r.local else r.mesh.axis_size(r.split_axes)
+        check_summands(terms(nodes, traced.module), splits.count * shards, lambda: self._whole(call, dyed))
         _check_aux(traced.aux)
 
-    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: list[Callable | None]) -> None:
+    def _whole(self, call: Call, dyed: Dyed) -> list[Term] | None:
+        """The summands of the loss of a whole batch; None for ready microbatches."""
+        if isinstance(call.batch, Microbatches):
+            return None
+        leaves, spec = tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, self.mode), call.batch))
+        params = (self._fakes(call, dyed), call.params_spec)
+        traced = trace(call.loss_fn, call.has_aux, params, (leaves, spec), self.mode)
+        return terms(read_nodes(traced), traced.module)
+
+    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: list[GraphModule | None]) -> None:
         if isinstance(call.batch, Microbatches):
             return  # ready microbatches: there is no whole batch to compare with
-        weight = weights[0]
+        weight, r = weights[0], self.resolved
         assert weight is not None
-        axes = self.resolved.split_axes
-        mesh = self.resolved.mesh
-        ranks = mesh.group(0, axes) if axes and not self.resolved.local else (0,)
         moving = _tensors(call.batch)
-        parts = [
-            weight([leaves[i] for i in moving]) for rank in ranks for leaves in splits.microbatches(call.batch, rank)
-        ]
+
+        def of_rank(rank: int) -> list[torch.Tensor]:
+            return [weight(*(leaves[i] for i in moving)) for leaves in splits.microbatches(call.batch, rank)]
+
+        ranks = r.mesh.group(0, r.split_axes) if r.split_axes and not r.local else (0,)
+        if names_axes(weight.graph):
+            if r.local:
+                return  # the other ranks' rows are not here
+            found = run_ranks(Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}), lambda comm: _as_rank(comm, of_rank, ranks))
+        else:
+            found = [of_rank(rank) for rank in ranks]
+        parts = [w for weights_of_rank in found for w in weights_of_rank]
         params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
         checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode)
+
+
+def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:
+    with bind_rank(comm):
+        return of_rank(ranks[comm.rank])
 
 
 def _tensors(batch: Any) -> tuple[int, ...]:

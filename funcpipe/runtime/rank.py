@@ -7,7 +7,7 @@ the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -15,12 +15,15 @@ import torch
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.batch import signature
+from funcpipe.collectives import axes_of, bind_rank, lanes_of
 from funcpipe.comm import Communicator
 from funcpipe.errors import StateError
 from funcpipe.graph.cut import Cut
 from funcpipe.graph.trace import fill_aux
 from funcpipe.mesh import Axes
 from funcpipe.placement import Layout
+from funcpipe.program import SEND
+from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.step import Mean, Rows, is_summary
@@ -29,19 +32,20 @@ from funcpipe.step import Mean, Rows, is_summary
 class Rank:
     """A rank of a plan: programs bound to its communicator, constants computed, ready to run steps."""
 
-    def __init__(self, plan: Plan, comm: Communicator) -> None:
-        self.plan, self.comm = plan, comm
+    def __init__(self, plan: Plan, comm: Communicator, backend: Backend | None = None) -> None:
+        self.plan, self.comm, self.backend = plan, comm, backend or Backend()
         mesh, axis = comm.mesh, plan.resolved.pipe_axis
         self.place = plan.placement.stage_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
         self.head_axes = mesh.ordered((*self.split_axes, *([axis] if axis else [])))
-        self.calls = [_BoundCall(self, c, str(k)) for k, c in enumerate(plan.calls)]
+        with bind_rank(comm):
+            self.calls = [_BoundCall(self, c, str(k)) for k, c in enumerate(plan.calls)]
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """Run the step once."""
         context = Running(self)
-        with step_.bind(context):
+        with step_.bind(context), bind_rank(self.comm):
             state, metrics = self.plan.resolved.step(state, batch)
         seen, planned = (context.calls, context.sums), (len(self.calls), len(self.plan.placement.dyed.sums))
         if seen != planned:
@@ -57,12 +61,31 @@ class Rank:
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used |= {(a,) for a in layout.axes if a in self.split_axes}
-        self.comm.prepare(sorted(a for a in used if a))
+        graphs = [u.code.module.graph for c in self.plan.calls for m in set(c.cuts) for u in m.units.values()]
+        used = used.union(*map(axes_of, graphs))
+        lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
+        self.comm.prepare(sorted(a for a in used if a), sorted(lanes))
+
+    def _lanes(self) -> set[tuple[int, int, str]]:
+        """Every (source, destination, channel) of the mesh: all ranks make communicators for them alike."""
+        out: set[tuple[int, int, str]] = set()
+        mesh, axis = self.comm.mesh, self.plan.resolved.pipe_axis
+        for rank in range(mesh.size if axis else 0):
+            ranks, place = mesh.group(rank, axis or ()), self.plan.placement.stage_rank(rank)
+            for call in self.calls:
+                for i in call.planned.programs[place].instructions:
+                    if i.op == SEND:
+                        out.add((rank, ranks[i.peer], call.name + i.action.kind[-1]))
+                out |= {(rank, ranks[b], call.name + "tied") for a, b in call.tied_moves() if a == place}
+        return out
 
     @property
     def _pipe_axes(self) -> Axes:
         axis = self.plan.resolved.pipe_axis
         return (axis,) if axis else ()
+
+
+_PASS = "Pass the state that run.init, run.place or the last step returned"
 
 
 class _BoundCall:
@@ -71,9 +94,11 @@ class _BoundCall:
     def __init__(self, rank: Rank, planned: PlannedCall, name: str) -> None:
         self.rank, self.planned, self.name = rank, planned, name
         self.program = planned.programs[rank.place]
-        self.bound: list[Bound] = bind(self.program, rank.ranks, name, rank.comm)
+        self.bound: list[Bound] = bind(self.program, rank.ranks, name, rank.comm, rank.backend)
         self.constants = {slot: planned.constant(v) for v, slot in self.program.constants.items()}
         self.signature = planned.signature
+        placement, rank_ = rank.plan.placement, rank.comm.rank
+        self.held = [placement.shape(rank_, i) if placement.holds(rank_, i) else None for i in planned.call.params]
 
     def __call__(self, params: Any, batch: Any) -> Any:
         leaves = self._leaves(params)
@@ -82,7 +107,7 @@ class _BoundCall:
         heads = self._heads(slots)
         weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
         grads = [
-            g if g is None or weight is None or not step_.differentiable(g) else g / weight
+            g if g is None or weight is None else step_.averaged(g, weight)
             for g in self._grads(leaves, slots)
         ]
         loss = heads[0] if weight is None else heads[0] / weight
@@ -92,15 +117,23 @@ class _BoundCall:
         return (loss, self._aux(heads, slots)), out
 
     def _leaves(self, params: Any) -> list[torch.Tensor | None]:
-        leaves = self.planned.call.params_spec.flatten_up_to(params)
-        for i, x in zip(self.planned.call.params, leaves, strict=True):
-            if (x is None) == self.rank.plan.placement.holds(self.rank.comm.rank, i):
-                dyed = self.rank.plan.placement.dyed
-                raise StateError(
-                    f"rank {self.rank.comm.rank}: params{dyed.paths[i]} is {'missing' if x is None else 'not held here'}; "
-                    "pass the state that run.init, run.place or the last step returned"
-                )
+        call = self.planned.call
+        try:
+            leaves = tree.leaves_up_to(call.params_spec, params)
+        except ValueError as error:
+            raise StateError(f"{self._who}: params have another structure than planned: {error} {_PASS}") from None
+        for k, (x, shape, dtype) in enumerate(zip(leaves, self.held, call.dtypes, strict=True)):
+            if x is None and shape is None:
+                continue
+            if shape is None or not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype != dtype:
+                path = self.rank.plan.placement.dyed.paths[call.params[k]]
+                held = "is not held by this rank" if shape is None else f"should be a tensor of shape {shape} and dtype {dtype}"
+                raise StateError(f"{self._who}: params{path} {held}, but is {step_.describe(x)}. {_PASS}")
         return leaves
+
+    @property
+    def _who(self) -> str:
+        return f"value_and_grad {self.name} on rank {self.rank.comm.rank}"
 
     def _slots(self, leaves: Sequence[torch.Tensor | None], batch: Any) -> Slots:
         planned, program = self.planned, self.program
@@ -165,8 +198,9 @@ class _BoundCall:
         else:
             pieces = [torch.empty(c.heads[h].shape, dtype=c.heads[h].dtype, device=c.heads[h].device) for c in cuts]
         out = pieces[0] if dim is None else torch.cat(pieces, dim)
-        if self.rank.split_axes and dim is not None:
-            out = torch.cat(list(comm.all_gather(out.contiguous(), self.rank.split_axes)), dim)
+        row_axes = self.rank.plan.resolved.row_axes
+        if row_axes and dim is not None:
+            out = torch.cat(list(comm.all_gather(out.contiguous(), row_axes)), dim)
         return comm.broadcast(out.contiguous(), place, self.rank._pipe_axes) if len(self.rank.ranks) > 1 else out
 
     # ---- gradients
@@ -214,6 +248,15 @@ class _BoundCall:
             else:
                 sums[i] = self._receive(leaves[i], ranks[last])
         return sums
+
+    def tied_moves(self) -> set[tuple[int, int]]:
+        """Between which places on the pipe axis gradients of tied leaves travel."""
+        out: set[tuple[int, int]] = set()
+        for i in range(len(self.planned.call.params)):
+            places = [place for place, _ in self.planned.hops(i)]
+            out.update(pairwise(places))
+            out |= {(places[-1], p) for p in self._layout(i).owners if places and p != places[-1]}
+        return out
 
     def _receive(self, like: torch.Tensor | None, source: int) -> torch.Tensor:
         assert like is not None

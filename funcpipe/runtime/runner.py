@@ -8,7 +8,10 @@ with ``(state, batch)``.
 
 from __future__ import annotations
 
+import abc
 import hashlib
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,12 +27,14 @@ from funcpipe.errors import FuncpipeError, MismatchError, StackError, StateError
 from funcpipe.lazy import LazyParams
 from funcpipe.mesh import Mesh
 from funcpipe.placement import Placement
+from funcpipe.runtime.backend import NAMES, Backend
+from funcpipe.runtime.capture import CapturedStep
 from funcpipe.runtime.plan import Plan, Planner
 from funcpipe.runtime.rank import Rank
-from funcpipe.step import resolve
+from funcpipe.step import describe, resolve
 
 
-class Runner:
+class Runner(abc.ABC):
     """What `simulate` and `spmd` have in common."""
 
     def __init__(self, step: Callable, mesh: Mesh) -> None:
@@ -50,9 +55,9 @@ class Runner:
         return lazy.fakes, lambda i: lazy.leaf(i).to(self.device)
 
     @property
+    @abc.abstractmethod
     def device(self) -> torch.device:
         """Where ranks compute."""
-        return torch.device("cpu")
 
     @property
     def _made(self) -> Planner:
@@ -88,19 +93,24 @@ class Simulation(Runner):
             key: what ``params_fn`` gets; a seed or a key.
         """
         shapes, leaf = self._read(params, key)
+        device = next((x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device)
+        if device != self.device:
+            self._ranks.close()
+            self._ranks = Ranks(self.mesh, device)
         self._planner = Planner(self._resolved, init_state, shapes)
         self._bound.clear()
         self._planner.plan(batch)
         with torch.no_grad():
             return [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the ranks compute: where the params were."""
+        return self._ranks.communicators[0].device
+
     def __call__(self, state: list[Any], batch: Any) -> tuple[list[Any], Any]:
         """One step of every rank."""
-        if not isinstance(state, list) or len(state) != self.mesh.size:
-            raise StateError(
-                f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "
-                "returned it; use run.place(full) for a single-device state"
-            )
+        self._check_state(state)
         plan = self._made.plan(batch)
         ranks = self._bound.get(id(plan))
         if ranks is None:
@@ -110,19 +120,31 @@ class Simulation(Runner):
             check_same(out[0][1], metrics, r)
         return [s for s, _ in out], out[0][1]
 
+    def _check_state(self, state: Any) -> None:
+        if not isinstance(state, list) or len(state) != self.mesh.size:
+            raise StateError(
+                f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "
+                f"returned it; this is {describe(state)}. Use run.place(full) for a single-device state"
+            )
+
     def place(self, full: Any) -> list[Any]:
         """What every rank holds of a single-device state."""
         return [self._placement.place(full, r) for r in range(self.mesh.size)]
 
     def unplace(self, state: list[Any]) -> Any:
         """The single-device state again."""
+        self._check_state(state)
         leaves = [self._placement.state_leaves(s, "unplace") for s in state]
         return self._placement.unplace(lambda rank, j: leaves[rank][j])
 
 
 def check_same(first: Any, other: Any, rank: int) -> None:
     """MismatchError unless two ranks' metrics are equal, bit by bit."""
-    names = tree.paths(first)
+    names, structures = tree.paths(first), [tree.flatten(x)[1] for x in (first, other)]
+    if structures[0] != structures[1]:
+        raise MismatchError(
+            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every rank returns the same metrics"
+        )
     for path, a, b in zip(names, tree.leaves(first), tree.leaves(other), strict=True):
         if isinstance(a, torch.Tensor):
             same = torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
@@ -136,15 +158,28 @@ class Spmd(Runner):
     """The rank that this process is; see `spmd`."""
 
     def __init__(
-        self, step: Callable, mesh: Mesh, device: torch.device | str | None, timeout: float | None, batch: str
+        self,
+        step: Callable,
+        mesh: Mesh,
+        device: torch.device | str | None,
+        timeout: float | None,
+        batch: str,
+        backend: str,
+        cuda_graph: bool,
     ) -> None:
         super().__init__(step, mesh)
+        if backend not in NAMES:
+            raise StackError(f"spmd: backend={backend!r}; write one of {', '.join(map(repr, NAMES))}")
         if batch not in ("global", "local"):
             raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
+        if cuda_graph and self._comm.device.type != "cuda":
+            raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
+        self._backend, self._cuda_graph = Backend(backend, self._report), cuda_graph
         self._bound: dict[int, Rank] = {}
+        self._captured: dict[int, CapturedStep] = {}
         self._digests: dict[tuple, int] = {}
 
     @property
@@ -165,12 +200,18 @@ class Spmd(Runner):
 
     def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
         params, leaf = self._read(params, key)
-        self._agree({"params": params, "batch": batch}, f"{self.mesh!r} {self._resolved.splits} {self._resolved.micro}")
+        self._agree({"params": params, "batch": batch}, self._what)
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
+        self._captured.clear()
         self._rank_of(batch)
         with torch.no_grad():
             return init_state(self._placement.params(leaf, self.rank))
+
+    @property
+    def _what(self) -> str:
+        records = ", ".join(r.text for r in self._resolved.records)
+        return f"{records or 'no transform'} on {self.mesh!r}" + " with local batches" * self._resolved.local
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One step of this rank; every rank calls it with the same global batch."""
@@ -180,9 +221,17 @@ class Spmd(Runner):
         self._agree({"batch": batch}, "step")
         rank = self._rank_of(batch)
         with torch.no_grad():
+            if self._cuda_graph:
+                if id(rank) not in self._captured:
+                    self._captured[id(rank)] = CapturedStep(rank, state, batch)
+                return self._captured[id(rank)](state, batch)
             out = rank.step(state, batch)
         self._comm.flush()
         return out
+
+    def _report(self, text: str) -> None:
+        if self.rank == 0 and sys.stderr.isatty():
+            print(f"\r{text} ", end="", file=sys.stderr, flush=True)
 
     def _rank_of(self, batch: Any) -> Rank:
         plan = self._made.plan(batch)
@@ -190,11 +239,9 @@ class Spmd(Runner):
             digests = self._comm.exchange_digest(plan.digest())
             if len(set(digests)) > 1:
                 odd = next(r for r, d in enumerate(digests) if d != digests[0])
-                raise MismatchError(
-                    f"rank {odd} has planned another program than rank 0 for the same shapes: the step, its transforms or "
-                    "the schedule differ between ranks. Run the same script with the same options everywhere"
-                )
-            rank = Rank(plan, self._comm)
+                found = self._comm.exchange(plan.sections if self.rank in (0, odd) else None)
+                raise MismatchError(_other_plan(found[0], found[odd], odd))
+            rank = Rank(plan, self._comm, self._backend)
             rank.prepare()
             self._bound[id(plan)] = rank
         return self._bound[id(plan)]
@@ -213,6 +260,8 @@ class Spmd(Runner):
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:
             return fn(*args)
+        except MismatchError:  # every rank has seen it: none waits, and the next call may do better
+            raise
         except BaseException as error:
             raise self._comm.fail(error) from (None if isinstance(error, FuncpipeError) else error)
 
@@ -244,6 +293,18 @@ def _described(trees: dict[str, Any]) -> list[tuple[str, str]]:
             text = f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
             out.append((name + path, text))
     return out
+
+
+def _other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: int) -> str:
+    """Which line of two ranks' plans differs first."""
+    for topic in [*first, *other]:
+        for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
+            if a != b:
+                return (
+                    f"rank {rank} has planned another program than rank 0 for the same shapes. First difference, in {topic}: "
+                    f"{a!r} on rank 0, {b!r} on rank {rank}. Run the same script with the same options everywhere"
+                )
+    return f"rank {rank} has planned another program than rank 0 for the same shapes"
 
 
 def _difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
@@ -285,6 +346,8 @@ def spmd(
     device: torch.device | str | None = None,
     timeout: float | None = None,
     batch: str = "global",
+    backend: str = "eager",
+    cuda_graph: bool = False,
 ) -> Spmd:
     """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
 
@@ -295,6 +358,9 @@ def spmd(
         timeout: seconds after which a rank that does not answer is given up.
         batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
             that differ on no axis that splits the batch (the ranks of one pipeline) then pass the same rows.
+        backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
+        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph; the state is then
+            updated in place, and what a step was given is gone.
 
     Returns:
         a runner; ``state`` is this rank's part of it.
@@ -303,4 +369,4 @@ def spmd(
         MeshError, StackError: the transforms do not fit the mesh or each other.
         RankError, on every rank: another one failed; says which, and with what.
     """
-    return Spmd(step, mesh, device, timeout, batch)
+    return Spmd(step, mesh, device, timeout, batch, backend, cuda_graph)

@@ -64,13 +64,13 @@ def reduce(bucket: Bucket, comm: Communicator) -> Callable[[Whole], list[Any]]:
 
 
 def _scatter(x: torch.Tensor, bucket: Bucket, comm: Communicator) -> Pending:
-    """Reduce-scatter over the axes that split the batch, a slice on the others; the first axis is major."""
-    if bucket.summed == bucket.axes:
-        return comm.start_reduce_scatter(x, bucket.axes)
-    x = x.view(*(comm.mesh.axis_size(a) for a in bucket.axes), -1)
-    for a in bucket.axes:
-        x = comm.reduce_scatter(x.contiguous(), (a,)) if a in bucket.summed else x[comm.mesh.index(comm.rank, a)]
-    return Done(x.reshape(-1))
+    """On axes that do not split the batch a rank takes its slice; over the others a reduce-scatter."""
+    if bucket.summed != bucket.axes:
+        x = x.view(*(comm.mesh.axis_size(a) for a in bucket.axes), -1)
+        x = x[tuple(slice(None) if a in bucket.summed else comm.mesh.index(comm.rank, a) for a in bucket.axes)]
+    if not bucket.summed:
+        return Done(x)
+    return comm.start_reduce_scatter(x.reshape(comm.mesh.axis_size(bucket.summed), -1), bucket.summed)
 
 
 def _own(chunk: torch.Tensor, piece: Piece, parts: int, index: int) -> torch.Tensor:

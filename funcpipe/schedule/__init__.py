@@ -3,6 +3,7 @@
 from funcpipe.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
 from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
+from funcpipe.schedule.controllable import v_half, v_min
 from funcpipe.schedule.library import (
     dual_pipe_v,
     forward_only,
@@ -40,6 +41,8 @@ __all__ = [
     "timeline",
     "to_csv",
     "unit_costs",
+    "v_half",
+    "v_min",
     "zb_h1",
     "zb_v",
 ]

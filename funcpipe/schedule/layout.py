@@ -156,12 +156,12 @@ def written(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Row:
     return row
 
 
-def spread(name: str, base: ScheduleFn) -> ScheduleFn:
+def spread(name: str, base: ScheduleFn, live: Callable[[int], int] | None = None) -> ScheduleFn:
     """A schedule with every B as I and W, where W waits for a moment in which its rank would be idle.
 
-    The order of F and B is the base's, and no rank holds more microbatches than the rank of the base that
-    holds most; at that limit W comes before the next F. What is idle is found by running the table in time,
-    with F = I = W = 1.
+    The order of F and B is the base's, and no rank holds more (stage, microbatch) than ``live(ranks)`` says, by default
+    what the rank of the base holds that holds most; at that limit W comes before the next F. What is idle is found by
+    running the table in time, with F = I = W = 1.
 
     >>> base = by_rank("base", lambda rank, ranks, microbatches: run("F", 0, 2) + run("B", 0, 2), loop())
     >>> print(spread("mine", base)(1, 2))
@@ -170,17 +170,17 @@ def spread(name: str, base: ScheduleFn) -> ScheduleFn:
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         table = base(ranks, microbatches)
-        return replace(table, ranks=tuple(map(tuple, _spread(table))))
+        return replace(table, ranks=tuple(map(tuple, _spread(table, live(ranks) if live else 0))))
 
     return named(name, lay_out)
 
 
-def _spread(table: Schedule) -> list[Row]:
+def _spread(table: Schedule, live: int = 0) -> list[Row]:
     todo = [
         deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W")
         for row in table.ranks
     ]
-    limit = max(max(accumulate(1 if a.kind == "F" else -1 for a in row)) for row in todo)
+    limit = max(live, *(max(accumulate(1 if a.kind == "F" else -1 for a in row)) for row in todo))
     waiting: list[deque[Action]] = [deque() for _ in todo]
     rows: list[Row] = [[] for _ in todo]
     held = [0] * len(todo)

@@ -1,8 +1,8 @@
 """Tools to test transforms, schedules and steps of your own: public as ``fp.testing``.
 
-`assert_equivalent` compares a transformed step with the same step on one device. The strategies draw random models,
-meshes, microbatch counts and schedules for it; they need Hypothesis (``pip install 'funcpipe[test]'``), which is imported
-when one of them is first asked for.
+`assert_equivalent` compares a transformed step with the same step on one device. The strategies draw random
+models, meshes, microbatch counts and schedules for it; they need Hypothesis (``pip install 'funcpipe[test]'``),
+which is imported when one of them is first asked for.
 """
 
 from __future__ import annotations

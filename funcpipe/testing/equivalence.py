@@ -4,8 +4,8 @@ Terms. The *reference* is the step as written, run on one batch after another. T
 ``norm(got - want) / norm(want)``. Optimizers and clipping hide a gradient of a wrong scale, so losses and gradients are
 compared themselves, as every ``value_and_grad`` returned them on every rank, and not only the state that follows.
 
-In: a step, the same step with transforms on it, a mesh, and what the step is run on. Out: `Report`, or an AssertionError
-that says which step, what, where in the pytree, on which rank, how far off, and what was allowed.
+In: a step, the same step with transforms on it, a mesh, and what the step is run on. Out: `Report`, or an
+AssertionError that says which step, what, where in the pytree, on which rank, how far off, and what was allowed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from funcpipe.runtime.rank import Running
 from funcpipe.runtime.runner import simulate
 from funcpipe.step import tap
 
-# Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what was added up; measured
-# against itself it would always be wrong. So no leaf is measured against less than this.
+# Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what was added up;
+# measured against itself it would always be wrong. So no leaf is measured against less than this.
 SMALL = 1e-3
 
 
@@ -65,7 +65,7 @@ class _Call(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ran:
-    """One step of a run: by rank (0 for the reference) what every ``value_and_grad`` returned; metrics; the full state."""
+    """One step of a run: by rank (0 for the reference) what every ``value_and_grad`` returned; metrics; full state."""
 
     calls: dict[int, list[_Call]]
     metrics: Any
@@ -102,8 +102,9 @@ def assert_equivalent(
         the largest error and where it was.
 
     Raises:
-        AssertionError: metrics, a loss, a gradient or a leaf of the state is not what it is on one device, or ranks that
-            hold the same leaf hold different bits of it. Raised after the last step, so that no rank waits for another.
+        AssertionError: metrics, a loss, a gradient or a leaf of the state is not what it is on one device, or ranks
+            that hold the same leaf hold different bits of it. Raised after the last step, so that no rank waits for
+            another.
 
     >>> import funcpipe as fp
     >>> def loss_fn(w, x):

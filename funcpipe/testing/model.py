@@ -1,7 +1,8 @@
-"""Models for tests: a description that prints as Python, and the params, the loss function and the batches it stands for.
+"""Models for tests: a description that prints as Python, and the params, loss function and batches it stands for.
 
-Terms. A model is a chain of *segments* with a boundary after each; a segment is a few *layers*, none included. The leaves
-of params lie in *pools* by kind; a layer names its leaves by number, so that any leaf can be tied to any other place.
+Terms. A model is a chain of *segments* with a boundary after each; a segment is a few *layers*, none included. The
+leaves of params lie in *pools* by kind; a layer names its leaves by number, so that any leaf can be tied to any other
+place.
 
 In: a `Model`, drawn by `funcpipe.testing.models` or written by hand. Out: ``init``, ``loss_fn``, ``batch``.
 """
@@ -39,8 +40,8 @@ class Model:
     Args:
         segments: the layers of every segment; the head is one more segment.
         width: of the hidden state.
-        carry: what a boundary is given: a ``"tensor"``, a ``"dict"`` or a ``"tuple"`` with masks, ids, None, ints, bools
-            and a value that nobody reads.
+        carry: what a boundary is given: a ``"tensor"``, a ``"dict"`` or a ``"tuple"`` with masks, ids, None, ints,
+            bools and a value that nobody reads.
         carried: the segment whose output travels on in the dict or tuple from then on; other skips are locals.
         tied_head: whether the embedding is also the head.
         top: what happens to the params at the top of the loss: ``"none"``, ``"scale"``, or a ``"cast"`` to float64.
@@ -166,8 +167,8 @@ class _Walk:
     def _layer(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
         if layer.kind == "skip":
             (number,) = layer.leaves
-            travels = number == self.model.carried and self.carried is not None
-            return x + 0.5 * (self.carried if travels else self.outputs[number])
+            travelling = self.carried if number == self.model.carried else None
+            return x + 0.5 * (self.outputs[number] if travelling is None else travelling)
         leaves = [self.pools[pool][i] for pool, i in zip(LAYERS[layer.kind], layer.leaves, strict=True)]
         return x + getattr(self, f"_{layer.kind}")(x, *leaves)
 

@@ -9,11 +9,13 @@ from funcpipe.mesh import Axes, Mesh
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64]
 KINDS = ["all_reduce", "all_reduce_max", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
+KINDS += ["start_all_gather", "start_reduce_scatter"]
 
 
 def expected(kind: str, xs: list[torch.Tensor], mesh: Mesh, axes: Axes) -> list[torch.Tensor]:
     """Every rank's result, given every rank's operand. Sums are taken in the order of the group."""
     out = []
+    kind = kind.removeprefix("start_")
     for rank in range(mesh.size):
         members = [xs[r] for r in mesh.group(rank, axes)]
         out.append(_result(kind, members, mesh.index(rank, axes)))
@@ -47,7 +49,7 @@ def _sum(xs: list[torch.Tensor]) -> torch.Tensor:
 
 def operand(kind: str, rank: int, shape: tuple[int, ...], dtype: torch.dtype, n: int) -> torch.Tensor:
     """A rank's operand, for a group of n: the same in every process that asks."""
-    if kind in ("reduce_scatter", "all_to_all"):
+    if kind in ("reduce_scatter", "start_reduce_scatter", "all_to_all"):
         shape = (n, *shape)
     numbers = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) * 8
     if dtype == torch.bool:
@@ -61,7 +63,8 @@ def call(comm, kind: str, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         return comm.all_reduce(x, axes, op="max")
     if kind == "broadcast":
         return comm.broadcast(x, comm.mesh.axis_size(axes) - 1, axes)
-    return getattr(comm, kind)(x, axes)
+    out = getattr(comm, kind)(x, axes)
+    return out.wait() if kind.startswith("start_") else out
 
 
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:

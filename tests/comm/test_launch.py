@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import RankError
 from funcpipe.mesh import Mesh
-from funcpipe.runtime.launch import launch
+from funcpipe.runtime.launch import _cause, _report, launch
 
 
 def describe(word, x):
@@ -41,8 +42,6 @@ def fail(how):
         if os.environ["RANK"] == "1":
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if how == "exits":
-                os._exit(3)
             raise ValueError("boom\nin two lines")
         if comm is not None:
             comm.recv([torch.zeros(2)], 1, "F")
@@ -56,7 +55,6 @@ def fail(how):
     [
         ("in a step", "rank 1 failed: ValueError: boom in two lines"),
         ("killed", "rank 1 failed: ended by SIGKILL"),
-        ("exits", "rank 1 failed: exited with code 3"),
     ],
 )
 def test_the_first_failure_is_raised(how, told, capfd):
@@ -66,6 +64,17 @@ def test_the_first_failure_is_raised(how, told, capfd):
     notes = "".join(getattr(caught.value, "__notes__", []))
     assert ('raise ValueError("boom' in notes) == ("ValueError" in told)
     assert "ProcessRaisedException" not in capfd.readouterr().err
+
+
+def test_an_exit_without_a_word_and_reports_that_follow_from_it(tmp_path):
+    failures = {1: SimpleNamespace(exitcode=3)}
+    assert str(_cause(failures, tmp_path)) == "rank 1 failed: exited with code 3"
+    _report(0, RankError("rank 1 failed: gone"), "trace 0", tmp_path)
+    assert str(_cause({0: SimpleNamespace(exitcode=1)}, tmp_path)) == "rank 1 failed: gone"
+    assert str(_cause(failures, tmp_path)) == "rank 1 failed: exited with code 3"
+    _report(2, KeyError("k"), "trace 2", tmp_path)
+    error = _cause(failures, tmp_path)
+    assert (str(error), error.__notes__) == ("rank 2 failed: KeyError: 'k'", ["in rank 2:\ntrace 2"])
 
 
 def test_a_rank_that_does_not_finish_in_time():

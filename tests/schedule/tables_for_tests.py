@@ -18,6 +18,8 @@ from funcpipe.schedule import (
     interleaved_zb,
     looped_bfs,
     one_f_one_b,
+    v_half,
+    v_min,
     zb_h1,
     zb_v,
 )
@@ -32,6 +34,8 @@ LIBRARY: dict[str, tuple] = {
     "interleaved_zb": (interleaved_zb, True),
     "zb_v": (zb_v, False),
     "dual_pipe_v": (dual_pipe_v, False),
+    "v_half": (v_half, False),
+    "v_min": (v_min, False),
     "forward_only": (forward_only, True),
 }
 

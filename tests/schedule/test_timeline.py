@@ -19,6 +19,8 @@ from funcpipe.schedule import (
     one_f_one_b,
     timeline,
     unit_costs,
+    v_half,
+    v_min,
     zb_h1,
     zb_v,
 )
@@ -34,6 +36,8 @@ FIGURES = [
     (interleaved_zb(2), 0.035),
     (zb_v(), 0.035),
     (dual_pipe_v(), 0.035),
+    (v_half(), 0.094),
+    (v_min(), 0.123),
 ]
 
 

@@ -1,0 +1,32 @@
+"""Collectives by axis name: differentiable, on a mesh or inside `vmap`, and nothing at all in plain PyTorch.
+
+- `api.py`: ``psum``, ``pmean``, ``pmax``, ``all_gather``, ``psum_scatter``, ``all_to_all``, ``ppermute`` and
+  ``axis_index``.
+- `binding.py`: what a name is bound to: ``vmap``, ``bind_mesh``, ``one_rank``, ``axis_size``.
+- `rules.py`: how each is differentiated and mapped.
+- `ops.py`: the ops that a traced graph holds, and what they do on a rank: ``bind_rank``, ``names_axes``,
+  ``axes_of``, ``lanes_of``.
+"""
+
+from funcpipe.collectives.api import all_gather, all_to_all, axis_index, pmax, pmean, ppermute, psum, psum_scatter
+from funcpipe.collectives.binding import axis_size, bind_mesh, one_rank, vmap
+from funcpipe.collectives.ops import axes_of, bind_rank, lanes_of, names_axes
+
+__all__ = [
+    "all_gather",
+    "all_to_all",
+    "axes_of",
+    "axis_index",
+    "axis_size",
+    "bind_mesh",
+    "bind_rank",
+    "lanes_of",
+    "names_axes",
+    "one_rank",
+    "pmax",
+    "pmean",
+    "ppermute",
+    "psum",
+    "psum_scatter",
+    "vmap",
+]

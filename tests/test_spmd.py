@@ -1,0 +1,238 @@
+"""Real processes: what they compute is what the simulation computes, and a failure of one is an error of all.
+
+The processes of a mesh size are started once; each runs every case and every check, and hands back what it saw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import pytest
+import torch
+import torch.distributed as dist
+
+import funcpipe as fp
+from funcpipe.errors import MismatchError, RankError
+from funcpipe.optim import adamw
+from funcpipe.step import tap
+from funcpipe.testing import Layer, Model, RandomTable, assert_equivalent
+
+# Sums over microbatches, stages and shards are taken in another order than on one device: see test_equivalence.py.
+FLOAT64 = 1e-12
+# Seconds in which every rank must have stopped when one of them fails; one second is usual.
+SOON = 10.0
+
+PLAIN = Model(tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(4)))
+# A leaf in three places, the first and the last among them, a skip over two stages, masks and ids through boundaries.
+TIED = Model(
+    (
+        (Layer("linear", (0, 0)),),
+        (Layer("mix", (1,)), Layer("linear", (0, 1))),
+        (Layer("permute", (0,)), Layer("scale", (0,))),
+        (Layer("skip", (0,)), Layer("gated", (0, 2))),
+    ),
+    carry="tuple",
+    tied_head=True,
+    aux=1,
+    unused=True,
+    zero_rows=True,
+)
+OPTIMIZER = adamw(1e-2, eps=1e-3)
+
+
+def training(model: Model) -> tuple[Callable, Callable]:
+    def init_state(params: Any) -> dict[str, Any]:
+        return {"params": params, "opt": OPTIMIZER.init(params), "n": torch.zeros(())}
+
+    def step(state: dict[str, Any], batch: Any) -> Any:
+        out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(state["params"], batch)
+        grads, norm = fp.clip_by_global_norm(grads, 0.5)
+        params, opt = OPTIMIZER.update(grads, state["opt"], state["params"])
+        return {"params": params, "opt": opt, "n": state["n"] + 1}, {"loss": out, "norm": norm}
+
+    return step, init_state
+
+
+def pipe(microbatches: int = 4, **options: Any) -> Callable:
+    return fp.pipelined(axis="pipe", microbatches=microbatches, **options)
+
+
+# ---- cases: a model, a mesh, a stack of transforms
+
+DATA = fp.data_parallel(axis="data")
+CASES: dict[str, tuple[Model, fp.Mesh, tuple[Callable, ...]]] = {
+    "pipe=2": (PLAIN, fp.Mesh(pipe=2), (pipe(),)),
+    "pipe=2 tied zb": (TIED, fp.Mesh(pipe=2), (pipe(schedule=fp.schedules.zb_h1()),)),
+    "pipe=2 tied, two stages a rank": (TIED, fp.Mesh(pipe=2), (pipe(schedule=fp.schedules.interleaved_1f1b(2)),)),
+    "data=2 accumulated": (TIED, fp.Mesh(data=2), (DATA, fp.accumulated(microbatches=2))),
+    "pipe=4 tied": (TIED, fp.Mesh(pipe=4), (pipe(),)),
+    "pipe=4 random table": (TIED, fp.Mesh(pipe=4), (pipe(schedule=RandomTable(seed=5)),)),
+    "pipe=2 data=2 tied": (TIED, fp.Mesh(pipe=2, data=2), (pipe(2), DATA)),
+}
+
+
+def prepared(name: str) -> tuple[Callable, Callable, Callable, Any, list[Any]]:
+    """Step, transformed step, init_state, params and batches; the last batch has another shape."""
+    model, _, stack = CASES[name]
+    step, init_state = training(model)
+    return (
+        step,
+        fp.compose(*stack)(step),
+        init_state,
+        model.init(),
+        [model.batch(k, n) for k, n in enumerate([8, 8, 16])],
+    )
+
+
+def run_case(name: str, start: Callable) -> tuple[list, list, Any, Any]:
+    """Three steps. Returns (rank, loss, grads) of every ``value_and_grad``, metrics, state and full state."""
+    _, transformed, init_state, params, batches = prepared(name)
+    run = start(transformed, CASES[name][1])
+    state, metrics = run.init(init_state, params, batches[0]), []
+    with tap() as seen:
+        for batch in batches:
+            state, new = run(state, batch)
+            metrics.append(new)
+    calls = [(context.rank.comm.rank, *call) for context, *call in seen if hasattr(context, "rank")]
+    full = run.unplace(state)
+    assert equal(run.place(full), state)
+    assert equal(run.unplace(run.place(full)), full)
+    return calls, metrics, state, full
+
+
+def spmd(step: Callable, mesh: fp.Mesh) -> Any:
+    return fp.spmd(step, mesh, device="cpu", timeout=30)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if optree.tree_structure(a) != optree.tree_structure(b):
+        return False
+    same = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
+    return optree.tree_all(optree.tree_map(same, a, b))
+
+
+# ---- checks of failures: each makes a runner of its own, and returns the error and how long it took
+
+
+def failing(size: int, body: Callable[[Any, Any, Any], Any], step: Callable | None = None) -> tuple[str, str, float]:
+    run = spmd(pipe()(step or training(PLAIN)[0]), fp.Mesh(pipe=size))
+    state = run.init(training(PLAIN)[1], PLAIN.init(), PLAIN.batch(0, 4))
+    began = time.monotonic()
+    try:
+        body(run, state, PLAIN.batch(0, 4))
+    except fp.errors.FuncpipeError as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    except ValueError as error:
+        return "ValueError", str(error), time.monotonic() - began
+    return "nothing", "", 0.0
+
+
+def other_rows(size: int) -> tuple[str, str, float]:
+    """The last rank passes a batch of more rows; then all pass the same one, and go on."""
+
+    def body(run: Any, state: Any, batch: Any) -> None:
+        try:
+            run(state, PLAIN.batch(0, 8) if run.rank == size - 1 else batch)
+        finally:
+            run(state, batch)
+
+    return failing(size, body)
+
+
+def other_params(size: int) -> tuple[str, str, float]:
+    params = PLAIN.init()
+    if dist.get_rank() == size - 1:
+        params["embed"] = params["embed"][:5]
+    return failing(size, lambda run, state, batch: run.init(training(PLAIN)[1], params, batch))
+
+
+def raises(size: int, where: str) -> tuple[str, str, float]:
+    """The last rank's step raises: while its neighbours wait for its messages, or for its part of the norm."""
+    inner, _ = training(PLAIN)
+    armed = []
+
+    def step(state: Any, batch: Any) -> Any:
+        if armed and where == "before":
+            raise ValueError("boom")
+        out = inner(state, batch)
+        if armed and where == "after":
+            raise ValueError("boom")
+        return out[0], out[1] | {"size": fp.global_norm(out[0]["params"])}
+
+    def body(run: Any, state: Any, batch: Any) -> None:
+        if run.rank == size - 1:
+            armed.append(True)
+        run(*run(state, batch)[:1], batch)
+
+    return failing(size, body, step)
+
+
+def work(size: int) -> dict[str, Any]:
+    """What every process runs."""
+    torch.set_num_threads(1)
+    out = {name: run_case(name, spmd) for name, case in CASES.items() if case[1].size == size}
+    step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
+    out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
+    out["rows"], out["params"] = other_rows(size), other_params(size)
+    out["before"], out["after"] = raises(size, "before"), raises(size, "after")
+    return out
+
+
+@pytest.fixture(scope="module")
+def ran() -> dict[int, list[dict[str, Any]]]:
+    """By mesh size what every rank saw."""
+    return {size: fp.launch(work, size, size, timeout=120) for size in (2, 4)}
+
+
+# ---- tests
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_processes_compute_what_the_simulation_computes(name: str, ran: dict[int, list]) -> None:
+    """Bitwise: losses, gradients, metrics and every rank's state."""
+    mesh = CASES[name][1]
+    calls, metrics, states, full = run_case(name, fp.simulate)
+    for rank, seen in enumerate(result[name] for result in ran[mesh.size]):
+        assert equal(seen[0], [call for call in calls if call[0] == rank])
+        assert equal(seen[1:], (metrics, states[rank], full))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_simulation_computes_what_one_device_computes(name: str) -> None:
+    step, transformed, *rest = prepared(name)
+    assert_equivalent(step, transformed, CASES[name][1], *rest, rtol=FLOAT64)
+
+
+def test_assert_equivalent_in_processes(ran: dict[int, list]) -> None:
+    for results in ran.values():
+        assert all(result["report"].error <= FLOAT64 and result["report"].compared for result in results)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_pass_different_shapes(size: int, ran: dict[int, list]) -> None:
+    """All ranks say the same, at once."""
+    last = size - 1
+    for result in ran[size]:
+        kind, text, seconds = result["rows"]
+        assert (kind, seconds < SOON) == (MismatchError.__name__, True)
+        assert text == (
+            f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank passes the same global "
+            "batch and params"
+        )
+        kind, text, seconds = result["params"]
+        assert (kind, seconds < SOON) == (MismatchError.__name__, True)
+        assert text.startswith(f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}:")
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_raises_in_a_step(size: int, where: str, ran: dict[int, list]) -> None:
+    """It raises its own error; all others one that names it."""
+    *others, (kind, text, _) = [result[where] for result in ran[size]]
+    assert (kind, text) == ("ValueError", "boom")
+    for kind, text, seconds in others:
+        assert (kind, text) == (RankError.__name__, f"rank {size - 1} failed: ValueError: boom")
+        assert seconds < SOON
