@@ -21,6 +21,9 @@ from funcpipe.collectives import (
 from funcpipe.mesh import Mesh
 from funcpipe.runtime.launch import launch
 from funcpipe.runtime.plan import Plan
+from funcpipe.runtime.predict import Prediction
+from funcpipe.runtime.profile import profile_units
+from funcpipe.runtime.record import Recording
 from funcpipe.runtime.runner import simulate, spmd
 from funcpipe.step import (
     Mean,
@@ -40,6 +43,8 @@ __all__ = [
     "Mesh",
     "Microbatches",
     "Plan",
+    "Prediction",
+    "Recording",
     "Rows",
     "accumulated",
     "all_gather",
@@ -55,6 +60,7 @@ __all__ = [
     "launch",
     "optim",
     "pipelined",
+    "profile_units",
     "pmax",
     "pmean",
     "ppermute",

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from funcpipe import picture
 from funcpipe.errors import FuncpipeError
-from funcpipe.schedule import Report, Schedule, ScheduleFn, Timeline, check, one_f_one_b, timeline, unit_costs
+from funcpipe.schedule import Report, Schedule, ScheduleFn, Timeline, check, one_f_one_b, timeline, to_csv, unit_costs
 from funcpipe.schedule.catalogue import NAMES, by_name, training
 
 _EXAMPLES = """examples:
@@ -97,7 +97,10 @@ def _schedule(options: argparse.Namespace, console: Console) -> None:
         f"{report.messages} messages"
     )
     if options.save:
-        picture.save(line, options.save)
+        if options.save.suffix == ".csv":
+            to_csv(schedule, options.save)
+        else:
+            picture.save(line, options.save)
         console.print(f"saved {options.save}", highlight=False)
 
 
@@ -110,15 +113,15 @@ def _rows(line: Timeline, width: int) -> Text:
 
 def _compare(options: argparse.Namespace, console: Console) -> None:
     table = Table(title=f"{options.pipe} ranks, {options.microbatches} microbatches, F I W = {_costs(options)}")
-    table.add_column("schedule")
-    for name in ("stages a rank", "step", "bubble", "memory / 1F1B's", "messages"):
+    table.add_column("schedule", no_wrap=True)
+    for name in ("stages a rank", "step", "bubble", "memory", "messages"):
         table.add_column(name, justify="right")
     for schedule_fn in training(tuple(options.v)):
         schedule, report, line = _lay_out(schedule_fn, options)
         numbers = (f"{line.makespan:.4g}", f"{line.bubble:.1%}", f"{_memory(schedule, report):.2f}")
         table.add_row(schedule.name, str(schedule.stages // options.pipe), *numbers, str(report.messages))
     console.print(table)
-    console.print("memory: microbatches of a rank's layers whose backward is not over, on the rank that holds most")
+    console.print("memory: what the fullest rank holds between forward and backward, in what 1F1B's fullest holds")
 
 
 def _memory(schedule: Schedule, report: Report) -> float:

@@ -8,10 +8,14 @@ are paler.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
+from funcpipe import perfetto
+from funcpipe.errors import PlanError
 from funcpipe.schedule.actions import COMPUTE
 from funcpipe.schedule.timeline import Span, Timeline
 
@@ -21,13 +25,45 @@ Memory = Sequence[Sequence[tuple[float, float]]]
 _COLOURS = {"F": "#0072B2", "B": "#D55E00", "I": "#E69F00", "W": "#009E73"}
 _MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _BUBBLE, _INK, _FAINT, _CURVE = "#E9ECEF", "#212529", "#868E96", "#CC79A7"
-_FONT = (
-    "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif'"
-)
+_FONT = "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif'"
 
 # Pixels: the plot, what stands beside it, a lane, the memory curve under it, the gap to the next lane.
 _PLOT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE, _AREA, _GAP = 1120.0, 64.0, 84.0, 74.0, 44.0, 24.0, 26.0, 6.0
 _DIGIT = 0.58  # the width of a digit, in font sizes
+
+
+def save(timeline: Timeline, path: str | Path, title: str = "", memory: Memory | None = None, unit: str = "") -> Path:
+    """Write a timeline to a file: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for Perfetto.
+
+    Times in seconds are drawn in milliseconds; in a trace, a unit without a name is a millisecond.
+
+    Raises:
+        PlanError: another ending.
+    """
+    path = Path(path)
+    check_suffix(path)
+    if path.suffix == ".json":
+        found = perfetto.trace(timeline, memory, microseconds=1e6 if unit == "s" else 1e3)
+        path.write_text(json.dumps(found), encoding="utf-8")
+        return path
+    if unit == "s":
+        timeline, unit = timeline.scaled(1e3), "ms"
+        memory = memory and [[(time * 1e3, held) for time, held in curve] for curve in memory]
+    draw = timeline_html if path.suffix == ".html" else timeline_svg
+    path.write_text(draw(timeline, title=title, memory=memory, unit=unit), encoding="utf-8")
+    return path
+
+
+def check_suffix(path: Path) -> None:
+    """PlanError unless a picture can be saved under this name.
+
+    >>> check_suffix(Path("x.png"))
+    Traceback (most recent call last):
+    funcpipe.errors.PlanError: cannot draw a plan as '.png'; name a file .html or .svg, or .json for a Perfetto trace
+    """
+    if path.suffix not in (".html", ".svg", ".json"):
+        kind = path.suffix or path.name
+        raise PlanError(f"cannot draw a plan as {kind!r}; name a file .html or .svg, or .json for a Perfetto trace")
 
 
 def timeline_svg(timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = "") -> str:
@@ -57,17 +93,37 @@ def timeline_html(timeline: Timeline, title: str = "", memory: Memory | None = N
     >>> "<title>rank 1: 1F0, 1 to 2 ms</title>" in page
     True
     """
-    return "\n".join(
-        [
-            "<!doctype html>",
-            "<html lang='en'><head><meta charset='utf-8'>",
-            f"<title>{escape(title or timeline.schedule.name)}</title>",
-            "<style>body{margin:24px;background:#fff} svg{max-width:100%;height:auto}"
-            " .box:hover{stroke:#212529;stroke-width:1.5}</style></head><body>",
-            *_svg(timeline, title, memory, unit, hover=True),
-            "</body></html>",
-        ]
-    )
+    head = _page_head(title or timeline.schedule.name)
+    return "\n".join([*head, *_svg(timeline, title, memory, unit, hover=True), "</body></html>"])
+
+
+def _page_head(title: str) -> list[str]:
+    return [
+        "<!doctype html>",
+        "<html lang='en'><head><meta charset='utf-8'>",
+        f"<title>{escape(title)}</title>",
+        "<style>body{margin:24px;background:#fff} svg{max-width:100%;height:auto}"
+        " .box:hover{stroke:#212529;stroke-width:1.5}</style></head><body>",
+    ]
+
+
+def pair(timelines: Mapping[str, Timeline], page: bool, unit: str = "") -> str:
+    """Several timelines of one schedule, one over the other, drawn to one scale; a page, or a whole SVG document.
+
+    >>> from funcpipe.schedule import gpipe, timeline, unit_costs
+    >>> lines = {"recorded": timeline(gpipe()(2, 1), unit_costs()), "predicted": timeline(gpipe()(2, 1), unit_costs(2, 2, 2))}
+    >>> pair(lines, page=True).count("<svg"), pair(lines, page=False).count("<svg")
+    (2, 3)
+    """
+    until = max(line.makespan for line in timelines.values())
+    titles = {title: f"{title}: {line.schedule.name}" for title, line in timelines.items()}
+    drawn = ["\n".join(_svg(x, titles[t], None, unit, hover=page, until=until)) for t, x in timelines.items()]
+    if page:
+        return "\n".join([*_page_head(" and ".join(timelines)), *drawn, "</body></html>"])
+    height = _TOP + len(next(iter(timelines.values())).spans) * (_LANE + _GAP) + _BOTTOM
+    moved = [text.replace("<svg ", f"<svg y='{n * height:g}' ", 1) for n, text in enumerate(drawn)]
+    size = f"width='{_LEFT + _PLOT + _RIGHT:g}' height='{len(drawn) * height:g}'"
+    return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {size}>", *moved, "</svg>"])
 
 
 def timeline_text(timeline: Timeline, width: int = 100) -> str:
@@ -94,11 +150,15 @@ def timeline_text(timeline: Timeline, width: int = 100) -> str:
     return "\n".join(rows)
 
 
-def _svg(timeline: Timeline, title: str, memory: Memory | None, unit: str, hover: bool) -> Iterator[str]:
+def _svg(
+    timeline: Timeline, title: str, memory: Memory | None, unit: str, hover: bool, until: float | None = None
+) -> Iterator[str]:
+    """``until``: the time at the right edge, which is the timeline's end by default."""
     ranks = len(timeline.spans)
     lane = _LANE + (_AREA if memory else 0) + _GAP
     width, height = _LEFT + _PLOT + _RIGHT, _TOP + ranks * lane + _BOTTOM
-    scale = _PLOT / timeline.makespan if timeline.makespan else 0.0
+    end = timeline.makespan if until is None else until
+    scale = _PLOT / end if end else 0.0
     top = max((held for curve in memory or () for _, held in curve), default=0.0)
     yield (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' width='{width:g}'"
@@ -110,9 +170,9 @@ def _svg(timeline: Timeline, title: str, memory: Memory | None, unit: str, hover
         yield f"<g transform='translate({_LEFT:g} {_TOP + rank * lane:g})'>"
         yield from _lane(timeline, rank, spans, scale, unit, hover)
         if memory:
-            yield from _curve(memory[rank], scale, timeline.makespan, top)
+            yield from _curve(memory[rank], scale, end, top)
         yield "</g>"
-    yield from _axis(timeline.makespan, scale, _TOP + ranks * lane, unit)
+    yield from _axis(end, scale, _TOP + ranks * lane, unit)
     yield "</svg>"
 
 
@@ -139,9 +199,7 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         yield f"<text x='{x + 17:.0f}' y='{y + 19}' fill='{_INK}'>{text}</text>"
 
 
-def _lane(
-    timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, unit: str, hover: bool
-) -> Iterator[str]:
+def _lane(timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, unit: str, hover: bool) -> Iterator[str]:
     """A rank's boxes on a grey ground, its name to the left and how busy it is to the right."""
     placement = timeline.schedule.placement
     stages = [stage for stage, holder in enumerate(placement) if holder == rank]
@@ -162,9 +220,7 @@ def _lane(
         size = min(10.0, (width - 1) / (len(number) * _DIGIT))
         if size >= 6:
             ink = "#fff" if _luminance(colour) < 0.3 else "#000"
-            where = (
-                f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' font-size='{size:.1f}'"
-            )
+            where = f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' font-size='{size:.1f}'"
             numbers.append(f"<text {where} fill='{ink}'>{number}</text>")
     yield f"<g text-anchor='middle' pointer-events='none'>{''.join(numbers)}</g>"
 

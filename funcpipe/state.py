@@ -26,7 +26,7 @@ from funcpipe import tree
 from funcpipe.collectives import one_rank
 from funcpipe.errors import FuncpipeError, StateError
 from funcpipe.graph.explain import BY_VALUE, user_line
-from funcpipe.graph.fakes import BatchIsReal, fake
+from funcpipe.graph.fakes import BatchIsReal, fake, looking
 
 _ELEMENTWISE = frozenset(
     "clone detach alias _to_copy copy copy_ contiguous zeros_like ones_like full_like empty_like "
@@ -171,8 +171,9 @@ class _Looking:
         true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
         params = tree.unflatten(call.params_spec, true)
         parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
-        with _disable_current_modes(), BatchIsReal(mode), one_rank():  # a loss function need not be elementwise
-            return step_.join_aux([step_.read_loss(call.loss_fn(params, part), True)[2] for part in parts])
+        # Without the mode below, since a loss function need not be elementwise.
+        with _disable_current_modes(), looking(params, mode) as seen, one_rank():
+            return step_.join_aux([step_.read_loss(call.loss_fn(seen, part), True)[2] for part in parts])
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         flat, spec = tree.flatten(leaves)
@@ -236,6 +237,19 @@ class _Elementwise(BatchIsReal):
             if len(mixed) > 1:
                 a, b = map(self.dyes.name, mixed[:2])
                 raise StateError(f"the step mixes {a} and {b} in {what}: a rank may hold only one of them")
+        for x in [] if listed else pytree.tree_leaves(args):
+            self._check_shape(what, x, dyed[0])
+
+    def _check_shape(self, what: str, x: Any, param: int) -> None:
+        """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or would reshape it."""
+        if not isinstance(x, torch.Tensor) or self.dyes.of(x) is not None:
+            return
+        if x.numel() != 1 or x.dim() > self.dyes.leaves[param].dim():
+            raise StateError(
+                f"the step combines {self.dyes.name(param)} (or its gradient or state) with a tensor of shape "
+                f"{tuple(x.shape)} in {what} outside value_and_grad: a rank may hold a flat part of the leaf. Keep to numbers "
+                "and 0-d tensors here, or do it in the loss function"
+            )
 
 
 def look(

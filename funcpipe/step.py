@@ -268,10 +268,14 @@ def is_summary(x: Any) -> bool:
 
 def plain_aux(x: Any) -> Any:
     """An aux leaf as one device gives it."""
-    if isinstance(x, Mean):
-        return x.total.detach() / x.weight.detach()
-    x = x.x if isinstance(x, Rows) else x
+    x = _value(x)
     return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _value(x: Any) -> Any:
+    if isinstance(x, Mean):
+        return x.total / x.weight
+    return x.x if isinstance(x, Rows) else x
 
 
 def _plain(loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
@@ -301,13 +305,18 @@ def totals_and_grads(
 
 def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any) -> Any:
     moving = [i for i, x in enumerate(leaves) if differentiable(x)]
+    others: list[Any] = []  # torch.func hands back tensors only; the rest of weight and aux, and their structure, stay here
 
     def loss(some: list[torch.Tensor]) -> Any:
         full = dict(enumerate(leaves)) | dict(zip(moving, some, strict=True))
         total, weight, aux = read_loss(loss_fn(tree.unflatten(spec, full.values()), batch), has_aux)
-        return total, (weight, tree.map(plain_aux, aux, is_leaf=is_summary))
+        beside, beside_spec = tree.flatten((weight, tree.map(_value, aux, is_leaf=is_summary)))
+        others[:] = beside_spec, [None if isinstance(x, torch.Tensor) else x for x in beside]
+        return total, [x for x in beside if isinstance(x, torch.Tensor)]
 
-    some, (total, (weight, aux)) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in moving])
+    some, (total, tensors) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in moving])
+    rest = iter(tensors)
+    weight, aux = tree.unflatten(others[0], [next(rest) if x is None else x for x in others[1]])
     grads = {i: torch.zeros_like(x) for i, x in enumerate(leaves)} | dict(zip(moving, some, strict=True))
     return _divide(total, weight, aux, list(grads.values()), spec, has_aux)
 

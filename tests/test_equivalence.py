@@ -152,7 +152,7 @@ def test_accumulated(model: Model, microbatches: int) -> None:
     )
 
 
-@given(models(), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+@given(models(), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_microbatches_of_different_shapes(model: Model, rows: list[int], data: st.DataObject) -> None:
     step, init_state = training(model)
     ranks = data.draw(st.integers(1, min(3, pieces(model))), label="ranks")
@@ -213,6 +213,33 @@ def test_two_runners_in_one_process() -> None:
     for batch in data:
         runs = [(run, run(state, batch)[0]) for run, state in runs]
     assert all(equal(run.unplace(state)["params"], full) for (run, state), full in zip(runs, alone, strict=True))
+
+
+def test_weight_gradients_by_segment() -> None:
+    """W of a stage may run segment by segment, at any time after I."""
+    step, init_state = descending(CHAIN)
+    rows = [
+        ["0F0", "0F1", "0I0", "0W0.1", "0I1", "0W1.0", "0W0.0", "0W1.1"],
+        ["1F0", "1I0", "1F1", "1W0.0", "1I1", "1W1.1", "1W1.0", "1W0.1"],
+    ]
+    transformed = fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.from_table(rows), stages=[2, 2])
+    params, data = CHAIN.init(), batches(CHAIN, 4)
+    assert_equivalent(step, transformed, fp.Mesh(pipe=2), init_state, params, data, rtol=FLOAT64)
+
+
+def test_a_state_moves_to_another_mesh() -> None:
+    step, init_state = training(CHAIN)
+    params, data = CHAIN.init(), batches(CHAIN, 6)
+
+    def start(ranks: int) -> tuple[Any, Any]:
+        run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=3), fp.Mesh(pipe=ranks))
+        return run, run.init(init_state, params, data[0])
+
+    (two, state), (four, _) = start(2), start(4)
+    moved = four.place(two.unplace(two(state, data[0])[0]))
+    state, metrics = four(moved, data[1])
+    alone = step(step(init_state(params), data[0])[0], data[1])
+    torch.testing.assert_close((four.unplace(state), metrics), alone, rtol=FLOAT64, atol=FLOAT64)
 
 
 def test_a_new_batch_shape_later() -> None:

@@ -34,11 +34,17 @@ def init_state(params: Any) -> dict[str, Any]:
     return {"params": params, "opt": OPTIMIZER.init(params)}
 
 
-def step(state: dict[str, Any], batch: Any) -> Any:
-    (loss, aux), grads = fp.value_and_grad(MODEL.loss_fn, has_aux=True)(state["params"], batch)
-    grads, norm = fp.clip_by_global_norm(grads, 0.5)
-    params, opt = OPTIMIZER.update(grads, state["opt"], state["params"])
-    return {"params": params, "opt": opt}, {"loss": loss, "norm": norm, "aux": aux}
+def stepping(loss_fn: Callable) -> Callable:
+    def step(state: dict[str, Any], batch: Any) -> Any:
+        (loss, aux), grads = fp.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
+        grads, norm = fp.clip_by_global_norm(grads, 0.5)
+        params, opt = OPTIMIZER.update(grads, state["opt"], state["params"])
+        return {"params": params, "opt": opt}, {"loss": loss, "norm": norm, "aux": aux}
+
+    return step
+
+
+step = stepping(MODEL.loss_fn)
 
 
 def sharded(axis: Any = "data", **options: Any) -> Callable:
@@ -106,11 +112,6 @@ def other_loss(params: Any, batch: Any) -> Any:
     return fp.Mean(mean.total * 1.5, mean.weight), aux
 
 
-def other_step(state: Any, batch: Any) -> Any:
-    (loss, _), _ = fp.value_and_grad(other_loss, has_aux=True)(state["params"], batch)
-    return state, {"loss": loss}
-
-
 ODD: dict[str, tuple[Callable, Callable]] = {
     "regather": (DATA(sharded()(step)), DATA(sharded(regather="step")(step))),
     "reduce": (DATA(sharded()(step)), DATA(sharded(reduce="last")(step))),
@@ -121,7 +122,7 @@ ODD: dict[str, tuple[Callable, Callable]] = {
         DATA(sharded(only=lambda path: True)(step)),
         DATA(sharded(only=lambda path: "embed" not in path)(step)),
     ),
-    "loss": (DATA(sharded()(step)), DATA(sharded()(other_step))),
+    "loss": (DATA(sharded()(step)), DATA(sharded()(stepping(other_loss)))),
     "schedule": (
         fp.pipelined(step, axis="data", microbatches=2),
         fp.pipelined(step, axis="data", microbatches=2, schedule=fp.schedules.gpipe()),

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[Model, fp.Mesh, tuple[Callable, ...]]] = {
     "pipe=4 tied": (TIED, fp.Mesh(pipe=4), (pipe(),)),
     "pipe=4 random table": (TIED, fp.Mesh(pipe=4), (pipe(schedule=RandomTable(seed=5)),)),
     "pipe=2 data=2 tied": (TIED, fp.Mesh(pipe=2, data=2), (pipe(2), DATA)),
+    "pipe=2 data=2 sharded": (TIED, fp.Mesh(pipe=2, data=2), (pipe(2), DATA, fp.sharded_weights(axis="data"))),
 }
 
 
@@ -114,60 +115,80 @@ def equal(a: Any, b: Any) -> bool:
     return optree.tree_all(optree.tree_map(same, a, b))
 
 
-# ---- checks of failures: each makes a runner of its own, and returns the error and how long it took
+# ---- failures: each has a runner of its own; what is kept is the error of this rank and how long it took
+
+Outcome = tuple[str, str, float]
+INIT = training(PLAIN)[1], PLAIN.init(), PLAIN.batch(0, 4)
 
 
-def failing(size: int, body: Callable[[Any, Any, Any], Any], step: Callable | None = None) -> tuple[str, str, float]:
-    run = spmd(pipe()(step or training(PLAIN)[0]), fp.Mesh(pipe=size))
-    state = run.init(training(PLAIN)[1], PLAIN.init(), PLAIN.batch(0, 4))
+def outcome(body: Callable[[], Any]) -> Outcome:
     began = time.monotonic()
     try:
-        body(run, state, PLAIN.batch(0, 4))
-    except fp.errors.FuncpipeError as error:
+        body()
+    except (fp.errors.FuncpipeError, ValueError) as error:
         return type(error).__name__, str(error), time.monotonic() - began
-    except ValueError as error:
-        return "ValueError", str(error), time.monotonic() - began
-    return "nothing", "", 0.0
+    return "no error", "", 0.0
 
 
-def other_rows(size: int) -> tuple[str, str, float]:
+def runner(size: int, step: Callable = training(PLAIN)[0], **options: Any) -> Any:
+    return spmd(pipe(**options)(step), fp.Mesh(pipe=size))
+
+
+def is_last(size: int) -> bool:
+    return dist.get_rank() == size - 1
+
+
+def other_rows(size: int) -> Outcome:
     """The last rank passes a batch of more rows; then all pass the same one, and go on."""
-
-    def body(run: Any, state: Any, batch: Any) -> None:
-        try:
-            run(state, PLAIN.batch(0, 8) if run.rank == size - 1 else batch)
-        finally:
-            run(state, batch)
-
-    return failing(size, body)
+    run = runner(size)
+    state = run.init(*INIT)
+    found = outcome(lambda: run(state, PLAIN.batch(0, 8 if is_last(size) else 4)))
+    run(state, PLAIN.batch(0, 4))
+    return found
 
 
-def other_params(size: int) -> tuple[str, str, float]:
-    params = PLAIN.init()
-    if dist.get_rank() == size - 1:
-        params["embed"] = params["embed"][:5]
-    return failing(size, lambda run, state, batch: run.init(training(PLAIN)[1], params, batch))
+def other_params(size: int) -> Outcome:
+    run = runner(size)
+    init_state, params, batch = INIT
+    embed = params["embed"][: 5 if is_last(size) else None]
+    return outcome(lambda: run.init(init_state, params | {"embed": embed}, batch))
 
 
-def raises(size: int, where: str) -> tuple[str, str, float]:
-    """The last rank's step raises: while its neighbours wait for its messages, or for its part of the norm."""
-    inner, _ = training(PLAIN)
-    armed = []
+def other_schedule(size: int) -> Outcome:
+    run = runner(size, schedule=fp.schedules.gpipe() if is_last(size) else fp.schedules.one_f_one_b())
+    return outcome(lambda: run.init(*INIT))
+
+
+def no_plan(size: int) -> Outcome:
+    """The loss function of the last rank raises when it is traced."""
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        if is_last(size):
+            raise ValueError("boom")
+        return PLAIN.loss_fn(params, batch)
+
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"loss": fp.value_and_grad(loss_fn)(state["params"], batch)[0]}
+
+    return outcome(lambda: runner(size, step).init(*INIT))
+
+
+def raises(size: int, where: str) -> Outcome:
+    """The last rank's step raises: while its neighbours wait for its messages, or for its part of a norm."""
+    inner, armed = training(PLAIN)[0], []
 
     def step(state: Any, batch: Any) -> Any:
         if armed and where == "before":
             raise ValueError("boom")
-        out = inner(state, batch)
+        state, metrics = inner(state, batch)
         if armed and where == "after":
             raise ValueError("boom")
-        return out[0], out[1] | {"size": fp.global_norm(out[0]["params"])}
+        return state, metrics | {"size": fp.global_norm(state["params"])}
 
-    def body(run: Any, state: Any, batch: Any) -> None:
-        if run.rank == size - 1:
-            armed.append(True)
-        run(*run(state, batch)[:1], batch)
-
-    return failing(size, body, step)
+    run = runner(size, step)
+    state, _ = run(run.init(*INIT), INIT[2])
+    armed.extend([True] * is_last(size))
+    return outcome(lambda: run(state, INIT[2]))
 
 
 def work(size: int) -> dict[str, Any]:
@@ -176,15 +197,15 @@ def work(size: int) -> dict[str, Any]:
     out = {name: run_case(name, spmd) for name, case in CASES.items() if case[1].size == size}
     step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
     out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
-    out["rows"], out["params"] = other_rows(size), other_params(size)
-    out["before"], out["after"] = raises(size, "before"), raises(size, "after")
-    return out
+    for check in (other_rows, other_params, other_schedule, no_plan):
+        out[check.__name__] = check(size)
+    return out | {where: raises(size, where) for where in ("before", "after")}
 
 
 @pytest.fixture(scope="module")
 def ran() -> dict[int, list[dict[str, Any]]]:
     """By mesh size what every rank saw."""
-    return {size: fp.launch(work, size, size, timeout=120) for size in (2, 4)}
+    return {size: fp.launch(work, size, size, timeout=240) for size in (2, 4)}
 
 
 # ---- tests
@@ -211,28 +232,36 @@ def test_assert_equivalent_in_processes(ran: dict[int, list]) -> None:
         assert all(result["report"].error <= FLOAT64 and result["report"].compared for result in results)
 
 
+def raised(outcome: Outcome) -> tuple[str, str]:
+    kind, text, seconds = outcome
+    assert seconds < SOON
+    return kind, text
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_that_pass_different_shapes(size: int, ran: dict[int, list]) -> None:
+def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
     """All ranks say the same, at once."""
     last = size - 1
     for result in ran[size]:
-        kind, text, seconds = result["rows"]
-        assert (kind, seconds < SOON) == (MismatchError.__name__, True)
-        assert text == (
+        assert raised(result["other_rows"]) == (
+            MismatchError.__name__,
             f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank passes the same global "
-            "batch and params"
+            "batch and params",
         )
-        kind, text, seconds = result["params"]
-        assert (kind, seconds < SOON) == (MismatchError.__name__, True)
-        assert text.startswith(f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}:")
+        assert raised(result["other_params"]) == (
+            MismatchError.__name__,
+            f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}: every rank passes the same "
+            "global batch and params",
+        )
+        kind, text = raised(result["other_schedule"])
+        assert kind == MismatchError.__name__
+        assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes: ")
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("where", ["before", "after", "no_plan"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_that_raises_in_a_step(size: int, where: str, ran: dict[int, list]) -> None:
+def test_a_rank_that_raises(size: int, where: str, ran: dict[int, list]) -> None:
     """It raises its own error; all others one that names it."""
-    *others, (kind, text, _) = [result[where] for result in ran[size]]
-    assert (kind, text) == ("ValueError", "boom")
-    for kind, text, seconds in others:
-        assert (kind, text) == (RankError.__name__, f"rank {size - 1} failed: ValueError: boom")
-        assert seconds < SOON
+    *others, last = [raised(result[where]) for result in ran[size]]
+    assert last == ("ValueError", "boom")
+    assert others == [(RankError.__name__, f"rank {size - 1} failed: ValueError: boom")] * (size - 1)

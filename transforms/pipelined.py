@@ -10,6 +10,7 @@ from funcpipe.errors import StackError
 from funcpipe.mesh import as_axes
 from funcpipe.schedule.actions import ScheduleFn
 from funcpipe.schedule.library import one_f_one_b
+from funcpipe.schedule.search import auto
 from funcpipe.step import Micro, Pipe, Record, describe, record, require_positive
 
 
@@ -18,7 +19,7 @@ def pipelined(
     *,
     axis: str,
     microbatches: int | None = None,
-    schedule: ScheduleFn | None = None,
+    schedule: ScheduleFn | str | None = None,
     stages: str | Sequence[int] = "balanced",
     dims: Any = 0,
 ) -> Any:
@@ -28,7 +29,9 @@ def pipelined(
         step: the step; without it, a transform to apply later.
         axis: the mesh axis; its ranks hold the stages.
         microbatches: into how many the batch is split; None takes them as `fp.Microbatches` brings them.
-        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default.
+        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default. "auto" is
+            ``fp.schedules.auto()``: schedule and stages are chosen together, by FLOPs; give that costs to choose by time,
+            and a memory limit to keep to one.
         stages: how segments (what lies between two boundaries) are grouped: "balanced" by FLOPs, "even" by count, or
             a list that says how many segments each stage gets.
         dims: a pytree prefix of the batch: the dim along which a leaf is split into microbatches (default 0), or None
@@ -47,7 +50,8 @@ def pipelined(
         raise StackError(f"pipelined: axis is {axis!r}; a pipeline runs along one axis, given by its name")
     if microbatches is not None:
         require_positive("pipelined", "microbatches", microbatches)
-    if schedule is not None and not _lays_out(schedule):
+    schedule = auto() if schedule == "auto" else schedule or one_f_one_b()
+    if isinstance(schedule, str) or not _lays_out(schedule):
         raise StackError(
             f"pipelined: schedule is {getattr(schedule, '__name__', describe(schedule))}, not a function (ranks, microbatches) -> "
             "Schedule; pass one of fp.schedules, called: fp.schedules.one_f_one_b() or fp.schedules.from_table(rows)"
@@ -58,7 +62,7 @@ def pipelined(
         for n in stages:
             require_positive("pipelined", "each entry of stages", n)
         stages = tuple(stages)
-    pipe = Pipe(schedule or one_f_one_b(), stages)
+    pipe = Pipe(schedule, stages)
     return record(step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe))
 
 

@@ -53,13 +53,25 @@ def sharded_weights(
     <step <lambda>
       sharded_weights(axis='data')>
     """
-    if regather not in ("microbatch", "step"):
-        require_positive("sharded_weights", "regather (other than 'microbatch' and 'step')", regather)
+    axes = as_axes(axis)
+    if not axes:
+        raise StackError(f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over")
+    if regather not in ("microbatch", "step") and not _positive(regather):
+        raise StackError(f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of microbatches")
     if reduce not in ("each", "last"):
         raise StackError(f"sharded_weights: reduce={reduce!r}; write 'each' or 'last'")
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise StackError(f"sharded_weights: prefetch is {prefetch!r}; it is a number of units, 0 or more")
     if bucket_bytes is not None:
         require_positive("sharded_weights", "bucket_bytes", bucket_bytes)
+    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise StackError(f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as torch.bfloat16")
+    if only is not None and not callable(only):
+        raise StackError(f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or False")
     options = Shard(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype, only)
-    return record(step, Record("sharded_weights", as_axes(axis), shard=options))
+    return record(step, Record("sharded_weights", axes, shard=options))
+
+
+def _positive(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0

@@ -26,7 +26,7 @@ import torch
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.errors import AxisError
-from funcpipe.mesh import Axes, Mesh, as_axes
+from funcpipe.mesh import Axes, Mesh
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def runs(axis: str | Iterable[str], who: str) -> tuple[Run, ...]:
     Raises:
         AxisError: a name that is not bound, or named twice.
     """
-    axes = as_axes(axis)
+    axes = tuple(axis) if isinstance(axis, Iterable) and not isinstance(axis, str) else (axis,)
     if len(set(axes)) < len(axes):
         raise AxisError(f"{who}: {axes} names an axis twice")
     found = [(name, _lookup(name, who)) for name in axes]
@@ -187,7 +187,8 @@ def vmap(
         axis_name: the name of the axis.
         in_dims: an int, or a pytree prefix of the positional arguments: the mapped dim, or None for what every element
             gets whole. Keyword arguments are mapped over dim 0; what is not a tensor goes to every element.
-        out_dims: where the mapped dim goes in the results: an int or a pytree prefix of them.
+        out_dims: where the mapped dim goes in the results: an int or a pytree prefix of them; None for a result that is
+            not mapped.
         axis_size: the number of elements, needed only where no argument is mapped.
 
     Returns:
@@ -220,9 +221,20 @@ def vmap(
                 return f(*inner_args, **inner_kwargs)
 
         index = torch.arange(size, device=device)
-        return torch.func.vmap(body, (0, *dims), out_dims)(index, *leaves)
+        # Only ever dim 0: elsewhere, torch cannot put a result that is the same for all elements (2.13).
+        out = torch.func.vmap(body, (0, *dims), tree.map(lambda _: 0, out_dims))(index, *leaves)
+        return _moved(out, out_dims, axis_name)
 
     return mapped
+
+
+def _moved(out: Any, out_dims: Any, axis_name: str) -> Any:
+    """Results with the mapped dim where it is wanted."""
+    dims = iter(tree.broadcast_prefix(out_dims, out))
+    try:
+        return tree.map_tensors(lambda x: x if (d := next(dims)) in (None, 0) else x.movedim(0, d), out)
+    except (IndexError, TypeError) as error:
+        raise AxisError(f"vmap over {axis_name!r}: out_dims={out_dims!r} does not fit the results: {error}") from error
 
 
 def _in_dims(in_dims: Any, args: tuple, kwargs: dict, axis_name: str) -> list[int | None]:

@@ -10,6 +10,7 @@ In: a mesh, a device, the environment that torchrun sets. Out: process groups.
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ _SEVER_TAG = 2**30  # no message has it: lanes count below it
 # torch.distributed has one default group in a process. Where funcpipe made it, the last communicator
 # unmakes it.
 _tenants: weakref.WeakSet[Groups] = weakref.WeakSet()
+_initialised = itertools.count()
 
 
 class Team(NamedTuple):
@@ -219,11 +221,16 @@ def _initialise(mesh: Mesh, device: torch.device, timeout: timedelta) -> None:
             f"`torchrun --nproc-per-node={mesh.size} script.py` or fp.launch(fn, {mesh.size})"
         )
     _check_size(mesh, int(os.environ["WORLD_SIZE"]))
+    # A prefix of its own: NCCL would else find the address that an earlier group of this process left in the store.
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store = dist.PrefixStore(f"funcpipe {next(_initialised)}", store)
     if device.type == "cpu":
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, store=store, rank=rank, world_size=world)
     else:
         # With a device_id NCCL connects now, and groups made later are split off without a handshake.
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")  # lanes are one way
+        backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timeout, device_id=device, store=store, rank=rank, world_size=world)
 
 
 def _check_size(mesh: Mesh, world: int) -> None:

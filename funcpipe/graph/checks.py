@@ -21,7 +21,7 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import one_rank
 from funcpipe.errors import BatchError
-from funcpipe.graph.fakes import BatchIsReal
+from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.summands import reached
 
@@ -61,8 +61,8 @@ def check_additive(
     """
     token = step_._context.set(_Whole())  # type: ignore[arg-type]
     try:
-        with torch.no_grad(), BatchIsReal(mode), one_rank():
-            weight = step_.read_loss(loss_fn(params, batch), has_aux)[1]
+        with looking(params, mode) as seen, one_rank():
+            weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
     finally:
         step_._context.reset(token)
     if isinstance(weight, FakeTensor):

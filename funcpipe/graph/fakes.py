@@ -6,6 +6,8 @@ tensor enters is computed as shapes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +15,25 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from funcpipe import tree
+from funcpipe.step import differentiable
+
 
 def fake(shape: Any, like: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A contiguous fake of a shape, with dtype and device of a tensor."""
     with mode:
         return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
+
+
+@contextlib.contextmanager
+def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
+    """To call a loss function on fake params and a real batch; gives params of which it may take gradients itself.
+
+    Args:
+        params: fakes of ``mode``.
+    """
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), BatchIsReal(mode):
+        yield tree.map(lambda x: x.detach().requires_grad_() if differentiable(x) else x, params)
 
 
 class BatchIsReal(TorchDispatchMode):

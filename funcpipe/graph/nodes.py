@@ -198,8 +198,12 @@ def _uses(n: Nodes) -> list[set[int]]:
 
 
 def _partials(n: Nodes, x: fx.Node) -> list[fx.Node]:
-    """A gradient taken apart at its sums over segments."""
-    return [y for a in x.args for y in _partials(n, a)] if _spans(n, x) else [x]  # type: ignore[arg-type]
+    """A gradient taken apart at its sums over segments.
+
+    Autograd adds to a running sum, the first operand. A second one that is a sum itself came through an alias of the
+    param, and is not taken apart: adding its terms one by one would give other bits.
+    """
+    return [*_partials(n, x.args[0]), x.args[1]] if _spans(n, x) else [x]  # type: ignore[arg-type, list-item]
 
 
 def _spans(n: Nodes, x: fx.Node) -> bool:

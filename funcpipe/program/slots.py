@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 
-from funcpipe.program.instructions import ADD, GATHER, REDUCE, Bucket, Instruction, Name, Program, Row
+from funcpipe.program.instructions import ADD, GATHER, REDUCE, WAIT, Bucket, Instruction, Name, Program, Row
 
 FIXED = ("param", "batch", "const")  # what a step brings
 SUMS = ("head", "row", "grad")  # what it takes away
@@ -57,6 +57,16 @@ def allocate(place: int, rows: Sequence[Row]) -> Program:
         gathered_bytes=memory.gathered.peak,
         grad_bytes=memory.sums.peak,
     )
+
+
+def held(program: Program) -> Iterator[tuple[int, int]]:
+    """For every instruction the bytes of activations and residuals while it runs, and after it."""
+    memory = _Memory()
+    for row, i in zip(program.rows, program.instructions, strict=True):
+        names = dict(zip((*row.reads, *row.writes), (*i.reads, *i.writes), strict=True))
+        memory.peak = memory.values.now
+        memory.step(row, [n for n, slot in names.items() if slot in i.frees])
+        yield memory.peak, memory.values.now
 
 
 def _instruction(row: Row, slots: dict[Name, int], dead: Iterable[Name]) -> Instruction:
@@ -148,13 +158,20 @@ class _Memory:
             self.sums.hold(n, (n, row.turn), elements * wanted.itemsize)
 
     def _travel(self, row: Row, n: Name, bucket: Bucket) -> None:
-        """What is under way takes a bucket on all ranks; what arrives is a part of it, or a copy."""
-        live = self.gathered if row.op == GATHER or n[0] == "full" else self.sums
-        if row.op in (GATHER, REDUCE):
-            live.hold(n, n, bucket.parts * bucket.nbytes)
-        elif n[0] == "full" and not bucket.copied:
-            live.hold(n, row.reads[0], bucket.parts * bucket.nbytes)
+        """What is under way takes a bucket on all ranks, and in a reduction the shards that arrive; a whole leaf is a part
+        of its bucket, or a copy."""
+        whole, piece = bucket.parts * bucket.nbytes, bucket.pieces[row.writes.index(n)]
+        arriving = ("arriving", *row.reads[0]) if row.op == WAIT else ("arriving", *n)
+        if row.op == GATHER:
+            self.gathered.hold(n, n, whole)
+        elif row.op == REDUCE:
+            self.sums.hold(n, n, whole)
+            self.sums.hold(arriving, arriving, bucket.nbytes)
+        elif n[0] == "full":
+            copied = bucket.parts * piece.chunk * bucket.dtype.itemsize
+            self.gathered.hold(n, *((n, copied) if bucket.copied else (row.reads[0], whole)))
         else:
-            elements = bucket.pieces[row.writes.index(n)].chunk * (bucket.parts if n[0] == "full" else 1)
-            live.hold(n, n, elements * bucket.dtype.itemsize)
-            self.elements[n] = elements, bucket.dtype
+            self.elements[n] = piece.chunk, bucket.dtype
+            self.sums.hold(n, arriving, bucket.nbytes)
+            if n == row.writes[-1]:
+                self.sums.drop(arriving)

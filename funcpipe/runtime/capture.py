@@ -58,6 +58,11 @@ class CapturedStep:
         self.graph.replay()
         return self.state, tree.map_tensors(torch.clone, self.metrics)
 
+    def release(self) -> None:
+        """Give back the graph."""
+        torch.cuda.synchronize()
+        self.graph.reset()
+
 
 def _check_on_gpu(name: str, x: Any) -> None:
     for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):

@@ -52,11 +52,13 @@ from funcpipe.program import (
     partial_segments,
     stage_edges,
 )
+from funcpipe.runtime.predict import Given, Prediction, as_costs, load_of, predict
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.library import one_f_one_b
-from funcpipe.schedule.timeline import Timeline, timeline, unit_costs
+from funcpipe.schedule.search import Fitting
+from funcpipe.schedule.timeline import Timeline
 from funcpipe.state import Call, Dyed, look
 from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Resolved, describe, is_summary
 
@@ -171,23 +173,23 @@ class Plan:
                 if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
                     n = r.mesh.axis_size(axes)
                     out[axes] += 2 * (n - 1) * size // n
-        return dict(out)
+        return {axes: n for axes, n in out.items() if n}
+
+    def predict(self, costs: Given = None, call: int = 0) -> Prediction:
+        """Times and memory of a ``value_and_grad``: see `Prediction`.
+
+        Args:
+            costs: `fp.schedules.Costs` (`fp.profile_units` measures them), a dict ``{("F", 0): seconds}`` or a function of
+                kind and segment; None for FLOPs and messages that take no time.
+            call: which ``value_and_grad``.
+        """
+        if call not in range(len(self.calls)):
+            raise PlanError(f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
+        return predict(self.calls[call], costs)
 
     def timeline(self, call: int = 0) -> Timeline:
         """When every action would run if a unit took as long as its FLOPs and transfers took no time."""
-        c = self.calls[call]
-        flops = {s: _stage_flops(c, s) for s in range(len(c.stages))}
-        mean = sum(f[k] for f in flops.values() for k in "FB") / max(len(flops), 1) or 1.0
-        costs = unit_costs(segments=tuple(map(len, c.stages)))
-        known = all(f[k] for f in flops.values() for k in "FB")
-
-        def cost(action: Any) -> float:
-            if not known or action.kind not in flops[action.stage]:
-                return costs(action)
-            whole = flops[action.stage][action.kind] / mean
-            return whole if action.segment is None else whole / len(c.stages[action.stage])
-
-        return timeline(c.schedule, cost)
+        return self.predict(call=call).timeline
 
     @property
     def bubble(self) -> float:
@@ -224,18 +226,12 @@ class Plan:
         """A number that ranks compare: equal when they are about to run the same."""
         return int.from_bytes(hashlib.sha256(repr(self.sections).encode()).digest()[:7], "big")
 
-    def save(self, path: str | Path, call: int = 0) -> Path:
-        """Draw the timeline: an ``.html`` page or an ``.svg`` picture."""
-        path = Path(path)
-        draw = {".html": picture.timeline_html, ".svg": picture.timeline_svg}.get(path.suffix)
-        if draw is None:
-            raise PlanError(f"cannot draw a plan as {path.suffix or path.name!r}; name a file .html or .svg")
-        if call not in range(len(self.calls)):
-            raise PlanError(f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
-        c = self.calls[call]
-        title = f"{c.schedule.name}: {len(c.schedule.ranks)} ranks, {c.schedule.microbatches} microbatches"
-        path.write_text(draw(self.timeline(call), title=title), encoding="utf-8")
-        return path
+    def save(self, path: str | Path, call: int = 0, costs: Given = None) -> Path:
+        """Draw the timeline and memory: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for Perfetto."""
+        picture.check_suffix(Path(path))
+        found = self.predict(costs, call)
+        schedule = found.timeline.schedule
+        return found.save(path, f"{schedule.name}: {len(schedule.ranks)} ranks, {schedule.microbatches} microbatches")
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
@@ -245,12 +241,6 @@ def _tied_sums(c: PlannedCall, leaf: int, owners: Sequence[int], place: int) -> 
     """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole sum."""
     hops = [p for p, _ in c.hops(leaf)]
     return hops[1:].count(place) + (len(owners) > 1 and place in owners and hops[-1:] not in ([], [place]))
-
-
-def _stage_flops(c: PlannedCall, stage: int) -> dict[str, int]:
-    units = c.cuts[0].units
-    kinds = [k for k in "FBIW" if (k, 0) in units]
-    return {k: sum(units[k, s].code.flops for s in c.stages[stage]) for k in kinds}
 
 
 # ---- making a plan
@@ -269,6 +259,7 @@ class Planner:
         self.cuts: dict[tuple, tuple[Cut, Any]] = {}
         self.plans: dict[tuple, Plan] = {}
         self.stages: dict[int, Stages] = {}
+        self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
 
     def plan(self, batch: Any) -> Plan:
@@ -298,15 +289,18 @@ class Planner:
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
         r = self.resolved
         splits = plan_splits(r, call.batch)
-        schedule = self._schedule(splits.count)
-        split = any(a.kind in "IW" for row in schedule.ranks for a in row)
+        search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Fitting) else None
+        schedule = None if search else self._schedule(splits.count)
+        split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
         found = [self._cut(k, call, dyed, splits, i, part, split) for i, part in enumerate(parts)]
         cuts = tuple(c for c, _ in found) if len(found) > 1 else (found[0][0],) * splits.count
         check_alike(cuts)
         if r.splits or splits.count > 1:
             self._check_weight(call, dyed, splits, [w for _, w in found])
-        if k not in self.stages:
+        if schedule is None:
+            schedule = self._search(k, search, cuts[0], splits.count)
+        elif k not in self.stages:
             self.stages[k] = group(_costs(cuts[0]), schedule.stages, r.pipe.stages if r.pipe else "even")
         stages = self.stages[k]
         edges = stage_edges(cuts, stages)
@@ -320,6 +314,22 @@ class Planner:
             call, splits, cuts, moving if len(parts) > 1 else moving * splits.count, stages, schedule, report, programs,
             partial_segments(cuts[0]), summed, signature(call.batch),
         )  # fmt: skip
+
+    def _search(self, k: int, search: Any, one: Cut, microbatches: int) -> Schedule:
+        """The schedule that is found for a cut. It settles the stages, and what another batch shape finds keeps to them."""
+        how: Any = self.resolved.pipe.stages  # type: ignore[union-attr]
+        if k in self.stages:
+            how = tuple(map(len, self.stages[k]))
+        load = load_of(one, as_costs(search.costs, one))
+        found = search.fit(self.resolved.ranks, microbatches, load, how, self.settled.get(k))
+        self.stages[k], self.settled[k] = found.stages, found.schedule.placement
+        return found.schedule
+
+    def split_cut(self, plan: Plan, k: int) -> Cut:
+        """The cut of a planned call's first microbatch with I and W units beside B, whatever its schedule runs."""
+        c = plan.calls[k]
+        part = c.call.batch.parts[0] if isinstance(c.call.batch, Microbatches) else c.call.batch
+        return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True)[0]
 
     def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
         """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
@@ -514,4 +524,3 @@ def _program_text(program: Program) -> list[str]:
             names = ", ".join(map(str, i.values)) or "nothing"
             out.append(f"    {i.action!s:<10} {i.op} {way} rank {i.peer}, {size}: {names}")
     return out
-

@@ -34,6 +34,8 @@ class Rank:
 
     def __init__(self, plan: Plan, comm: Communicator, backend: Backend | None = None) -> None:
         self.plan, self.comm, self.backend = plan, comm, backend or Backend()
+        # What runs programs instead of `execute`, while a recording is open.
+        self.observer: Callable[[list[Bound], Slots, Communicator], None] | None = None
         mesh, axis = comm.mesh, plan.resolved.pipe_axis
         self.place = plan.placement.stage_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
@@ -103,7 +105,7 @@ class _BoundCall:
     def __call__(self, params: Any, batch: Any) -> Any:
         leaves = self._leaves(params)
         slots = self._slots(leaves, batch)
-        execute(self.bound, slots, self.rank.comm)
+        (self.rank.observer or execute)(self.bound, slots, self.rank.comm)
         heads = self._heads(slots)
         weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
         grads = [

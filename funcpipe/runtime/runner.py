@@ -12,6 +12,7 @@ import abc
 import hashlib
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ from funcpipe.runtime.backend import NAMES, Backend
 from funcpipe.runtime.capture import CapturedStep
 from funcpipe.runtime.plan import Plan, Planner
 from funcpipe.runtime.rank import Rank
+from funcpipe.runtime.record import Recording
 from funcpipe.step import describe, resolve
 
 
@@ -41,10 +43,27 @@ class Runner(abc.ABC):
         self.mesh = mesh
         self._resolved = resolve(step, mesh)
         self._planner: Planner | None = None
+        self._recording: Recording | None = None
 
     def plan(self, state: Any, batch: Any) -> Plan:
         """What will run for batches like this one: see `Plan`."""
         return self._made.plan(batch)
+
+    def record(self) -> Recording:
+        """Record the step that runs inside ``with run.record() as recording:``; see `Recording`."""
+        return Recording(self)
+
+    def _watch(self, ranks: list[Rank]) -> None:
+        for rank in ranks:
+            rank.observer = self._recording.observer(rank) if self._recording else None
+
+    @abc.abstractmethod
+    def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
+        """What every rank has, by rank."""
+
+    @abc.abstractmethod
+    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        """``fn`` on ranks: on all of them if it needs to be ``together``."""
 
     def _read(self, params: Any, key: torch.Tensor | int) -> tuple[Any, Callable[[int], torch.Tensor]]:
         """Params for their shapes, and a function that fetches a leaf."""
@@ -115,10 +134,19 @@ class Simulation(Runner):
         ranks = self._bound.get(id(plan))
         if ranks is None:
             ranks = self._bound[id(plan)] = [Rank(plan, comm) for comm in self._ranks.communicators]
+        self._watch(ranks)
         out = self._ranks.run(lambda comm: ranks[comm.rank].step(state[comm.rank], batch))
         for r, (_, metrics) in enumerate(out):
             check_same(out[0][1], metrics, r)
         return [s for s, _ in out], out[0][1]
+
+    def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
+        return mine
+
+    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        if together:
+            return self._ranks.run(lambda comm: fn(comm, Backend()))
+        return [fn(self._ranks.communicators[0], Backend())]
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, list) or len(state) != self.mesh.size:
@@ -180,6 +208,8 @@ class Spmd(Runner):
         self._backend, self._cuda_graph = Backend(backend, self._report), cuda_graph
         self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
+        # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
+        self._release = weakref.finalize(self, _release, self._captured)
         self._digests: dict[tuple, int] = {}
 
     @property
@@ -220,14 +250,24 @@ class Spmd(Runner):
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         self._agree({"batch": batch}, "step")
         rank = self._rank_of(batch)
+        self._watch([rank])
         with torch.no_grad():
-            if self._cuda_graph:
+            if self._cuda_graph and not self._recording:  # a graph has no instructions to time
                 if id(rank) not in self._captured:
                     self._captured[id(rank)] = CapturedStep(rank, state, batch)
                 return self._captured[id(rank)](state, batch)
             out = rank.step(state, batch)
         self._comm.flush()
         return out
+
+    def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
+        found: dict[int, Any] = {}
+        for some in self._guarded(self._comm.exchange, mine):
+            found |= some
+        return found
+
+    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        return self._guarded(lambda: self._comm.exchange(fn(self._comm, self._backend)))
 
     def _report(self, text: str) -> None:
         if self.rank == 0 and sys.stderr.isatty():
@@ -282,7 +322,14 @@ class Spmd(Runner):
 
     def close(self) -> None:
         """Give back the process groups."""
+        self._release()
         self._comm.close()
+
+
+def _release(captured: dict[int, CapturedStep]) -> None:
+    for step in captured.values():
+        step.release()
+    captured.clear()
 
 
 def _described(trees: dict[str, Any]) -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def _scatter(x: torch.Tensor, bucket: Bucket, comm: Communicator) -> Pending:
         x = x.view(*(comm.mesh.axis_size(a) for a in bucket.axes), -1)
         x = x[tuple(slice(None) if a in bucket.summed else comm.mesh.index(comm.rank, a) for a in bucket.axes)]
     if not bucket.summed:
-        return Done(x)
+        return Done(x.clone())  # a view would keep all slices
     return comm.start_reduce_scatter(x.reshape(comm.mesh.axis_size(bucket.summed), -1), bucket.summed)
 
 

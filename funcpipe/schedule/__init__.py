@@ -4,6 +4,7 @@ from funcpipe.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
 from funcpipe.schedule.checker import Report, check
 from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.controllable import v_half, v_min
+from funcpipe.schedule.costs import Costs, Load
 from funcpipe.schedule.library import (
     dual_pipe_v,
     forward_only,
@@ -15,17 +16,24 @@ from funcpipe.schedule.library import (
     zb_h1,
     zb_v,
 )
+from funcpipe.schedule.search import Auto, Fitted, Fitting, auto
 from funcpipe.schedule.tables import from_csv, from_table, to_csv
 from funcpipe.schedule.timeline import Span, Timeline, timeline, unit_costs
 
 __all__ = [
     "Action",
+    "Auto",
+    "Costs",
     "Edge",
+    "Fitted",
+    "Fitting",
+    "Load",
     "Report",
     "Schedule",
     "ScheduleFn",
     "Span",
     "Timeline",
+    "auto",
     "chain",
     "check",
     "dual_pipe_v",

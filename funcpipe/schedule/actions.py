@@ -59,13 +59,9 @@ class Action(NamedTuple):
         >>> Action.parse("2RECV_F5<1")
         Action(kind='RECV_F', stage=2, microbatch=5, segment=None, peer=1)
         """
-        found = re.fullmatch(
-            r"\s*(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:\.(\d+))?(?:[<>](\d+))?\s*", text
-        )
+        found = re.fullmatch(r"\s*(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:\.(\d+))?(?:[<>](\d+))?\s*", text)
         if not found:
-            raise ScheduleError(
-                f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'"
-            )
+            raise ScheduleError(f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'")
         stage, kind, microbatch, segment, peer = found.groups()
         number = lambda s: None if s is None else int(s)  # noqa: E731
         return cls(kind, int(stage), int(microbatch), number(segment), number(peer))

@@ -41,9 +41,7 @@ class Report:
     actions: int
 
 
-def check(
-    schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Sequence[int] | None = None
-) -> Report:
+def check(schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Sequence[int] | None = None) -> Report:
     """Prove that a table can run, or say why not.
 
     Args:
@@ -66,9 +64,7 @@ def check(
     """
     edges = chain(schedule.stages) if edges is None else frozenset(edges)
     if segments is not None and len(segments) != schedule.stages:
-        raise ScheduleError(
-            f"{schedule.name}: has {schedule.stages} stages, but segments= counts {len(segments)}"
-        )
+        raise ScheduleError(f"{schedule.name}: has {schedule.stages} stages, but segments= counts {len(segments)}")
     rules.shape(schedule)
     rules.units(schedule, segments)
     pairing(schedule, edges)

@@ -39,9 +39,7 @@ def ends(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
         return full
     done = {unit for r, p in found.order if (unit := unit_of(full.ranks[r][p])) is not None}
     sources_of = sources(edges)
-    circle = _circle(
-        [_wait(schedule, full, rank, found, done, sources_of) for rank in range(len(full.ranks))]
-    )
+    circle = _circle([_wait(schedule, full, rank, found, done, sources_of) for rank in range(len(full.ranks))])
     raise ScheduleError(_explain(schedule, circle, done, sources_of))
 
 

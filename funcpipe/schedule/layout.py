@@ -176,10 +176,7 @@ def spread(name: str, base: ScheduleFn, live: Callable[[int], int] | None = None
 
 
 def _spread(table: Schedule, live: int = 0) -> list[Row]:
-    todo = [
-        deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W")
-        for row in table.ranks
-    ]
+    todo = [deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W") for row in table.ranks]
     limit = max(live, *(max(accumulate(1 if a.kind == "F" else -1 for a in row)) for row in todo))
     waiting: list[deque[Action]] = [deque() for _ in todo]
     rows: list[Row] = [[] for _ in todo]

@@ -162,11 +162,7 @@ def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
     later = [
         (rank, p)
         for p, other in enumerate(row)
-        if (
-            unit_of(other) == unit
-            if local
-            else other.kind.startswith("RECV") and message_of(other).unit == unit
-        )
+        if (unit_of(other) == unit if local else other.kind.startswith("RECV") and message_of(other).unit == unit)
     ]
     if later:
         wanted = _text(schedule, later[0])

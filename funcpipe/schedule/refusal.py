@@ -57,9 +57,7 @@ def maker(schedule: Schedule, unit: tuple[str, int, int]) -> str:
     kind, stage, microbatch = unit
     split = Action("I", stage, microbatch)
     return str(
-        split
-        if kind == "B" and split in schedule.ranks[schedule.placement[stage]]
-        else split._replace(kind=kind)
+        split if kind == "B" and split in schedule.ranks[schedule.placement[stage]] else split._replace(kind=kind)
     )
 
 

@@ -27,9 +27,7 @@ def shape(schedule: Schedule) -> None:
             if wrong := _senseless(action, rank, schedule):
                 what, instead = wrong
                 place = (rank, position)
-                raise refusal(
-                    schedule, f"{at(place)}: {action} {what}", place, why=_WHY_SHAPE, instead=instead
-                )
+                raise refusal(schedule, f"{at(place)}: {action} {what}", place, why=_WHY_SHAPE, instead=instead)
 
 
 _WHY_SHAPE = "an action names a stage that its rank holds, a microbatch of the step, and a transfer its peer"

@@ -58,6 +58,11 @@ class Timeline:
         whole = len(self.spans) * self.makespan
         return 1 - sum(self.busy) / whole if whole else 0.0
 
+    def scaled(self, factor: float) -> Timeline:
+        """The same with every time multiplied, as for another unit."""
+        spans = tuple(tuple(Span(s.action, s.start * factor, s.end * factor) for s in row) for row in self.spans)
+        return Timeline(self.schedule, spans)
+
 
 def timeline(
     schedule: Schedule,
@@ -85,9 +90,7 @@ def timeline(
     schedule = insert_communication(schedule, edges)
     found = walk(schedule)
     if any(at < len(actions) for at, actions in zip(found.stands, schedule.ranks, strict=True)):
-        raise ScheduleError(
-            f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why"
-        )
+        raise ScheduleError(f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why")
 
     free = [0.0] * len(schedule.ranks)
     arrives: dict[Message, float] = {}

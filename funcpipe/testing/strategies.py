@@ -30,6 +30,10 @@ def models(draw: st.DrawFn, max_segments: int = 5, tops: tuple[str, ...] = ("non
         max_segments: at most so many boundaries; the head is one segment more.
         tops: what may happen to params at the top of the loss; see `Model`. A cast makes a float32 model's gradients
             round where they are summed, so it is not among the defaults.
+
+    >>> from hypothesis import find
+    >>> find(models(), lambda model: len(model.segments) > 1).segments
+    ((), ())
     """
     count = draw(st.integers(1, max_segments))
     sizes = dict.fromkeys("MVSP", 0)
@@ -70,19 +74,31 @@ def _leaves(draw: st.DrawFn, kind: str, sizes: dict[str, int], segment: int) -> 
 def meshes(**most: int) -> st.SearchStrategy[Mesh]:
     """Meshes with these axes, in this order, each of at most so many ranks.
 
-    >>> meshes(pipe=4, data=2).example()  # doctest: +SKIP
-    Mesh(pipe=3, data=1)
+    >>> from hypothesis import find
+    >>> find(meshes(pipe=4, data=2), lambda mesh: mesh.size > 4)
+    Mesh(pipe=3, data=2)
     """
     return st.builds(Mesh, **{axis: st.integers(1, n) for axis, n in most.items()})
 
 
 def microbatch_counts(most: int = 4) -> st.SearchStrategy[int]:
-    """How many microbatches: from 1 to ``most``."""
+    """How many microbatches: from 1 to ``most``.
+
+    >>> from hypothesis import find
+    >>> find(microbatch_counts(4), lambda count: count > 2)
+    3
+    """
     return st.integers(1, most)
 
 
 def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
-    """Schedules with at most ``v`` stages a rank: those of the library that need no more, and random tables."""
+    """Schedules with at most ``v`` stages a rank: those of the library that need no more, and random tables.
+
+    >>> from hypothesis import find
+    >>> print(find(schedules(v=2), lambda schedule: True)(2, 2))
+    rank 0: 0F0 0F1 0B0 0B1
+    rank 1: 1F0 1B0 1F1 1B1
+    """
     fixed = [library.one_f_one_b, library.gpipe, library.zb_h1]
     fixed += [library.zb_v, library.dual_pipe_v] if v > 1 else []
     looped = [library.interleaved_1f1b, library.looped_bfs, library.interleaved_zb]

@@ -1,4 +1,4 @@
-"""Trace and cut time for 4, 16 and 64 layers: it has to be linear in depth.
+"""Trace and cut time for 4, 16 and 64 layers, with backwards whole and as I and W: it has to be linear in depth.
 
 python tests/benchmarks/trace.py [--layers 4 16 64]
 """
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
     torch.set_num_threads(1)
-    table = Table("layers", "trace ms/layer", "cut ms/layer", "whole plan ms/layer", "distinct units")
+    table = Table("layers", "trace ms/layer", "cut ms/layer", "whole plan ms/layer", "with I and W", "distinct units")
     measure(1)  # warm up
     for layers in parser.parse_args().layers:
         table.add_row(str(layers), *measure(layers))
@@ -78,11 +78,14 @@ def measure(layers: int) -> list[str]:
     cut(traced, read_nodes(traced), split=False)
     t2 = time.perf_counter()
     step = lambda state, batch: (state, {"loss": fp.value_and_grad(loss_fn)(state, batch)[0]})  # noqa: E731
-    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2), fp.Mesh(pipe=2))
-    state = run.init(lambda p: p, params, batch)
-    t3 = time.perf_counter()
+    times = [b - a for a, b in ((t0, t1), (t1, t2))]
+    for schedule in (fp.schedules.one_f_one_b(), fp.schedules.zb_h1()):
+        start = time.perf_counter()
+        run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=schedule), fp.Mesh(pipe=2))
+        state = run.init(lambda p: p, params, batch)
+        times.append(time.perf_counter() - start)
     units = {u.code.key for u in run.plan(state, batch).calls[0].cuts[0].units.values()}
-    return [*(f"{1e3 * (b - a) / layers:.0f}" for a, b in ((t0, t1), (t1, t2), (t2, t3))), str(len(units))]
+    return [*(f"{1e3 * seconds / layers:.0f}" for seconds in times), str(len(units))]
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ def test_text_reads_back(action: Action) -> None:
 def test_text_that_is_none(text: str) -> None:
     with pytest.raises(ScheduleError) as caught:
         Action.parse(text)
-    assert str(caught.value) == (
-        f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'"
-    )
+    assert str(caught.value) == (f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'")
 
 
 def test_schedule_knows_what_it_is() -> None:

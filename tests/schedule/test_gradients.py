@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables_for_tests import LIBRARY
 
 import funcpipe as fp
 from funcpipe import tree
+from funcpipe.graph.cut import Cut
+from funcpipe.graph.ops import is_heavy
 from funcpipe.runtime.plan import Planner
 from funcpipe.schedule import Action, Schedule, ScheduleFn
 from funcpipe.testing import Layer, Model, models
@@ -53,7 +58,7 @@ class Pipelines:
 def random_sizes(segments: int, stages: int, rng: random.Random) -> list[int]:
     """How many segments every stage gets."""
     ends = [0, *sorted(rng.sample(range(1, segments), stages - 1)), segments]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def mixed(schedule_fn: ScheduleFn, sizes: list[int], rng: random.Random) -> ScheduleFn:
@@ -99,7 +104,7 @@ def check_all(model: Model, microbatches: int, names: list[str], rng: random.Ran
     want = pipelines.run(fp.schedules.gpipe(), 1)
     for name in names:
         factory, takes_v = LIBRARY[name]
-        schedule_fn = factory(v := rng.choice([1, 2, 3])) if takes_v else factory()
+        schedule_fn = factory(rng.choice([1, 2, 3])) if takes_v else factory()
         per_rank = len(schedule_fn(1, 1).placement)
         ranks = rng.randint(1, max(1, min(4, pipelines.segments // per_rank)))
         if ranks * per_rank > pipelines.segments:
@@ -144,3 +149,38 @@ def test_every_schedule(name: str, long: tuple[Pipelines, list[Any]]) -> None:
     sizes = random_sizes(pipelines.segments, stages, rng)
     assert equal(pipelines.run(schedule_fn, 4, sizes), want)
     assert equal(pipelines.run(mixed(schedule_fn, sizes, rng), 4, sizes), want)
+
+
+def products(cut: Cut, kinds: str) -> Counter[str]:
+    """How many heavy ops of a kind units run, by segment and op."""
+    return Counter(
+        f"{unit.segment} {node.target}"
+        for unit in cut.units.values()
+        if unit.kind in kinds
+        for node in unit.code.module.graph.nodes
+        if is_heavy(node)
+    )
+
+
+def checkpointed(params: Any, batch: Any) -> fp.Mean:
+    x = batch
+    for w in params:
+        block = lambda x, w=w: torch.tanh(torch.tanh(x @ w) @ w)  # noqa: E731
+        x = fp.stage_boundary(torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
+    return fp.Mean(x.sum(), torch.tensor(float(len(x))))
+
+
+def test_each_product_once(long: tuple[Pipelines, list[Any]]) -> None:
+    """I and W together run the products of B, none twice: of the first and the last segment, of checkpoints too."""
+    pipelines, _ = long
+    pipelines.run(fp.schedules.zb_h1(), 2)
+    cuts = [c for c, _ in pipelines.cuts.values() if ("W", 0) in c.units]
+    step = lambda p, b: (p, {"loss": fp.value_and_grad(checkpointed)(p, b)[0]})  # noqa: E731
+    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1()), fp.Mesh(pipe=2))
+    params, batch = [torch.ones(3, 3) for _ in range(3)], torch.ones(4, 3)
+    run.plan(run.init(lambda p: p, params, batch), batch)
+    cuts += [c for c, _ in run._planner.cuts.values()]
+    for one in cuts:
+        both = products(one, "IW")
+        assert both == products(one, "B") and both
+        assert products(one, "W")

@@ -28,7 +28,6 @@ from funcpipe.schedule import (
 )
 
 
-
 def _of(ranks: int, microbatches: int, idle: int) -> tuple[int, int]:
     return idle, 6 * microbatches + idle
 

@@ -108,9 +108,7 @@ def mutate(schedule: Schedule, rng: random.Random) -> Schedule:
     rows = [list(row) for row in schedule.ranks]
     row = rng.choice([row for row in rows if row] or [[Action("F", 0, 0)]])
     i = rng.randrange(len(row))
-    match rng.choice(
-        ["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]
-    ):
+    match rng.choice(["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]):
         case "drop":
             del row[i]
         case "duplicate":

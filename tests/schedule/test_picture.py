@@ -47,10 +47,7 @@ def test_memory() -> None:
     svg = timeline_svg(line, memory=[[(0.0, 0.0), (1.0, 3 * 2**30), (2.0, 2**30)]])
     texts = [element.text for element in ET.fromstring(svg).iter(f"{SVG}text")]
     assert "3 GiB" in texts and "memory" in texts
-    assert (
-        "M0 50L0.00 50.00L373.33 50.00L373.33 26.00L746.67 26.00L746.67 42.00L1120.00 42.00L1120.00 50Z"
-        in svg
-    )
+    assert "M0 50L0.00 50.00L373.33 50.00L373.33 26.00L746.67 26.00L746.67 42.00L1120.00 42.00L1120.00 50Z" in svg
 
 
 def test_page() -> None:

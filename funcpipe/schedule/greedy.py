@@ -1,0 +1,224 @@
+"""Greedy list scheduling: a table made by running it, every rank doing at any moment the best that it can.
+
+A rank that is free runs a ready I, else a ready F, else one segment's W; W also comes first when its memory is needed.
+F waits while it would exceed the rank's memory. Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3,
+https://arxiv.org/abs/2401.10241, with W by segment.
+
+In: a `Load`, its stages, where they lie, a cap on memory, and a `Policy`. Out: a table, or None where the cap leaves no way.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from funcpipe.schedule.actions import Action, Schedule
+from funcpipe.schedule.communication import sources
+from funcpipe.schedule.costs import Load
+
+_SLACK = 1e-9  # sums of floats are compared with caps
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a rank chooses.
+
+    Args:
+        forward_first: F before I.
+        old_first: among ready actions of one kind the oldest microbatch first, instead of the deepest stage.
+        reserve: F of a rank's first stage waits until there is room for the microbatch's other stages on the rank too.
+        in_flight: how many microbatches may be on a rank at most, for each rank behind it on the axis and itself.
+        by_segment: whether W is run by segment.
+    """
+
+    forward_first: bool = False
+    old_first: bool = False
+    reserve: bool = True
+    in_flight: float | None = None
+    by_segment: bool = True
+
+
+def greedy(
+    name: str,
+    load: Load,
+    stages: Sequence[Sequence[int]],
+    placement: Sequence[int],
+    microbatches: int,
+    cap: float,
+    policy: Policy,
+) -> tuple[Schedule, float, float] | None:
+    """The table that a policy makes, when it ends, and how long its busiest rank computes.
+
+    Args:
+        name: of the table.
+        load: what segments cost.
+        stages: for every stage its segments.
+        placement: for every stage its rank.
+        microbatches: how many.
+        cap: the most bytes that a rank may hold.
+        policy: how a rank chooses.
+
+    >>> from funcpipe.schedule.costs import even_load
+    >>> load = even_load(segments=2, ranks=2)
+    >>> table, end, busy = greedy("mine", load, [(0,), (1,)], (0, 1), 2, 9.0, Policy(by_segment=False))
+    >>> print(table)
+    rank 0: 0F0 0F1 0I0 0W0 0I1 0W1
+    rank 1: 1F0 1I0 1F1 1I1 1W0 1W1
+    """
+    ranks = _List(load, stages, placement, microbatches, cap, policy).run()
+    if ranks is None:
+        return None
+    schedule = Schedule(name, tuple(tuple(rank.row) for rank in ranks), tuple(placement), microbatches)
+    return schedule, max(rank.free for rank in ranks), max(rank.busy for rank in ranks)
+
+
+_Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch
+
+
+@dataclass
+class _Rank:
+    free: float = 0.0
+    busy: float = 0.0
+    held: float = 0.0
+    room: float = 0.0
+    promised: float = 0.0  # for F of later stages of microbatches that are here already
+    flying: int = 0
+    coming: list[tuple[float, _Cell]] = field(default_factory=list)
+    ready: dict[str, dict[int, list[int]]] = field(default_factory=lambda: {"F": {}, "B": {}})
+    waiting: deque[Action] = field(default_factory=deque)
+    row: list[Action] = field(default_factory=list)
+
+
+class _List:
+    """The state of a run."""
+
+    def __init__(
+        self,
+        load: Load,
+        stages: Sequence[Sequence[int]],
+        placement: Sequence[int],
+        microbatches: int,
+        cap: float,
+        policy: Policy,
+    ) -> None:
+        self.stages, self.placement, self.microbatches, self.policy = stages, placement, microbatches, policy
+        count = len(stages)
+        self.cost, transfer, edges = load.cost(stages), load.transfer(stages), load.edges(stages)
+        self.held = [sum(load.held[x] for x in segments) for segments in stages]
+        self.late = [[load.waiting[x] for x in segments] for segments in stages]
+        reads = sources(edges)
+        own: dict[tuple[str, int], list[tuple[str, int]]] = {("B", s): [("F", s)] for s in range(count)}
+        self.needs = {(h, s): [*reads.get((h, s), ()), *own.get((h, s), ())] for h in "FB" for s in range(count)}
+        self.readers: dict[tuple[str, int], list[tuple[str, int, float]]] = defaultdict(list)
+        for (half, s), makers in self.needs.items():
+            for maker, m in makers:
+                remote = placement[m] != placement[s]
+                delay = transfer(Action(f"SEND_{maker}", m, 0, peer=s)) if remote else 0.0
+                self.readers[maker, m].append((half, s, delay))
+        self.missing = {(h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)}
+        self.at: dict[_Cell, float] = {}
+        ranks = max(placement) + 1
+        self.ranks = [_Rank() for _ in range(ranks)]
+        self.entry: dict[int, float] = {}  # a rank's first stage -> what its other stages hold
+        for r, rank in enumerate(self.ranks):
+            mine = [s for s in range(count) if placement[s] == r]
+            work = max((load.work[x] for s in mine for x in stages[s]), default=0.0)
+            rank.room = cap - work + _SLACK * max(cap, 1.0) if cap != float("inf") else cap
+            self.entry[mine[0]] = sum(self.held[s] for s in mine[1:])
+        self.events: list[tuple[float, int]] = []
+
+    def run(self) -> list[_Rank] | None:
+        """The ranks at the end, unless some action never found room."""
+        for (half, s), needs in self.needs.items():
+            if half == "F" and not needs:
+                for m in range(self.microbatches):
+                    self._come(0.0, (half, s, m))
+        todo = 2 * len(self.stages) * self.microbatches
+        while self.events:
+            now, r = heapq.heappop(self.events)
+            rank = self.ranks[r]
+            if now < rank.free:
+                continue  # it was busy when it was called
+            while rank.coming and rank.coming[0][0] <= now:
+                _, (half, stage, m) = heapq.heappop(rank.coming)
+                heapq.heappush(rank.ready[half].setdefault(stage, []), m)
+            action = self._choose(r, rank)
+            if action is None:
+                if rank.coming:
+                    heapq.heappush(self.events, (rank.coming[0][0], r))
+                continue
+            todo -= action.kind != "W"
+            self._do(rank, now, action)
+            heapq.heappush(self.events, (rank.free, r))
+        if todo or any(rank.waiting for rank in self.ranks):
+            return None
+        return self.ranks
+
+    def _come(self, time: float, cell: _Cell) -> None:
+        """An action can run from this time on."""
+        r = self.placement[cell[1]]
+        heapq.heappush(self.ranks[r].coming, (time, cell))
+        heapq.heappush(self.events, (max(time, self.ranks[r].free), r))
+
+    def _choose(self, r: int, rank: _Rank) -> Action | None:
+        """What a rank does now, taken off its lists."""
+        forward = self._first(rank.ready["F"], lambda stage: self._fits(r, rank, stage))
+        back = self._first(rank.ready["B"], lambda stage: True)
+        if back is not None and not (self.policy.forward_first and forward is not None):
+            more = sum(self.late[back]) - self.held[back]
+            if more > 0 and rank.held + more > rank.room and rank.waiting:
+                return rank.waiting.popleft()
+            return Action("I", back, heapq.heappop(rank.ready["B"][back]))
+        if forward is not None:
+            return Action("F", forward, heapq.heappop(rank.ready["F"][forward]))
+        return rank.waiting.popleft() if rank.waiting else None
+
+    def _first(self, ready: dict[int, list[int]], fits: Callable[[int], bool]) -> int | None:
+        """The stage whose turn it is."""
+        some = [stage for stage, microbatches in ready.items() if microbatches and fits(stage)]
+        if self.policy.old_first:
+            return min(some, key=lambda stage: (ready[stage][0], -stage), default=None)
+        return max(some, default=None)
+
+    def _fits(self, r: int, rank: _Rank, stage: int) -> bool:
+        enters = stage in self.entry
+        most = self.policy.in_flight
+        if enters and most is not None and rank.flying >= max(most * (len(self.ranks) - r), 1):
+            return False
+        need = rank.held + self.held[stage]
+        if self.policy.reserve:
+            need += rank.promised + self.entry[stage] if enters else 0.0
+        return need <= rank.room
+
+    def _do(self, rank: _Rank, now: float, action: Action) -> None:
+        kind, s, m = action.kind, action.stage, action.microbatch
+        rank.row.append(action)
+        time = self.cost(action)
+        rank.free, rank.busy = now + time, rank.busy + time
+        if kind == "F":
+            rank.held += self.held[s]
+            rank.promised += self.entry[s] if s in self.entry else -self.held[s]
+            rank.flying += s in self.entry
+        elif kind == "I":
+            rank.held += sum(self.late[s]) - self.held[s]
+            rank.flying -= s in self.entry
+            rank.waiting.extend(self._weights(s, m))
+        else:
+            rank.held -= sum(self.late[s]) if action.segment is None else self.late[s][action.segment]
+            return
+        half = "F" if kind == "F" else "B"
+        for reader, stage, delay in self.readers[half, s]:
+            cell = (reader, stage, m)
+            self.missing[cell] -= 1
+            self.at[cell] = max(self.at.get(cell, 0.0), rank.free + delay)
+            if not self.missing[cell]:
+                self._come(self.at[cell], cell)
+
+    def _weights(self, stage: int, microbatch: int) -> list[Action]:
+        whole = Action("W", stage, microbatch)
+        count = len(self.stages[stage])
+        if not self.policy.by_segment or count == 1:
+            return [whole]
+        return [whole._replace(segment=k) for k in reversed(range(count))]

@@ -1,0 +1,275 @@
+"""Search: the fastest schedule, and the cut that goes with it, for given costs and memory.
+
+Terms. A *candidate* is a table with its stages. Every named schedule that fits the memory is one, so that what is found
+is as fast as the best of them; the others are made by `greedy.py`, over cuts, placements and policies. All are timed by
+the same `timeline`. Nothing is random: the same costs give the same schedule everywhere.
+
+In: a `Load` (times and bytes of every segment) and a cap. Out: `Fitted`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Protocol, runtime_checkable
+
+from funcpipe.errors import ScheduleError
+from funcpipe.graph.balance import group
+from funcpipe.schedule.actions import Action, Schedule
+from funcpipe.schedule.catalogue import training
+from funcpipe.schedule.costs import Costs, Load, even_load
+from funcpipe.schedule.greedy import Policy, greedy
+from funcpipe.schedule.layout import loop, vee
+from funcpipe.schedule.timeline import timeline
+
+Sizes = tuple[int, ...]
+
+# So many greedy tables are timed in full, and so many cuts tried for the best of them.
+_FINALISTS, _MOVES = 4, 24
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A schedule and the cut it was made for.
+
+    Args:
+        schedule: the table.
+        stages: for every stage its segments.
+        time: of a step, in the unit of the costs.
+        memory: the most bytes that a rank holds.
+    """
+
+    schedule: Schedule
+    stages: tuple[tuple[int, ...], ...]
+    time: float
+    memory: float
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A schedule that is laid out for given costs: what `auto` returns. Others are plain functions of two sizes."""
+
+    costs: Costs | None
+
+    def fit(
+        self, ranks: int, microbatches: int, load: Load, how: str | Sizes = "balanced", placement: Sizes | None = None
+    ) -> Fitted:
+        """The table and the cut; see `Auto.fit`."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A schedule that is searched for; see `auto`."""
+
+    memory_limit: float | None = None
+    costs: Costs | None = None
+    __name__ = "auto"
+
+    def __call__(self, ranks: int, microbatches: int) -> Schedule:
+        """The table for equal segments and F = I = W (or the costs' F, I and W of segment 0), where the memory limit
+        counts microbatches of a rank's layers. A pipeline does not call this but ``fit``."""
+        if ranks < 1 or microbatches < 1:
+            raise ScheduleError(f"auto: needs at least 1 rank and 1 microbatch, got {ranks} and {microbatches}")
+        times = [self.costs.of(kind, 0) for kind in "FIW"] if self.costs else [1.0, 1.0, 1.0]
+        return _search(
+            self, ranks, microbatches, even_load(4 * ranks, ranks, *times), "balanced", None, whole=True
+        ).schedule
+
+    def fit(
+        self, ranks: int, microbatches: int, load: Load, how: str | Sizes = "balanced", placement: Sizes | None = None
+    ) -> Fitted:
+        """The fastest table and cut for a loss.
+
+        Args:
+            ranks, microbatches: as for any schedule.
+            load: what its segments cost.
+            how: "balanced" to choose the cut freely, "even", or how many segments each stage gets.
+            placement: the rank of every stage, if that is settled.
+
+        Raises:
+            ScheduleError: nothing keeps to the memory limit.
+        """
+        return _search(self, ranks, microbatches, load, how, placement, whole=False)
+
+
+def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
+    """The fastest schedule that is found for the costs, with the cut that suits it, under a cap on memory.
+
+    Args:
+        memory_limit: bytes of activations and residuals that a rank may hold (``plan.memory``'s "activations"); where a
+            table is asked for without a loss, as here below, microbatches of a rank's layers instead: 1F1B holds P.
+        costs: of units and links, from `funcpipe.profile_units` or by hand; by default a unit costs its FLOPs, and
+            messages nothing.
+
+    Returns:
+        a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every schedule of the library
+        that keeps to the limit: these are among what it chooses from.
+
+    Raises, when it is laid out:
+        ScheduleError: nothing keeps to the memory limit.
+
+    >>> from funcpipe.schedule import timeline, unit_costs, zb_h1
+    >>> best = auto(memory_limit=4)(4, 8)
+    >>> half = unit_costs(F=0.5, I=0.5, W=0.5)
+    >>> len(best.placement), timeline(best, half).makespan <= timeline(zb_h1()(4, 8), unit_costs()).makespan
+    (8, True)
+    """
+    if memory_limit is not None and not memory_limit > 0:
+        raise ScheduleError(f"auto: memory_limit={memory_limit!r}; give a positive number of bytes")
+    return Auto(memory_limit, costs)
+
+
+def _search(
+    auto: Auto, ranks: int, microbatches: int, load: Load, how: str | Sizes, placement: Sizes | None, whole: bool
+) -> Fitted:
+    search = _Search(ranks, microbatches, load, auto.memory_limit or math.inf, how, placement, whole)
+    found = search.best()
+    if found is None:
+        least = f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
+        raise ScheduleError(
+            f"auto: no schedule for {ranks} ranks and {microbatches} microbatches keeps to memory_limit="
+            f"{auto.memory_limit:.4g}{least}. Raise it, use more microbatches or smaller ones, or checkpoint the blocks"
+        )
+    return found
+
+
+@dataclass
+class _Search:
+    ranks: int
+    microbatches: int
+    load: Load
+    cap: float
+    how: str | Sizes
+    placement: Sizes | None
+    whole: bool  # tables without W by segment
+    least: float = math.inf
+
+    def best(self) -> Fitted | None:
+        found = [fitted for fitted in self._named() if fitted is not None]
+        drafts = sorted(self._drafts(), key=lambda draft: draft[0])[:_FINALISTS]
+        chosen = [(sizes, placement, policy) for _, sizes, placement, policy in drafts]
+        if drafts and self.how == "balanced":
+            chosen.append(self._moved(*drafts[0]))
+        found += [fitted for draft in chosen if (fitted := self._greedy(*draft)) is not None]
+        return min(found, key=lambda fitted: fitted.time, default=None)
+
+    def _stages(self, count: int) -> tuple[tuple[int, ...], ...] | None:
+        """The segments of so many stages, unless that is not what was asked for."""
+        if count > self.load.segments or (isinstance(self.how, tuple) and len(self.how) != count):
+            return None
+        total = sum(self.load.F) + sum(self.load.B) or 1.0
+        parts = [(f + b) / total for f, b in zip(self.load.F, self.load.B, strict=True)]
+        return group([round(1e6 * x) for x in parts], count, self.how)
+
+    def _placed(self, placement: Sizes) -> bool:
+        return self.placement is None or placement == self.placement
+
+    def _timed(self, schedule: Schedule, stages: tuple[tuple[int, ...], ...]) -> Fitted | None:
+        memory = max(self.load.memory(row, stages) for row in schedule.ranks)
+        self.least = min(self.least, memory)
+        if memory > self.cap * (1 + 1e-9):
+            return None
+        load = self.load
+        line = timeline(schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
+        return Fitted(schedule, stages, line.makespan, memory)
+
+    def _named(self) -> Iterator[Fitted | None]:
+        """Every schedule of the library."""
+        for schedule_fn in training():
+            count = len(schedule_fn(self.ranks, 1).placement)
+            stages = self._stages(count)
+            if stages is not None:
+                schedule = schedule_fn(self.ranks, self.microbatches)
+                yield self._timed(schedule, stages) if self._placed(schedule.placement) else None
+
+    def _drafts(self) -> Iterator[tuple[float, Sizes, Sizes, Policy]]:
+        """Policies on the plain cuts, timed with fewer microbatches: enough to fill and empty the pipeline."""
+        for placement in [loop(1)(self.ranks), vee()(self.ranks), loop(2)(self.ranks)]:
+            stages = self._stages(len(placement))
+            if stages is None or not self._placed(placement):
+                continue
+            sizes = tuple(map(len, stages))
+            for policy in self._policies():
+                if (time := self._draft(sizes, placement, policy)) < math.inf:
+                    yield time, sizes, placement, policy
+
+    def _policies(self) -> Iterator[Policy]:
+        for forward_first, old_first, reserve in product((False, True), repeat=3):
+            for flying in (None, 1.0, 2.0):
+                if reserve or self.cap < math.inf:
+                    yield Policy(forward_first, old_first, reserve, flying, not self.whole)
+
+    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy) -> float:
+        """About how long a step would take: the time with fewer microbatches, and the busiest rank's for the rest."""
+        some = min(self.microbatches, 2 * self.ranks)
+        stages = _grouped(sizes)
+        drawn = greedy("auto", self.load, stages, placement, some, self.cap, policy)
+        if drawn is None:
+            return math.inf
+        _, end, busy = drawn
+        return end + (self.microbatches - some) * busy / some
+
+    def _moved(self, time: float, sizes: Sizes, placement: Sizes, policy: Policy) -> tuple[Sizes, Sizes, Policy]:
+        """The cut after moving single segments between neighbouring stages, while that helps."""
+        tries, better = 0, True
+        while better and tries < _MOVES:
+            better = False
+            for other in _neighbours(sizes):
+                tries += 1
+                if (moved := self._draft(other, placement, policy)) < time * (1 - 1e-9):
+                    time, sizes, better = moved, other, True
+                    break
+                if tries >= _MOVES:
+                    break
+        return sizes, placement, policy
+
+    def _greedy(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Fitted | None:
+        stages = _grouped(sizes)
+        drawn = greedy("auto", self.load, stages, placement, self.microbatches, self.cap, policy)
+        return None if drawn is None else self._timed(_joined(drawn[0], stages, self.load), stages)
+
+
+def _grouped(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
+    return group([1] * sum(sizes), len(sizes), sizes)
+
+
+def _neighbours(sizes: Sizes) -> Iterator[Sizes]:
+    """The cuts with one segment moved, from the largest stages first."""
+    pairs = [(a, b) for a in range(len(sizes)) for b in (a - 1, a + 1) if 0 <= b < len(sizes) and sizes[a] > 1]
+    for a, b in sorted(pairs, key=lambda pair: (sizes[pair[1]] - sizes[pair[0]], pair)):
+        moved = list(sizes)
+        moved[a] -= 1
+        moved[b] += 1
+        yield tuple(moved)
+
+
+def _joined(schedule: Schedule, stages: Sequence[Sequence[int]], load: Load) -> Schedule:
+    """I and all its W right behind it as one B, where B costs no more."""
+    cost = load.cost(stages)
+    rows = []
+    for row in schedule.ranks:
+        out: list[Action] = []
+        at = 0
+        while at < len(row):
+            action = row[at]
+            behind = row[at + 1 : at + 1 + len(stages[action.stage])] if action.kind == "I" else ()
+            weights = _weights(action, behind, len(stages[action.stage]))
+            both = action._replace(kind="B")
+            if weights and cost(both) <= (cost(action) + sum(map(cost, weights))) * (1 + 1e-9):
+                out.append(both)
+                at += 1 + len(weights)
+            else:
+                out.append(action)
+                at += 1
+        rows.append(tuple(out))
+    return replace(schedule, ranks=tuple(rows))
+
+
+def _weights(action: Action, behind: Sequence[Action], segments: int) -> Sequence[Action]:
+    """The W of an I if they stand right behind it, all of them."""
+    same = [a for a in behind if a.kind == "W" and a[1:3] == action[1:3]]
+    if behind and behind[0] == action._replace(kind="W"):
+        return behind[:1]
+    return same if len(same) == segments == len(behind) else ()

@@ -1,0 +1,192 @@
+"""The search: never slower than a named schedule that fits the cap, within the cap, the same every time, quick."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcpipe as fp
+from funcpipe.errors import PlanError, ScheduleError
+from funcpipe.graph.balance import group
+from funcpipe.schedule import Costs, Load, auto, check, timeline
+from funcpipe.schedule.catalogue import NAMES, by_name, training
+from funcpipe.schedule.costs import even_load
+from funcpipe.schedule.greedy import Policy, greedy
+
+
+def uneven(segments: int, ranks: int, seed: int) -> Load:
+    """A chain of blocks with a dear head and messages that take time."""
+    rng = random.Random(seed)
+    f = [1.0 + 0.2 * rng.random() for _ in range(segments - 1)] + [2.5]
+    i, w = [1.1 * x for x in f], [0.9 * x for x in f]
+    even = even_load(segments, ranks)
+    both = tuple(a + b for a, b in zip(i, w, strict=True))
+    return Load(tuple(f), both, tuple(i), tuple(w), even.held, even.waiting, even.work, even.flows, lambda nbytes: 0.1)
+
+
+def best_named(load: Load, ranks: int, microbatches: int, cap: float | None) -> float:
+    """The fastest schedule of the library that keeps to a cap, on the balanced cut."""
+    found = [float("inf")]
+    for schedule_fn in training():
+        schedule = schedule_fn(ranks, microbatches)
+        if schedule.stages > load.segments:
+            continue
+        stages = group([round(1e6 * (f + b)) for f, b in zip(load.F, load.B, strict=True)], schedule.stages, "balanced")
+        if cap is None or max(load.memory(row, stages) for row in schedule.ranks) <= cap + 1e-9:
+            line = timeline(schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
+            found.append(line.makespan)
+    return min(found)
+
+
+CASES = [
+    (ranks, microbatches, kind, share)
+    for ranks, microbatches in ((1, 3), (2, 4), (3, 7), (4, 16), (8, 8))
+    for kind in ("even", "uneven")
+    for share in (None, 1.0, 0.6)
+]
+
+
+@pytest.mark.parametrize(("ranks", "microbatches", "kind", "share"), CASES)
+def test_at_least_as_good_as_the_best_named(ranks: int, microbatches: int, kind: str, share: float | None) -> None:
+    """The table of the issue: P, M, costs, cap (as a share of what 1F1B holds)."""
+    load = even_load(4 * ranks, ranks) if kind == "even" else uneven(3 * ranks + 1, ranks, seed=ranks)
+    cap = None if share is None else share * ranks + (0.5 if share < 1 else 0)
+    named = best_named(load, ranks, microbatches, cap)
+    try:
+        found = auto(cap).fit(ranks, microbatches, load)
+    except ScheduleError:
+        assert named == float("inf")
+        return
+    assert found.time <= named * (1 + 1e-9)
+    assert cap is None or found.memory <= cap * (1 + 1e-6)
+    check(found.schedule, load.edges(found.stages), [len(s) for s in found.stages])
+    assert [x for segments in found.stages for x in segments] == list(range(load.segments))
+
+
+def test_uneven_costs_are_where_the_search_wins() -> None:
+    """A dear head and uneven blocks: faster than everything named, at the memory of 1F1B."""
+    load = uneven(13, 4, seed=0)
+    assert auto(4.5).fit(4, 16, load).time < best_named(load, 4, 16, 4.5)
+
+
+def test_known_bubbles() -> None:
+    """P=8, M=32, F=I=W: no more bubble than the best named at the memory of 1F1B, and than the best of all."""
+    load = even_load(32, 8)
+    assert auto(8.0).fit(8, 32, load).time <= 99.5  # zb_v
+    assert auto().fit(8, 32, load).time <= 97.75  # interleaved_zb(v=4)
+
+
+def test_the_same_every_time() -> None:
+    load = uneven(9, 2, seed=1)
+    assert auto(3).fit(2, 6, load) == auto(3).fit(2, 6, load)
+
+
+def test_large() -> None:
+    """P=16, M=128 in seconds. The bound is for a machine that does other things too."""
+    start = time.process_time()
+    found = auto(16.0).fit(16, 128, even_load(32, 16))
+    assert time.process_time() - start < 60
+    assert found.memory <= 16 * (1 + 1e-6)
+
+
+def test_caps_that_nothing_keeps_to() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        auto(0.1)(4, 8)
+    assert str(caught.value).startswith(
+        "auto: no schedule for 4 ranks and 8 microbatches keeps to memory_limit=0.1; the least"
+    )
+    with pytest.raises(ScheduleError, match="memory_limit=0; give a positive number of bytes"):
+        auto(0)
+    with pytest.raises(ScheduleError, match="auto: needs at least 1 rank and 1 microbatch, got 0 and 3"):
+        auto()(0, 3)
+
+
+@given(
+    ranks=st.integers(1, 4),
+    microbatches=st.integers(1, 8),
+    v=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    policy=st.builds(
+        Policy, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 1.0, 2.0]), st.booleans()
+    ),
+    cap=st.floats(0.5, 9),
+)
+def test_greedy_tables_pass_the_checker(
+    ranks: int, microbatches: int, v: int, seed: int, policy: Policy, cap: float
+) -> None:
+    """Whatever the policy, the cut and where stages lie: a right table within the cap, or none."""
+    rng = random.Random(seed)
+    placement = list(range(ranks)) * v
+    rng.shuffle(placement)
+    load = uneven(ranks * v + rng.randint(1, 5), ranks, seed)
+    stages = group([1] * load.segments, ranks * v, "even")
+    drawn = greedy("mine", load, stages, placement, microbatches, cap, policy)
+    if drawn is not None:
+        schedule, end, busy = drawn
+        check(schedule, load.edges(stages), [len(s) for s in stages])
+        assert max(load.memory(row, stages) for row in schedule.ranks) <= cap * (1 + 1e-6)
+        assert end >= busy
+
+
+@pytest.mark.parametrize("how", ["auto", auto(), auto(costs=Costs({"F": 1.0, "B": 2.0}))])
+def test_in_a_pipeline(how) -> None:
+    """Schedule and cut are chosen together, and the step computes what it computes on one device."""
+    from funcpipe.testing import Layer, Model, assert_equivalent
+
+    model = Model(tuple((Layer("linear", (k, k)),) for k in range(5)))
+
+    def step(params, batch):
+        loss, grads = fp.value_and_grad(model.loss_fn)(params, batch)
+        return grads, {"loss": loss}
+
+    fast = fp.pipelined(step, axis="pipe", microbatches=4, schedule=how)
+    assert_equivalent(step, fast, fp.Mesh(pipe=2), lambda p: p, model.init(), [model.batch(rows=4)])
+
+
+def test_a_memory_limit_in_a_pipeline() -> None:
+    """Bytes: the plan's own prediction keeps to the limit; a limit too small is refused; another batch shape keeps the cut."""
+    from funcpipe.testing import Layer, Model
+
+    model = Model(tuple((Layer("gated", (k, k + 1)),) for k in range(5)), width=6)
+
+    def planned(limit, rows=8):
+        step = lambda p, b: (p, {"loss": fp.value_and_grad(model.loss_fn)(p, b)[0]})  # noqa: E731
+        schedule = auto(memory_limit=limit)
+        run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=8, schedule=schedule), fp.Mesh(pipe=2))
+        return run, run.init(lambda p: p, model.init(), model.batch(rows=rows))
+
+    run, state = planned(None)
+    free = run.plan(state, model.batch(rows=8))
+    most = max(m["activations"] for m in free.memory)
+    run, state = planned(0.7 * most)
+    capped = run.plan(state, model.batch(rows=8))
+    assert max(m["activations"] for m in capped.memory) <= 0.7 * most
+    assert capped.predict().step_time >= free.predict().step_time * (1 - 1e-9)
+    run, state = planned(None)
+    a, b = run.plan(state, model.batch(rows=8)), run.plan(state, model.batch(rows=16))
+    assert (a.calls[0].stages, a.calls[0].schedule.placement) == (b.calls[0].stages, b.calls[0].schedule.placement)
+    with pytest.raises(
+        ScheduleError, match="no schedule for 2 ranks and 8 microbatches keeps to memory_limit=1; the least"
+    ):
+        planned(1)
+
+
+def test_costs() -> None:
+    costs = Costs({"F": 1, "I": 2, ("W", 1): 5, "W": 3}, bandwidth=10, latency=1)
+    assert [costs.of(*key) for key in (("B", 0), ("B", 1), ("F", 7))] == [5, 7, 1]
+    assert costs.message(20) == 3
+    assert Costs(lambda kind, segment: segment + 1).of("W", 3) == 4
+    with pytest.raises(PlanError, match=r"costs do not say what B of segment 2 costs; add \('B', 2\) or 'B'"):
+        Costs({"F": 1}).of("B", 2)
+
+
+def test_names() -> None:
+    assert [by_name(name).__name__.split("(")[0] for name in NAMES] == list(NAMES)
+    with pytest.raises(ScheduleError, match=r"no schedule is called 'zbv'; did you mean zb_v\? There are: gpipe, "):
+        by_name("zbv")
+    with pytest.raises(ScheduleError, match="zb_v has a fixed number of stages a rank: leave out v"):
+        by_name("zb_v", v=2)
