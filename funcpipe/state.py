@@ -28,12 +28,11 @@ from funcpipe.errors import FuncpipeError, StateError
 from funcpipe.graph.explain import BY_VALUE, user_line
 from funcpipe.graph.fakes import BatchIsReal, fake, looking
 
-_ELEMENTWISE = frozenset(
-    "clone detach alias _to_copy copy copy_ contiguous zeros_like ones_like full_like empty_like "
-    "new_empty_strided lift_fresh".split()
-)
+_COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
+_ELEMENTWISE = frozenset([*_COPIES, *_LIKE])
 _FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
-_FOREACH_REDUCTIONS = frozenset("_foreach_norm _foreach_max".split())
+_FOREACH_REDUCTIONS = frozenset(["_foreach_norm", "_foreach_max"])
 
 
 @dataclass(frozen=True)

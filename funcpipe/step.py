@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -492,7 +492,13 @@ def compose(*transforms: Callable) -> Callable[[Callable], Step]:
     >>> compose(accumulated(microbatches=4))(lambda state, batch: (state, {})).records[0].name
     'accumulated'
     """
-    return lambda step: functools.reduce(lambda s, t: t(s), transforms, step)
+
+    def all_of_them(step: Any) -> Any:
+        for transform in transforms:
+            step = transform(step)
+        return step
+
+    return all_of_them
 
 
 @dataclass(frozen=True)

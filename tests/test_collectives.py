@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcpipe as fp
-from funcpipe.collectives import axes_of, bind_mesh, bind_rank, lanes_of
+from funcpipe.collectives import axes_of, bind_mesh, bind_rank, lanes_of, ops
 from funcpipe.comm.inprocess import run_ranks
 from funcpipe.errors import AxisError, BatchError
 from funcpipe.testing import assert_equivalent
@@ -30,6 +30,13 @@ GRID = fp.Mesh(a=2, b=2)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch warns of itself at the first jvp of a process
     torch.func.jvp(torch.sin, (torch.ones(()),), (torch.ones(()),))
+
+
+def rand(seed, *shapes):
+    """Normal numbers in float64, the same in every process that asks."""
+    g = torch.Generator().manual_seed(seed)
+    out = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    return out if len(out) > 1 else out[0]
 
 
 def same(got, want):
@@ -172,7 +179,7 @@ def test_values_and_derivatives_are_those_of_a_loop_over_ranks(case, runner, see
     x = case.operand(seed, equal)
     want = by_hand(case, x)
     same(runner(case, case.sizes, x), want)
-    c, t = (torch.randn(z.shape, dtype=torch.float64) for z in (want, x))
+    c, t = rand(seed + 1, want.shape, x.shape)
 
     # every rank seeds its own cotangent, so its gradient is that of the sum over all ranks
     want_grad = gradient(case, x, c)
@@ -186,7 +193,7 @@ def test_values_and_derivatives_are_those_of_a_loop_over_ranks(case, runner, see
 @given(cases(), st.integers(0, 99), st.sampled_from(["vjp", "grad", "jvp", "autograd"]))
 def test_transforms_around_vmap(case, seed, how):
     x = case.operand(seed)
-    c, t = torch.randn_like(by_hand(case, x)), torch.randn_like(x)
+    c, t = rand(seed + 1, by_hand(case, x).shape, x.shape)
     whole = lambda x: mapped(case, case.sizes, x)  # noqa: E731
     want = gradient(case, x, c)
     if how == "vjp":
@@ -197,7 +204,7 @@ def test_transforms_around_vmap(case, seed, how):
         same((torch.func.jvp(whole, (x,), (t,))[1] * c).sum(), (want * t).sum())
     else:
         leaf = x.clone().requires_grad_()
-        same(torch.autograd.grad(whole(leaf), leaf, c)[0], want)
+        same(torch.autograd.grad(whole(leaf) + 0 * leaf.sum(), leaf, c)[0], want)
 
 
 @given(cases(), runners, st.integers(0, 99))
@@ -207,7 +214,7 @@ def test_other_dims_may_be_mapped_inside(case, runner, seed):
     want = torch.stack([by_hand(case, xs[..., k]) for k in range(3)], 2)
     got = runner(lambda x: torch.func.vmap(case, in_dims=-1)(x), case.sizes, xs)
     same(got, want)
-    c = torch.randn_like(want)
+    c = rand(seed + 1, want.shape)
     pull = lambda x, c: torch.func.vmap(lambda x, c: torch.func.vjp(case, x)[1](c)[0], (-1, 0), -1)(x, c)  # noqa: E731
     grads = [gradient(case, xs[..., k], c[:, :, k]) for k in range(3)]
     same(runner(pull, case.sizes, xs, c), torch.stack(grads, -1))
@@ -232,7 +239,7 @@ def test_operands_that_are_not_mapped(case, seed):
     a, b = ({**whole, "axis_size": n} for n in case.sizes)
     want = by_hand(case, x)
     same(fp.vmap(fp.vmap(case, "b", **b), "a", **a)(x[0, 0]), want)
-    c = torch.randn_like(want)
+    c = rand(seed + 1, want.shape)
     pull = lambda c, x: torch.func.vjp(case, x)[1](c)[0]  # noqa: E731
     got = fp.vmap(fp.vmap(pull, "b", (0, None)), "a", (0, None))(c, x[0, 0])
     same(got, gradient(case, x, c))
@@ -310,7 +317,7 @@ def test_vmap_takes_trees_dims_and_keywords():
     def f(p, n, *, scale):
         return {"sum": fp.psum(p["x"], "i") * scale, "own": (p["w"] + n, p["x"])}
 
-    x, w, scale = torch.randn(4, 3), torch.randn(4), torch.randn(3)
+    x, w, scale = rand(0, (4, 3), 4, 3)
     got = fp.vmap(f, "i", in_dims=({"x": 1, "w": None}, None), out_dims={"sum": 0, "own": (None, -1)})(
         {"x": x, "w": w}, 2, scale=scale
     )
@@ -322,7 +329,7 @@ def test_vmap_takes_trees_dims_and_keywords():
 
 
 def test_plain_pytorch_is_one_rank():
-    x = torch.randn(1, 3, requires_grad=True)
+    x = rand(0, (1, 3))
     for f in (fp.psum, fp.pmean, fp.pmax, fp.all_gather, fp.psum_scatter):
         assert torch.equal(f({"x": x}, ("data", "seq"))["x"], x)
     assert torch.equal(fp.all_to_all(x, "data", 0, 1), x)
@@ -401,10 +408,8 @@ def make_step(names, drop_last=False):
 
 
 def setup(layers, rows, seed):
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
-    params = {"layers": [0.5 * rand(WIDTH, WIDTH) for _ in range(layers)]}
-    return params, [{"x": rand(rows, WIDTH), "y": rand(rows, WIDTH)} for _ in range(2)]
+    weights, x, y = rand(seed, (layers, WIDTH, WIDTH), (2, rows, WIDTH), (2, rows, WIDTH))
+    return {"layers": [0.5 * w for w in weights]}, [{"x": x[i], "y": y[i]} for i in range(2)]
 
 
 names = st.lists(st.sampled_from(list(LAYERS)), min_size=1, max_size=3)
@@ -447,13 +452,13 @@ def test_two_axes_split_the_batch():
     def loss_fn(w, x):
         everyone = fp.all_gather(x @ w, ("seq", "data"))  # the axes need not be in mesh order
         local = x @ w - fp.psum((x @ w).sum(0), ("data", "seq")) / len(everyone)
-        return fp.Mean((local * everyone.exp().sum(0)).square().sum(), torch.tensor(float(len(x))))
+        return fp.Mean((local * everyone.tanh().sum(0)).square().sum(), torch.tensor(float(len(x))))
 
     def step(w, x):
         loss, grads = fp.value_and_grad(loss_fn)(w, x)
         return w - 0.1 * grads, {"loss": loss}
 
-    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    w, x = rand(0, (3, 3), (8, 3))
     fast = fp.data_parallel(step, axis=("data", "seq"))
     assert_equivalent(step, fast, fp.Mesh(data=2, seq=2), lambda w: w, w, [x, x])
 
@@ -471,7 +476,7 @@ def test_vmap_and_torch_func_inside_a_traced_loss():
         loss, grads = fp.value_and_grad(loss_fn)(w, x)
         return w - 0.1 * grads, {"loss": loss}
 
-    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    w, x = rand(0, (3, 3), (2, 3))
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
     state, metrics = run(run.init(lambda w: w, w, x), x)
 
@@ -526,7 +531,7 @@ def test_one_graph_serves_all_ranks():
     assert len(nodes_of(units["F", 2], "all_gather_start")) == len(nodes_of(units["B", 2], "psum_scatter_start")) == 1
     for unit in units.values():
         starts = nodes_of(unit, "psum_start") + nodes_of(unit, "all_gather_start") + nodes_of(unit, "ppermute_start")
-        assert all(len(n.users) == 1 and "funcpipe.wait" in str(next(iter(n.users)).target) for n in starts)
+        assert all([str(u.target) for u in n.users] == ["funcpipe.wait.default"] for n in starts)
         assert all(n.args[1] == "data" for n in starts)
     assert set().union(*(axes_of(u.code.module.graph) for u in units.values())) == {("data",)}
     lanes = set().union(*(lanes_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values()))
@@ -556,14 +561,13 @@ def in_a_process(seed):
     """What `test_gloo` runs in each of four processes."""
     from funcpipe.comm.process_group import ProcessGroupCommunicator
 
-    torch.manual_seed(seed)
     mesh = fp.Mesh(a=2, b=2)
     comm = ProcessGroupCommunicator(mesh, device="cpu")
     comm.prepare([("a",), ("b",), ("a", "b"), ("b", "a")])
     for case in samples():
         x = case.operand(seed)
         want = by_hand(case, x)
-        c = torch.randn_like(want)
+        c = rand(seed + 1, want.shape)
         i, j = divmod(comm.rank, 2)
         with bind_rank(comm), bind_mesh(mesh, ("a", "b")):
             got, pull = torch.func.vjp(case, x[i, j])
@@ -695,14 +699,40 @@ def test_vmap_refuses_dims_that_do_not_fit():
     assert text_of(fp.vmap(f, "i", (0, 0)), x).startswith("vmap over 'i': in_dims=(0, 0) does not fit the arguments: ")
 
 
+def test_an_operand_may_be_written_over_once_its_result_is_there():
+    """A compiled unit uses the memory of an operand again; and the ranks' results are their own."""
+    shapes = {
+        "psum": (4,),
+        "pmax": (4,),
+        "all_gather": (4, 4),
+        "psum_scatter": (),
+        "all_to_all": (4,),
+        "ppermute": (4,),
+    }
+
+    def body(comm):
+        out = []
+        with bind_rank(comm):
+            for kind, shape in shapes.items():
+                x = torch.full((4,), float(comm.rank))
+                perm = ([0, 1, 1, 2, 2, 3, 3, 0],) if kind == "ppermute" else ()
+                token = ops.STARTS[kind](x, "a,b", *perm)
+                out.append(ops.WAIT(token, x, shape))
+                x.fill_(100)
+                assert token.shape == (0,) and out[-1].shape == shape
+                comm.exchange(None)
+        seen = [y.max().item() for y in out]
+        comm.exchange(None)
+        [y.fill_(100) for y in out]
+        return seen
+
+    assert run_ranks(GRID, body) == [[6, 3, 3, 6, 3, (r - 1) % 4] for r in range(4)]
+
+
 def test_ops_outside_of_a_rank():
     assert text_of(torch.ops.funcpipe.psum_start, torch.ones(2), "data") == (
         "funcpipe::psum_start runs outside of a rank: wrap the call in bind_rank(communicator)"
     )
-    with torch._subclasses.FakeTensorMode():
-        assert text_of(torch.ops.funcpipe.all_gather_start, torch.ones(2), "data") == (
-            "the size of ('data',) is not known: wrap what looks at the graph in bind_mesh(mesh, axes)"
-        )
 
 
 def test_a_closure_that_outlives_its_vmap():

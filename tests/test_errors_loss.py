@@ -159,6 +159,17 @@ def test_ready_microbatches_have_no_whole_batch_but_are_checked() -> None:
     run_loss(headed(lambda p, b, x: fp.Mean(x.mean() * len(x), count(x))), b=ready, microbatches=None)
 
 
+def test_what_differs_between_ranks_counts_as_from_the_batch() -> None:
+    def loss(p: Any, b: Any) -> fp.Mean:
+        x = body(p, b)
+        return fp.Mean(x.sum() * (fp.axis_index("data") * 0 + 1) + fp.psum(x, "data").sum() * 0, count(x))
+
+    step = step_of(loss)
+    run, state = start(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
+    state, metrics = run(state, batch())
+    assert distance((run.unplace(state), metrics), step(params(), batch())) < FLOAT64
+
+
 def test_a_scalar_loss_is_refused_when_the_batch_is_split() -> None:
     with refused(BatchError, "pipelined split the batch", "plain scalar", "fp.Mean(total, weight)"):
         run_loss(lambda p, b: body(p, b).sum())

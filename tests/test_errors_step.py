@@ -200,7 +200,7 @@ def test_a_decision_by_the_value_of_a_tensor(name: str) -> None:
 
 NOT_HELD: dict[str, Rest] = {
     "zip": lambda s, b, loss, g: ({"w": [p - x for p, x in zip(s["w"], g["w"], strict=True)]}, {}),
-    "in place": lambda s, b, loss, g: (s if [p.add_(x) for p, x in zip(s["w"], g["w"], strict=True)] else s, {}),
+    "in place": lambda s, b, loss, g: ({"w": [p.add_(x) for p, x in zip(s["w"], g["w"], strict=True)]}, {}),
     "foreach": lambda s, b, loss, g: ({"w": list(torch._foreach_add(s["w"], g["w"]))}, {}),
 }
 

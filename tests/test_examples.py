@@ -31,7 +31,7 @@ def test_fsdp(args: list[str], tmp_path: Path) -> None:
     [
         ["--simulate", "--steps", "3"],
         ["--simulate", "--check", "--steps", "2", "--mesh", "pipe=2,data=2", "--shard", "data", "--tied"],
-        ["--steps", "3", "--mesh", "data=2,pipe=2", "--shard", "data", "--schedule", "gpipe"],
+        ["--steps", "2", "--blocks", "2", "--mesh", "data=2,pipe=2", "--shard", "data", "--schedule", "gpipe"],
     ],
     ids=" ".join,
 )

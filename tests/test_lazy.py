@@ -125,5 +125,5 @@ def test_the_global_generator_is_refused() -> None:
         StateError, match=r"^params_fn draws from the global random generator \(aten\.randn\.default\), so "
     ):
         LazyParams(lambda key: [torch.randn(3)], fp.random.key(0))
-    with pytest.raises(StateError, match="draw from its key with fp.random.normal or fp.random.uniform"):
+    with pytest.raises(StateError, match=r"draw from its key with fp\.random\.normal or fp\.random\.uniform"):
         LazyParams(lambda key: [torch.empty(3).uniform_()], fp.random.key(0))

@@ -56,6 +56,20 @@ def test_links_cost_time() -> None:
     assert plan.predict(costs).step_time == pytest.approx(33 + 2 * 0.75)  # one message there, one back
 
 
+def test_stages_that_exchange_nothing() -> None:
+    """A loss that reads neither its first stage's output nor its params: no message, and none is predicted."""
+
+    def loss_fn(params: Any, batch: Any) -> fp.Mean:
+        fp.stage_boundary(batch * 2)
+        return fp.Mean((batch * params).sum(), torch.tensor(float(len(batch))))
+
+    step = lambda p, b: (p, {"loss": fp.value_and_grad(loss_fn)(p, b)[0]})  # noqa: E731
+    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, stages=[1, 1]), fp.Mesh(pipe=2))
+    plan = run.plan(run.init(lambda p: p, torch.ones(3), torch.ones(4, 3)), torch.ones(4, 3))
+    assert plan.calls[0].report.messages == 0
+    assert plan.predict({"F": 1.0, "B": 2.0}).step_time == 6.0
+
+
 @given(model=models(max_segments=4), schedule=schedules(v=2), microbatches=st.integers(1, 4))
 def test_the_memory_curve_peaks_where_the_plan_says(model: Model, schedule: Any, microbatches: int) -> None:
     if len(model.segments) + 1 < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcpipe as fp
+from funcpipe.comm.inprocess import InProcessCommunicator
+from funcpipe.runtime.rank import Rank
 from funcpipe.testing import Layer, Model, assert_equivalent, models, schedules
 
 # Sums over ranks, microbatches and the leaves of a norm are taken in another order than on one device: some roundings
@@ -342,6 +343,53 @@ def test_one_part_in_bfloat16_has_the_bits_of_a_cast() -> None:
     )
 
 
+# ---- other steps
+
+
+def test_several_calls_on_parts_of_the_params_and_on_casts_of_them() -> None:
+    """A step that calls twice: on a subtree, then on params that it has moved and cast."""
+
+    def first(w: torch.Tensor, batch: Any) -> fp.Mean:
+        return fp.Mean((batch["x"] @ w).square().sum(), batch["weight"].sum())
+
+    def second(params: Any, batch: Any) -> fp.Mean:
+        mean = linear(params, {**batch, "x": batch["x"].float()})
+        return fp.Mean(mean.total, mean.weight)
+
+    def step(params: Any, batch: Any) -> Any:
+        loss, grad = fp.value_and_grad(first)(params["w"], batch)
+        moved = {**params, "w": params["w"] - 0.1 * grad}
+        low = optree.tree_map(lambda p: p.float() if p.is_floating_point() else p, moved)
+        other, grads = fp.value_and_grad(second)(low, batch)
+        new = optree.tree_map(lambda p, g: p - 0.1 * g.double() if p.is_floating_point() else p, moved, grads)
+        return new, {"loss": loss, "other": other, "norm": fp.global_norm(grads)}
+
+    stack = fp.compose(data, fp.sharded_weights(axis=("x", "data")), fp.accumulated(microbatches=2))
+    batches = [linear_batch(k, [0, 1, 2, 3]) for k in range(2)]
+    # The second call computes in float32: sums of a few values in another order, 2**-24 each.
+    assert_equivalent(step, stack(step), fp.Mesh(data=2, x=2), lambda p: p, linear_params(), batches, rtol=2.0**-20)
+
+
+def test_ready_microbatches_of_different_shapes() -> None:
+    batches = [fp.Microbatches([linear_batch(k, [1, 2]), linear_batch(k + 9, [3, 0, 1, 5])]) for k in range(2)]
+    for mesh, micro in (
+        (fp.Mesh(data=2), fp.accumulated(microbatches=None)),
+        (fp.Mesh(data=2, pipe=2), fp.pipelined(axis="pipe", microbatches=None)),
+    ):
+        check(
+            clipped,
+            [data, fp.sharded_weights(axis="data", regather=2, reduce="last"), micro],
+            mesh,
+            linear_params(),
+            batches,
+        )
+
+
+def test_a_new_batch_shape_later() -> None:
+    batches = [linear_batch(k, range(n)) for k, n in enumerate([4, 8, 2])]
+    check(clipped, [data, sharded], fp.Mesh(data=2), linear_params(), batches)
+
+
 # ---- what is refused
 
 
@@ -462,3 +510,26 @@ def test_a_shard_meets_no_tensor_of_another_shape(shape: tuple[int, ...]) -> Non
     with pytest.raises(fp.errors.StateError) as error:
         run.init(start, linear_params(), linear_batch(0, [1, 1]))
     assert "params['w']" in str(error.value)
+
+
+def test_every_group_that_a_step_uses_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process groups are made by all ranks together, before the first step; simulated ranks need none."""
+    used: set[tuple[str, ...]] = set()
+    ready: set[tuple[str, ...]] = set()
+    meet = InProcessCommunicator._collective
+
+    def meets(self: Any, kind: str, x: torch.Tensor, axes: Any, *rest: Any) -> Any:
+        used.add(self.mesh.ordered(axes))
+        return meet(self, kind, x, axes, *rest)
+
+    monkeypatch.setattr(InProcessCommunicator, "_collective", meets)
+    monkeypatch.setattr(InProcessCommunicator, "prepare", lambda self, axes_sets, lanes=(): ready.update(axes_sets))
+    mesh, step = fp.Mesh(a=2, x=2, c=2, b=2), training(CHAIN)[0]
+    stack = [fp.data_parallel(axis=("b", "a")), fp.data_parallel(axis="c"), fp.sharded_weights(axis=("x", "a", "b"))]
+    run = fp.simulate(fp.compose(*stack)(step), mesh)
+    batch = CHAIN.batch(0, 8)
+    state = run.init(training(CHAIN)[1], CHAIN.init(), batch)
+    run(state, batch)
+    Rank(run.plan(state, batch), run._ranks.communicators[0]).prepare()
+    assert used <= {mesh.ordered(axes) for axes in ready}
+    assert ("a", "b") in used  # of (a, x, b), over which leaves are sharded, those that split the batch

@@ -409,7 +409,7 @@ def test_traffic_of_a_pipeline() -> None:
 @given(models(max_segments=3), options, st.data())
 def test_bytes_moved_are_those_predicted(model: Model, options: Any, drawn: st.DataObject) -> None:
     def step(params: Any, batch: Any) -> Any:
-        loss, grads = fp.value_and_grad(lambda p, b: _mean(model.loss_fn(p, b)))(params, batch)
+        loss, _ = fp.value_and_grad(lambda p, b: _mean(model.loss_fn(p, b)))(params, batch)
         return params, {"loss": loss}
 
     cases = {
@@ -435,3 +435,25 @@ def test_bytes_moved_are_those_predicted(model: Model, options: Any, drawn: st.D
 
 def _mean(out: Any) -> Any:
     return out if isinstance(out, fp.Mean) else out[0]
+
+
+def test_sums_are_gone_one_by_one_as_they_are_divided() -> None:
+    """Beside the gradients that a step gets there is never more than one sum."""
+    alive: list[int] = []
+    sums: list[weakref.ref] = []
+    averaged, grads = rank.step_.averaged, rank._BoundCall._grads
+
+    def made(self: Any, *args: Any) -> Any:
+        out = grads(self, *args)
+        sums.extend(weakref.ref(x) for x in out if x is not None)
+        return out
+
+    def divides(g: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(x() is not None for x in sums))
+        return averaged(g, weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank._BoundCall, "_grads", made)
+        patch.setattr(rank.step_, "averaged", divides)
+        ran(fp.Mesh(data=1), data, sharded())
+    assert alive == list(range(BLOCKS + 1, 0, -1))

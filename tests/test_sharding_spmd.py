@@ -60,6 +60,10 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
     "data=4 low": (FOUR, [TWICE, DATA, sharded(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)]),
     "rows not in mesh order": (fp.Mesh(a=2, b=2), [fp.data_parallel(axis=("b", "a")), sharded("b")]),
     "S not in V": (fp.Mesh(x=2, data=2), [DATA, sharded(("data", "x"))]),
+    "one of two data axes, and another": (
+        fp.Mesh(x=2, a=2, b=1),
+        [fp.data_parallel(axis=("a", "b")), sharded(("a", "x"), prefetch=0)],
+    ),
 }
 
 

@@ -33,8 +33,8 @@ def sharded_weights(
     Args:
         step: the step; without it, a transform to apply later.
         axis: the mesh axis, or a tuple of axes.
-        regather: when a leaf is gathered again: "microbatch" for each unit that uses it, "step" once (held from the
-            first use to the last), or after a number of microbatches.
+        regather: when a leaf is gathered again: "microbatch" for each unit that uses it (unless the next one is within
+            ``prefetch``), "step" once (held from the first use to the last), or after a number of microbatches.
         reduce: "each" microbatch's gradients are reduced and added up in shards; or "last": they are added up whole, and
             reduced once.
         prefetch: how many units before its use a gather starts. Gathered memory grows with it.
@@ -45,6 +45,10 @@ def sharded_weights(
 
     Returns:
         A step with the same interface and the same numbers. Outside ``value_and_grad`` a rank sees its shards.
+
+    Raises:
+        StackError: an option that is none; once a plan is made, several `sharded_weights` that shard one leaf with
+            different options. With ``only`` each may shard its own leaves over axes, and with options, of its own.
 
     Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; Zhao et al. 2023,
     "PyTorch FSDP".

@@ -93,11 +93,6 @@ def one_rank() -> contextlib.AbstractContextManager[None]:
     return _enter(_Scope(alone=True))
 
 
-def bound_mesh() -> Mesh | None:
-    """The mesh whose axes are bound."""
-    return (_scope.get() or _Scope()).mesh
-
-
 def axis_size(axis: str | Iterable[str]) -> int:
     """How many ranks an axis has, or the product over several: a Python int.
 

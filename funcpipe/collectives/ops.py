@@ -1,8 +1,9 @@
 """Collectives as ops of a graph, and what they do on a rank.
 
-Terms. A *start* op begins a collective and hands out its result, which may be read after ``funcpipe::wait``; passes may
-move the two apart. So far a start does all the work, and wait is the identity. Ops name axes (``"data,seq"``) and carry
-no process group, rank number or size, so one graph serves every rank.
+Terms. A *start* op begins a collective and hands out a *token*, a tensor without elements; ``funcpipe::wait`` takes it,
+and the operand, which must live until then, and hands out the result. Passes may move the two apart. Where the
+communicator has no asynchronous form, the start does all the work. Ops name axes (``"data,seq"``) and carry no process
+group, rank number or axis size, so one graph serves every rank.
 
 In: a tensor of a rank, axes, and the rank's communicator, which the runner binds (`bind_rank`) where it runs a graph.
 Out: a new contiguous tensor. Pieces for, or from, every rank of a group lie along dim 0.
@@ -18,8 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from funcpipe.collectives.binding import bound_mesh
-from funcpipe.comm import Communicator
+from funcpipe.comm import Communicator, Done, Pending, wire
 from funcpipe.errors import AxisError
 from funcpipe.mesh import Axes, Mesh
 
@@ -59,54 +59,52 @@ def _axes(text: str) -> Axes:
     return tuple(text.split(","))
 
 
-def _size(axes: str) -> int:
-    comm, mesh = _rank.get(), bound_mesh()
-    if mesh is None and comm is not None:
-        mesh = comm.mesh
-    if mesh is None:
-        raise AxisError(
-            f"the size of {_axes(axes)} is not known: wrap what looks at the graph in bind_mesh(mesh, axes)"
-        )
-    return mesh.axis_size(_axes(axes))
-
-
 # ---- on a rank
 
 
-def _psum(x: torch.Tensor, axes: str) -> torch.Tensor:
-    return _comm("psum_start").all_reduce(x, _axes(axes))
+def _psum(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
+    return Done(comm.all_reduce(x, axes))
 
 
-def _pmax(x: torch.Tensor, axes: str) -> torch.Tensor:
-    return _comm("pmax_start").all_reduce(x, _axes(axes), "max")
+def _pmax(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
+    return Done(comm.all_reduce(x, axes, "max"))
 
 
-def _all_gather(x: torch.Tensor, axes: str) -> torch.Tensor:
-    return _comm("all_gather_start").all_gather(x, _axes(axes))
+def _all_gather(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
+    return comm.start_all_gather(x, axes)
 
 
-def _psum_scatter(x: torch.Tensor, axes: str) -> torch.Tensor:
-    return _comm("psum_scatter_start").reduce_scatter(x, _axes(axes))
+def _psum_scatter(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
+    return comm.start_reduce_scatter(x, axes)
 
 
-def _all_to_all(x: torch.Tensor, axes: str) -> torch.Tensor:
-    return _comm("all_to_all_start").all_to_all(x, _axes(axes))
+def _all_to_all(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
+    return Done(comm.all_to_all(x, axes))
 
 
-def _ppermute(x: torch.Tensor, axes: str, perm: Sequence[int]) -> torch.Tensor:
-    comm = _comm("ppermute_start")
-    group, me = comm.mesh.group(comm.rank, _axes(axes)), comm.mesh.index(comm.rank, _axes(axes))
+def _ppermute(comm: Communicator, x: torch.Tensor, axes: Axes, perm: Sequence[int]) -> Pending:
+    group, me = comm.mesh.group(comm.rank, axes), comm.mesh.index(comm.rank, axes)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     source = next((s for s, d in _pairs(perm) if d == me), None)
     for s, d in _pairs(perm):
         if s == me != d:
-            comm.send([x.contiguous()], group[d], CHANNEL)
+            comm.send([wire.fresh(x)], group[d], CHANNEL)  # a copy: x's memory may be used again before it has left
     if source is None:
-        return out.zero_()
+        return Done(out.zero_())
     if source == me:
-        return out.copy_(x)
+        return Done(out.copy_(x))
     (got,) = comm.recv([out], group[source], CHANNEL)
-    return out if got is out else out.copy_(got)  # in one process it is the sender's own tensor
+    return Done(got)
+
+
+def _pairs(perm: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(perm[::2], perm[1::2], strict=True))
+
+
+def _wait(token: torch.Tensor, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    out = token.pending.wait()  # type: ignore[attr-defined]
+    token.pending = Done(out)  # type: ignore[attr-defined]
+    return out
 
 
 def _axis_index(axes: str, device: torch.device) -> torch.Tensor:
@@ -115,16 +113,7 @@ def _axis_index(axes: str, device: torch.device) -> torch.Tensor:
     return torch.tensor(comm.mesh.index(comm.rank, _axes(axes)), device=own)
 
 
-def _pairs(perm: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(perm[::2], perm[1::2], strict=True))
-
-
-# ---- as shapes
-
-
-def _same(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
+# ---- the ops
 
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
 
@@ -137,21 +126,20 @@ def _op(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
     return getattr(torch.ops.funcpipe, name).default
 
 
-STARTS = {
-    "psum": _op("psum_start(Tensor x, str axes) -> Tensor", _psum, _same),
-    "pmax": _op("pmax_start(Tensor x, str axes) -> Tensor", _pmax, _same),
-    "all_gather": _op(
-        "all_gather_start(Tensor x, str axes) -> Tensor",
-        _all_gather,
-        lambda x, axes: x.new_empty((_size(axes), *x.shape)),
-    ),
-    "psum_scatter": _op(
-        "psum_scatter_start(Tensor x, str axes) -> Tensor", _psum_scatter, lambda x, axes: x.new_empty(x.shape[1:])
-    ),
-    "all_to_all": _op("all_to_all_start(Tensor x, str axes) -> Tensor", _all_to_all, _same),
-    "ppermute": _op("ppermute_start(Tensor x, str axes, int[] perm) -> Tensor", _ppermute, _same),
-}
-WAIT = _op("wait(Tensor x) -> Tensor", lambda x: x, _same)
+def _start(begin: Callable[..., Pending], extra: str = "") -> torch._ops.OpOverload:
+    name = begin.__name__[1:] + "_start"
+
+    def run(x: torch.Tensor, axes: str, *rest: Any) -> torch.Tensor:
+        token = x.new_empty(0)
+        token.pending = begin(_comm(name), x, _axes(axes), *rest)  # type: ignore[attr-defined]
+        return token
+
+    return _op(f"{name}(Tensor x, str axes{extra}) -> Tensor", run, lambda x, *_: x.new_empty(0))
+
+
+STARTS = {f.__name__[1:]: _start(f) for f in (_psum, _pmax, _all_gather, _psum_scatter, _all_to_all)}
+STARTS["ppermute"] = _start(_ppermute, ", int[] perm")
+WAIT = _op("wait(Tensor token, Tensor x, int[] shape) -> Tensor", _wait, lambda token, x, shape: token.new_empty(shape))
 AXIS_INDEX = _op(
     "axis_index(str axes, Device device) -> Tensor",
     _axis_index,
@@ -159,10 +147,17 @@ AXIS_INDEX = _op(
 )
 
 
-def collective(kind: str, x: torch.Tensor, axes: Axes, perm: Sequence[int] = ()) -> torch.Tensor:
-    """A start and its wait."""
-    extra = (perm,) if kind == "ppermute" else ()
-    return WAIT(STARTS[kind](x, ",".join(axes), *extra))
+def collective(
+    kind: str, x: torch.Tensor, axes: Axes, shape: Sequence[int], perm: Sequence[int] | None = None
+) -> torch.Tensor:
+    """A start and its wait.
+
+    Args:
+        shape: of the result.
+        perm: of a ppermute: source, destination, source, destination, …
+    """
+    token = STARTS[kind](x, ",".join(axes), *(() if perm is None else (perm,)))
+    return WAIT(token, x, shape)
 
 
 def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:

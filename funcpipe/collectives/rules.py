@@ -66,7 +66,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, index: torch.Tensor | None, call: _Call) -> torch.Tensor:  # type: ignore[override]
         _refuse_escaped(index, call)
-        return ops.collective(call.kind, x, call.axes, [i for pair in call.pairs for i in pair])
+        shapes = {"all_gather": (call.size, *x.shape), "psum_scatter": x.shape[1:]}
+        perm = [i for pair in call.pairs for i in pair] if call.kind == "ppermute" else None
+        return ops.collective(call.kind, x, call.axes, shapes.get(call.kind, x.shape), perm)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -96,7 +98,7 @@ class _Max(torch.autograd.Function):
     @staticmethod
     def forward(x: torch.Tensor, index: torch.Tensor | None, call: _Call) -> torch.Tensor:  # type: ignore[override]
         _refuse_escaped(index, call)
-        return ops.collective("pmax", x, call.axes)
+        return ops.collective("pmax", x, call.axes, x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:

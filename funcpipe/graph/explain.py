@@ -99,9 +99,7 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
 def user_line(error: BaseException) -> str:
     """The line of the user's code that an error comes from, as " at file:number `line`"; empty if there is none."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
 
 

@@ -118,7 +118,8 @@ def terms(n: Nodes, module: fx.GraphModule) -> list[Term]:
 class _Terms:
     def __init__(self, n: Nodes, module: fx.GraphModule) -> None:
         self.n, self.module = n, module
-        self.from_batch = reached(n, n.batch)
+        ranked = [x for x in n.label if is_op(x) and x.target.namespace == "funcpipe"]  # type: ignore[union-attr]
+        self.from_batch = reached(n, [*n.batch, *ranked])  # what differs between ranks counts as from the batch
 
     def of(self, x: Any, number: float) -> Iterator[Term]:
         """The terms of ``number * x``."""
@@ -144,7 +145,7 @@ class _Terms:
         """What a constant is; None for everything else."""
         if not isinstance(x, fx.Node):
             return float(x) if isinstance(x, int | float) else None
-        if x not in self.n.constant or x.meta["val"].numel() != 1:
+        if x not in self.n.constant or x in self.from_batch or x.meta["val"].numel() != 1:
             return None
         return float(folded(self.module, x, self.n.place)())
 

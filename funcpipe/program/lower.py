@@ -173,7 +173,7 @@ class _Lowering:
 
     def _made_by(self, v: Value, m: int) -> tuple[str, int] | None:
         maker = self.made[m].get(v)
-        return maker and (_half(maker), self.stage_of[maker.segment])
+        return None if maker is None else (_half(maker), self.stage_of[maker.segment])
 
 
 def _name(v: Value, m: int) -> Name:

@@ -23,7 +23,7 @@ def allocate(place: int, rows: Sequence[Row]) -> Program:
         for n in (*row.reads, *row.writes):
             if n[0] in FIXED or n[0] in SUMS:
                 slots.setdefault(n, len(slots))
-    size, free = len(slots), []
+    size, free = len(slots), list[int]()
     memory = _Memory()
     out = []
     for i, row in enumerate(rows):
@@ -143,9 +143,11 @@ class _Memory:
         if row.turn > 1:
             return
         source = row.reads[0]
+        memory: Hashable
         if source[0] == "value":
             value = source[1]
-            memory, held, dtype = (value.storage, source[2]), value.nbytes, value.dtype
+            held, dtype = value.nbytes, value.dtype
+            memory = (value.storage, source[2])
             elements = torch.Size(value.shape).numel()
         else:
             memory, held = self.sums.held[source]

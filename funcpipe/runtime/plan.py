@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from funcpipe.comm.inprocess import run_ranks
 from funcpipe.errors import BatchError, CutError, PlanError, ScheduleError
 from funcpipe.graph import checks
 from funcpipe.graph.balance import group
-from funcpipe.graph.code import Value, bytes_text
+from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import Nodes, read_nodes
@@ -37,11 +36,6 @@ from funcpipe.graph.trace import Traced, trace
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.placement import Placement, place_params
 from funcpipe.program import (
-    GATHER,
-    RECV,
-    REDUCE,
-    RUN,
-    SEND,
     Piece,
     Program,
     Sharded,
@@ -52,6 +46,7 @@ from funcpipe.program import (
     partial_segments,
     stage_edges,
 )
+from funcpipe.runtime import reading, sizes
 from funcpipe.runtime.predict import Given, Prediction, as_costs, load_of, predict
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import Report, check
@@ -129,23 +124,7 @@ class Plan:
         """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
         intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
         at their peak), ``gradients`` (sums and what is being reduced, at their peak) and ``params`` (what the rank holds)."""
-        return [self._memory(p) for p in range(self.resolved.ranks)]
-
-    def _memory(self, place: int) -> dict[str, int]:
-        dtypes, layouts = self.placement.dyed.dtypes, self.placement.layouts
-        programs = [c.programs[place] for c in self.calls]
-        return {
-            "activations": max((p.peak_bytes for p in programs), default=0),
-            "residuals": max((p.kept_bytes for p in programs), default=0),
-            "gathered": max((p.gathered_bytes for p in programs), default=0),
-            "gradients": max((p.grad_bytes for p in programs), default=0),
-            "params": sum(self._shard_bytes(i, dtypes[i]) for i, x in enumerate(layouts) if place in x.owners),
-        }
-
-    def _shard_bytes(self, param: int, dtype: torch.dtype) -> int:
-        """The most that a rank holds of a parameter."""
-        layout = self.placement.layouts[param]
-        return -(-torch.Size(layout.shape).numel() // self.resolved.mesh.axis_size(layout.axes)) * dtype.itemsize
+        return [sizes.memory(self, p) for p in range(self.resolved.ranks)]
 
     @property
     def traffic(self) -> list[dict[Axes, int]]:
@@ -154,26 +133,7 @@ class Plan:
         Counted as rings do: ``n - 1`` of ``n`` parts for a gather or a reduce-scatter, twice that for an all-reduce.
         The loss, the norm and other single numbers are left out.
         """
-        return [self._traffic(p) for p in range(self.resolved.ranks)]
-
-    def _traffic(self, place: int) -> dict[Axes, int]:
-        r, out = self.resolved, Counter()  # type: ignore[var-annotated]
-        for c in self.calls:
-            for i in c.programs[place].instructions:
-                if i.op == RECV:
-                    out[(r.pipe_axis,)] += sum(v.nbytes for v in i.values)
-                elif i.op in (GATHER, REDUCE) and i.bucket is not None:
-                    axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
-                    out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
-            for k, param in enumerate(c.call.params):
-                layout, size = self.placement.layouts[param], self._shard_bytes(param, c.call.dtypes[k])
-                if received := _tied_sums(c, k, layout.owners, place):
-                    out[(r.pipe_axis,)] += received * size
-                axes = tuple(a for a in r.split_axes if a not in layout.axes)
-                if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
-                    n = r.mesh.axis_size(axes)
-                    out[axes] += 2 * (n - 1) * size // n
-        return {axes: n for axes, n in out.items() if n}
+        return [sizes.traffic(self, p) for p in range(self.resolved.ranks)]
 
     def predict(self, costs: Given = None, call: int = 0) -> Prediction:
         """Times and memory of a ``value_and_grad``: see `Prediction`.
@@ -199,28 +159,7 @@ class Plan:
     @functools.cached_property
     def sections(self) -> dict[str, list[str]]:
         """What ranks compare before they run: by topic, line by line."""
-        dyed = self.placement.dyed
-        out = {
-            "the mesh": [repr(self.resolved.mesh)],
-            "the transforms": [f"{r.text}{' of local batches' * self.resolved.local}" for r in self.resolved.records],
-            "where params lie": [f"params{p}: {x}" for p, x in zip(dyed.paths, self.placement.layouts, strict=True)],
-            "what the state holds": [
-                f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
-                for p, i in zip(dyed.state_paths, dyed.state, strict=True)
-            ],
-            "the global sums": [f"{s.params} {s.dtype}" for s in dyed.sums],
-        }
-        for k, c in enumerate(self.calls):
-            name = f"value_and_grad {k}"
-            out[f"the stages of {name}"] = [str(s) for s in c.stages]
-            out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
-            out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
-            out[f"the units of {name}"] = [
-                f"{u} {u.code.key}" for m in dict.fromkeys(c.cuts) for u in m.units.values()
-            ]
-            for p, program in enumerate(c.programs):
-                out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
-        return out
+        return reading.sections(self)
 
     def digest(self) -> int:
         """A number that ranks compare: equal when they are about to run the same."""
@@ -234,13 +173,7 @@ class Plan:
         return found.save(path, f"{schedule.name}: {len(schedule.ranks)} ranks, {schedule.microbatches} microbatches")
 
     def __str__(self) -> str:
-        return "\n".join(_text(self))
-
-
-def _tied_sums(c: PlannedCall, leaf: int, owners: Sequence[int], place: int) -> int:
-    """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole sum."""
-    hops = [p for p, _ in c.hops(leaf)]
-    return hops[1:].count(place) + (len(owners) > 1 and place in owners and hops[-1:] not in ([], [place]))
+        return "\n".join(reading.text(self))
 
 
 # ---- making a plan
@@ -472,55 +405,3 @@ def _summed(c: Cut) -> frozenset[int]:
         if isinstance(x, Mean):
             out |= {first + int(x.total), first + int(x.weight)}
     return frozenset(out)
-
-
-# ---- reading a plan
-
-
-def _text(plan: Plan) -> list[str]:
-    r = plan.resolved
-    out = [f"{r.mesh!r}"]
-    moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
-    out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
-    for k, c in enumerate(plan.calls):
-        s = c.schedule
-        out.append(
-            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, {s.microbatches} microbatches, "
-            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct units"
-        )
-        for place, program in enumerate(c.programs):
-            memory = plan._memory(place)
-            held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory.items())
-            stages = ", ".join(
-                f"stage {i} = segments {_span(c.stages[i])}" for i, p in enumerate(s.placement) if p == place
-            )
-            out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
-            out += _program_text(program)
-    return out
-
-
-def _codes(c: PlannedCall) -> set[str]:
-    return {u.code.key for m in set(c.cuts) for u in m.units.values()}
-
-
-def _span(segments: Sequence[int]) -> str:
-    return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
-
-
-def _program_text(program: Program) -> list[str]:
-    out = []
-    for i in program.instructions:
-        if i.op == RUN:
-            assert i.unit is not None
-            made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
-            size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
-            out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
-        elif i.op in (GATHER, REDUCE):
-            assert i.bucket is not None
-            out.append(f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank")
-        elif i.op in (SEND, RECV):
-            size = bytes_text(sum(v.nbytes for v in i.values))
-            way = "to" if i.op == SEND else "from"
-            names = ", ".join(map(str, i.values)) or "nothing"
-            out.append(f"    {i.action!s:<10} {i.op} {way} rank {i.peer}, {size}: {names}")
-    return out

@@ -94,7 +94,8 @@ def predict(c: PlannedCall, costs: Given = None) -> Prediction:
         some = segments if action.segment is None else [segments[action.segment]]
         return sum(costs.of(action.kind, s) for s in some)
 
-    line = timeline(c.schedule, cost, lambda send: costs.message(nbytes[send]))
+    # The transfers of a plan are settled: stages that exchange nothing get none here either.
+    line = timeline(c.schedule, cost, lambda send: costs.message(nbytes[send]), edges=())
     curves = (_curve(p, spans, costs) for p, spans in zip(c.programs, line.spans, strict=True))
     return Prediction(line, tuple(curves), costs.unit)
 

@@ -62,7 +62,7 @@ class Rank:
         used = {self.head_axes, self.split_axes, tuple(self.comm.mesh.axes), self._pipe_axes}
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
-            used |= {(a,) for a in layout.axes if a in self.split_axes}
+            used.add(tuple(a for a in layout.axes if a in self.split_axes))
         graphs = [u.code.module.graph for c in self.plan.calls for m in set(c.cuts) for u in m.units.values()]
         used = used.union(*map(axes_of, graphs))
         lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
@@ -108,10 +108,9 @@ class _BoundCall:
         (self.rank.observer or execute)(self.bound, slots, self.rank.comm)
         heads = self._heads(slots)
         weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
-        grads = [
-            g if g is None or weight is None else step_.averaged(g, weight)
-            for g in self._grads(leaves, slots)
-        ]
+        grads = self._grads(leaves, slots)
+        for i, g in enumerate(grads):  # one by one: a sum is gone before the next one is divided
+            grads[i] = g if g is None or weight is None else step_.averaged(g, weight)
         loss = heads[0] if weight is None else heads[0] / weight
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
@@ -162,7 +161,7 @@ class _BoundCall:
         numbers = sorted(self.planned.summed)
         if not self.rank.head_axes:
             return {h: slots[self.program.heads[h]] for h in numbers}
-        out = {}
+        out: dict[int, torch.Tensor] = {}
         for dtype, group in groupby(sorted(numbers, key=lambda h: str(cut.heads[h].dtype)), lambda h: cut.heads[h].dtype):
             some = list(group)
             mine = [self._head(slots, h) for h in some]
@@ -210,6 +209,8 @@ class _BoundCall:
     def _grads(self, leaves: Sequence[torch.Tensor | None], slots: Slots) -> list[torch.Tensor | None]:
         held = [i for i, x in enumerate(leaves) if x is not None]
         sums = self._tied(held, leaves, slots)
+        for slot in self.program.partials.values():
+            slots[slot] = None
         for i in held:
             x = leaves[i]
             assert x is not None

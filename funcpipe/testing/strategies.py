@@ -100,7 +100,7 @@ def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
     rank 1: 1F0 1B0 1F1 1B1
     """
     fixed = [library.one_f_one_b, library.gpipe, library.zb_h1]
-    fixed += [library.zb_v, library.dual_pipe_v] if v > 1 else []
+    fixed += [library.zb_v, library.dual_pipe_v, library.v_half, library.v_min] if v > 1 else []
     looped = [library.interleaved_1f1b, library.looped_bfs, library.interleaved_zb]
     named: list[Any] = [st.sampled_from([make() for make in fixed])]
     named += [st.builds(make, st.integers(2, v)) for make in looped] if v > 1 else []

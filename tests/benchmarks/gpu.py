@@ -225,6 +225,8 @@ def pair(model: str, rounds: int) -> list[dict]:
             "funcpipe 1F1B, eager": piped(fp.schedules.one_f_one_b()),
             "funcpipe 1F1B, one graph": piped(fp.schedules.one_f_one_b(), **graph),
             "funcpipe ZB-H1, one graph": piped(fp.schedules.zb_h1(), **graph),
+            "funcpipe ZB-V, one graph": piped(fp.schedules.zb_v(), **graph),
+            "funcpipe auto, one graph": piped("auto", **graph),
         },
     )
 

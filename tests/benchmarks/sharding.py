@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import funcpipe as fp
+from funcpipe.comm import teams
 
 RANKS, RATE = 4, 1e-3
 
@@ -149,12 +150,8 @@ class Counted:
     def __enter__(self) -> Counter[str]:
         self.bytes: Counter[str] = Counter()
         self.before: list[tuple[Any, str, Any]] = []
-        from torch.distributed.fsdp._fully_shard import _fsdp_collectives as inside
-
-        from funcpipe.comm import teams
-
         places = [(dist, name) for name in (*self.NAMES, "all_to_all_single") if hasattr(dist, name)]
-        places += [(teams, "_gather"), (inside, "dist_dummy")]
+        places += [(teams, "_gather")]
         for place, name in places:
             if hasattr(place, name):
                 self.before.append((place, name, getattr(place, name)))

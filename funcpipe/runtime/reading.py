@@ -1,0 +1,88 @@
+"""Plans to read: for people, and for ranks that compare what they are about to run.
+
+In: a `Plan`. Out: lines of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from funcpipe.graph.code import bytes_text
+from funcpipe.program import GATHER, RECV, REDUCE, RUN, SEND, Program
+
+if TYPE_CHECKING:
+    from funcpipe.runtime.plan import Plan, PlannedCall
+
+
+def sections(plan: Plan) -> dict[str, list[str]]:
+    """Everything that has to be the same on all ranks, by topic."""
+    dyed = plan.placement.dyed
+    out = {
+        "the mesh": [repr(plan.resolved.mesh)],
+        "the transforms": [f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records],
+        "where params lie": [f"params{p}: {x}" for p, x in zip(dyed.paths, plan.placement.layouts, strict=True)],
+        "what the state holds": [
+            f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
+            for p, i in zip(dyed.state_paths, dyed.state, strict=True)
+        ],
+        "the global sums": [f"{s.params} {s.dtype}" for s in dyed.sums],
+    }
+    for k, c in enumerate(plan.calls):
+        name = f"value_and_grad {k}"
+        out[f"the stages of {name}"] = [str(s) for s in c.stages]
+        out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
+        out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
+        out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in dict.fromkeys(c.cuts) for u in m.units.values()]
+        for p, program in enumerate(c.programs):
+            out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
+    return out
+
+
+def text(plan: Plan) -> list[str]:
+    """A plan as text, line by line."""
+    r = plan.resolved
+    out, memory = [f"{r.mesh!r}"], plan.memory
+    moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
+    out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
+    for k, c in enumerate(plan.calls):
+        s = c.schedule
+        out.append(
+            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, {s.microbatches} microbatches, "
+            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct units"
+        )
+        for place, program in enumerate(c.programs):
+            held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory[place].items())
+            stages = ", ".join(
+                f"stage {i} = segments {_span(c.stages[i])}" for i, p in enumerate(s.placement) if p == place
+            )
+            out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
+            out += _program_text(program)
+    return out
+
+
+def _codes(c: PlannedCall) -> set[str]:
+    return {u.code.key for m in set(c.cuts) for u in m.units.values()}
+
+
+def _span(segments: Sequence[int]) -> str:
+    return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
+
+
+def _program_text(program: Program) -> list[str]:
+    out = []
+    for i in program.instructions:
+        if i.op == RUN:
+            assert i.unit is not None
+            made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
+            size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
+            out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
+        elif i.op in (GATHER, REDUCE):
+            assert i.bucket is not None
+            out.append(f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank")
+        elif i.op in (SEND, RECV):
+            size = bytes_text(sum(v.nbytes for v in i.values))
+            way = "to" if i.op == SEND else "from"
+            names = ", ".join(map(str, i.values)) or "nothing"
+            out.append(f"    {i.action!s:<10} {i.op} {way} rank {i.peer}, {size}: {names}")
+    return out

@@ -1,0 +1,64 @@
+"""Sizes: what a plan says of memory and traffic.
+
+In: a `Plan`, a place on the pipe axis. Out: bytes by what they are for, or by the axes they travel along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from funcpipe.mesh import Axes
+from funcpipe.program import GATHER, RECV, REDUCE
+
+if TYPE_CHECKING:
+    from funcpipe.runtime.plan import Plan, PlannedCall
+
+
+def memory(plan: Plan, place: int) -> dict[str, int]:
+    """Predicted bytes of the ranks at a place on the pipe axis: see `Plan.memory`."""
+    dtypes, layouts = plan.placement.dyed.dtypes, plan.placement.layouts
+    programs = [c.programs[place] for c in plan.calls]
+    return {
+        "activations": max((p.peak_bytes for p in programs), default=0),
+        "residuals": max((p.kept_bytes for p in programs), default=0),
+        "gathered": max((p.gathered_bytes for p in programs), default=0),
+        "gradients": max((p.grad_bytes for p in programs), default=0),
+        "params": sum(_shard_bytes(plan, i, dtypes[i]) for i, x in enumerate(layouts) if place in x.owners),
+    }
+
+
+def traffic(plan: Plan, place: int) -> dict[Axes, int]:
+    """Bytes that they receive in a step: see `Plan.traffic`."""
+    r, out = plan.resolved, Counter()  # type: ignore[var-annotated]
+    for c in plan.calls:
+        for i in c.programs[place].instructions:
+            if i.op == RECV:
+                out[(r.pipe_axis,)] += sum(v.nbytes for v in i.values)
+            elif i.op in (GATHER, REDUCE) and i.bucket is not None:
+                axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
+                out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
+        for k, param in enumerate(c.call.params):
+            layout, size = plan.placement.layouts[param], _shard_bytes(plan, param, c.call.dtypes[k])
+            if received := _tied_sums(c, k, layout.owners, place):
+                out[(r.pipe_axis,)] += received * size
+            axes = tuple(a for a in r.split_axes if a not in layout.axes)
+            if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
+                n = r.mesh.axis_size(axes)
+                out[axes] += 2 * (n - 1) * size // n
+    return {axes: n for axes, n in out.items() if n}
+
+
+def _shard_bytes(plan: Plan, param: int, dtype: torch.dtype) -> int:
+    """The most that a rank holds of a parameter."""
+    layout = plan.placement.layouts[param]
+    return -(-torch.Size(layout.shape).numel() // plan.resolved.mesh.axis_size(layout.axes)) * dtype.itemsize
+
+
+def _tied_sums(c: PlannedCall, leaf: int, owners: Sequence[int], place: int) -> int:
+    """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole sum."""
+    hops = [p for p, _ in c.hops(leaf)]
+    return hops[1:].count(place) + (len(owners) > 1 and place in owners and hops[-1:] not in ([], [place]))
