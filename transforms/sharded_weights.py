@@ -61,7 +61,9 @@ def sharded_weights(
     if not axes:
         raise StackError(f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over")
     if regather not in ("microbatch", "step") and not _positive(regather):
-        raise StackError(f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of microbatches")
+        raise StackError(
+            f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of microbatches"
+        )
     if reduce not in ("each", "last"):
         raise StackError(f"sharded_weights: reduce={reduce!r}; write 'each' or 'last'")
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:

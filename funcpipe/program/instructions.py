@@ -159,5 +159,3 @@ class Program:
     kept_bytes: int
     gathered_bytes: int
     grad_bytes: int
-
-

@@ -88,9 +88,7 @@ def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
     return out
 
 
-def _held(
-    rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: Sharding
-) -> Callable[[int, int], bool]:
+def _held(rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: Sharding) -> Callable[[int, int], bool]:
     """Whether a whole leaf is held after the ``k``-th unit: is its next use near enough?"""
     uses: dict[int, list[int]] = {}
     for k, i in enumerate(runs):

@@ -34,9 +34,7 @@ class Bound(NamedTuple):
     turn: int
 
 
-def bind(
-    program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend
-) -> list[Bound]:
+def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend) -> list[Bound]:
     """The instructions of a program for one rank.
 
     Args:
