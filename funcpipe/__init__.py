@@ -4,7 +4,7 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import errors, optim, random
+from funcpipe import errors, optim, random, testing
 from funcpipe import schedule as schedules
 from funcpipe.collectives import (
     all_gather,
@@ -60,10 +60,10 @@ __all__ = [
     "launch",
     "optim",
     "pipelined",
-    "profile_units",
     "pmax",
     "pmean",
     "ppermute",
+    "profile_units",
     "psum",
     "psum_scatter",
     "random",
@@ -72,6 +72,7 @@ __all__ = [
     "simulate",
     "spmd",
     "stage_boundary",
+    "testing",
     "value_and_grad",
     "vmap",
 ]

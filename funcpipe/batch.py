@@ -111,7 +111,11 @@ def plan_splits(resolved: Resolved, batch: Any) -> Splits:
 
 
 def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cutting, ...]]:
-    wanted = [(r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims) for r in resolved.splits if r.split and not resolved.local]
+    wanted = [
+        (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
+        for r in resolved.splits
+        if r.split and not resolved.local
+    ]
     if resolved.micro and not ready:
         wanted.append((resolved.micro_name, (), resolved.micro.count or 1, resolved.micro.dims))
     leaves = list(zip(tree.paths(batch), tree.leaves(batch), strict=True))

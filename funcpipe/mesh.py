@@ -112,9 +112,7 @@ class Mesh:
         if key not in self._groups:
             sizes, here = self.axes, self.coords(rank)
             places = itertools.product(*(range(sizes[a]) for a in self.check(key[1])))
-            self._groups[key] = tuple(
-                self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places
-            )
+            self._groups[key] = tuple(self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places)
         return self._groups[key]
 
     def index(self, rank: int, axes: str | Iterable[str]) -> int:

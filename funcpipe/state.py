@@ -94,9 +94,7 @@ class Dyes:
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
         self.leaves, self.spec = step_.check_params(params)
         self.paths = tuple(tree.paths(params))
-        sizes = [
-            n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape
-        ]
+        sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
         self.first = max([1 << 20, *sizes]) + 1
         self.mode = mode
 
@@ -278,9 +276,7 @@ def look(
     spec, numbers = _numbers(state, dyes)
     new_spec, new_numbers = _numbers(new_state, dyes)
     if spec != new_spec:
-        raise StateError(
-            f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}"
-        )
+        raise StateError(f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}")
     for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
         if i != j:
             was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))

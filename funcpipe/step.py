@@ -60,9 +60,7 @@ class Context(Protocol):
     """What a runner binds while a transformed step runs."""
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any: ...
-    def global_sum(
-        self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
-    ) -> torch.Tensor: ...
+    def global_sum(self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor: ...
     def stage_boundary(self, x: Any) -> Any: ...
 
 
@@ -181,9 +179,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     """
     norm = global_norm(grads)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return tree.map(
-        lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads
-    ), norm
+    return tree.map(lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads), norm
 
 
 def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -210,9 +206,7 @@ def averaged(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
     """What a loss function returned, as ``(total, weight or None, aux)``."""
     if has_aux and not (isinstance(out, tuple) and len(out) == 2 and not isinstance(out, Mean)):
-        raise TraceError(
-            f"with has_aux=True the loss function returns (loss, aux); this one returned {describe(out)}"
-        )
+        raise TraceError(f"with has_aux=True the loss function returns (loss, aux); this one returned {describe(out)}")
     loss, aux = out if has_aux else (out, None)
     parts = {"Mean.total": loss.total, "Mean.weight": loss.weight} if isinstance(loss, Mean) else {"loss": loss}
     for name, x in parts.items():
@@ -251,13 +245,9 @@ def _check_aux(aux: Any) -> None:
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
     """The leaves and structure of params; TraceError when one is not a tensor."""
     leaves, spec = tree.flatten(params)
-    for path, x in (
-        zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ()
-    ):
+    for path, x in zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ():
         if not isinstance(x, torch.Tensor):
-            raise TraceError(
-                f"params{path} is {describe(x)}, not a tensor; pass settings through a closure instead"
-            )
+            raise TraceError(f"params{path} is {describe(x)}, not a tensor; pass settings through a closure instead")
     return leaves, spec
 
 
@@ -305,7 +295,9 @@ def totals_and_grads(
 
 def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any) -> Any:
     moving = [i for i, x in enumerate(leaves) if differentiable(x)]
-    others: list[Any] = []  # torch.func hands back tensors only; the rest of weight and aux, and their structure, stay here
+    others: list[
+        Any
+    ] = []  # torch.func hands back tensors only; the rest of weight and aux, and their structure, stay here
 
     def loss(some: list[torch.Tensor]) -> Any:
         full = dict(enumerate(leaves)) | dict(zip(moving, some, strict=True))
@@ -479,7 +471,9 @@ def record(step: Callable | None, what: Record) -> Any:
     if step is None:
         return functools.partial(record, what=what)
     if not callable(step):
-        raise StackError(f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, metrics)")
+        raise StackError(
+            f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, metrics)"
+        )
     if not isinstance(step, Step):
         step = Step(step)
     return Step(step.fn, (*step.records, what))
@@ -600,14 +594,10 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
                 raise StackError(f"{b} and {a} both split the batch into microbatches; keep one of them")
             shared = sorted(set(a.axes) & set(b.axes))
             if shared and (a.pipe or b.pipe):
-                raise StackError(
-                    f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else"
-                )
+                raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")
             both = set(a.roles) & set(b.roles)
             if shared and both:
-                raise StackError(
-                    f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis"
-                )
+                raise StackError(f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis")
 
 
 def require_positive(who: str, name: str, value: Any) -> None:

@@ -69,9 +69,7 @@ def value_of(x: fx.Node, kind: str, index: int) -> Value:
     """The value that a node stands for."""
     base, val = base_of(x), x.meta["val"]
     shape, stride = tuple(val.shape), tuple(val.stride())
-    return Value(
-        x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"])
-    )
+    return Value(x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"]))
 
 
 def nbytes(val: torch.Tensor) -> int:

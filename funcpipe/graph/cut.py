@@ -104,9 +104,7 @@ class _Cutter:
         grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
         heads = tuple(map(self._value, self.n.heads))
         folded = {
-            v: code_.folded(self.traced.module, x, self.n.place)
-            for x, v in self.values.items()
-            if v.kind == "const"
+            v: code_.folded(self.traced.module, x, self.n.place) for x, v in self.values.items() if v.kind == "const"
         }
         in_order = dict(reversed(units.items()))
         return Cut(in_order, self.n.segments, heads, grads, folded, self.traced)
@@ -132,9 +130,7 @@ class _Cutter:
         code = code_.compile_unit(self.traced.module, body, order, roots, self.codes)
         return Unit(*key, code, tuple(map(self._value, order)), tuple(map(self._value, roots)))
 
-    def _body(
-        self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]
-    ) -> tuple[list[fx.Node], set[fx.Node]]:
+    def _body(self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
         place, body, inputs = self.n.place, [], set()
         seen = set(roots)
@@ -164,9 +160,7 @@ class _Cutter:
         if x not in self.values:
             kind, index = "value", -1
             if x.op == "placeholder":
-                kind, index = (
-                    ("param", self.n.params[x]) if x in self.n.params else ("batch", self.n.batch[x])
-                )
+                kind, index = ("param", self.n.params[x]) if x in self.n.params else ("batch", self.n.batch[x])
             elif x in self.n.constant and x not in self.final:
                 kind = "const"
             self.values[x] = code_.value_of(x, kind, index)

@@ -98,9 +98,7 @@ def _labelled(traced: Traced) -> Nodes:
             label[node] = current
     inputs = [x for x in graph.nodes if x.op == "placeholder"]
     params, batch = inputs[: traced.params], inputs[traced.params :]
-    return Nodes(
-        graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label
-    )
+    return Nodes(graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label)
 
 
 def _forget_data(n: Nodes) -> None:
@@ -115,9 +113,7 @@ def _forget_data(n: Nodes) -> None:
         if fill is not None and val is not None and val.is_contiguous():
             with n.graph.inserting_before(node):
                 args: tuple = (list(val.shape), fill)
-                new = n.graph.call_function(
-                    aten.full.default, args, {"dtype": val.dtype, "device": val.device}
-                )
+                new = n.graph.call_function(aten.full.default, args, {"dtype": val.dtype, "device": val.device})
             new.meta = dict(node.meta)
             n.label[new] = n.label.pop(node)
             node.replace_all_uses_with(new)

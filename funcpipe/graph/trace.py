@@ -146,9 +146,7 @@ def trace(
 
     def joint(*tensors: torch.Tensor) -> Any:
         context.begin()
-        inputs = [
-            x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]
-        ]
+        inputs = [x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]]
         data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=True))
         with torch.enable_grad():
             out = loss_fn(tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values()))

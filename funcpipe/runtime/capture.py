@@ -71,7 +71,9 @@ def _check_on_gpu(name: str, x: Any) -> None:
                 f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value for ever; make it a tensor"
             )
         if leaf.device.type != "cuda":
-            raise TraceError(f"{name}{path} is on the {leaf.device}: what a CUDA graph reads lies on the GPU; move it there")
+            raise TraceError(
+                f"{name}{path} is on the {leaf.device}: what a CUDA graph reads lies on the GPU; move it there"
+            )
 
 
 def _write(old: Any, new: Any) -> None:

@@ -326,7 +326,8 @@ class Planner:
     def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
         like = tree.leaves(self.params)
         return [
-            fake(dyed.shapes[i], like[i], self.mode, self._whole_dtype(call, dyed, k)) for k, i in enumerate(call.params)
+            fake(dyed.shapes[i], like[i], self.mode, self._whole_dtype(call, dyed, k))
+            for k, i in enumerate(call.params)
         ]
 
     def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes) -> None:
@@ -362,7 +363,9 @@ class Planner:
         if names_axes(weight.graph):
             if r.local:
                 return  # the other ranks' rows are not here
-            found = run_ranks(Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}), lambda comm: _as_rank(comm, of_rank, ranks))
+            found = run_ranks(
+                Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}), lambda comm: _as_rank(comm, of_rank, ranks)
+            )
         else:
             found = [of_rank(rank) for rank in ranks]
         parts = [w for weights_of_rank in found for w in weights_of_rank]

@@ -128,7 +128,11 @@ class _BoundCall:
                 continue
             if shape is None or not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype != dtype:
                 path = self.rank.plan.placement.dyed.paths[call.params[k]]
-                held = "is not held by this rank" if shape is None else f"should be a tensor of shape {shape} and dtype {dtype}"
+                held = (
+                    "is not held by this rank"
+                    if shape is None
+                    else f"should be a tensor of shape {shape} and dtype {dtype}"
+                )
                 raise StateError(f"{self._who}: params{path} {held}, but is {step_.describe(x)}. {_PASS}")
         return leaves
 
@@ -162,7 +166,9 @@ class _BoundCall:
         if not self.rank.head_axes:
             return {h: slots[self.program.heads[h]] for h in numbers}
         out: dict[int, torch.Tensor] = {}
-        for dtype, group in groupby(sorted(numbers, key=lambda h: str(cut.heads[h].dtype)), lambda h: cut.heads[h].dtype):
+        for dtype, group in groupby(
+            sorted(numbers, key=lambda h: str(cut.heads[h].dtype)), lambda h: cut.heads[h].dtype
+        ):
             some = list(group)
             mine = [self._head(slots, h) for h in some]
             packed = torch.cat([x.reshape(-1) for x in mine])
@@ -306,7 +312,9 @@ class Running:
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         if self.calls >= len(self.rank.calls):
-            raise StateError("the step calls value_and_grad more often than when it was planned: it does the same every time")
+            raise StateError(
+                "the step calls value_and_grad more often than when it was planned: it does the same every time"
+            )
         self.calls += 1
         return self.rank.calls[self.calls - 1](params, batch)
 

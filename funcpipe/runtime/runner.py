@@ -179,7 +179,9 @@ def check_same(first: Any, other: Any, rank: int) -> None:
         else:
             same = a == b
         if not same:
-            raise MismatchError(f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the same on all")
+            raise MismatchError(
+                f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the same on all"
+            )
 
 
 class Spmd(Runner):
@@ -222,9 +224,7 @@ class Spmd(Runner):
         """Where this rank computes."""
         return self._comm.device
 
-    def init(
-        self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0
-    ) -> Any:
+    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0) -> Any:
         """Make the plan, compare it with the other ranks', and make this rank's state; see `Simulation.init`."""
         return self._guarded(self._init, init_state, params, batch, key)
 
@@ -337,7 +337,11 @@ def _described(trees: dict[str, Any]) -> list[tuple[str, str]]:
     out = []
     for name, x in trees.items():
         for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
-            text = f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.") if isinstance(leaf, torch.Tensor) else repr(leaf)
+            text = (
+                f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.")
+                if isinstance(leaf, torch.Tensor)
+                else repr(leaf)
+            )
             out.append((name + path, text))
     return out
 

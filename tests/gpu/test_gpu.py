@@ -79,7 +79,10 @@ STACKS = {
     "zb_h1": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_h1())]),
     "zb_v": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())]),
     "data": (("data",), [fp.data_parallel(axis="data")]),
-    "sharded": (("data",), [fp.accumulated(microbatches=2), fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")]),
+    "sharded": (
+        ("data",),
+        [fp.accumulated(microbatches=2), fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")],
+    ),
 }
 
 
