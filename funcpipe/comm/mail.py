@@ -55,21 +55,21 @@ class GlooMail:
         lane = self._outgoing.get((dst, channel)) or self._open(self._outgoing, dst, channel)
         for x in xs:
             if x.numel():
-                flat = wire.flat(x)
-                self._pending.append((self._group.send([flat], lane.peer, lane.tag()), flat))
+                dense = x if x.is_contiguous() else wire.flat(x)
+                self._pending.append((self._group.send([dense], lane.peer, lane.tag()), dense))
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         lane = self._incoming.get((src, channel)) or self._open(self._incoming, src, channel)
         works = []
         for out in outs:
             if out.numel():
-                # A copy where `out` is not dense; its elements are put in place below.
-                flat = wire.flat(out)
-                works.append((self._group.recv([flat], lane.peer, lane.tag()), flat, out))
-        for work, flat, out in works:
+                # A view or copy where `out` is not contiguous; the elements of a copy are put in place below.
+                dense = out if out.is_contiguous() else wire.flat(out)
+                works.append((self._group.recv([dense], lane.peer, lane.tag()), dense, out))
+        for work, dense, out in works:
             work.wait()
-            if flat.data_ptr() != out.data_ptr():
-                out.copy_(flat.view(out.shape))
+            if dense is not out and dense.data_ptr() != out.data_ptr():
+                out.copy_(dense.view(out.shape))
         return outs
 
     def flush(self) -> None:

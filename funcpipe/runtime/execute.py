@@ -7,12 +7,13 @@ accumulators filled.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from funcpipe.comm import Communicator
-from funcpipe.comm.wire import wire_strides
+from funcpipe.comm.wire import is_dense, wire_strides
 from funcpipe.graph.code import Value
 from funcpipe.program import ADD, GATHER, RECV, REDUCE, RUN, SEND, Instruction, Program
 from funcpipe.runtime import shards
@@ -85,13 +86,14 @@ class _Wire:
 
     def __init__(self, v: Value) -> None:
         meta = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
-        self.shape, self.strides, self.dtype, self.device = v.shape, wire_strides(meta), v.dtype, v.device
-
-    def empty(self) -> torch.Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        self.like = meta if is_dense(meta) else meta.contiguous()
+        self.shape, self.strides = v.shape, self.like.stride()
+        self.empty = partial(torch.empty_strided, self.shape, self.strides, dtype=v.dtype, device=v.device)
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.stride() == self.strides else self.empty().copy_(x)
+        if x.stride() == self.strides or wire_strides(x) == wire_strides(self.like):
+            return x
+        return self.empty().copy_(x)
 
 
 def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:

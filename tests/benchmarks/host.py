@@ -4,6 +4,8 @@ python tests/benchmarks/host.py [--microbatches 64] [--rounds 15]
 
 An *action* is a forward, a backward, a send or a receive. Units are empty on both sides: ours return ready tensors,
 torch's stages are identities. *Host* is the CPU time of the thread that runs the step: what the runtime itself costs.
+*Bare gloo* is the host time of the same sends and receives, in the same order, with nothing around them: what no runtime over
+gloo can save. *Itself* is the rest.
 *Wall* has waiting for the other rank in it, most of which is the wire: with empty units, ranks run in lockstep.
 """
 
@@ -84,6 +86,25 @@ def torchs(ranks: int, microbatches: int) -> Callable[[], object]:
     return run
 
 
+def bare(row: list[fp.schedules.Action]) -> Callable[[], object]:
+    """The messages of a rank's actions, straight to torch's process group."""
+    group, peer = dist.distributed_c10d._get_default_group(), 1 - dist.get_rank()
+    moves = [a for a in row if a.kind.startswith(("SEND", "RECV"))]
+
+    def run() -> None:
+        works = []
+        for a in moves:
+            tag, x = 2 * a.microbatch + a.kind.endswith("B"), torch.empty(ROWS, WIDTH)
+            if a.kind.startswith("SEND"):
+                works.append(group.send([x], peer, tag))
+            else:
+                group.recv([x], peer, tag).wait()
+        for work in works:
+            work.wait()
+
+    return run
+
+
 def seconds(fn: Callable[[], object]) -> tuple[float, float]:
     """Host and wall time."""
     host, wall = time.thread_time(), time.perf_counter()
@@ -97,7 +118,7 @@ def per_action(times: list[tuple[float, float]], actions: int) -> tuple[float, f
     return host, wall
 
 
-def worker(microbatches: int, rounds: int) -> tuple[list, list, int]:
+def worker(microbatches: int, rounds: int) -> tuple[list[list], int]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
@@ -105,11 +126,13 @@ def worker(microbatches: int, rounds: int) -> tuple[list, list, int]:
     run = fp.spmd(pipeline(ranks, microbatches), mesh)
     mine, actions = ours(run, ranks, microbatches)
     theirs = torchs(ranks, microbatches)
-    for fn in (mine, theirs, mine, theirs):
+    row = run.plan(None, torch.zeros(ROWS * microbatches, WIDTH)).calls[0].schedule.ranks[run.rank]
+    wire = bare(list(row))
+    for fn in (mine, theirs, wire) * 2:
         fn()
-    pairs = [(seconds(mine), seconds(theirs)) for _ in range(rounds)]
+    times = [(seconds(mine), seconds(theirs), seconds(wire)) for _ in range(rounds)]
     run.close()
-    return [a for a, _ in pairs], [b for _, b in pairs], actions
+    return [list(t) for t in zip(*times, strict=True)], actions
 
 
 def main() -> None:
@@ -119,19 +142,22 @@ def main() -> None:
     options = parser.parse_args()
     m, rounds = options.microbatches, options.rounds
     torch.set_num_threads(1)
-    table = Table("where", "actions", "host µs/action", "wall", "torch 1F1B: host", "wall", "host ratio")
+    table = Table("where", "who", "actions", "host µs/action", "itself", "wall")
     for ranks in (1, 4):
         run = fp.simulate(pipeline(ranks, m), fp.Mesh(pipe=ranks))
         fn, _ = ours(run, ranks, m)
         times = [seconds(fn) for _ in range(rounds)]
         row = run.plan(None, torch.zeros(ROWS * m, WIDTH)).calls[0].schedule.ranks
         _, wall = per_action(times, sum(map(len, row)))  # ranks are threads: their host time is the wall time
-        table.add_row(f"simulated, {ranks} ranks", str(sum(map(len, row))), f"{wall:.1f}", f"{wall:.1f}")
-    mine, theirs, actions = fp.launch(worker, 2, m, rounds)[0]
-    (host, wall), (their_host, their_wall) = per_action(mine, actions), per_action(theirs, actions)
-    row = [f"{x:.1f}" for x in (host, wall, their_host, their_wall)]
-    table.add_row("gloo, 2 processes", str(actions), *row, f"{host / their_host:.2f}")
+        cells = [str(sum(map(len, row))), *[f"{wall:.1f}"] * 3]
+        table.add_row(f"simulated, ranks: {ranks}", "funcpipe", *cells)
+    times, actions = fp.launch(worker, 2, m, rounds)[0]
+    (host, wall), (their_host, their_wall), (wire, wire_wall) = (per_action(t, actions) for t in times)
+    for who, a, b in (("funcpipe", host, wall), ("torch 1F1B", their_host, their_wall), ("bare gloo", wire, wire_wall)):
+        table.add_row("gloo, 2 processes", who, str(actions), f"{a:.1f}", f"{a - wire:.1f}", f"{b:.1f}")
     Console().print(table)
+    ratios = f"host time {host / their_host:.2f}, of the runtime itself {(host - wire) / (their_host - wire):.2f}"
+    print(f"funcpipe / torch over gloo: {ratios}")
 
 
 if __name__ == "__main__":
