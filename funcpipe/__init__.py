@@ -19,6 +19,7 @@ from funcpipe.collectives import (
     vmap,
 )
 from funcpipe.mesh import Mesh
+from funcpipe.records import compose
 from funcpipe.runtime.launch import launch
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.predict import Prediction
@@ -30,7 +31,6 @@ from funcpipe.step import (
     Microbatches,
     Rows,
     clip_by_global_norm,
-    compose,
     global_norm,
     global_sum,
     stage_boundary,

@@ -17,7 +17,8 @@ import torch
 from funcpipe import tree
 from funcpipe.errors import BatchError
 from funcpipe.mesh import Axes, Mesh
-from funcpipe.step import Microbatches, Resolved, check_microbatches
+from funcpipe.records import Resolved
+from funcpipe.step import Microbatches, check_microbatches
 
 
 @dataclass(frozen=True)

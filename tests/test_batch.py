@@ -13,7 +13,7 @@ from models_for_tests import refused
 import funcpipe as fp
 from funcpipe.batch import Splits, plan_splits, signature
 from funcpipe.errors import BatchError
-from funcpipe.step import resolve
+from funcpipe.records import resolve
 
 
 def splits_of(batch: Any, mesh: fp.Mesh, microbatches: int | None, data: tuple[str, ...] = (), dims: Any = 0) -> Splits:

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
 from funcpipe.errors import StackError, TraceError
-from funcpipe.step import Step, tap
+from funcpipe.records import Step
+from funcpipe.step import tap
 
 # torch.func computes silu's and others' gradients by composed ops: a few roundings of 2**-53.
 FLOAT64 = 1e-12

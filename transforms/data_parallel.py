@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from funcpipe.mesh import as_axes
-from funcpipe.step import Record, Split, record
+from funcpipe.records import Record, Split, record
 
 
 def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 0) -> Any:

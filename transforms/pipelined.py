@@ -8,10 +8,11 @@ from typing import Any
 
 from funcpipe.errors import StackError
 from funcpipe.mesh import as_axes
+from funcpipe.records import Micro, Pipe, Record, record, require_positive
 from funcpipe.schedule.actions import ScheduleFn
 from funcpipe.schedule.library import one_f_one_b
 from funcpipe.schedule.search import auto
-from funcpipe.step import Micro, Pipe, Record, describe, record, require_positive
+from funcpipe.step import describe
 
 
 def pipelined(
@@ -29,9 +30,9 @@ def pipelined(
         step: the step; without it, a transform to apply later.
         axis: the mesh axis; its ranks hold the stages.
         microbatches: into how many the batch is split; None takes them as `fp.Microbatches` brings them.
-        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default. "auto" is
-            ``fp.schedules.auto()``: schedule and stages are chosen together, by FLOPs; give that costs to choose by time,
-            and a memory limit to keep to one.
+        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default. "auto"
+            measures the units when the runner is initialised, then chooses schedule and stages together;
+            ``fp.schedules.auto(...)`` chooses by costs that it is given (else by FLOPs), under a memory limit.
         stages: how segments (what lies between two boundaries) are grouped: "balanced" by FLOPs, "even" by count, or
             a list that says how many segments each stage gets.
         dims: a pytree prefix of the batch: the dim along which a leaf is split into microbatches (default 0), or None
@@ -50,6 +51,7 @@ def pipelined(
         raise StackError(f"pipelined: axis is {axis!r}; a pipeline runs along one axis, given by its name")
     if microbatches is not None:
         require_positive("pipelined", "microbatches", microbatches)
+    profile = schedule == "auto"
     schedule = auto() if schedule == "auto" else schedule or one_f_one_b()
     if isinstance(schedule, str) or not _lays_out(schedule):
         raise StackError(
@@ -62,7 +64,7 @@ def pipelined(
         for n in stages:
             require_positive("pipelined", "each entry of stages", n)
         stages = tuple(stages)
-    pipe = Pipe(schedule, stages)
+    pipe = Pipe(schedule, stages, profile)
     return record(step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from funcpipe.errors import StackError
 from funcpipe.mesh import as_axes
-from funcpipe.step import Record, Shard, record, require_positive
+from funcpipe.records import Record, Shard, record, require_positive
 
 
 def sharded_weights(

@@ -20,7 +20,7 @@ import torch
 
 from funcpipe.mesh import Axes
 from funcpipe.program.instructions import ADD, GATHER, REDUCE, RUN, WAIT, Bucket, Name, Piece, Row
-from funcpipe.step import Shard
+from funcpipe.records import Shard
 
 
 @dataclass(frozen=True)

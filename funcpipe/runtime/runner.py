@@ -28,12 +28,15 @@ from funcpipe.errors import FuncpipeError, MismatchError, StackError, StateError
 from funcpipe.lazy import LazyParams
 from funcpipe.mesh import Mesh
 from funcpipe.placement import Placement
+from funcpipe.records import resolve
 from funcpipe.runtime.backend import NAMES, Backend
 from funcpipe.runtime.capture import CapturedStep
-from funcpipe.runtime.plan import Plan, Planner
+from funcpipe.runtime.plan import Plan
+from funcpipe.runtime.planner import Planner
+from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.record import Recording
-from funcpipe.step import describe, resolve
+from funcpipe.step import describe
 
 
 class Runner(abc.ABC):
@@ -64,6 +67,13 @@ class Runner(abc.ABC):
     @abc.abstractmethod
     def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
         """``fn`` on ranks: on all of them if it needs to be ``together``."""
+
+    def _plan_first(self, batch: Any) -> None:
+        """The first plan; if the schedule is to be chosen for measured costs, those are measured now."""
+        plan, pipe = self._made.plan(batch), self._resolved.pipe
+        if pipe is not None and pipe.profile and len(plan.calls) == 1:
+            self._made.retime(profile_units(self, None, batch))
+            self._made.plan(batch)
 
     def _read(self, params: Any, key: torch.Tensor | int) -> tuple[Any, Callable[[int], torch.Tensor]]:
         """Params for their shapes, and a function that fetches a leaf."""
@@ -118,7 +128,7 @@ class Simulation(Runner):
             self._ranks = Ranks(self.mesh, device)
         self._planner = Planner(self._resolved, init_state, shapes)
         self._bound.clear()
-        self._planner.plan(batch)
+        self._plan_first(batch)
         with torch.no_grad():
             return [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
 
@@ -234,6 +244,8 @@ class Spmd(Runner):
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
         self._captured.clear()
+        self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
+        self._plan_first(batch)
         self._rank_of(batch)
         with torch.no_grad():
             return init_state(self._placement.params(leaf, self.rank))

@@ -19,7 +19,7 @@ import funcpipe as fp
 from funcpipe import tree
 from funcpipe.graph.cut import Cut
 from funcpipe.graph.ops import is_heavy
-from funcpipe.runtime.plan import Planner
+from funcpipe.runtime.planner import Planner
 from funcpipe.schedule import Action, Schedule, ScheduleFn
 from funcpipe.testing import Layer, Model, models
 

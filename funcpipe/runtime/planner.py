@@ -1,0 +1,294 @@
+"""The planner: makes the plans of a step.
+
+In: a resolved step, ``init_state``, the shapes of params and a batch. Out: a `Plan`, or any error of ``funcpipe.errors`` that
+can be known before a step runs. Every rank makes the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+
+from funcpipe import tree
+from funcpipe.batch import Splits, plan_splits, signature
+from funcpipe.collectives import bind_rank, names_axes
+from funcpipe.comm import Communicator
+from funcpipe.comm.inprocess import run_ranks
+from funcpipe.errors import BatchError, CutError, ScheduleError
+from funcpipe.graph import checks
+from funcpipe.graph.balance import group
+from funcpipe.graph.cut import Cut, cut
+from funcpipe.graph.fakes import fake
+from funcpipe.graph.nodes import Nodes, read_nodes
+from funcpipe.graph.summands import Term, check_summands, terms
+from funcpipe.graph.trace import Traced, trace
+from funcpipe.mesh import Mesh
+from funcpipe.placement import Placement, place_params
+from funcpipe.program import (
+    Piece,
+    Sharded,
+    Sharding,
+    check_alike,
+    lower,
+    owners,
+    partial_segments,
+    stage_edges,
+)
+from funcpipe.records import Resolved
+from funcpipe.runtime.plan import Plan, PlannedCall, Stages
+from funcpipe.runtime.predict import as_costs, load_of
+from funcpipe.schedule.actions import Schedule
+from funcpipe.schedule.checker import check
+from funcpipe.schedule.communication import insert_communication
+from funcpipe.schedule.costs import Costs
+from funcpipe.schedule.library import one_f_one_b
+from funcpipe.schedule.search import Fitting
+from funcpipe.state import Call, Dyed, look
+from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, describe, is_summary
+
+
+class Planner:
+    """Makes the plans of a step: one for every shape of batch, all with the same stages and placement.
+
+    Raises, while planning: every error of ``funcpipe.errors`` that can be known before a step runs.
+    """
+
+    def __init__(self, resolved: Resolved, init_state: Callable, params: Any) -> None:
+        self.resolved, self.init_state = resolved, init_state
+        self.mode = FakeTensorMode()
+        self.params = tree.map_tensors(lambda x: fake(x.shape, x, self.mode), params)
+        self.cuts: dict[tuple, tuple[Cut, Any]] = {}
+        self.plans: dict[tuple, Plan] = {}
+        self.stages: dict[int, Stages] = {}
+        self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
+        self.placement: Placement | None = None
+
+    def plan(self, batch: Any) -> Plan:
+        """The plan for batches like this one."""
+        key = signature(batch)
+        if key not in self.plans:
+            dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
+            calls = tuple(self._call(k, call, dyed) for k, call in enumerate(dyed.calls))
+            self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
+        return self.plans[key]
+
+    def _place(self, dyed: Dyed, held_state: Callable, calls: Sequence[PlannedCall]) -> Placement:
+        held: list[set[int]] = [set() for _ in dyed.paths]
+        for c in calls:
+            for m in set(c.cuts):
+                for i, places in zip(c.call.params, owners(m, c.stages, c.schedule.placement), strict=True):
+                    held[i] |= places
+        if self.placement is None:
+            r = self.resolved
+            axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
+            self.placement = place_params(r.mesh, r.pipe_axis, dyed, held_state, held, axes)
+        for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
+            if not places <= set(layout.owners):
+                raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
+        return self.placement
+
+    def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
+        r = self.resolved
+        splits = plan_splits(r, call.batch)
+        search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Fitting) else None
+        schedule = None if search else self._schedule(splits.count)
+        split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
+        parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
+        found = [self._cut(k, call, dyed, splits, i, part, split) for i, part in enumerate(parts)]
+        cuts = tuple(c for c, _ in found) if len(found) > 1 else (found[0][0],) * splits.count
+        check_alike(cuts)
+        if r.splits or splits.count > 1:
+            self._check_weight(call, dyed, splits, [w for _, w in found])
+        if schedule is None:
+            schedule = self._search(k, search, cuts[0], splits.count)
+        elif k not in self.stages:
+            self.stages[k] = group(_costs(cuts[0]), schedule.stages, r.pipe.stages if r.pipe else "even")
+        stages = self.stages[k]
+        edges = stage_edges(cuts, stages)
+        schedule = insert_communication(schedule, edges)
+        report = check(schedule, edges, [len(s) for s in stages])
+        summed = _summed(cuts[0])
+        sharding = self._sharding(call, dyed)
+        programs = tuple(lower(cuts, stages, schedule, p, summed, sharding) for p in range(r.ranks))
+        moving = tuple(_tensors(part) for part in parts)
+        return PlannedCall(
+            call, splits, cuts, moving if len(parts) > 1 else moving * splits.count, stages, schedule, report, programs,
+            partial_segments(cuts[0]), summed, signature(call.batch),
+        )  # fmt: skip
+
+    def _search(self, k: int, search: Any, one: Cut, microbatches: int) -> Schedule:
+        """The schedule that is found for a cut. It settles the stages, and what another batch shape finds keeps to them."""
+        how: Any = self.resolved.pipe.stages  # type: ignore[union-attr]
+        if k in self.stages:
+            how = tuple(map(len, self.stages[k]))
+        load = load_of(one, as_costs(search.costs, one))
+        found = search.fit(self.resolved.ranks, microbatches, load, how, self.settled.get(k))
+        self.stages[k], self.settled[k] = found.stages, found.schedule.placement
+        return found.schedule
+
+    def retime(self, costs: Costs) -> None:
+        """Choose schedule and stages again, for measured costs; what was traced is kept."""
+        r = self.resolved
+        assert r.pipe is not None
+        schedule: Any = replace(r.pipe.schedule, costs=costs)  # type: ignore[type-var]
+        self.resolved = replace(r, pipe=replace(r.pipe, schedule=schedule))
+        self.plans.clear()
+        self.stages.clear()
+        self.settled.clear()
+        self.placement = None
+
+    def split_cut(self, plan: Plan, k: int) -> Cut:
+        """The cut of a planned call's first microbatch with I and W units beside B, whatever its schedule runs."""
+        c = plan.calls[k]
+        part = c.call.batch.parts[0] if isinstance(c.call.batch, Microbatches) else c.call.batch
+        return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True)[0]
+
+    def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
+        """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
+        r, out = self.resolved, {}
+        for k, i in enumerate(call.params):
+            axes = r.sharded_over(dyed.paths[i], dyed.shapes[i])
+            if axes:
+                parts = r.mesh.axis_size(axes)
+                chunk = -(-torch.Size(dyed.shapes[i]).numel() // parts)
+                summed = tuple(a for a in axes if a in r.split_axes)
+                whole, options = self._whole_dtype(call, dyed, k), r.shard_options(dyed.paths[i])
+                out[k] = Sharded(Piece(k, dyed.shapes[i], chunk), axes, parts, summed, call.dtypes[k], whole, options)
+        return out
+
+    def _whole_dtype(self, call: Call, dyed: Dyed, k: int) -> torch.dtype:
+        """The dtype in which a loss function sees a parameter."""
+        path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
+        wanted = self.resolved.shard_options(path).param_dtype if self.resolved.sharded_over(path, shape) else None
+        return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+    def _schedule(self, microbatches: int) -> Schedule:
+        r = self.resolved
+        schedule = (r.pipe.schedule if r.pipe else one_f_one_b())(r.ranks, microbatches)
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"the schedule function returned {describe(schedule)}, not an fp.schedules.Schedule; "
+                "fp.schedules.from_table(rows) makes one from rows of actions"
+            )
+        if len(schedule.ranks) != r.ranks or schedule.microbatches != microbatches:
+            raise ScheduleError(
+                f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and {schedule.microbatches} microbatches, but "
+                f"axis {r.pipe_axis!r} has {r.ranks} ranks and the batch {microbatches} microbatches"
+            )
+        if not any(a.kind in "BW" for row in schedule.ranks for a in row):
+            raise ScheduleError(f"{schedule.name}: has no backward actions, but value_and_grad needs gradients")
+        return schedule
+
+    def _cut(
+        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool
+    ) -> tuple[Cut, GraphModule | None]:
+        """The cut of one microbatch, and the function that computes its weight from its tensors."""
+        leaves, spec = tree.flatten(part)
+        local = [
+            fake(splits.shape(i, j, tuple(x.shape)), x, self.mode) if isinstance(x, torch.Tensor) else x
+            for j, x in enumerate(leaves)
+        ]
+        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)))
+        if key not in self.cuts:
+            params = self._fakes(call, dyed)
+            r = self.resolved
+            traced = trace(
+                call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes
+            )
+            nodes = read_nodes(traced)
+            weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
+            if self.resolved.splits or splits.count > 1:
+                self._check_split(call, dyed, splits, traced, nodes)
+            self.cuts[key] = cut(traced, nodes, split), weight
+        return self.cuts[key]
+
+    def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
+        like = tree.leaves(self.params)
+        return [
+            fake(dyed.shapes[i], like[i], self.mode, self._whole_dtype(call, dyed, k))
+            for k, i in enumerate(call.params)
+        ]
+
+    def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes) -> None:
+        r = self.resolved
+        if not traced.has_weight:
+            who = [x.name for x in r.splits] + ([r.micro_name] if r.micro else [])
+            raise BatchError(SCALAR_LOSS.format(why=f"{' and '.join(who)} split the batch"))
+        checks.check_weight(nodes)
+        shards = 1 if r.local else r.mesh.axis_size(r.split_axes)
+        check_summands(terms(nodes, traced.module), splits.count * shards, lambda: self._whole(call, dyed))
+        _check_aux(traced.aux)
+
+    def _whole(self, call: Call, dyed: Dyed) -> list[Term] | None:
+        """The summands of the loss of a whole batch; None for ready microbatches."""
+        if isinstance(call.batch, Microbatches):
+            return None
+        leaves, spec = tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, self.mode), call.batch))
+        params = (self._fakes(call, dyed), call.params_spec)
+        traced = trace(call.loss_fn, call.has_aux, params, (leaves, spec), self.mode)
+        return terms(read_nodes(traced), traced.module)
+
+    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: list[GraphModule | None]) -> None:
+        if isinstance(call.batch, Microbatches):
+            return  # ready microbatches: there is no whole batch to compare with
+        weight, r = weights[0], self.resolved
+        assert weight is not None
+        moving = _tensors(call.batch)
+
+        def of_rank(rank: int) -> list[torch.Tensor]:
+            return [weight(*(leaves[i] for i in moving)) for leaves in splits.microbatches(call.batch, rank)]
+
+        ranks = r.mesh.group(0, r.split_axes) if r.split_axes and not r.local else (0,)
+        if names_axes(weight.graph):
+            if r.local:
+                return  # the other ranks' rows are not here
+            found = run_ranks(
+                Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}), lambda comm: _as_rank(comm, of_rank, ranks)
+            )
+        else:
+            found = [of_rank(rank) for rank in ranks]
+        parts = [w for weights_of_rank in found for w in weights_of_rank]
+        params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
+        checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode)
+
+
+def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:
+    with bind_rank(comm):
+        return of_rank(ranks[comm.rank])
+
+
+def _tensors(batch: Any) -> tuple[int, ...]:
+    return tuple(i for i, x in enumerate(tree.leaves(batch)) if isinstance(x, torch.Tensor))
+
+
+def _costs(c: Cut) -> list[int]:
+    return [c.units["F", s].code.flops + c.units["B", s].code.flops for s in range(c.segments)]
+
+
+def _summary_paths(aux: Any) -> list[str]:
+    return tree.paths(tree.map(lambda _: 0, aux, is_leaf=is_summary))
+
+
+def _check_aux(aux: Any) -> None:
+    nodes: list[Any] = []
+    tree.map(nodes.append, aux, is_leaf=is_summary)
+    for path, x in zip(_summary_paths(aux), nodes, strict=True):
+        if not is_summary(x):
+            raise BatchError(AUX_LEAF.format(path=path))
+
+
+def _summed(c: Cut) -> frozenset[int]:
+    """The heads that are summed over microbatches: total, weight, and both halves of a `Mean` in aux."""
+    first = 1 + c.traced.has_weight
+    out = set(range(first))
+    nodes: list[Any] = []
+    tree.map(nodes.append, c.traced.aux, is_leaf=is_summary)
+    for x in nodes:
+        if isinstance(x, Mean):
+            out |= {first + int(x.total), first + int(x.weight)}
+    return frozenset(out)

@@ -1,0 +1,43 @@
+"""``pipelined(schedule="auto")`` measures the units before it chooses, and is still equal to one device."""
+
+import pytest
+import torch
+
+import funcpipe as fp
+from funcpipe import tree
+from funcpipe.runtime import runner
+
+
+def loss_fn(params: list[torch.Tensor], x: torch.Tensor) -> fp.Mean:
+    for w in params:
+        x = fp.stage_boundary(torch.tanh(x @ w))
+    return fp.Mean(x.square().sum(), torch.ones_like(x[:, 0]).sum())
+
+
+def step(state: list[torch.Tensor], x: torch.Tensor) -> tuple:
+    loss, grads = fp.value_and_grad(loss_fn)(state, x)
+    return tree.map(lambda w, g: w - 0.1 * g, state, grads), {"loss": loss}
+
+
+@pytest.fixture
+def params() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(6, 6, generator=g, dtype=torch.float64) for _ in range(5)]
+
+
+def test_auto_measures_first(params, monkeypatch):
+    seen = []
+    real = runner.profile_units
+    monkeypatch.setattr(runner, "profile_units", lambda *args: seen.append(real(*args)) or seen[-1])
+    x = torch.randn(8, 6, dtype=torch.float64)
+    fast = fp.pipelined(step, axis="pipe", microbatches=4, schedule="auto")
+    fp.testing.assert_equivalent(step, fast, fp.Mesh(pipe=2), lambda p: p, params, [x, x])
+    assert len(seen) == 1
+    assert seen[0].of("F", 0) > 0
+
+
+def test_auto_by_flops_measures_nothing(params, monkeypatch):
+    monkeypatch.setattr(runner, "profile_units", lambda *args: pytest.fail("nothing to measure"))
+    x = torch.randn(8, 6, dtype=torch.float64)
+    fast = fp.pipelined(step, axis="pipe", microbatches=4, schedule=fp.schedules.auto())
+    fp.simulate(fast, fp.Mesh(pipe=2)).init(lambda p: p, params, x)
