@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcpipe import tree
 from funcpipe.errors import StateError
-from funcpipe.graph.ops import is_seeded
+from funcpipe.graph.ops import extract, is_seeded
 
 
 class LazyParams:
@@ -52,16 +51,5 @@ class LazyParams:
 
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""
-        need, stack = {self.outputs[number]}, [self.outputs[number]]
-        while stack:
-            for a in stack.pop().all_input_nodes:
-                if a not in need:
-                    need.add(a)
-                    stack.append(a)
-        graph = fx.Graph()
-        new: dict[fx.Node, fx.Node] = {}
-        for node in self.module.graph.nodes:
-            if node in need or node.op == "placeholder":
-                new[node] = graph.node_copy(node, lambda a: new[a])
-        graph.output(new[self.outputs[number]])
-        return fx.GraphModule(self.module, graph)(self.key)
+        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        return extract(self.module, self.outputs[number], inputs)(self.key)

@@ -23,6 +23,7 @@ from funcpipe.collectives import one_rank
 from funcpipe.errors import BatchError
 from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
+from funcpipe.graph.ops import extract
 from funcpipe.graph.summands import reached
 
 _WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
@@ -92,22 +93,4 @@ class _Whole:
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule:
     """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank."""
-    need = _ancestors(n.heads[1])
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for x in n.batch:
-        new[x] = graph.placeholder(x.name)
-    for x in sorted(need - set(n.batch), key=n.place.__getitem__):
-        new[x] = graph.node_copy(x, lambda a: new[a])
-    graph.output(new[n.heads[1]])
-    return fx.GraphModule(module, graph)
-
-
-def _ancestors(x: fx.Node) -> set[fx.Node]:
-    seen, stack = {x}, [x]
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return seen
+    return extract(module, n.heads[1], n.batch)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
-from funcpipe.graph.ops import base_of, is_op, viewed
+from funcpipe.graph.ops import base_of, extract, is_op, viewed
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,20 +153,9 @@ def _size(x: fx.Node) -> int:
     return nbytes(val) if isinstance(val, torch.Tensor) else 0
 
 
-def folded(module: fx.GraphModule, x: fx.Node, place: dict[fx.Node, int]) -> Callable[[], torch.Tensor]:
+def folded(module: fx.GraphModule, x: fx.Node) -> Callable[[], torch.Tensor]:
     """A function that computes a constant on the rank that calls it."""
-    need, stack = {x}, [x]
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in need:
-                need.add(a)
-                stack.append(a)
-    graph = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for y in sorted(need, key=place.__getitem__):
-        new[y] = graph.node_copy(y, lambda a: new[a])
-    graph.output(new[x])
-    run = fx.GraphModule(module, graph)
+    run = extract(module, x)
     return lambda: run().clone()
 
 

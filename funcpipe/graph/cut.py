@@ -103,9 +103,7 @@ class _Cutter:
         units = {key: self._unit(key) for key in self._keys()}
         grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
         heads = tuple(map(self._value, self.n.heads))
-        folded = {
-            v: code_.folded(self.traced.module, x, self.n.place) for x, v in self.values.items() if v.kind == "const"
-        }
+        folded = {v: code_.folded(self.traced.module, x) for x, v in self.values.items() if v.kind == "const"}
         in_order = dict(reversed(units.items()))
         return Cut(in_order, self.n.segments, heads, grads, folded, self.traced)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,3 +99,20 @@ def is_communication(x: fx.Node) -> bool:
 def is_carried(x: fx.Node) -> bool:
     """Whether a constant is computed once, and not in every unit that reads it."""
     return not is_factory(x) and viewed(x) is None and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def extract(module: fx.GraphModule, x: fx.Node, inputs: Iterable[fx.Node] = ()) -> fx.GraphModule:
+    """The part of a graph that computes one node, as a function of ``inputs``."""
+    need, stack = {x}, [x]
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in need:
+                need.add(a)
+                stack.append(a)
+    graph = fx.Graph()
+    new = {a: graph.placeholder(a.name) for a in inputs}
+    for node in x.graph.nodes:  # in order
+        if node in need and node not in new:
+            new[node] = graph.node_copy(node, lambda a: new[a])
+    graph.output(new[x])
+    return fx.GraphModule(module, graph)

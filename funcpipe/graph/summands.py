@@ -147,7 +147,7 @@ class _Terms:
             return float(x) if isinstance(x, int | float) else None
         if x not in self.n.constant or x in self.from_batch or x.meta["val"].numel() != 1:
             return None
-        return float(folded(self.module, x, self.n.place)())
+        return float(folded(self.module, x)())
 
     def _sum(self, x: fx.Node, name: str, number: float) -> Iterator[Term]:
         alpha = x.kwargs.get("alpha", 1)
