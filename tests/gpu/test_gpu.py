@@ -5,6 +5,7 @@ Skipped where there are not enough GPUs. Run with: pytest tests/gpu
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 pytestmark = pytest.mark.gpu
 TIGHT = 1e-12  # float64: sums in another order
+COMPILED = 1e-9  # float64: inductor orders sums and fuses roundings as it likes, over three steps
 
 
 class State(NamedTuple):
@@ -86,7 +88,7 @@ STACKS = {
 }
 
 
-def run_steps(run: Any, steps: int = 3, rows: int = 8, key: Any = None) -> tuple[Any, list[dict]]:
+def run_steps(run: Any, steps: int = 3, rows: int = 8) -> tuple[Any, list[dict]]:
     params, batch = example(rows=rows)
     state, seen = run.init(init_state, params, batch), []
     for _ in range(steps):
@@ -105,7 +107,7 @@ def test_simulated_on_one_gpu(name: str) -> None:
 
 def on_two(name: str, options: dict) -> tuple[float, list]:
     axes, stack = STACKS[name]
-    torch.cuda.set_device(int(__import__("os").environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     run = fp.spmd(fp.compose(*stack)(step), fp.Mesh(**dict.fromkeys(axes, 2)), **options)
     got = run_steps(run)
     found = error(got, reference())
@@ -126,11 +128,11 @@ def test_over_nccl(name: str, graph: bool) -> None:
 @two_gpus
 def test_compiled_units_over_nccl() -> None:
     out = fp.launch(on_two, 2, "zb_h1", {"cuda_graph": True, "backend": "inductor"}, timeout=300)
-    assert max(e for e, _ in out) <= 1e-9  # inductor orders sums as it likes
+    assert max(e for e, _ in out) <= COMPILED
 
 
 def another_shape() -> float:
-    torch.cuda.set_device(int(__import__("os").environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), cuda_graph=True)
     params, small = example(rows=8)
     _, large = example(rows=16)
@@ -149,7 +151,7 @@ def test_a_new_shape_is_captured_anew() -> None:
 
 
 def waits_for_the_host() -> str:
-    torch.cuda.set_device(int(__import__("os").environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
     def bad(state: State, batch: dict) -> tuple[State, dict]:
         state, metrics = step(state, batch)

@@ -1,0 +1,151 @@
+"""Collectives inside a loss: equal to one device under every stack, and one graph for all ranks."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds_for_tests import make_step, names, rand, same, schedules, setup
+
+import funcpipe as fp
+from funcpipe.collectives import axes_of, bind_rank, lanes_of
+from funcpipe.comm.inprocess import run_ranks
+from funcpipe.testing import assert_equivalent
+
+
+@given(names, st.sampled_from([1, 2, 4]), st.integers(1, 3), schedules, st.booleans(), st.integers(0, 99))
+def test_a_loss_with_collectives_equals_one_device(names, data, pipe, schedule, sharded, seed):
+    pipe = min(pipe, len(names) + 1, 8 // data)
+    step = make_step(names, drop_last=True)
+    params, batches = setup(len(names), rows=4, seed=seed)
+    mesh = fp.Mesh(pipe=pipe, data=data)
+    fast = fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=1, schedule=schedule), axis="data")
+    fast = fp.sharded_weights(fast, axis="data") if sharded else fast
+    assert_equivalent(step, fast, mesh, lambda p: p, params, batches)
+
+
+def run_steps(step, mesh, params, batches):
+    run = fp.simulate(step, mesh)
+    state = run.init(lambda p: p, params, batches[0])
+    losses = []
+    for batch in batches:
+        state, metrics = run(state, batch)
+        losses.append(metrics["loss"])
+    return losses, run.unplace(state)
+
+
+@given(names, schedules, st.integers(0, 99))
+def test_each_microbatch_is_a_batch_of_its_own(names, schedule, seed):
+    """With and without a pipeline, the ranks that meet have the same rows."""
+    step = fp.data_parallel(make_step(names), axis="data")
+    params, batches = setup(len(names), rows=8, seed=seed)
+    batches = batches[:1]
+    want = run_steps(fp.accumulated(step, microbatches=2), fp.Mesh(data=2), params, batches)
+    pipelined = fp.pipelined(step, axis="pipe", microbatches=2, schedule=schedule)
+    same(run_steps(pipelined, fp.Mesh(pipe=2, data=2), params, batches), want)
+
+
+def test_two_axes_split_the_batch():
+    def loss_fn(w, x):
+        everyone = fp.all_gather(x @ w, ("seq", "data"))  # the axes need not be in mesh order
+        local = x @ w - fp.psum((x @ w).sum(0), ("data", "seq")) / len(everyone)
+        return fp.Mean((local * everyone.tanh().sum(0)).square().sum(), torch.tensor(float(len(x))))
+
+    def step(w, x):
+        loss, grads = fp.value_and_grad(loss_fn)(w, x)
+        return w - 0.1 * grads, {"loss": loss}
+
+    w, x = rand(0, (3, 3), (8, 3))
+    fast = fp.data_parallel(step, axis=("data", "seq"))
+    assert_equivalent(step, fast, fp.Mesh(data=2, seq=2), lambda w: w, w, [x, x])
+
+
+def test_vmap_and_torch_func_inside_a_traced_loss():
+    """Per-row gradients, and an axis of vmap beside one of the mesh."""
+
+    def loss_fn(w, x):
+        energy = lambda row: (row @ w).tanh().sum() * fp.psum(row.sum(), "data")  # noqa: E731
+        forces = torch.func.vmap(torch.func.grad(energy))(x)  # a collective in a vmap that it does not name
+        rows = fp.vmap(lambda f: fp.psum(f, ("row", "data")), "row")(forces)
+        return fp.Mean((rows * (x @ w)).square().sum(), torch.tensor(float(len(x))))
+
+    def step(w, x):
+        loss, grads = fp.value_and_grad(loss_fn)(w, x)
+        return w - 0.1 * grads, {"loss": loss}
+
+    w, x = rand(0, (3, 3), (2, 3))
+    run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
+    state, metrics = run(run.init(lambda w: w, w, x), x)
+
+    def total(w):  # two ranks with one row each
+        return fp.vmap(lambda x: loss_fn(w, x[None]).total, "data")(x).sum() / 2
+
+    want = torch.func.grad(lambda w: fp.vmap(lambda x: loss_fn(w, x[None]).total, "data")(x).sum() / 2)(w)
+    same(metrics["loss"], total(w))
+    same(run.unplace(state), w - 0.1 * want)
+
+
+def test_aux_may_be_gathered_or_a_place():
+    def loss_fn(w, x):
+        place = fp.axis_index("data") * torch.ones(len(x), dtype=torch.int64)
+        total = (x * w).square().sum()
+        return fp.Mean(total, x.new_ones(len(x)).sum()), {"rank": fp.Rows(place), "top": fp.Mean(total, total * 0 + 1)}
+
+    def step(w, x):
+        (loss, aux), _ = fp.value_and_grad(loss_fn, has_aux=True)(w, x)
+        return w, {"loss": loss, "aux": aux}
+
+    w, x = torch.ones(2), torch.ones(6, 2)
+    run = fp.simulate(fp.accumulated(fp.data_parallel(step, axis="data"), microbatches=2), fp.Mesh(data=3))
+    _, metrics = run(run.init(lambda w: w, w, x), x)
+    assert metrics["aux"]["rank"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# ---- graphs
+
+
+def plan_of(names, mesh, schedule=None, rows=8):
+    step = fp.data_parallel(make_step(names), axis="data")
+    step = fp.pipelined(step, axis="pipe", microbatches=2, schedule=schedule or fp.schedules.zb_h1())
+    params, batches = setup(len(names), rows, seed=0)
+    run = fp.simulate(step, mesh)
+    state = run.init(lambda p: p, params, batches[0])
+    return run.plan(state, batches[0])
+
+
+def nodes_of(unit, name):
+    return [n for n in unit.code.module.graph.nodes if f"funcpipe.{name}" in str(n.target)]
+
+
+def test_one_graph_serves_all_ranks():
+    """Nodes name the axis, and nothing else of the mesh; every collective is a start and a wait, where the loss put it."""
+    plan = plan_of(["normalized", "shifted", "contrasted"], fp.Mesh(pipe=2, data=2))
+    units = plan.calls[0].cuts[0].units
+    psums = lambda kind, segment: len(nodes_of(units[kind, segment], "psum_start"))  # noqa: E731
+    assert [psums("F", s) for s in range(4)] == [3, 0, 0, 0]  # never computed again in another unit
+    assert [psums(k, 0) for k in "BIW"] == [2, 2, 0]  # the transposes; that of the count has nothing to do
+    assert [len(nodes_of(units[k, 1], "ppermute_start")) for k in "FB"] == [1, 1]
+    assert len(nodes_of(units["F", 2], "all_gather_start")) == len(nodes_of(units["B", 2], "psum_scatter_start")) == 1
+    for unit in units.values():
+        starts = nodes_of(unit, "psum_start") + nodes_of(unit, "all_gather_start") + nodes_of(unit, "ppermute_start")
+        assert all([str(u.target) for u in n.users] == ["funcpipe.wait.default"] for n in starts)
+        assert all(n.args[1] == "data" for n in starts)
+    assert set().union(*(axes_of(u.code.module.graph) for u in units.values())) == {("data",)}
+    lanes = set().union(*(lanes_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values()))
+    assert lanes == {(0, 1, "ppermute"), (2, 3, "ppermute"), (1, 0, "ppermute"), (3, 2, "ppermute")}
+
+
+def test_the_place_of_a_rank_is_a_constant_of_the_rank():
+    """Folded once on every rank, not in the graph; labels that follow from it are, too."""
+    plan = plan_of(["contrasted"], fp.Mesh(pipe=2, data=2))
+    call = plan.calls[0]
+    units = call.cuts[0].units.values()
+    assert not any(nodes_of(u, "axis_index") for u in units)
+    constants = call.cuts[0].constants
+    (labels,) = (fold for v, fold in constants.items() if v.dtype == torch.int64)
+
+    def body(comm):
+        with bind_rank(comm):
+            return labels().tolist()
+
+    assert run_ranks(call.splits.mesh, body) == [[0, 1], [2, 3], [0, 1], [2, 3]]
