@@ -309,3 +309,22 @@ def test_torch_func_goes_through_an_untransformed_step() -> None:
     slope = (after(rates[1] + h) - after(rates[1] - h)) / (2 * h)
     # The error of a central difference: h**2 times a third derivative, and rounding over h.
     torch.testing.assert_close(torch.func.grad(after)(rates[1]), slope, rtol=1e-6, atol=0)
+
+
+def test_a_step_may_write_to_its_gradients():
+    """The owners of a tied leaf each have its gradient in memory of their own, also where no weight divides it."""
+
+    def loss_fn(params, x):
+        hidden = fp.stage_boundary(torch.tanh(x @ params["tied"]))
+        return (torch.tanh(hidden @ params["own"]) @ params["tied"]).square().sum()
+
+    def step(params, x):
+        loss, grads = fp.value_and_grad(loss_fn)(params, x)
+        optree.tree_map(lambda g: g.mul_(0.5), grads)
+        return optree.tree_map(lambda p, g: p - g, params, grads), {"loss": loss}
+
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    params, batches = {"own": new(4, 4), "tied": new(4, 4)}, [new(3, 4), new(3, 4)]
+    fast = fp.pipelined(step, axis="pipe", microbatches=1)
+    fp.testing.assert_equivalent(step, fast, fp.Mesh(pipe=2), lambda p: p, params, batches)

@@ -251,9 +251,9 @@ class _BoundCall:
                 tied.append((i, hops[-1][0]))
         for i, last in tied:
             others = [p for p in self._layout(i).owners if p != last]
-            if here == last:
+            if here == last:  # copies: a message must not change, and the step may write to its own gradient
                 for p in others:
-                    comm.send([_dense(sums[i])], ranks[p], self.name + "tied")
+                    comm.send([_dense(sums[i]).clone()], ranks[p], self.name + "tied")
             else:
                 sums[i] = self._receive(leaves[i], ranks[last])
         return sums
