@@ -54,9 +54,25 @@ class RankError(FuncpipeError):
     """Another rank failed, or is gone; the message names it."""
 
 
+class DeviceMemoryError(FuncpipeError):
+    """A rank's device has less memory than a step takes."""
+
+
 class PlanError(FuncpipeError, ValueError):
     """A plan cannot be drawn as asked."""
 
 
 class OptimError(FuncpipeError, ValueError):
     """An optimizer has a setting out of range, or gets trees that do not fit each other."""
+
+
+class CheckpointError(FuncpipeError):
+    """A checkpoint cannot be saved, or what there is cannot be loaded into this run."""
+
+
+class ModuleError(FuncpipeError):
+    """A module cannot be made a pure function, or gets tensors that are not its own."""
+
+
+class SequenceError(FuncpipeError):
+    """A rank's slice of the sequence cannot be proven to compute what one device computes of the whole."""

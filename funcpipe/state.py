@@ -173,6 +173,9 @@ class _Looking:
             return step_.join_aux([step_.read_loss(call.loss_fn(seen, part), True)[2] for part in parts])
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
+        return self.reduce(leaves, local, "sum")[1]
+
+    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Any, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
         numbers = tuple(self.dyes.of(x) for x in flat)
         whole = [
@@ -181,7 +184,7 @@ class _Looking:
         ]
         out = local(whole)
         self.sums.append(Sum(spec, numbers, out.dtype))
-        return out
+        return spec, out
 
 
 class _Rehearsing(_Looking):

@@ -165,6 +165,29 @@ def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.
     return local(tree.leaves(tree_of_leaves))
 
 
+def reduce_leaves(
+    tree_of_leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str = "sum"
+) -> tuple[Any, torch.Tensor]:
+    """`global_sum` where it matters which leaf is which.
+
+    Args:
+        tree_of_leaves: as for `global_sum`.
+        local: gets an entry for every leaf of the whole tree, None for those that this rank does not count; gives a tensor
+            whose shape follows from their number.
+        op: "sum" or "max".
+
+    Returns:
+        the structure of the whole tree, and what ``local`` gave, reduced over every rank.
+    """
+    # The contexts under which a loss function is looked at or traced hold all leaves, as plain PyTorch does.
+    return getattr(_context.get(), "reduce", _plain_reduce)(tree_of_leaves, local, op)
+
+
+def _plain_reduce(tree_of_leaves: Any, local: Callable, op: str) -> tuple[Any, torch.Tensor]:
+    leaves, spec = tree.flatten(tree_of_leaves)
+    return spec, local(leaves)
+
+
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
     """Gradients scaled down to a global norm of at most ``max_norm``, and their norm before that.
 

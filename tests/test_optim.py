@@ -11,11 +11,12 @@ import pytest
 import torch
 import torchopt
 from hypothesis import given
+from optim_for_tests import assert_same, random_grads, random_params, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe.errors import FuncpipeError, OptimError
-from funcpipe.optim import Optimizer, adamw, from_optax, sgd, warmup_cosine
+from funcpipe.optim import adamw, freeze, from_optax, per_leaf, sgd, warmup_cosine
 
 # Every optimizer must pass the common tests below.
 OPTIMIZERS = {
@@ -24,6 +25,8 @@ OPTIMIZERS = {
     "sgd": sgd(0.1),
     "sgd-schedule": sgd(warmup_cosine(0.1, 2, 10), weight_decay=0.1),
     "sgd-nesterov": sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw-per-leaf": per_leaf(adamw(1e-2), lambda path: 0.5 if "w" in path else 1.0, lambda path: 2.0),
+    "sgd-freeze": freeze(sgd(0.1, momentum=0.9), lambda path: "scale" in path),
     "torchopt-adam": from_optax(torchopt.adam(1e-2)),
     "torchopt-sgd": from_optax(torchopt.sgd(0.1, momentum=0.9, nesterov=True)),
     "torchopt-chain": from_optax(torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))),
@@ -34,38 +37,16 @@ every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=
 # update, ten updates, and the parameters have the size of their updates.
 FLOAT32_RATE = 1e-6
 
+# The same formula with its roundings of 2**-53 in other places, ten updates.
+FLOAT64 = 1e-12
+
+# torchopt's Adam computes 1 - 0.999**t in float32, where 2**-24 is 6e-5 of it at first; the root halves that, and ten
+# updates of 1e-2 add up.
+FLOAT32_CORRECTION = 1e-5
+
 # Kernels work in vectors and finish with a scalar loop, whose products and sums are rounded one by one:
 # where an element lies in its slice may cost some last bits (2**-53 each) of each of three updates.
 VECTOR_TAILS = 1e-14
-
-
-def random_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
-    gen = torch.Generator().manual_seed(seed)
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
-
-    return {
-        "embed": rand(7, 4),
-        "blocks": [{"w": rand(4, 4), "norm": rand(4)} for _ in range(2)],
-        "scale": rand(),
-    }
-
-
-def random_grads(params: Any, step: int) -> Any:
-    gen = torch.Generator().manual_seed(100 + step)
-
-    def grad(p: torch.Tensor) -> torch.Tensor:
-        return torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype)
-
-    return optree.tree_map(grad, params)
-
-
-def train(optimizer: Optimizer, params: Any, steps: int, grads: Any = random_grads) -> tuple[Any, Any]:
-    state = optimizer.init(params)
-    for i in range(steps):
-        params, state = optimizer.update(grads(params, i), state, params)
-    return params, state
 
 
 def train_torch(make: Any, params: Any, steps: int, schedule: Any = None) -> Any:
@@ -82,12 +63,6 @@ def train_torch(make: Any, params: Any, steps: int, schedule: Any = None) -> Any
         if scheduler:
             scheduler.step()
     return optree.tree_map(lambda p: p.detach(), params)
-
-
-def assert_same(a: Any, b: Any, rtol: float = 0.0) -> None:
-    assert optree.tree_structure(a) == optree.tree_structure(b)
-    for path, x, y in zip(optree.tree_paths(a), optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol, msg=lambda text, path=path: f"{path}: {text}")
 
 
 # ---- the numbers
@@ -142,6 +117,37 @@ def test_schedules_are_followed_from_step_0():
 def test_a_schedule_may_return_a_number():
     params = random_params()
     assert_same(train(adamw(lambda step: 1e-2), params, 3), train(adamw(1e-2), params, 3))
+
+
+def one_group(groups):
+    """All leaves in one group of torch's, whatever their dims."""
+    return [p for group in groups for p in group["params"]]
+
+
+@pytest.mark.parametrize(
+    ("pair", "make", "rtol"),
+    [
+        (torchopt.sgd(0.1), lambda groups: torch.optim.SGD(groups, 0.1), FLOAT64),
+        (
+            torchopt.sgd(0.1, 0.9, nesterov=True),
+            lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True),
+            FLOAT64,
+        ),
+        (torchopt.rmsprop(1e-2), lambda groups: torch.optim.RMSprop(groups, 1e-2), FLOAT64),
+        (torchopt.adagrad(1e-2), lambda groups: torch.optim.Adagrad(groups, 1e-2), FLOAT64),
+        (torchopt.adamax(1e-2), lambda groups: torch.optim.Adamax(groups, 1e-2, eps=1e-6), FLOAT64),
+        (torchopt.adam(1e-2), lambda groups: torch.optim.Adam(groups, 1e-2), FLOAT32_CORRECTION),
+        (
+            torchopt.adamw(1e-2, (0.8, 0.9), 1e-6, weight_decay=0.1),
+            lambda groups: torch.optim.AdamW(one_group(groups), 1e-2, (0.8, 0.9), 1e-6, weight_decay=0.1),
+            FLOAT32_CORRECTION,
+        ),
+    ],
+    ids=["sgd", "sgd-nesterov", "rmsprop", "adagrad", "adamax", "adam", "adamw"],
+)
+def test_torchopts_optimizers_are_torchs(pair, make, rtol):
+    params = random_params(torch.float64)
+    assert_same(train(from_optax(pair), params, 10)[0], train_torch(make, params, 10), rtol)
 
 
 @pytest.mark.parametrize("make", [torchopt.adam, torchopt.sgd])
