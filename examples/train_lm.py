@@ -4,6 +4,8 @@
     python examples/train_lm.py --simulate            the same mesh inside this one process
     python examples/train_lm.py --check --steps 20    first prove that the parallel step computes the same
     python examples/train_lm.py --mesh pipe=2,data=2 --shard data --schedule gpipe --tied
+    python examples/train_lm.py --save DIR            checkpoints on the way
+    python examples/train_lm.py --resume DIR          go on from the newest one, on this mesh or another
     torchrun --nproc-per-node 4 examples/train_lm.py  in processes that torchrun starts
 
 The step is written for one device (`make_step`); `parallel` says how it is spread. Tokens are bytes, so there
@@ -29,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import funcpipe as fp
+from funcpipe import checkpoint
 from funcpipe.testing import assert_equivalent
 
 SCHEDULES = {"1f1b": fp.schedules.one_f_one_b, "gpipe": fp.schedules.gpipe}
@@ -85,6 +88,21 @@ def batches(args: argparse.Namespace, device: torch.device) -> Callable[[int], d
     return batch
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What batches and learning rates follow from, beside the number of a step: the same again after a resume."""
+    return {name: getattr(args, name) for name in ("steps", "rows", "length", "lr")}
+
+
+def resume(run: Any, args: argparse.Namespace) -> tuple[TrainState, int]:
+    """The newest state in ``--resume``, and the number of the step to go on with."""
+    state, info = checkpoint.load(args.resume, run)
+    if info.extra != settings(args):
+        raise fp.errors.CheckpointError(f"{info.path} was saved with {info.extra}, this run has {settings(args)}")
+    if info.step == args.steps:
+        raise fp.errors.CheckpointError(f"{info.path} is of the last step: there is nothing to go on with")
+    return state, info.step
+
+
 # ---- one rank's work
 
 
@@ -110,7 +128,12 @@ def work(args: argparse.Namespace) -> Result:
     batch = batches(args, device)
     params = optree.tree_map(lambda p: p.to(device), init_params(sizes))
     state = run.init(lambda p: TrainState(p, optimizer.init(p)), params, batch(0))
-    state, result = train(run, state, batch, args, console, start)
+    first = 0
+    if args.resume:
+        del state  # one state at a time
+        state, first = resume(run, args)
+        console.print(f"going on after step {first}")
+    state, result = train(run, state, first, batch, args, console, start)
     params = optree.tree_map(torch.Tensor.cpu, run.unplace(state).params)
     if not console.quiet:
         report(console, run.plan(state, batch(0)), params, result, args)
@@ -125,6 +148,7 @@ def work(args: argparse.Namespace) -> Result:
 def train(
     run: Any,
     state: Any,
+    first: int,
     batch: Callable[[int], Any],
     args: argparse.Namespace,
     console: Console,
@@ -133,18 +157,25 @@ def train(
     texts = ("loss {task.fields[loss]:.3f}", "{task.fields[rate]:,.0f} tokens/s")
     columns = (BarColumn(), MofNCompleteColumn(), *map(TextColumn, texts), TimeRemainingColumn())
     losses: list[float] = []
+    saving: checkpoint.Saving | None = None
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("steps", total=args.steps, loss=float("nan"), rate=0.0)
-        for i in range(args.steps):
+        task = bar.add_task("steps", total=args.steps, completed=first, loss=float("nan"), rate=0.0)
+        for i in range(first, args.steps):
             state, metrics = run(state, batch(i))
             losses.append(float(metrics["loss"]))
-            if i == 0:
+            if i == first:
                 built, start = time.perf_counter() - start, time.perf_counter()
-            rate = i * args.rows * args.length / max(time.perf_counter() - start, 1e-9)
+            rate = (i - first) * args.rows * args.length / max(time.perf_counter() - start, 1e-9)
             bar.update(task, advance=1, loss=losses[-1], rate=rate)
             if bar.disable and (i % max(args.steps // 10, 1) == 0 or i == args.steps - 1):
-                pace = f"{rate:8,.0f} tokens/s" if i else f"after {built:.1f} s"
+                pace = f"{rate:8,.0f} tokens/s" if i > first else f"after {built:.1f} s"
                 console.print(f"step {i + 1:4}  loss {losses[-1]:.3f}  {pace}", highlight=False)
+            if args.save and ((i + 1) % args.save_every == 0 or i + 1 == args.steps):
+                if saving is not None:
+                    saving.wait()  # one at a time; until then training went on
+                saving = checkpoint.save_async(args.save, run, state, step=i + 1, extra=settings(args), keep=2)
+    if saving is not None:
+        saving.wait()
     return state, Result(losses, built, time.perf_counter() - start)
 
 
@@ -152,11 +183,12 @@ def train(
 
 
 def report(console: Console, plan: Any, params: Any, result: Result, args: argparse.Namespace) -> None:
-    tokens, last = (args.steps - 1) * args.rows * args.length, result.losses[-10:]
+    count, last = len(result.losses), result.losses[-10:]
+    tokens = (count - 1) * args.rows * args.length
     table = Table("training", "")
     table.add_row("loss, first step", f"{result.losses[0]:.3f}")
     table.add_row(f"loss, mean of last {len(last)}", f"{sum(last) / len(last):.3f}")
-    table.add_row("steps", f"{args.steps} of {args.rows} x {args.length} tokens")
+    table.add_row("steps", f"{count} of {args.rows} x {args.length} tokens")
     table.add_row("time of first step, with planning", f"{result.build:.1f} s")
     table.add_row("time of all others", f"{result.seconds:.1f} s")
     table.add_row("rate", f"{tokens / max(result.seconds, 1e-9):,.0f} tokens/s")
@@ -224,6 +256,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, value, what in (
         ("microbatches", 8, "parts of a batch that go through the pipeline one after another"),
         ("steps", 100, "training steps"),
+        ("save-every", 25, "steps from one checkpoint to the next"),
         ("rows", 32, "pieces of text in a batch"),
         ("length", 128, "bytes in a piece"),
         ("blocks", 8, "transformer blocks"),
@@ -233,6 +266,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--lr", type=float, default=4e-3, help="peak learning rate (4e-3)")
     add("--shard", metavar="AXIS", help="split weights and optimizer state over this axis")
     add("--tied", action="store_true", help="read the logits off the embedding: one leaf, used by two stages")
+    add("--save", metavar="DIR", help="save checkpoints there, also after the last step; the newest two stay")
+    add("--resume", metavar="DIR", help="go on from the newest checkpoint there, with the same data and learning rates")
     add("--short", action="store_true", help="a small model and few steps: some seconds in all")
     add("--picture", default="train_lm.html", metavar="FILE", help="where to draw the timeline: .html or .svg")
     args = parser.parse_args(argv)

@@ -1,0 +1,80 @@
+"""What ranks say to each other about a checkpoint.
+
+In: a communicator, what one rank found or was asked for. Out: the same of all ranks, or one error on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from funcpipe.comm import Communicator
+from funcpipe.comm.alarm import one_line
+from funcpipe.errors import CheckpointError, FuncpipeError, MismatchError
+
+T = TypeVar("T")
+
+
+def agree(comm: Communicator, what: str, fn: Callable[[], T]) -> list[T]:
+    """What ``fn`` gives on every rank; where it raises on one, a CheckpointError with its text on all of them.
+
+    So no rank waits for one that failed, and all can go on. ``fn`` itself does not communicate.
+    """
+    cause, mine, failure = None, None, None
+    try:
+        mine = fn()
+    except Exception as error:
+        cause, failure = error, str(error)
+        if not isinstance(error, FuncpipeError):
+            failure = f"{what} failed on rank {comm.rank}: {one_line(error)}"
+    found = comm.exchange((mine, failure))
+    for _, text in found:
+        if text is not None:
+            raise CheckpointError(text) from cause
+    return [x for x, _ in found]
+
+
+class Request(NamedTuple):
+    """What a rank was asked to save; ``extra`` as JSON."""
+
+    dir: str
+    step: int
+    extra: str
+    keep: int | None
+
+    def __str__(self) -> str:
+        return f"step={self.step}, extra={self.extra}, keep={self.keep} to {self.dir}"
+
+
+def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | None) -> Request:
+    """The arguments of a save; CheckpointError when they make no sense.
+
+    >>> print(request_of("runs", 3, {"seed": 1}, None))
+    step=3, extra={"seed": 1}, keep=None to runs
+    """
+    for name, n, least in (("step", step, 0), ("keep", keep, 1)):
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < least):
+            raise CheckpointError(f"fp.checkpoint.save: {name}={n!r}; write a whole number, {least} or more")
+    try:
+        text = json.dumps(extra, sort_keys=True)
+        same = json.loads(text) == extra
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise CheckpointError(
+            f"fp.checkpoint.save: extra={extra!r} would not come back from JSON as it is: write dicts with text as keys, "
+            "lists, text, numbers, True, False and None; tensors belong in the state"
+        )
+    return Request(os.fspath(dir), step, text, keep)
+
+
+def check_alike(requests: list[Request]) -> None:
+    """MismatchError unless every rank was asked to save the same."""
+    for rank, other in enumerate(requests):
+        if other != requests[0]:
+            raise MismatchError(
+                f"fp.checkpoint.save: rank 0 saves {requests[0]}, but rank {rank} saves {other}: every rank saves the same "
+                "step of the same run, with the same extra and keep"
+            )
