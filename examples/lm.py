@@ -1,8 +1,8 @@
 """A small Llama-style language model over bytes, as pure functions: parameters in, numbers out.
 
 Shape suffixes: B rows of the batch, T positions, D model width, V = 256 bytes, H heads of d numbers.
-Weights are (out, in), as ``torch.nn.functional.linear`` takes them. The one line that knows of parallelism is
-``fp.stage_boundary``: after every block the model may be cut.
+Weights are (out, in), as ``torch.nn.functional.linear`` takes them. Two calls know of parallelism: ``fp.stage_boundary``,
+after every block the model may be cut; and ``fp.positions``, the sequence may be split.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def init_params(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32)
     return params if sizes.tied else {**params, "head": normal(VOCABULARY, width, std=0.02)}
 
 
-def rotary_table(length: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(positions_T: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position and frequency, each (T, dim / 2)."""
-    frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=like.device, dtype=like.dtype) / dim)
-    angle = torch.outer(torch.arange(length, device=like.device, dtype=like.dtype), frequency)
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=positions_T.device, dtype=dtype) / dim)
+    angle = torch.outer(positions_T.to(dtype), frequency)
     return angle.cos(), angle.sin()
 
 
@@ -94,13 +94,24 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps=1e-5)
 
 
-def logits(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
-    """What the model expects after every token, (B, T, V)."""
+def hidden(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
+    """What the model has of every token before its head, (B, T, D)."""
     x_BTD = F.embedding(tokens_BT, params["embed"])
-    table = rotary_table(tokens_BT.shape[1], sizes.width // sizes.heads, x_BTD)
+    # Not arange(T): a rank may have a slice of the sequence only.
+    table = rotary_table(fp.positions(tokens_BT), sizes.width // sizes.heads, x_BTD.dtype)
     for p in params["blocks"]:
         x_BTD = fp.stage_boundary(block(p, x_BTD, sizes.heads, table))
-    return F.linear(norm(x_BTD, params["norm"]), params["embed" if sizes.tied else "head"])
+    return norm(x_BTD, params["norm"])
+
+
+def head(params: Params, sizes: Sizes) -> Tensor:
+    """The matrix that makes logits, (V, D)."""
+    return params["embed" if sizes.tied else "head"]
+
+
+def logits(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
+    """What the model expects after every token, (B, T, V)."""
+    return F.linear(hidden(params, tokens_BT, sizes), head(params, sizes))
 
 
 def make_loss(sizes: Sizes) -> Callable[[Params, dict[str, Tensor]], fp.Mean]:

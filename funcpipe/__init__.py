@@ -4,7 +4,7 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import errors, optim, random, testing
+from funcpipe import checkpoint, data, errors, optim, random, testing
 from funcpipe import schedule as schedules
 from funcpipe.collectives import (
     all_gather,
@@ -26,6 +26,9 @@ from funcpipe.runtime.predict import Prediction
 from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.record import Recording
 from funcpipe.runtime.runner import simulate, spmd
+from funcpipe.sequence import losses
+from funcpipe.sequence.attention import attention
+from funcpipe.sequence.positions import positions
 from funcpipe.step import (
     Mean,
     Microbatches,
@@ -36,7 +39,7 @@ from funcpipe.step import (
     stage_boundary,
     value_and_grad,
 )
-from funcpipe.transforms import accumulated, data_parallel, pipelined, sharded_weights
+from funcpipe.transforms import accumulated, data_parallel, pipelined, seq_all_to_all, seq_ring, sharded_weights
 
 __all__ = [
     "Mean",
@@ -49,25 +52,32 @@ __all__ = [
     "accumulated",
     "all_gather",
     "all_to_all",
+    "attention",
     "axis_index",
     "axis_size",
+    "checkpoint",
     "clip_by_global_norm",
     "compose",
+    "data",
     "data_parallel",
     "errors",
     "global_norm",
     "global_sum",
     "launch",
+    "losses",
     "optim",
     "pipelined",
     "pmax",
     "pmean",
+    "positions",
     "ppermute",
     "profile_units",
     "psum",
     "psum_scatter",
     "random",
     "schedules",
+    "seq_all_to_all",
+    "seq_ring",
     "sharded_weights",
     "simulate",
     "spmd",

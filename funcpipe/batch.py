@@ -1,7 +1,9 @@
 """The batch: how its leaves are split over mesh axes and into microbatches.
 
 Data axes are major, in mesh order; microbatches are minor: a rank's microbatch ``m`` is the ``m``-th piece of the rows
-that its place on the data axes gets. A 0-d leaf, and anything that is not a tensor, goes to everyone whole.
+that its place on the data axes gets. Of its positions a rank gets those of its *member* number (`sequence/parts.py`), in
+every microbatch; their number need not divide, so that not all ranks have the same shapes. A 0-d leaf, and anything that is
+not a tensor, goes to everyone whole.
 
 In: the records that split, a batch. Out: `Splits`, which hands a rank its microbatches, or a BatchError with the path
 of the leaf that cannot be split.
@@ -9,6 +11,7 @@ of the leaf that cannot be split.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +20,20 @@ import torch
 from funcpipe import tree
 from funcpipe.errors import BatchError
 from funcpipe.mesh import Axes, Mesh
-from funcpipe.records import Resolved
+from funcpipe.records import Record, Resolved
+from funcpipe.sequence.parts import Part
 from funcpipe.step import Microbatches, check_microbatches
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """One split of one leaf: into how many pieces along which dim; over mesh axes, or (no axes) into microbatches."""
+    """One split of one leaf: into how many pieces along which dim; over mesh axes, or (no axes) into microbatches. With a
+    ``part``, of its positions."""
 
     dim: int
     pieces: int
     axes: Axes
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Splits:
     Args:
         mesh: the mesh.
         count: the number of microbatches of a rank.
-        cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every leaf, its splits, major
-            first.
+        cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every leaf, its splits, in the
+            order in which they are made: rows, microbatches, positions.
         specs: the structure of every ready microbatch.
     """
 
@@ -47,37 +53,66 @@ class Splits:
     cuttings: tuple[tuple[tuple[Cutting, ...], ...], ...]
     specs: tuple[Any, ...]
 
-    def shape(self, part: int, leaf: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a leaf in one microbatch of one rank."""
+    def shape(self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0) -> tuple[int, ...]:
+        """The shape of a leaf in one microbatch of a rank with this member number."""
         out = list(shape)
         for c in self.cuttings[part][leaf]:
-            out[c.dim] //= c.pieces
+            out[c.dim] = c.part.length(member) if c.part else out[c.dim] // c.pieces
         return tuple(out)
+
+    def sequence(self, part: int, leaf: int) -> tuple[int, Part] | None:
+        """Along which dim positions of a leaf are split, and how; None if they are not."""
+        return next(((c.dim, c.part) for c in self.cuttings[part][leaf] if c.part), None)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Every way in which positions are split: one for every length."""
+        return tuple(dict.fromkeys(c.part for leaves in self.cuttings for cs in leaves for c in cs if c.part))
+
+    def member(self, rank: int) -> int:
+        """The member number of a rank; 0 where positions are not split."""
+        return self.mesh.index(rank, self.parts[0].axes) if self.parts else 0
+
+    def variants(self) -> dict[int, int]:
+        """For every member number the first one that has the same shapes."""
+        first: dict[Any, int] = {}
+        members = range(self.parts[0].members if self.parts else 1)
+        return {m: first.setdefault(tuple(p.variant(m) for p in self.parts), m) for m in members}
 
     def microbatches(self, batch: Any, rank: int) -> list[list[Any]]:
         """The leaves of every microbatch of a rank; tensors contiguous."""
-        parts = [self._local(spec.flatten_up_to(part), i, rank) for i, (spec, part) in enumerate(self._parts(batch))]
-        if isinstance(batch, Microbatches):
-            return parts
-        pieces = []
-        for leaf, cuttings in zip(parts[0], self.cuttings[0], strict=True):
-            micro = next((c for c in cuttings if not c.axes), None)
-            pieces.append([leaf] * self.count if micro is None else torch.chunk(leaf, micro.pieces, micro.dim))
-        return [[_dense(p[m]) for p in pieces] for m in range(self.count)]
+        member, ready = self.member(rank), isinstance(batch, Microbatches)
+        out: list[list[Any]] = [[] for _ in range(self.count)]
+        for i, (spec, part) in enumerate(self._parts(batch)):
+            for leaf, cuttings in zip(spec.flatten_up_to(part), self.cuttings[i], strict=True):
+                pieces = self._pieces(leaf, cuttings, rank, member)
+                for m in [i] if ready else range(self.count):
+                    out[m].append(pieces[0 if len(pieces) == 1 else m])
+        return out
 
     def _parts(self, batch: Any) -> list[tuple[Any, Any]]:
         parts = batch.parts if isinstance(batch, Microbatches) else [batch]
         return list(zip(self.specs, parts, strict=True))
 
-    def _local(self, leaves: list[Any], part: int, rank: int) -> list[Any]:
-        out = []
-        for leaf, cuttings in zip(leaves, self.cuttings[part], strict=True):
-            for c in cuttings:
-                if c.axes:
-                    size = leaf.shape[c.dim] // c.pieces
-                    leaf = leaf.narrow(c.dim, self.mesh.index(rank, c.axes) * size, size)
-            out.append(_dense(leaf))
-        return out
+    def _pieces(self, leaf: Any, cuttings: tuple[Cutting, ...], rank: int, member: int) -> list[Any]:
+        """What a rank has of a leaf: one piece for every microbatch, or one for all."""
+        pieces = [leaf]
+        for c in cuttings:
+            if c.part:
+                ranges = c.part.ranges(member)
+                pieces = [_ranges(x, c.dim, ranges) for x in pieces]
+            elif c.axes:
+                size = leaf.shape[c.dim] // c.pieces
+                pieces = [x.narrow(c.dim, self.mesh.index(rank, c.axes) * size, size) for x in pieces]
+                leaf = pieces[0]
+            else:
+                pieces = list(torch.chunk(pieces[0], c.pieces, c.dim))
+        return [_dense(x) for x in pieces]
+
+
+def _ranges(x: torch.Tensor, dim: int, ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
+    found = [x.narrow(dim, a, b - a) for a, b in ranges]
+    return torch.cat(found, dim) if len(found) > 1 else found[0] if found else x.narrow(dim, 0, 0)
 
 
 def _dense(x: Any) -> Any:
@@ -114,7 +149,7 @@ def plan_splits(resolved: Resolved, batch: Any) -> Splits:
 def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cutting, ...]]:
     wanted = [
         (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
-        for r in resolved.splits
+        for r in resolved.row_splits
         if r.split and not resolved.local
     ]
     if resolved.micro and not ready:
@@ -135,7 +170,44 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
                 )
             sizes[i][dim] //= pieces
             out[i].append(Cutting(dim % x.dim(), pieces, axes))
+    _cut_sequences(resolved, batch, leaves, sizes, out)
     return [tuple(c) for c in out]
+
+
+def _cut_sequences(
+    resolved: Resolved, batch: Any, leaves: list[tuple[str, Any]], sizes: list[list[int]], out: list[list[Cutting]]
+) -> None:
+    """Add how positions are split: by all records that do so together."""
+    records = resolved.sequence_splits
+    if not records:
+        return
+    found = [_dims(r.name, r.split.dims, batch) for r in records if r.split]
+    for i, ((path, x), *dims) in enumerate(zip(leaves, *found, strict=True)):
+        if not isinstance(x, torch.Tensor) or x.dim() == 0:
+            continue
+        for r, dim in zip(records, dims, strict=True):
+            if dim is not None and not -x.dim() <= dim < x.dim():
+                raise BatchError(
+                    f"{r.name}: batch{path} of shape {tuple(x.shape)} has no dim {dim} to split the sequence along; name "
+                    "another dim for this leaf (dims=..., None hands it out whole)"
+                )
+        places = {None if d is None else d % x.dim() for d in dims}
+        if len(places) > 1:
+            raise BatchError(
+                f"{' and '.join(map(str, records))} split batch{path} along dims {' and '.join(map(str, dims))}: give both "
+                "the same dims=..., since they cut one sequence"
+            )
+        if (dim := places.pop()) is not None:
+            part = _part(records, resolved.mesh, sizes[i][dim])
+            out[i].append(Cutting(dim, part.members, part.axes, part))
+
+
+def _part(records: tuple[Record, ...], mesh: Mesh, size: int) -> Part:
+    ring, heads = (
+        tuple(a for r in records if r.split and r.split.what == what for a in r.axes) for what in ("ring", "heads")
+    )
+    zigzag = mesh.axis_size(ring) > 1 and any(r.split.zigzag for r in records if r.split)
+    return Part(size, ring, heads, mesh.axis_size(ring), mesh.axis_size(heads), zigzag)
 
 
 def _dims(name: str, dims: Any, batch: Any) -> list[Any]:

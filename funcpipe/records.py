@@ -24,10 +24,12 @@ from funcpipe.step import describe
 @dataclass(frozen=True)
 class Split:
     """Split the batch over the record's axes. ``dims``: a pytree prefix of the batch; an int, or None for a leaf that
-    everyone gets whole. ``what`` is "batch" or "sequence"."""
+    everyone gets whole. ``what``: its rows ("batch"), or its positions, of which attention sees all by an exchange of
+    heads ("heads") or around a ring ("ring", perhaps ``zigzag``)."""
 
     dims: Any = 0
     what: str = "batch"
+    zigzag: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,28 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Remat:
+    """Save fewer values for the backward half of segments; the fields are `remat`'s options."""
+
+    policy: str | None = None
+    budget: float | None = None
+    save: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    segments: tuple[int, ...] | Callable[[int], bool] | None = None
+
+    def covers(self, segment: int) -> bool:
+        """Whether it is about a segment."""
+        if self.segments is None:
+            return True
+        return segment in self.segments if isinstance(self.segments, tuple) else bool(self.segments(segment))
+
+    def __str__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())}
+        return f"remat({', '.join(f'{k}=...' if callable(v) else f'{k}={v!r}' for k, v in given.items())})"
+
+
+@dataclass(frozen=True)
 class Record:
     """What one transform wants: any of the roles below, on its axes."""
 
@@ -71,14 +95,15 @@ class Record:
     micro: Micro | None = None
     pipe: Pipe | None = None
     shard: Shard | None = None
+    remat: Remat | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
+        return str(self.remat) if self.remat else f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
 
     @property
     def text(self) -> str:
         """With all options that can be compared between processes; functions cannot."""
-        roles = [x for x in (self.split, self.micro, self.pipe, self.shard) if x is not None]
+        roles = [x for x in (self.split, self.micro, self.pipe, self.shard, self.remat) if x is not None]
         options = [(f.name, getattr(x, f.name)) for x in roles for f in fields(x)]
         given = [f"{name}={value!r}" for name, value in options if not callable(value)]
         return f"{self.name}({', '.join([f'axis={self.axes!r}'] * bool(self.axes) + given)})"
@@ -175,9 +200,24 @@ class Resolved:
         return self.mesh.ordered(a for r in self.splits for a in r.axes)
 
     @property
+    def row_splits(self) -> tuple[Record, ...]:
+        """The records that split rows of the batch."""
+        return tuple(r for r in self.splits if r.split and r.split.what == "batch")
+
+    @property
     def row_axes(self) -> Axes:
-        """The axes that split the batch, in the order in which they do, major first: that of rows."""
-        return tuple(a for r in self.splits for a in r.axes)
+        """The axes that split rows of the batch, in the order in which they do, major first."""
+        return tuple(a for r in self.row_splits for a in r.axes)
+
+    @property
+    def sequence_splits(self) -> tuple[Record, ...]:
+        """The records that split positions, rings first."""
+        return tuple(r for what in ("ring", "heads") for r in self.splits if r.split and r.split.what == what)
+
+    @property
+    def remats(self) -> tuple[Remat, ...]:
+        """What is said of values that are computed again."""
+        return tuple(r.remat for r in self.records if r.remat)
 
     @property
     def ranks(self) -> int:

@@ -5,12 +5,12 @@
 - `binding.py`: what a name is bound to: ``vmap``, ``bind_mesh``, ``one_rank``, ``axis_size``.
 - `rules.py`: how each is differentiated and mapped.
 - `ops.py`: the ops that a traced graph holds, and what they do on a rank: ``bind_rank``, ``names_axes``,
-  ``axes_of``, ``lanes_of``.
+  ``axes_of``, ``lanes_of``, ``collectives_of``, ``received``.
 """
 
 from funcpipe.collectives.api import all_gather, all_to_all, axis_index, pmax, pmean, ppermute, psum, psum_scatter
 from funcpipe.collectives.binding import axis_size, bind_mesh, one_rank, vmap
-from funcpipe.collectives.ops import axes_of, bind_rank, lanes_of, names_axes
+from funcpipe.collectives.ops import axes_of, bind_rank, collectives_of, lanes_of, names_axes, received
 
 __all__ = [
     "all_gather",
@@ -20,6 +20,7 @@ __all__ = [
     "axis_size",
     "bind_mesh",
     "bind_rank",
+    "collectives_of",
     "lanes_of",
     "names_axes",
     "one_rank",
@@ -28,5 +29,6 @@ __all__ = [
     "ppermute",
     "psum",
     "psum_scatter",
+    "received",
     "vmap",
 ]

@@ -139,6 +139,7 @@ def _start(begin: Callable[..., Pending], extra: str = "") -> torch._ops.OpOverl
 
 STARTS = {f.__name__[1:]: _start(f) for f in (_psum, _pmax, _all_gather, _psum_scatter, _all_to_all)}
 STARTS["ppermute"] = _start(_ppermute, ", int[] perm")
+_KINDS = {op: kind for kind, op in STARTS.items()}
 WAIT = _op("wait(Tensor token, Tensor x, int[] shape) -> Tensor", _wait, lambda token, x, shape: token.new_empty(shape))
 AXIS_INDEX = _op(
     "axis_index(str axes, Device device) -> Tensor",
@@ -171,6 +172,26 @@ def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:
 def names_axes(graph: fx.Graph) -> bool:
     """Whether what a graph computes depends on the rank that runs it, other than by its inputs."""
     return any(node.target in (*STARTS.values(), AXIS_INDEX) for node in graph.nodes)
+
+
+def collectives_of(graph: fx.Graph) -> list[str]:
+    """The collectives of a graph in order: kind and axes."""
+    return [f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in STARTS.values()]
+
+
+def received(graph: fx.Graph, mesh: Mesh) -> dict[Axes, int]:
+    """Bytes that a rank receives where a graph runs, by axes: counted as rings do, ``n - 1`` of ``n`` parts for a gather, a
+    reduce-scatter or an all-to-all, twice that for an all-reduce; a ppermute's operand."""
+    out: dict[Axes, int] = {}
+    for node in graph.nodes:
+        kind = _KINDS.get(node.target)
+        if kind is None:
+            continue
+        axes, x = _axes(node.args[1]), node.args[0].meta["val"]
+        n, nbytes = mesh.axis_size(axes), x.numel() * x.element_size()
+        parts = {"psum": 2 * (n - 1) / n, "pmax": 2 * (n - 1) / n, "all_gather": n - 1, "ppermute": 1}
+        out[axes] = out.get(axes, 0) + round(nbytes * parts.get(kind, (n - 1) / n))
+    return out
 
 
 def axes_of(graph: fx.Graph) -> set[Axes]:

@@ -25,6 +25,9 @@ from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.ops import extract
 from funcpipe.graph.summands import reached
+from funcpipe.sequence import hook, losses
+from funcpipe.sequence.attention import Intercept, whole
+from funcpipe.sequence.positions import plain
 
 _WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
 
@@ -62,7 +65,7 @@ def check_additive(
     """
     token = step_._context.set(_Whole())  # type: ignore[arg-type]
     try:
-        with looking(params, mode) as seen, one_rank():
+        with looking(params, mode) as seen, one_rank(), hook.bound(_Glancing()), Intercept():
             weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
     finally:
         step_._context.reset(token)
@@ -89,6 +92,24 @@ class _Whole:
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         return local(tree.leaves(leaves))
+
+
+class _Glancing:
+    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its masks, which may come
+    from the batch alone, are not made: of a long sequence they would not fit."""
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+        if isinstance(q, FakeTensor):
+            return q.new_empty((*q.shape[:3], v.shape[3]))
+        with hook.bound(None):
+            return whole(q, k, v, spec)
+
+    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return plain(x, dim)
+
+    def cross_entropy(self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any) -> Any:
+        with hook.bound(None):
+            return losses.compute(x, head, labels, options)
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,12 @@ class Term:
         return f"{'' if number == '1' else number + ' * '}{self.node.name}, made by {made}"
 
 
-def check_summands(part: list[Term], parts: int, whole: Callable[[], list[Term] | None]) -> None:
+def check_summands(part: list[Term], growth: Sequence[float], whole: Callable[[], list[Term] | None]) -> None:
     """Every summand of the total adds up over the parts of a batch.
 
     Args:
         part: the terms of one part.
-        parts: how many parts there are.
+        growth: how many times as much as the part the whole batch holds; several numbers where it has several sequences.
         whole: the terms of the whole batch; None if there is none to look at.
 
     Raises:
@@ -81,18 +81,18 @@ def check_summands(part: list[Term], parts: int, whole: Callable[[], list[Term] 
         part = other
     if [t.kind for t in part] == [t.kind for t in other]:
         for t, w in zip(part, other, strict=True):
-            _check(t, t.number, w.number, parts)
+            _check(t, t.number, w.number, growth)
         return
     for kind in (FREE, MEAN):  # a loop over the rows of the batch: one by one they have no partner
         numbers = [math.fsum(t.number for t in terms if t.kind == kind) for terms in (part, other)]
         if numbers[0]:
             example = max((t for t in part if t.kind == kind), key=lambda t: abs(t.number))
-            _check(example, numbers[0], numbers[1], parts)
+            _check(example, numbers[0], numbers[1], growth)
 
 
-def _check(t: Term, part: float, whole: float, parts: int) -> None:
-    wanted = part if t.kind == SUM else part * parts
-    if t.kind == OTHER or (t.kind != NEITHER and math.isclose(whole, wanted, rel_tol=_TOLERANCE)):
+def _check(t: Term, part: float, whole: float, growth: Sequence[float]) -> None:
+    wanted = [part] if t.kind == SUM else [part * n for n in growth]
+    if t.kind == OTHER or (t.kind != NEITHER and any(math.isclose(whole, x, rel_tol=_TOLERANCE) for x in wanted)):
         return
     if t.kind == FREE:
         raise BatchError(

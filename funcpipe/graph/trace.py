@@ -12,6 +12,7 @@ placeholders are the params' tensors, then the batch's. It holds no real data, p
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +30,12 @@ from funcpipe.collectives import bind_mesh, one_rank
 from funcpipe.errors import CutError, FuncpipeError
 from funcpipe.graph.explain import explain, refuse_impure
 from funcpipe.graph.mutation import make_functional
+from funcpipe.graph.names import NAMED
 from funcpipe.graph.ops import MARK
 from funcpipe.mesh import Axes, Mesh
 
 _TRACING = threading.RLock()  # make_fx keeps process-wide state
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ class _Tracing:
         MARK(self.boundaries)
         return x
 
+    def checkpoint_name(self, x: torch.Tensor, name: str) -> None:
+        NAMED(x, name)
+
     def backward(self) -> None:
         """The backward half begins, in the last segment."""
         self.segment = self.boundaries
@@ -128,12 +134,14 @@ def trace(
     fake_mode: FakeTensorMode,
     mesh: Mesh | None = None,
     axes: Axes = (),
+    rewriting: contextlib.AbstractContextManager = _AS_IT_IS,
 ) -> Traced:
     """The joint graph of a loss function.
 
     Args:
         params, batch: fake leaves (a batch may hold other values too, which become constants) and structure.
         mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any name has one rank.
+        rewriting: under what the loss function and its gradient run.
 
     Raises:
         TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified input.
@@ -164,7 +172,8 @@ def trace(
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes)
     with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
-            module = make_fx(joint, tracing_mode="fake")(*tensors)
+            with rewriting:
+                module = make_fx(joint, tracing_mode="fake")(*tensors)
             if not make_functional(module):
                 pure = torch.func.functionalize(module, remove="mutations")
                 module = make_fx(pure, tracing_mode="fake")(*tensors)
@@ -191,7 +200,9 @@ def _gradients(total: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Te
     wanted = [x for x in inputs if x.requires_grad]
     if not (total.requires_grad and wanted):
         return [None] * len(inputs)
-    found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+    # torch.autograd.grad, but it would switch modes of torch functions off, and a checkpoint would recompute without them.
+    engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
+    found = iter(engine((total,), (torch.ones_like(total),), False, False, tuple(wanted), True, accumulate_grad=False))
     return [next(found) if x.requires_grad else None for x in inputs]
 
 

@@ -30,7 +30,7 @@ from funcpipe.program.instructions import (
     Piece,
     Program,
 )
-from funcpipe.program.lower import check_alike, lower, owners, partial_segments, stage_edges
+from funcpipe.program.lower import check_alike, check_same_order, lower, owners, partial_segments, stage_edges
 from funcpipe.program.shards import Sharded, Sharding
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Sharded",
     "Sharding",
     "check_alike",
+    "check_same_order",
     "lower",
     "owners",
     "partial_segments",

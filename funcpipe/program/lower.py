@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from funcpipe.collectives import collectives_of
 from funcpipe.errors import CutError
 from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, Unit
-from funcpipe.program.instructions import ADD, RECV, RUN, SEND, Name, Program, Row
+from funcpipe.program.instructions import ADD, GATHER, RECV, REDUCE, RUN, SEND, Name, Program, Row
 from funcpipe.program.shards import Sharding, shard
 from funcpipe.program.slots import allocate
 from funcpipe.program.verify import verify
@@ -72,6 +74,38 @@ def check_alike(cuts: Sequence[Cut]) -> None:
                 f"segments instead of {first.segments}, or its segments use other params. Shapes may differ between "
                 "microbatches, the path may not"
             )
+
+
+def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
+    """Ranks that hold other numbers of positions communicate in the same order, so that none waits for another.
+
+    Args:
+        programs: for every such kind of rank, for every place on the pipe axis.
+
+    Raises:
+        CutError: they do not.
+    """
+    first, *others = [[_communication(p) for p in some] for some in programs]
+    for other in others:
+        for place, (a, b) in enumerate(zip(first, other, strict=True)):
+            for x, y in itertools.zip_longest(a, b, fillvalue="nothing more"):
+                if x != y:
+                    raise CutError(
+                        f"ranks whose slices of the sequence differ in length take other ways through the loss function: at "
+                        f"place {place} of the pipeline one does {x!r} where another does {y!r}. What the loss function does "
+                        "must not depend on the number of positions"
+                    )
+
+
+def _communication(program: Program) -> list[str]:
+    out = []
+    for i in program.instructions:
+        if i.op == RUN:
+            assert i.unit is not None
+            out += [f"{i.action} {x}" for x in collectives_of(i.unit.code.module.graph)]
+        elif i.op in (GATHER, REDUCE):
+            out.append(f"{i.action} {i.op} {i.bucket}")
+    return out
 
 
 def lower(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,9 +28,11 @@ from funcpipe.program import (
 from funcpipe.records import Resolved
 from funcpipe.runtime import reading, sizes
 from funcpipe.runtime.predict import Given, Prediction, predict
+from funcpipe.runtime.tradeoff import BUDGETS, RematCurve, remat_curve
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import Report
 from funcpipe.schedule.timeline import Timeline
+from funcpipe.sequence.parts import Part
 from funcpipe.state import Call
 
 Stages = tuple[tuple[int, ...], ...]
@@ -51,6 +54,9 @@ class PlannedCall:
         segments: for every leaf of params the segments that make its partial gradients, in the order of their sum.
         summed: the numbers of the heads that are summed over microbatches.
         signature: of its batch.
+        rows: how heads that are `Rows` are split by positions: along which dim, and how.
+        variants: by member number, the same call with the shapes of that member; this one is the first
+            member's. They are all the same where positions divide evenly, or are not split.
     """
 
     call: Call
@@ -64,6 +70,12 @@ class PlannedCall:
     segments: tuple[tuple[int, ...], ...]
     summed: frozenset[int]
     signature: tuple
+    rows: Mapping[int, tuple[int, Part]] = field(default_factory=dict)
+    variants: Mapping[int, PlannedCall] = field(default_factory=dict)
+
+    def of_rank(self, rank: int) -> PlannedCall:
+        """The call as a rank runs it."""
+        return self.variants[self.splits.member(rank)]
 
     def place_of(self, segment: int) -> int:
         """The place on the pipe axis that holds a segment."""
@@ -105,7 +117,8 @@ class Plan:
     def traffic(self) -> list[dict[Axes, int]]:
         """Bytes that a rank at every place on the pipe axis receives in a step, by the axes they travel along.
 
-        Counted as rings do: ``n - 1`` of ``n`` parts for a gather or a reduce-scatter, twice that for an all-reduce.
+        Counted as rings do: ``n - 1`` of ``n`` parts for a gather, a reduce-scatter or an all-to-all, twice that for an
+        all-reduce. Collectives in the loss function are counted, attention's exchanges among them.
         The loss, the norm and other single numbers are left out.
         """
         return [sizes.traffic(self, p) for p in range(self.resolved.ranks)]
@@ -121,6 +134,17 @@ class Plan:
         if call not in range(len(self.calls)):
             raise PlanError(f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
         return predict(self.calls[call], costs)
+
+    def remat_curve(self, budgets: Sequence[float] = BUDGETS, call: int = 0) -> RematCurve:
+        """What `remat` would save and compute again with these budgets, for one microbatch: see `RematCurve`.
+
+        Args:
+            budgets: each from 0 to 1.
+            call: which ``value_and_grad``.
+        """
+        if call not in range(len(self.calls)):
+            raise PlanError(f"no value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
+        return remat_curve(self.calls[call].cuts[0], budgets)
 
     def timeline(self, call: int = 0) -> Timeline:
         """When every action would run if a unit took as long as its FLOPs and transfers took no time."""

@@ -6,9 +6,9 @@ can be known before a step runs. Every rank makes the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +25,7 @@ from funcpipe.graph.balance import group
 from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import Nodes, read_nodes
+from funcpipe.graph.remat import check_names, rematerialise
 from funcpipe.graph.summands import Term, check_summands, terms
 from funcpipe.graph.trace import Traced, trace
 from funcpipe.mesh import Mesh
@@ -34,6 +35,7 @@ from funcpipe.program import (
     Sharded,
     Sharding,
     check_alike,
+    check_same_order,
     lower,
     owners,
     partial_segments,
@@ -48,8 +50,20 @@ from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.costs import Costs
 from funcpipe.schedule.library import one_f_one_b
 from funcpipe.schedule.search import Fitting
+from funcpipe.sequence.examine import Findings, examine
+from funcpipe.sequence.parts import Part
+from funcpipe.sequence.rewrite import rewriting
 from funcpipe.state import Call, Dyed, look
-from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, describe, is_summary
+from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Rows, describe, is_summary
+
+
+class Found(NamedTuple):
+    """What tracing one microbatch gave: its cut, the function that computes its weight from its tensors, and how heads
+    that are `Rows` are split by positions."""
+
+    cut: Cut
+    weight: GraphModule | None
+    rows: dict[int, tuple[int, Part]]
 
 
 class Planner:
@@ -62,7 +76,7 @@ class Planner:
         self.resolved, self.init_state = resolved, init_state
         self.mode = FakeTensorMode()
         self.params = tree.map_tensors(lambda x: fake(x.shape, x, self.mode), params)
-        self.cuts: dict[tuple, tuple[Cut, Any]] = {}
+        self.cuts: dict[tuple, Found] = {}
         self.plans: dict[tuple, Plan] = {}
         self.stages: dict[int, Stages] = {}
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
@@ -74,6 +88,7 @@ class Planner:
         if key not in self.plans:
             dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
             calls = tuple(self._call(k, call, dyed) for k, call in enumerate(dyed.calls))
+            check_names(self.resolved.remats, (s for c in calls for s in c.cuts[0].saved))
             self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
         return self.plans[key]
 
@@ -99,26 +114,47 @@ class Planner:
         schedule = None if search else self._schedule(splits.count)
         split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
-        found = [self._cut(k, call, dyed, splits, i, part, split) for i, part in enumerate(parts)]
-        cuts = tuple(c for c, _ in found) if len(found) > 1 else (found[0][0],) * splits.count
-        check_alike(cuts)
+        members = splits.variants()
+        found = {
+            m: [self._cut(k, call, dyed, splits, i, part, split, m) for i, part in enumerate(parts)]
+            for m in sorted(set(members.values()))
+        }
         if r.splits or splits.count > 1:
-            self._check_weight(call, dyed, splits, [w for _, w in found])
+            self._check_weight(call, dyed, splits, {m: found[first][0].weight for m, first in members.items()})
+        cuts = found[0][0].cut
         if schedule is None:
-            schedule = self._search(k, search, cuts[0], splits.count)
+            schedule = self._search(k, search, cuts, splits.count)
         elif k not in self.stages:
-            self.stages[k] = group(_costs(cuts[0]), schedule.stages, r.pipe.stages if r.pipe else "even")
+            self.stages[k] = group(_costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even")
+        moving = tuple(_tensors(part) for part in parts)
+        moving = moving if len(parts) > 1 else moving * splits.count
+        sharding = self._sharding(call, dyed)
+        planned = {m: self._planned(k, call, splits, some, moving, schedule, sharding) for m, some in found.items()}
+        check_same_order([c.programs for c in planned.values()])
+        return replace(planned[0], variants={m: planned[first] for m, first in members.items()})
+
+    def _planned(
+        self,
+        k: int,
+        call: Call,
+        splits: Splits,
+        found: list[Found],
+        moving: tuple[tuple[int, ...], ...],
+        schedule: Schedule,
+        sharding: Sharding,
+    ) -> PlannedCall:
+        """A call for the ranks that have these cuts."""
         stages = self.stages[k]
+        cuts = tuple(f.cut for f in found) if len(found) > 1 else (found[0].cut,) * splits.count
+        check_alike(cuts)
         edges = stage_edges(cuts, stages)
         schedule = insert_communication(schedule, edges)
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
-        sharding = self._sharding(call, dyed)
-        programs = tuple(lower(cuts, stages, schedule, p, summed, sharding) for p in range(r.ranks))
-        moving = tuple(_tensors(part) for part in parts)
+        programs = tuple(lower(cuts, stages, schedule, p, summed, sharding) for p in range(self.resolved.ranks))
         return PlannedCall(
-            call, splits, cuts, moving if len(parts) > 1 else moving * splits.count, stages, schedule, report, programs,
-            partial_segments(cuts[0]), summed, signature(call.batch),
+            call, splits, cuts, moving, stages, schedule, report, programs,
+            partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows,
         )  # fmt: skip
 
     def _search(self, k: int, search: Any, one: Cut, microbatches: int) -> Schedule:
@@ -146,7 +182,7 @@ class Planner:
         """The cut of a planned call's first microbatch with I and W units beside B, whatever its schedule runs."""
         c = plan.calls[k]
         part = c.call.batch.parts[0] if isinstance(c.call.batch, Microbatches) else c.call.batch
-        return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True)[0]
+        return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True, 0).cut
 
     def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
         """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
@@ -185,26 +221,45 @@ class Planner:
         return schedule
 
     def _cut(
-        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool
-    ) -> tuple[Cut, GraphModule | None]:
-        """The cut of one microbatch, and the function that computes its weight from its tensors."""
+        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool, member: int
+    ) -> Found:
+        """The cut of one microbatch, for the ranks that have the shapes of a member."""
         leaves, spec = tree.flatten(part)
         local = [
-            fake(splits.shape(i, j, tuple(x.shape)), x, self.mode) if isinstance(x, torch.Tensor) else x
+            fake(splits.shape(i, j, tuple(x.shape), member), x, self.mode) if isinstance(x, torch.Tensor) else x
             for j, x in enumerate(leaves)
         ]
-        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)))
+        sequences = [splits.sequence(i, j) for j in range(len(leaves))]
+        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)), tuple(sequences), member)
         if key not in self.cuts:
             params = self._fakes(call, dyed)
             r = self.resolved
+            findings = None
+            if any(s and s[1].members > 1 for s in sequences):
+                tree_of_params = tree.unflatten(call.params_spec, params)
+                findings = examine(
+                    call.loss_fn,
+                    call.has_aux,
+                    tree_of_params,
+                    local,
+                    spec,
+                    sequences,
+                    member,
+                    self.mode,
+                    r.mesh,
+                    r.split_axes,
+                )
             traced = trace(
-                call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes
-            )
+                call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes,
+                rewriting(findings, member),
+            )  # fmt: skip
             nodes = read_nodes(traced)
             weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
             if self.resolved.splits or splits.count > 1:
-                self._check_split(call, dyed, splits, traced, nodes)
-            self.cuts[key] = cut(traced, nodes, split), weight
+                self._check_split(call, dyed, splits, traced, nodes, member)
+            rows = {} if findings is None else _row_heads(traced, findings)
+            saved = rematerialise(nodes, r.remats)
+            self.cuts[key] = Found(replace(cut(traced, nodes, split), saved=saved), weight, rows)
         return self.cuts[key]
 
     def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
@@ -214,14 +269,16 @@ class Planner:
             for k, i in enumerate(call.params)
         ]
 
-    def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes) -> None:
+    def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes, member: int) -> None:
         r = self.resolved
         if not traced.has_weight:
             who = [x.name for x in r.splits] + ([r.micro_name] if r.micro else [])
             raise BatchError(SCALAR_LOSS.format(why=f"{' and '.join(who)} split the batch"))
         checks.check_weight(nodes)
-        shards = 1 if r.local else r.mesh.axis_size(r.split_axes)
-        check_summands(terms(nodes, traced.module), splits.count * shards, lambda: self._whole(call, dyed))
+        parts = splits.count * (1 if r.local else r.mesh.axis_size(r.row_axes))
+        longer = {p.size / p.length(member) for p in splits.parts if p.length(member)}  # the whole beside a slice of it
+        growth = [parts * x for x in sorted(longer)] or [parts]
+        check_summands(terms(nodes, traced.module), growth, lambda: self._whole(call, dyed))
         _check_aux(traced.aux)
 
     def _whole(self, call: Call, dyed: Dyed) -> list[Term] | None:
@@ -233,18 +290,20 @@ class Planner:
         traced = trace(call.loss_fn, call.has_aux, params, (leaves, spec), self.mode)
         return terms(read_nodes(traced), traced.module)
 
-    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: list[GraphModule | None]) -> None:
+    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]) -> None:
+        """The weights of all parts of the batch add up. ``weights``: by member number, a function of a microbatch."""
         if isinstance(call.batch, Microbatches):
             return  # ready microbatches: there is no whole batch to compare with
-        weight, r = weights[0], self.resolved
-        assert weight is not None
-        moving = _tensors(call.batch)
+        r, moving = self.resolved, _tensors(call.batch)
 
         def of_rank(rank: int) -> list[torch.Tensor]:
+            weight = weights[splits.member(rank)]
+            assert weight is not None
             return [weight(*(leaves[i] for i in moving)) for leaves in splits.microbatches(call.batch, rank)]
 
-        ranks = r.mesh.group(0, r.split_axes) if r.split_axes and not r.local else (0,)
-        if names_axes(weight.graph):
+        axes = tuple(a for a in r.split_axes if not (r.local and a in r.row_axes))
+        ranks = r.mesh.group(0, axes) if axes else (0,)
+        if any(w is not None and names_axes(w.graph) for w in weights.values()):
             if r.local:
                 return  # the other ranks' rows are not here
             found = run_ranks(
@@ -255,6 +314,15 @@ class Planner:
         parts = [w for weights_of_rank in found for w in weights_of_rank]
         params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
         checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode)
+
+
+def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:
+    """For every head that is an aux `Rows` with its positions split, along which dim and how."""
+    nodes: list[Any] = []
+    tree.map(nodes.append, traced.aux, is_leaf=is_summary)
+    first = 1 + traced.has_weight
+    rows = [x for x in nodes if isinstance(x, Rows)]
+    return {first + int(x.x): s for x, s in zip(rows, findings.rows, strict=True) if s is not None}
 
 
 def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:

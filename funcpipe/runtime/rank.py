@@ -26,6 +26,7 @@ from funcpipe.program import SEND
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.plan import Plan, PlannedCall
+from funcpipe.sequence.parts import Part
 from funcpipe.step import Mean, Rows, is_summary
 
 
@@ -42,7 +43,7 @@ class Rank:
         self.split_axes = plan.resolved.split_axes
         self.head_axes = mesh.ordered((*self.split_axes, *([axis] if axis else [])))
         with bind_rank(comm):
-            self.calls = [_BoundCall(self, c, str(k)) for k, c in enumerate(plan.calls)]
+            self.calls = [_BoundCall(self, c.of_rank(comm.rank), str(k)) for k, c in enumerate(plan.calls)]
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """Run the step once."""
@@ -63,7 +64,9 @@ class Rank:
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
-        graphs = [u.code.module.graph for c in self.plan.calls for m in set(c.cuts) for u in m.units.values()]
+        cuts = {m for c in self.plan.calls for variant in c.variants.values() for m in variant.cuts}
+        graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
+        used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
         lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
         self.comm.prepare(sorted(a for a in used if a), sorted(lanes))
@@ -206,6 +209,8 @@ class _BoundCall:
             pieces = [torch.empty(c.heads[h].shape, dtype=c.heads[h].dtype, device=c.heads[h].device) for c in cuts]
         out = pieces[0] if dim is None else torch.cat(pieces, dim)
         row_axes = self.rank.plan.resolved.row_axes
+        if h in self.planned.rows:
+            out = _in_order(comm, out, *self.planned.rows[h])
         if row_axes and dim is not None:
             out = torch.cat(list(comm.all_gather(out.contiguous(), row_axes)), dim)
         return comm.broadcast(out.contiguous(), place, self.rank._pipe_axes) if len(self.rank.ranks) > 1 else out
@@ -289,6 +294,20 @@ class _BoundCall:
         return self.rank.plan.placement.layouts[self.planned.call.params[i]]
 
 
+def _in_order(comm: Communicator, x: torch.Tensor, dim: int, part: Part) -> torch.Tensor:
+    """All positions, in order, of which every member holds its own along a dim."""
+    longest = max(part.length(m) for m in range(part.members))
+    padded = x.new_zeros(*x.shape[:dim], longest, *x.shape[dim + 1 :])
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    out = x.new_empty(*x.shape[:dim], part.size, *x.shape[dim + 1 :])
+    for m, held in enumerate(comm.all_gather(padded, part.axes)):
+        start = 0
+        for a, b in part.ranges(m):
+            out.narrow(dim, a, b - a).copy_(held.narrow(dim, start, b - a))
+            start += b - a
+    return out
+
+
 def _dense(x: torch.Tensor | None) -> torch.Tensor:
     assert x is not None
     return x.contiguous()
@@ -319,12 +338,18 @@ class Running:
         return self.rank.calls[self.calls - 1](params, batch)
 
     def global_sum(self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+        return self.reduce(leaves, lambda some: local([x for x in some if x is not None]), "sum")[1]
+
+    def reduce(
+        self, leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str
+    ) -> tuple[Any, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
         if self.sums >= len(placement.dyed.sums):
             raise StateError("the step takes more global sums than when it was planned: it does the same every time")
         known = placement.dyed.sums[self.sums]
         self.sums += 1
         mine = zip(known.params, known.spec.flatten_up_to(leaves), strict=True)
-        counted = [x for i, x in mine if x is not None and placement.counts(comm.rank, i)]
-        out = local(counted).to(device=comm.device, dtype=known.dtype)
-        return comm.all_reduce(out, tuple(comm.mesh.axes)) if comm.mesh.size > 1 else out
+        counted = [x if x is not None and placement.counts(comm.rank, i) else None for i, x in mine]
+        with comm.device:  # where a rank that counts nothing makes its zeros: no copy in a captured step
+            out = local(counted).to(device=comm.device, dtype=known.dtype)
+        return known.spec, comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out

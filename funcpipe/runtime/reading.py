@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from funcpipe.graph.code import bytes_text
 from funcpipe.program import GATHER, RECV, REDUCE, RUN, SEND, Program
+from funcpipe.runtime import tradeoff
 
 if TYPE_CHECKING:
     from funcpipe.runtime.plan import Plan, PlannedCall
@@ -33,7 +34,8 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         out[f"the stages of {name}"] = [str(s) for s in c.stages]
         out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
         out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
-        out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in dict.fromkeys(c.cuts) for u in m.units.values()]
+        cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.cuts)
+        out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
         for p, program in enumerate(c.programs):
             out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
     return out
@@ -51,13 +53,14 @@ def text(plan: Plan) -> list[str]:
             f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, {s.microbatches} microbatches, "
             f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct units"
         )
+        out += tradeoff.lines(c.cuts[0].saved)
         for place, program in enumerate(c.programs):
             held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory[place].items())
             stages = ", ".join(
                 f"stage {i} = segments {_span(c.stages[i])}" for i, p in enumerate(s.placement) if p == place
             )
             out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
-            out += _program_text(program)
+            out += _program_text(c, program)
     return out
 
 
@@ -69,13 +72,16 @@ def _span(segments: Sequence[int]) -> str:
     return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
 
 
-def _program_text(program: Program) -> list[str]:
+def _program_text(c: PlannedCall, program: Program) -> list[str]:
     out = []
     for i in program.instructions:
         if i.op == RUN:
             assert i.unit is not None
             made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
             size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
+            if i.unit.kind == "F":
+                kept = c.cuts[i.action.microbatch].saved[i.unit.segment].outcome.nbytes
+                size += f", {bytes_text(kept)} saved"
             out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
         elif i.op in (GATHER, REDUCE):
             assert i.bucket is not None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from funcpipe.collectives import received
 from funcpipe.mesh import Axes
-from funcpipe.program import GATHER, RECV, REDUCE
+from funcpipe.program import GATHER, RECV, REDUCE, RUN
 
 if TYPE_CHECKING:
     from funcpipe.runtime.plan import Plan, PlannedCall
@@ -36,15 +37,17 @@ def traffic(plan: Plan, place: int) -> dict[Axes, int]:
     r, out = plan.resolved, Counter()  # type: ignore[var-annotated]
     for c in plan.calls:
         for i in c.programs[place].instructions:
-            if i.op == RECV:
+            if i.op == RUN and i.unit is not None:
+                out.update(received(i.unit.code.module.graph, r.mesh))
+            elif i.op == RECV:
                 out[(r.pipe_axis,)] += sum(v.nbytes for v in i.values)
             elif i.op in (GATHER, REDUCE) and i.bucket is not None:
                 axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
                 out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
         for k, param in enumerate(c.call.params):
             layout, size = plan.placement.layouts[param], _shard_bytes(plan, param, c.call.dtypes[k])
-            if received := _tied_sums(c, k, layout.owners, place):
-                out[(r.pipe_axis,)] += received * size
+            if times := _tied_sums(c, k, layout.owners, place):
+                out[(r.pipe_axis,)] += times * size
             axes = tuple(a for a in r.split_axes if a not in layout.axes)
             if place in layout.owners and axes and c.call.dtypes[k].is_floating_point:
                 n = r.mesh.axis_size(axes)

@@ -1,0 +1,20 @@
+"""Sequence parallelism: every rank works on its slice of the sequence, and attention alone sees the whole of it.
+
+Terms. A *part* (`parts.py`) says how one sequence is split over ranks: over the axes of *rings*, and within each piece of a
+ring over the axes of *head exchanges*. A rank's place among all of these is its *member* number. A tensor is *split* along
+a dim if a rank holds its positions of it, *whole* if every rank holds the same, *partial* if the sum over ranks is meant.
+
+The step's own code is not changed. Attention, positions and the vocabulary-parallel loss are *calls* that funcpipe knows:
+in plain PyTorch they compute what they say; while a loss is planned a *hook* is bound (`hook.py`), and they ask it.
+
+- `examine.py`, `states.py`, `rules.py`: the loss function is run twice on fake tensors, as one rank sees it and on the whole
+  sequence. Op by op it is proven that a rank computes its positions of what one device computes; what mixes positions
+  outside of a known call is refused by name. *Findings* say how the operands of every known call lie on ranks.
+- `rewrite.py`: the hook of the trace: known calls become what a rank does for them, by the findings.
+- `attention.py`: attention on whole sequences, `fp.attention`, and how calls of torch's own attention are caught.
+- `heads.py`: slices of the sequence for heads and back, two exchanges around an attention (DeepSpeed-Ulysses).
+- `ring.py`: keys and values travel around a ring (ring attention, zigzag).
+- `losses.py`: cross-entropy in chunks, and with the vocabulary over ranks.
+
+In: a loss function, fakes, the parts of the batch's leaves. Out: findings; ops of a rank, with collectives by axis name.
+"""

@@ -1,0 +1,108 @@
+"""Gradients that the user wrote: the backward of every autograd.Function in a loss is run and written down, too.
+
+Torch's own gradients are exact; those of user code may be anything. A loss that is proven to be the sum over ranks fixes what
+the gradient of every tensor is (`states.dual`): a slice of a slice's, a part of the sum for what every rank has. So each
+such backward gets gradients of that state, and has to make gradients of that state. `fp.value_and_grad` takes gradients the
+same way; nothing else of this run is looked at.
+
+In: a tape that holds the loss. Out: entries for what the backward of user code does, and for what has to hold of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from funcpipe.errors import SequenceError
+from funcpipe.sequence.tape import Entry, Tape, user_line
+
+COTANGENT, GRADIENT = "cotangent", "gradient"
+_TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
+
+
+class NoHooks(TorchFunctionMode):
+    """Refuses hooks on tensors: they may change a gradient in any way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.register_hook:
+            raise _hooked()
+        return func(*args, **(kwargs or {}))
+
+
+def _hooked() -> SequenceError:
+    return SequenceError(
+        f"the loss function puts a hook on a gradient{user_line() or ''}: what that does to a slice's gradient cannot be proven to "
+        "be what one device does. Change gradients after fp.value_and_grad"
+    )
+
+
+def record(tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+    """Take the gradient of a total, if there is user code in it, and write that down.
+
+    Raises:
+        SequenceError: a module of the loss has backward hooks.
+    """
+    functions = list(_functions(total.grad_fn))
+    wanted = tuple(x for x in inputs if x.requires_grad)
+    if not functions or not wanted:
+        return
+    made: dict[tuple[int, int], torch.Tensor] = {
+        (id(x.grad_fn), x.output_nr): x for x in tape.tensors() if x.grad_fn is not None
+    }
+    for node in functions:
+        node.register_prehook(_entering(tape, node, made))
+        node.register_hook(_leaving(tape, node, made))
+    tape.judging = True
+    engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]  # as in graph/trace.py
+    engine((total,), (torch.ones_like(total),), False, False, wanted, True, accumulate_grad=False)
+
+
+def _functions(node: Any) -> Iterator[Any]:
+    """The nodes of an autograd graph that are user code."""
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [n for n, _ in node.next_functions]
+        written = getattr(type(node), "_forward_cls", None)
+        if written is torch.nn.modules._functions.BackwardHookFunction:
+            raise _hooked()
+        if written is not None and not written.__module__.startswith(_TRUSTED):
+            yield node
+
+
+def _entering(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
+    def enter(grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(
+            None if g is None else _cotangent(tape, node, g, made.get((id(node), i))) for i, g in enumerate(grads)
+        )
+
+    return enter
+
+
+def _cotangent(tape: Tape, node: Any, g: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+    fresh = torch.empty_like(g)
+    ref = tape.new(fresh)
+    args: dict[str, Any] = {} if of is None else {"of": tape.ref(of)}
+    tape.entries.append(Entry(COTANGENT, None, args, (ref,), None))
+    return fresh
+
+
+def _leaving(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
+    name = type(node)._forward_cls.__name__
+
+    def leave(found: Sequence[torch.Tensor | None], _: Any) -> None:
+        for g, (source, k) in zip(found, node.next_functions, strict=True):
+            if g is None or source is None:
+                continue
+            x = getattr(source, "variable", None)
+            x = made.get((id(source), k)) if x is None else x
+            args: dict[str, Any] = {"grad": tape.ref(g), "function": name}
+            tape.entries.append(Entry(GRADIENT, None, args | ({} if x is None else {"of": tape.ref(x)}), (), None))
+
+    return leave

@@ -1,0 +1,316 @@
+"""The proof that a loss function, run on each rank's slice of the sequence, computes what one device computes.
+
+The loss function is run twice on fake tensors, with the lengths of a rank and with those of one device, and both runs are
+compared op by op (`tape.py`, `pairs.py`). A dim whose size differs is one of positions; so it does not matter which sizes
+happen to be equal. From what comes in, the state of every tensor follows by rules (`states.py`, `rules.py`, `proof.py`); an op
+that mixes positions, or that no rule knows, makes a tensor of which nothing is known, and the loss must not come from one.
+
+The proof holds for the lengths at hand: it is made for every kind of rank (`Part.variant`).
+
+In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `Findings`, or a SequenceError that names
+the op, the line of the user's code, the reason and what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from funcpipe import step as step_
+from funcpipe import tree
+from funcpipe.collectives import bind_mesh
+from funcpipe.errors import BatchError, FuncpipeError, SequenceError
+from funcpipe.graph.explain import BY_VALUE, explain, user_line
+from funcpipe.graph.fakes import fake
+from funcpipe.mesh import Axes, Mesh
+from funcpipe.sequence import backward, known
+from funcpipe.sequence.attention import Intercept
+from funcpipe.sequence.hook import Held, Spec
+from funcpipe.sequence.pairs import Call, Differs, Pair, Walk
+from funcpipe.sequence.parts import Part
+from funcpipe.sequence.proof import Proof
+from funcpipe.sequence.states import Average, Number, Partial, Refused, Split, State, Whole, World, as_partial, plain
+from funcpipe.sequence.tape import Tape, run
+
+Sliced = tuple[int, Part] | None  # along which dim a tensor is split by positions, and how
+
+
+@dataclass(frozen=True)
+class Findings:
+    """How the operands of known calls lie on ranks, found by their shapes; and the `Rows` of aux.
+
+    Args:
+        calls: a finding for every signature of a known call.
+        rows: for every `Rows` in aux, in order, how it is split by positions.
+    """
+
+    calls: Mapping[tuple, known.Finding] = field(default_factory=dict)
+    rows: tuple[Sliced, ...] = ()
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> Held:
+        """How the operands of an attention lie on ranks."""
+        operands = {"q": q, "k": k, "v": v, "bias": spec.bias, "cu_seqlens": spec.cu_seqlens, "causal": spec.causal}
+        found = self._look_up("attention", operands)
+        assert isinstance(found, Held)
+        return found
+
+    def positions(self, x: torch.Tensor, dim: int) -> Part | None:
+        """The part whose positions lie along a dim; None: every rank has all of them."""
+        return self._part("positions", {"x": x, "dim": dim})
+
+    def cross_entropy(
+        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
+    ) -> Part | None:
+        """The part that splits tokens; None: every rank has all of them."""
+        return self._part("cross_entropy", {"x": x, "head": head, "labels": labels, "options": options})
+
+    def _part(self, name: str, operands: dict[str, Any]) -> Part | None:
+        found = self._look_up(name, operands)
+        assert not isinstance(found, Held)
+        return found
+
+    def _look_up(self, name: str, operands: dict[str, Any]) -> known.Finding:
+        key = _signature(name, operands)
+        if key not in self.calls:
+            raise SequenceError(
+                f"fp.{name} with operands of shapes {key[1:]} was not called when the loss function was examined: what a loss "
+                "function does must not change from one call to the next"
+            )
+        return self.calls[key]
+
+
+def examine(
+    loss_fn: Callable,
+    has_aux: bool,
+    params: Any,
+    local: Sequence[Any],
+    spec: Any,
+    sequences: Sequence[Sliced],
+    member: int,
+    mode: FakeTensorMode,
+    mesh: Mesh,
+    axes: Axes,
+) -> Findings:
+    """Prove that a loss function may run on slices of the sequence.
+
+    Args:
+        params: the full tree, of fakes of ``mode``.
+        local, spec: the leaves of one microbatch as a rank has them, fakes or no tensors, and their structure.
+        sequences: for every leaf along which dim it is split by positions, and how.
+        member: of the rank; stands for all with the same `Part.variant`.
+        mesh, axes: which axes of which mesh a collective in the loss may name.
+
+    Returns:
+        how the operands of known calls lie on ranks.
+
+    Raises:
+        SequenceError: it cannot be proven, or no attention sees the sequence, as when the model calls one that funcpipe does
+            not know.
+        FuncpipeError: the loss function is wrong on one device, too.
+    """
+    findings = prove(loss_fn, has_aux, params, local, spec, sequences, member, mode, mesh, axes)
+    if not any(isinstance(x, Held) and x.q is not None for x in findings.calls.values()):
+        raise SequenceError(
+            "the sequence is split, but no attention over it was seen: positions would never be mixed. Call "
+            "torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging Face: attn_implementation='sdpa'), "
+            "and look whether dims= names the dim of positions"
+        )
+    return findings
+
+
+def prove(
+    loss_fn: Callable,
+    has_aux: bool,
+    params: Any,
+    local: Sequence[Any],
+    spec: Any,
+    sequences: Sequence[Sliced],
+    member: int,
+    mode: FakeTensorMode,
+    mesh: Mesh,
+    axes: Axes,
+) -> Findings:
+    """`examine`, for a loss function that need not call attention."""
+    lengths = {s[1]: _lengths(s[1], member) for s in sequences if s is not None}
+    live = mesh.ordered(a for p in lengths for a in p.axes if mesh.axes[a] > 1)
+    alone = Mesh(**{a: 1 if a in live else n for a, n in mesh.axes.items()})
+    whole = [
+        x if s is None else _resized(x, s[0], lengths[s[1]][1], mode) for x, s in zip(local, sequences, strict=True)
+    ]
+    runs = [
+        _Run(loss_fn, has_aux, params, leaves, spec, mode, one, axes) for leaves, one in ((local, mesh), (whole, alone))
+    ]
+    _raise(runs, loss_fn, all(b == p.size for p, (_, b) in lengths.items()))
+    world, found = World(lengths, live), _Found()
+    proof = Proof(Walk(runs[0].tape, runs[1].tape, frozenset(live)), world, found)
+    count = runs[0].count
+    split = iter([s for x, s in zip(local, sequences, strict=True) if isinstance(x, torch.Tensor)])
+    states: list[State] = [Whole()] * (count - sum(isinstance(x, torch.Tensor) for x in local))
+    states += [Whole() if s is None else Split(s[0], s[1]) for s in split]
+    proof.run(states)
+    return Findings(found.calls, _judge(runs[0], proof, world))
+
+
+def _lengths(part: Part, member: int) -> tuple[int, int]:
+    """How many positions a rank has, and one device: of a rank that has all of them, one device is given others."""
+    own = part.length(member)
+    return own, part.size if own != part.size else 2 * own + 1
+
+
+def _resized(x: torch.Tensor, dim: int, size: int, mode: FakeTensorMode) -> torch.Tensor:
+    return fake((*x.shape[:dim], size, *x.shape[dim + 1 :]), x, mode)
+
+
+# ---- the runs
+
+
+class _Run:
+    """One run: its tape, and what came of it.
+
+    Args:
+        leaves: of the batch.
+        mesh: with one rank on the axes of the sequence where it runs as on one device.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable,
+        has_aux: bool,
+        params: Any,
+        leaves: Sequence[Any],
+        spec: Any,
+        mode: FakeTensorMode,
+        mesh: Mesh,
+        axes: Axes,
+    ) -> None:
+        self.tape, self.error = Tape(mode), None
+        with mode:
+            held = tree.map(lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(), params)
+            data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
+        inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
+        self.count = len([self.tape.new(x) for x in inputs])
+        try:
+            with step_.bind(None), bind_mesh(mesh, axes):  # type: ignore[arg-type]  # a boundary is nothing here
+                run(self.tape, lambda: self._call(loss_fn, has_aux, held, tree.unflatten(spec, data)))
+        except Exception as error:
+            self.error = error
+
+    def _call(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> None:
+        with Intercept(), backward.NoHooks():
+            self.loss = step_.read_loss(loss_fn(params, batch), has_aux)
+            backward.record(self.tape, self.loss[0], tree.leaves(params))
+
+
+def _raise(runs: Sequence[_Run], loss_fn: Callable, real: bool) -> None:
+    """Raise what a run raised; ``real``: one device has the lengths of the other run."""
+    on_rank, on_one = (r.error for r in runs)
+    for error in (on_rank, on_one):
+        if isinstance(error, SequenceError):
+            raise error
+    if on_rank is not None and (on_one is not None or isinstance(on_rank, (FuncpipeError, *BY_VALUE))):
+        raise explain(on_rank, loss_fn) from on_rank
+    if on_one is not None and real and not isinstance(on_one, FuncpipeError):
+        raise explain(on_one, loss_fn) from on_one
+    error = on_rank or on_one
+    if error is not None:
+        where = "on a rank, with its slice of the sequence" if on_rank else "on one device, with the whole sequence"
+        raise SequenceError(
+            f"the loss function fails {where}{user_line(error)}: {type(error).__name__}: {error}. It has to work for every "
+            "length: no table, mask or position is made for one length alone, unless it is split with the batch"
+        ) from error
+
+
+# ---- known calls
+
+
+class _Found:
+    """Collects findings by signature."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple, known.Finding] = {}
+
+    def __call__(self, name: str, call: Call, finding: known.Finding) -> None:
+        key = _signature(name, call.args)
+        if self.calls.setdefault(key, finding) != finding:
+            raise SequenceError(
+                f"{call.where}: another call of fp.{name} has operands of the same shapes, but they lie on ranks otherwise "
+                f"({finding} here, {self.calls[key]} there), and the two could not be told apart. Give one of them another shape, "
+                "for instance another number of dims or rows"
+            )
+
+
+def _signature(name: str, operands: Mapping[str, Any]) -> tuple:
+    """By what a known call is found again: the shapes of its tensors, and what else it was given."""
+    return (name, *(_mark(operands[k]) for k in operands if k != "scale"))
+
+
+def _mark(x: Any) -> Any:
+    if isinstance(x, Differs):
+        return x.a
+    return x.a if isinstance(x, Pair) else tuple(x.shape) if isinstance(x, torch.Tensor) else x
+
+
+# ---- what the loss function returned
+
+
+def _judge(one: _Run, proof: Proof, world: World) -> tuple[Sliced, ...]:
+    """Refuse a loss that does not add up over ranks; how the `Rows` of aux are split."""
+    total, weight, aux = one.loss
+    if weight is None:
+        raise BatchError(step_.SCALAR_LOSS.format(why="the sequence is split"))
+    _check_sum("Mean.total", total, one, proof, world)
+    _check_sum("Mean.weight", weight, one, proof, world)
+    nodes: list[Any] = []
+    names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=step_.is_summary))  # type: ignore[func-returns-value]
+    rows: list[Sliced] = []
+    for path, x in zip(names, nodes, strict=True):
+        if isinstance(x, step_.Mean):
+            _check_sum(f"aux{path}.total", x.total, one, proof, world)
+            _check_sum(f"aux{path}.weight", x.weight, one, proof, world)
+        elif isinstance(x, step_.Rows):
+            rows.append(_rows(f"aux{path}", x, one, proof))
+    return tuple(rows)
+
+
+def _state(x: torch.Tensor, one: _Run, proof: Proof) -> State:
+    return proof.states.get(one.tape.ref(x).number, Refused("it is a tensor that came from elsewhere"))
+
+
+def _check_sum(what: str, x: torch.Tensor, one: _Run, proof: Proof, world: World) -> None:
+    state = as_partial(world, _state(x, one, proof))
+    if isinstance(state, Refused):
+        raise SequenceError(f"{what} is not what one device computes. {state.text}")
+    if isinstance(state, Partial) and state.axes == world.live:
+        return
+    if isinstance(state, Average):
+        raise SequenceError(
+            f"{what} is a mean over a rank's positions: means of slices do not add up to the mean of the whole sequence. Return "
+            "the sum (reduction='sum') as Mean.total, and the number of tokens as Mean.weight"
+        )
+    if isinstance(state, Number) and not state.constant:
+        raise SequenceError(
+            f"{what} is {state}, made from the length of a rank's slice: over ranks that does not add up. Return the number of "
+            "tokens, such as torch.tensor(float(labels.numel()))"
+        )
+    raise SequenceError(
+        f"{what} is {state}, so that the sum over ranks would hold it once for each of them: it has to come from the split "
+        "sequence, as the number of tokens in it does. What does not (a penalty on params) is multiplied by that number"
+    )
+
+
+def _rows(what: str, x: step_.Rows, one: _Run, proof: Proof) -> Sliced:
+    state, dim = _state(x.x, one, proof), x.dim % x.x.dim()
+    if isinstance(state, Refused):
+        raise SequenceError(f"{what} is not what one device computes. {state.text}")
+    if isinstance(state, Split) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
+        return state.dim, state.part
+    if plain(state) and not proof.moves(one.tape.ref(x.x).number):
+        return None
+    raise SequenceError(
+        f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in a dim of their own, such as "
+        "(rows, positions)"
+    )

@@ -1,0 +1,228 @@
+"""Tapes: a loss function is run on fake tensors, and every op it does is written down.
+
+Terms. A *tape* lists `Entry`s in order. A tensor has a number on its tape; a `Ref` is that number with its shape. What
+came in has the first numbers. A *known call* (`hook.py`) is one entry; what it returns here is a tensor of the right shape,
+with nothing behind it; it is never read.
+
+In: a loss function, fakes. Out: a tape, and what the function returned.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optree
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from funcpipe.errors import SequenceError
+from funcpipe.sequence import hook
+
+_FOREIGN = (*(str(Path(f).parent) for f in (torch.__file__, optree.__file__)), str(Path(__file__).parent.parent), "<")
+CONSTANT, UNKNOWN = "constant", "unknown"  # entries of tensors that came in by themselves
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A tensor of a tape."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the user's code."""
+
+    file: str
+    number: int
+
+    def __str__(self) -> str:
+        return f" at {Path(self.file).name}:{self.number} `{linecache.getline(self.file, self.number).strip()}`"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """An op.
+
+    Args:
+        name: of the op without its overload, such as ``"add_"`` (ATen's) or ``"funcpipe::wait"``, or of a known call.
+        func: the op; None for a known call.
+        args: by name, defaults included; tensors as `Ref`.
+        outs: its results; one that it only writes to keeps its number.
+        line: of the user's code.
+    """
+
+    name: str
+    func: Any
+    args: dict[str, Any]
+    outs: tuple[Ref, ...]
+    line: Line | None
+
+
+@dataclass
+class Tape:
+    """What a run did.
+
+    Args:
+        mode: of all fakes.
+        entries: in order.
+    """
+
+    mode: FakeTensorMode
+    entries: list[Entry] = field(default_factory=list)
+    judging: bool = False  # the loss is done, and its gradient is taken (`backward.py`)
+    _numbers: dict[int, int] = field(default_factory=dict)
+    _kept: list[torch.Tensor] = field(default_factory=list)  # so that an id stays one tensor's
+
+    def new(self, x: torch.Tensor) -> Ref:
+        """A tensor that is seen for the first time."""
+        self._numbers[id(x)] = len(self._kept)
+        self._kept.append(x)
+        return self.ref(x)
+
+    def ref(self, x: torch.Tensor) -> Ref:
+        """A tensor, which may have come from elsewhere."""
+        if id(x) not in self._numbers:
+            out, real = self.new(x), type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            args = {"value": x} if real else {}
+            self.entries.append(Entry(CONSTANT if real else UNKNOWN, None, args, (out,), user_line()))
+            return out
+        return Ref(self._numbers[id(x)], tuple(x.shape), x.dtype)
+
+    def inputs(self, count: int) -> list[Ref]:
+        """The tensors that came in."""
+        return [Ref(i, tuple(x.shape), x.dtype) for i, x in enumerate(self._kept[:count])]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors, by number."""
+        return self._kept
+
+    def add(self, name: str, func: Any, args: dict[str, Any], out: Any) -> None:
+        """Write an op down."""
+        refs = tree_map_only(torch.Tensor, self.ref, args)
+        outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        known = {r.number for r in tree_leaves(refs) if isinstance(r, Ref)}
+        made = tuple(self.ref(x) if self._numbers.get(id(x)) in known else self.new(x) for x in outs)
+        self.entries.append(Entry(name, func, refs, made, user_line()))
+
+
+class Recorder(TorchDispatchMode):
+    """Writes every op on a tape; and is the `hook.Hook` that writes known calls on it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape, self.quiet = tape, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)
+        made = any(isinstance(x, torch.Tensor) for x in tree_leaves(out))
+        if not self.quiet and (made or (schema is not None and schema.is_mutable)):
+            self.tape.add(_name(func), func, _by_name(schema, args, kwargs), out)
+        return out
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+        args = {"q": q, "k": k, "v": v, "bias": spec.bias, "cu_seqlens": spec.cu_seqlens}
+        shape = (*q.shape[:-1], v.shape[-1])
+        return self._known("attention", args, {"causal": spec.causal, "scale": spec.scale}, [(shape, q.dtype)])[0]
+
+    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return self._known("positions", {"x": x}, {"dim": dim}, [((x.shape[dim],), torch.int64)])[0]
+
+    def cross_entropy(
+        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        args = {"x": x, "head": head, "labels": labels}
+        total, weight = self._known("cross_entropy", args, {"options": options}, [((), dtype)] * 2)
+        return total, weight
+
+    def _known(self, name: str, tensors: dict[str, Any], rest: dict[str, Any], made: Sequence[Any]) -> Any:
+        return _Known.apply(self, name, rest, made, tuple(tensors), *tensors.values())
+
+
+class _Known(torch.autograd.Function):
+    """A known call; refused where the loss function itself differentiates it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        recorder: Recorder, name: str, rest: dict, made: Sequence, names: tuple[str, ...], *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
+        recorder.quiet = True
+        like = next(x for x in tensors if isinstance(x, torch.Tensor))
+        out = tuple(like.new_empty(shape, dtype=dtype) for shape, dtype in made)
+        recorder.quiet = False
+        recorder.tape.add(name, None, dict(zip(names, tensors, strict=True)) | rest, out)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.recorder, ctx.name, ctx.tensors = inputs[0], inputs[1], inputs[5:]
+        ctx.mark_non_differentiable(*(x for x in output if not x.is_floating_point()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if not ctx.recorder.tape.judging:
+            raise SequenceError(
+                f"the loss function itself takes a gradient through {ctx.name.replace('_', '-')}{user_line() or ''}: what it "
+                "computes of that on a slice of the sequence cannot be proven to be what one device computes. Leave "
+                "gradients to fp.value_and_grad"
+            )
+        ctx.recorder.quiet = True  # of what is made here, nothing is known
+        out = [torch.empty_like(x) if isinstance(x, torch.Tensor) else None for x in ctx.tensors]
+        ctx.recorder.quiet = False
+        return (None, None, None, None, None, *out)
+
+
+def run(tape: Tape, loss_fn: Callable[[], Any]) -> Any:
+    """Run a function and write its ops down, also those of gradients that it takes itself."""
+    recorder = Recorder(tape)
+    with (
+        torch.enable_grad(),
+        torch.autograd.set_multithreading_enabled(False),
+        tape.mode,
+        hook.bound(recorder),
+        recorder,
+    ):
+        return loss_fn()
+
+
+def user_line() -> Line | None:
+    """The innermost line of code that is neither torch's nor funcpipe's."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_FOREIGN):
+            return Line(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    return None
+
+
+def _name(func: Any) -> str:
+    packet = getattr(func, "overloadpacket", None)
+    if packet is None:
+        return str(func)
+    return packet.__name__ if func.namespace == "aten" else f"{func.namespace}::{packet.__name__}"
+
+
+def _by_name(schema: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments by name, with defaults; by number where an op has no schema."""
+    if schema is None:
+        return {str(i): x for i, x in enumerate(args)} | kwargs
+    return dict(_bound(schema.arguments, args, kwargs))
+
+
+def _bound(parameters: Sequence[Any], args: tuple, kwargs: dict) -> Iterator[tuple[str, Any]]:
+    for i, p in enumerate(parameters):
+        yield p.name, args[i] if i < len(args) else kwargs.get(p.name, p.default_value)

@@ -1,0 +1,150 @@
+"""Sequence parallelism: any attention, on any mesh and in any stack, computes what it computes on one device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers_for_tests import Transformer, transformed, transformers
+
+import funcpipe as fp
+from funcpipe.collectives import collectives_of
+from funcpipe.testing import assert_equivalent
+
+# Head projections and their gradients are summed over ranks instead of in one matrix product.
+FLOAT64 = 1e-12
+# Running sums of a ring are rescaled at every hop.
+RING = 1e-10
+
+
+def check(
+    model: Transformer, step: Callable, mesh: fp.Mesh, rtol: float = FLOAT64, parts: int = 1, runner: Any = None
+) -> None:
+    batches = [model.batch(seed, model.rows * parts) for seed in range(2)]
+    assert_equivalent(model.step, step, mesh, model.init_state, model.init(7), batches, rtol=rtol, runner=runner)
+
+
+@given(transformers(), st.integers(1, 8), st.data())
+def test_any_attention_over_exchanged_heads(model: Transformer, ranks: int, data: st.DataObject) -> None:
+    check(model, fp.seq_all_to_all(model.step, axis="seq", dims=model.dims), fp.Mesh(seq=ranks))
+
+
+@given(transformers(), st.integers(1, 8), st.booleans())
+def test_any_attention_around_a_ring(model: Transformer, ranks: int, zigzag: bool) -> None:
+    step = fp.seq_ring(model.step, axis="ring", dims=model.dims, zigzag=zigzag)
+    check(model, step, fp.Mesh(ring=ranks), RING)
+
+
+@given(transformers(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
+def test_both_on_two_axes(model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool) -> None:
+    step = fp.seq_all_to_all(model.step, axis="seq", dims=model.dims)
+    step = fp.seq_ring(step, axis="ring", dims=model.dims, zigzag=zigzag)
+    mesh = fp.Mesh(ring=ring, seq=seq) if ring_first else fp.Mesh(seq=seq, ring=ring)
+    check(model, step, mesh, RING)
+
+
+@given(transformers(), st.data())
+def test_any_stack(model: Transformer, data: st.DataObject) -> None:
+    """Pipelines, data parallelism and weights sharded over the sequence (ISP), the data (FSDP), or both."""
+    sizes = {axis: data.draw(st.integers(1, 2), label=axis) for axis in ("pipe", "data", "seq")}
+    order = data.draw(st.permutations(list(sizes)), label="order")
+    microbatches = data.draw(st.integers(1, 2), label="microbatches")
+    sharded = data.draw(st.sampled_from([(), ("seq",), ("data",), ("data", "seq")]), label="sharded")
+    seq = fp.seq_all_to_all(axis="seq", dims=model.dims)
+    step = transformed(model, seq, microbatches, sharded, data=True)
+    check(model, step, fp.Mesh(**{a: sizes[a] for a in order}), parts=microbatches * sizes["data"])
+
+
+def test_every_order_of_stacking_has_the_same_bits() -> None:
+    model = Transformer(layers=1, rows=4, heads=4, kv_heads=2, call="three")
+    some = [
+        fp.seq_all_to_all(axis="seq"), fp.data_parallel(axis="data"), fp.sharded_weights(axis="seq"),
+        fp.pipelined(axis="pipe", microbatches=2),
+    ]  # fmt: skip
+    found = []
+    for order in list(itertools.permutations(some))[::5]:
+        run = fp.simulate(fp.compose(*order)(model.step), fp.Mesh(pipe=2, data=2, seq=2))
+        state, _ = run(run.init(model.init_state, model.init(1), model.batch(0)), model.batch(0))
+        found.append(torch.cat([x.flatten() for x in torch.utils._pytree.tree_leaves(run.unplace(state))]))
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_a_rank_may_hold_no_token_that_counts() -> None:
+    """Nor any token at all: 3 positions on 4 ranks."""
+    model = Transformer(length=3, heads=4, kv_heads=4)
+    batch = model.batch(0)
+    batch["labels"][:, 1:] = -100
+    step = fp.seq_all_to_all(model.step, axis="seq")
+    assert_equivalent(model.step, step, fp.Mesh(seq=4), model.init_state, model.init(7), [batch], rtol=FLOAT64)
+
+
+@pytest.mark.parametrize("length", [8, 10])
+def test_rows_come_back_in_order(length: int) -> None:
+    model = Transformer(length=length, aux=True)
+    step = fp.seq_ring(model.step, axis="ring", zigzag=True)
+    check(model, step, fp.Mesh(ring=2), RING)
+
+
+# ---- what it costs
+
+
+def planned(model: Transformer, step: Callable, mesh: fp.Mesh) -> fp.Plan:
+    run = fp.simulate(step, mesh)
+    return run.plan(run.init(model.init_state, model.init(1), model.batch(0)), model.batch(0))
+
+
+def exchanges(plan: fp.Plan, kind: str) -> dict[str, int]:
+    """How many collectives of a kind the units of one microbatch hold, by kind of unit."""
+    out: dict[str, int] = {}
+    for unit in plan.calls[0].cuts[0].units.values():
+        found = [x for x in collectives_of(unit.code.module.graph) if x.startswith(kind)]
+        out[unit.kind] = out.get(unit.kind, 0) + len(found)
+    return out
+
+
+@pytest.mark.parametrize("call", ["sdpa", "three", "kv", "qkv"])
+def test_two_exchanges_a_layer_each_way(call: str) -> None:
+    model = Transformer(heads=4, kv_heads=4, layers=3, call=call)
+    plan = planned(model, fp.seq_all_to_all(model.step, axis="seq"), fp.Mesh(seq=4))
+    assert exchanges(plan, "all_to_all") == {"F": 6, "B": 6}
+
+
+@pytest.mark.parametrize(("group", "kv", "ranks", "layers"), [(1, 1, 4, 2), (1, 2, 2, 1), (3, 1, 2, 2), (2, 2, 4, 1)])
+def test_bytes_of_an_attention(group: int, kv: int, ranks: int, layers: int) -> None:
+    """4 N h / P numbers a layer for equal heads, (2 h + 2 h_kv) N / P for fewer of keys and values; a P-th of them stay."""
+    model = Transformer(length=16, rows=1, kv_heads=kv * ranks, heads=group * kv * ranks, d=2, dv=2, layers=layers)
+    mesh = fp.Mesh(seq=ranks)
+    plan = planned(model, fp.seq_all_to_all(model.step, axis="seq"), mesh)
+    numbers = layers * (2 * model.heads + 2 * model.kv_heads) * model.d * model.length // ranks
+    moved = 2 * 8 * numbers * (ranks - 1) // ranks  # forward and backward, float64
+    summed = sum(2 * (ranks - 1) * 8 * x.numel() // ranks for x in torch.utils._pytree.tree_leaves(model.init()))
+    assert plan.traffic[0][("seq",)] == moved + summed
+
+
+def test_heads_are_repeated_only_as_far_as_needed() -> None:
+    model = Transformer(length=16, rows=1, heads=8, kv_heads=2, d=2, dv=2, layers=1)
+    plan = planned(model, fp.seq_all_to_all(model.step, axis="seq"), fp.Mesh(seq=4))
+    numbers = (2 * 8 + 2 * 4) * 2 * 16 // 4  # every rank needs one head of keys and values
+    summed = sum(2 * 3 * 8 * x.numel() // 4 for x in torch.utils._pytree.tree_leaves(model.init()))
+    assert plan.traffic[0][("seq",)] == 2 * 8 * numbers * 3 // 4 + summed
+
+
+@pytest.mark.parametrize("transform", [fp.seq_all_to_all, fp.seq_ring], ids=["heads", "ring"])
+def test_activations_fall_as_the_axis_grows(transform: Any) -> None:
+    model = Transformer(length=256, rows=1, heads=4, kv_heads=4, d=8, dv=8, layers=2)
+    need = {}
+    for n in (1, 2, 4):
+        plan = planned(model, transform(model.step, axis="seq"), fp.Mesh(seq=n))
+        need[n] = plan.memory[0]["residuals"]
+    assert need[2] <= 0.55 * need[1] and need[4] <= 0.3 * need[1], need
+
+
+def test_a_ring_sends_each_block_once_around() -> None:
+    model = Transformer(length=16, heads=2, kv_heads=2, layers=3)
+    plan = planned(model, fp.seq_ring(model.step, axis="ring"), fp.Mesh(ring=4))
+    assert exchanges(plan, "ppermute")["F"] == 3 * 3
