@@ -19,6 +19,7 @@ from funcpipe.collectives import (
     vmap,
 )
 from funcpipe.mesh import Mesh
+from funcpipe.module import buffer_means, from_module, to_module, update_buffers
 from funcpipe.records import compose
 from funcpipe.runtime.launch import launch
 from funcpipe.runtime.plan import Plan
@@ -55,12 +56,14 @@ __all__ = [
     "attention",
     "axis_index",
     "axis_size",
+    "buffer_means",
     "checkpoint",
     "clip_by_global_norm",
     "compose",
     "data",
     "data_parallel",
     "errors",
+    "from_module",
     "global_norm",
     "global_sum",
     "launch",
@@ -83,6 +86,8 @@ __all__ = [
     "spmd",
     "stage_boundary",
     "testing",
+    "to_module",
+    "update_buffers",
     "value_and_grad",
     "vmap",
 ]

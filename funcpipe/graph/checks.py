@@ -25,9 +25,9 @@ from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.ops import extract
 from funcpipe.graph.summands import reached
-from funcpipe.sequence import hook, losses
-from funcpipe.sequence.attention import Intercept, whole
-from funcpipe.sequence.positions import plain
+from funcpipe.sequence import hook
+from funcpipe.sequence.attention import Intercept
+from funcpipe.sequence.rewrite import Unsplit
 
 _WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
 
@@ -94,7 +94,7 @@ class _Whole:
         return local(tree.leaves(leaves))
 
 
-class _Glancing:
+class _Glancing(Unsplit):
     """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its masks, which may come
     from the batch alone, are not made: of a long sequence they would not fit."""
 
@@ -102,14 +102,7 @@ class _Glancing:
         if isinstance(q, FakeTensor):
             return q.new_empty((*q.shape[:3], v.shape[3]))
         with hook.bound(None):
-            return whole(q, k, v, spec)
-
-    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        return plain(x, dim)
-
-    def cross_entropy(self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any) -> Any:
-        with hook.bound(None):
-            return losses.compute(x, head, labels, options)
+            return super().attention(q, k, v, spec)
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule:

@@ -30,13 +30,13 @@ from funcpipe.mesh import Axes, Mesh
 from funcpipe.sequence import backward, known
 from funcpipe.sequence.attention import Intercept
 from funcpipe.sequence.hook import Held, Spec
+from funcpipe.sequence.known import Sliced
 from funcpipe.sequence.pairs import Call, Differs, Pair, Walk
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.proof import Proof
 from funcpipe.sequence.states import Average, Number, Partial, Refused, Split, State, Whole, World, as_partial, plain
 from funcpipe.sequence.tape import Tape, run
 
-Sliced = tuple[int, Part] | None  # along which dim a tensor is split by positions, and how
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,13 @@ class Findings:
 
     def _part(self, name: str, operands: dict[str, Any]) -> Part | None:
         found = self._look_up(name, operands)
-        assert not isinstance(found, Held)
+        assert found is None or isinstance(found, Part)
+        return found
+
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> Sliced:
+        """Along which dim, beyond those of the key, places of ``x`` are positions, and which."""
+        found = self._look_up("dropout", {"x": x, "key": key, "rate": rate})
+        assert found is None or isinstance(found, tuple)
         return found
 
     def _look_up(self, name: str, operands: dict[str, Any]) -> known.Finding:

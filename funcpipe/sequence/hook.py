@@ -69,6 +69,9 @@ class Hook(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Total and weight, both 0-d, of `funcpipe.sequence.losses.cross_entropy`."""
 
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        """`funcpipe.random.dropout`, for a rate above 0."""
+
 
 _hook: ContextVar[Hook | None] = ContextVar("funcpipe_sequence", default=None)
 

@@ -29,6 +29,7 @@ from funcpipe.sequence.states import (
     plain,
 )
 
+Sliced = tuple[int, Part] | None  # along which dim a tensor is split by positions, and how
 _SHAPE = "attention takes (batch, heads, positions, head dim)"
 _LOCAL_MASK = (
     "it is built from the length of a rank's slice: use causal=True, or a mask of the whole sequence (every rank takes its rows), "
@@ -157,6 +158,24 @@ def scored(s: Site) -> tuple[Part | None, State]:
     return state.part, Partial(s.world.axes(state.part))
 
 
+def dropped(s: Site) -> tuple[Sliced, State]:
+    """Along which dim places of a row of `fp.random.dropout` are positions, and which; and what it gives."""
+    x, key = s.x("x"), s.x("key")
+    s.value("rate")
+    if all_plain([x, key]):
+        return None, Whole()
+    state = x.state
+    if not isinstance(state, Split) or x.moving != [state.dim] or (state.outer, state.inner) != (1, 1):
+        raise Refusal(f"x is {x}: drop places before positions are merged with another dim")
+    if state.dim < key.ndim:  # every position has a key of its own
+        if key.state != state or key.moving != [state.dim]:
+            raise Refusal(f"x is {x}, but its key {key}: both are split alike")
+        return None, state
+    if not all_plain([key]):
+        raise Refusal(f"x is {x}, but its key {key}: a row has one key on all ranks (dims=None for that leaf)")
+    return (state.dim, state.part), state
+
+
 # ---- collectives
 
 
@@ -191,7 +210,7 @@ def _psum(s: Site) -> State:
 @rule("funcpipe::pmax_start")
 def _pmax(s: Site) -> State:
     x, (own, others) = s.x("x"), _axes(s)
-    if plain(x.state) or (isinstance(x.state, Split) and not own):
+    if (plain(x.state) and not (own and x.moving)) or (isinstance(x.state, Split) and not own):
         return Whole() if plain(x.state) else x.state
     raise Refusal(f"it takes the maximum over {_text(own | others)} of {x}: that is not a maximum over positions")
 
@@ -244,11 +263,12 @@ def _text(axes: Any) -> str:
     return ", ".join(repr(a) for a in sorted(axes))
 
 
-Finding = Held | Part | None
+Finding = Held | Part | Sliced
 FINDERS: dict[str, Callable[[Site], tuple[Finding, State]]] = {
     "attention": held,
     "positions": positioned,
     "cross_entropy": scored,
+    "dropout": dropped,
 }
 
 

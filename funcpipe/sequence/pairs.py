@@ -1,9 +1,9 @@
 """Pairs: two tapes of one loss function, walked side by side, as a rank runs it and as one device does.
 
-Terms. Tape A is a rank's, tape B one device's. A `Call` is one op of both. What copies only (``clone``, which ``reshape`` and
-``contiguous`` make where strides ask for it) may stand on one tape alone; so do collectives over the axes of the sequence,
-which one device does not have. Everything else has to be the same, op by op: a loss function takes no other way for another
-length.
+Terms. Tape A is a rank's, tape B one device's. A `Call` is one op of both. What only copies (``clone``, which ``reshape`` and
+``contiguous`` make where strides ask for it) or takes all (an index that is cut to the length) may stand on one tape alone; so
+do collectives over the axes of the sequence, which one device does not have. Everything else has to be the same, op by op: a
+loss function takes no other way for another length.
 
 In: two tapes. Out: calls in order, with what differs between them as `Differs`.
 """
@@ -107,12 +107,20 @@ class Walk:
             elif x is not None and y is not None and self._fits(x, y):
                 yield self._both(x, y)
                 i, j = i + 1, j + 1
-            elif x is not None and x.name == "clone":
-                yield self._copy_of_a(x)
+            elif x is not None and x.name in _ALONE:
+                yield self._alone_on_a(x)
                 i += 1
-            elif y is not None and y.name == "clone":
-                self._copy_of_b(y)
+            elif y is not None and y.name in _ALONE:
+                self._alone_on_b(y)
                 j += 1
+            elif x is not None and x.name == "slice":
+                yield self._slice_of_all(x)
+                i += 1
+            elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == "funcpipe::wait":
+                raise SequenceError(
+                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so the mean of what they have is not what "
+                    "one device has. Write fp.psum of a sum over fp.psum of a count"
+                )
             else:
                 raise _other_way(x, y)
 
@@ -151,20 +159,31 @@ class Walk:
             return [self._merged(p, q) for p, q in zip(x, y, strict=True)]
         return x if _same(x, y) else Differs(x, y)
 
-    def _copy_of_a(self, x: Entry) -> Call:
+    def _alone_on_a(self, x: Entry) -> Call:
         source, out = self.partner[x.args["self"].number], x.outs[0]
         self.partner[out.number] = source
-        self.copies.add(source.number)
-        return Call("clone", x.func, {"self": self.pair(x.args["self"])}, (self.pair(out),), f"clone{text(x.line)}")
+        if x.name == "clone":
+            self.copies.add(source.number)
+        return Call(_name(x), x.func, {"self": self.pair(x.args["self"])}, (self.pair(out),), f"{op_name(x)}{text(x.line)}")
 
-    def _copy_of_b(self, y: Entry) -> None:
+    def _alone_on_b(self, y: Entry) -> None:
         source = self._original(y.args["self"])
         self.origin[y.outs[0].number] = source
-        self.copies.add(source)
+        if y.name == "clone":
+            self.copies.add(source)
+
+    def _slice_of_all(self, x: Entry) -> Call:
+        """A slice that takes all on one device, where indexing leaves it out."""
+        source = self.partner[x.args["self"].number]
+        self.partner[x.outs[0].number] = source
+        whole = {"start": 0, "end": source.shape[x.args["dim"]], "step": 1}
+        args = {k: Differs(x.args[k], v) for k, v in whole.items()}
+        args |= {"self": self.pair(x.args["self"]), "dim": x.args["dim"]}
+        return Call("slice", x.func, args, (self.pair(x.outs[0]),), f"{op_name(x)}{text(x.line)}")
 
     def _collective(self, start: Entry, wait: Entry) -> Call:
         """A collective over the axes of the sequence, which is nothing on one device."""
-        if start.name not in ALONE:
+        if start.name not in _SUMMED:
             raise SequenceError(
                 f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: what a rank makes of its place among the ranks that "
                 "split the sequence cannot be proven to be what one device computes. fp.positions(x, dim) numbers "
@@ -176,7 +195,8 @@ class Walk:
         return Call(start.name, None, args, (self.pair(wait.outs[0]),), f"{op_name(start)}{text(start.line)}")
 
 
-ALONE = ("funcpipe::psum_start", "funcpipe::pmax_start")
+_ALONE = ("clone", "alias")
+_SUMMED = ("funcpipe::psum_start", "funcpipe::pmax_start")
 
 
 def axes_of(x: Entry) -> frozenset[str]:

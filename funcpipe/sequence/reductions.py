@@ -47,8 +47,9 @@ def _along(s: Site) -> State:
 @rule("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(s: Site) -> State:
     x = s.x("input")
-    count = len(s.value("normalized_shape"))
-    refuse_mixing(x, range(x.ndim - count, x.ndim), "normalises")
+    shape = s.args["normalized_shape"]
+    refuse_mixing(x, range(x.ndim - len(getattr(shape, "a", shape)), x.ndim), "normalises")
+    s.all_values()
     if not all_plain(p for p in s.operands if p is not x):
         raise Refusal("its weight or bias differs between ranks")
     return kept(x)

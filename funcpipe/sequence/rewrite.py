@@ -1,7 +1,7 @@
 """The hook of the trace: what a rank does for the calls that funcpipe knows.
 
-In: findings, and a member of the ranks that share the graph. Out: ops of a rank. While they are made no hook is bound, so
-that an attention inside one is torch's own.
+In: findings, and a member of the ranks that share the graph. Out: ops of a rank. While an attention is made no hook is bound,
+so that what is inside is torch's own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from funcpipe import random
+from funcpipe.errors import TraceError
 from funcpipe.sequence import hook, losses
-from funcpipe.sequence.attention import Intercept
+from funcpipe.sequence.attention import Intercept, whole
 from funcpipe.sequence.examine import Findings
 from funcpipe.sequence.heads import split_attention
 from funcpipe.sequence.hook import Spec
@@ -22,17 +24,43 @@ from funcpipe.sequence.positions import member_positions, plain
 
 
 @contextlib.contextmanager
-def rewriting(findings: Findings | None, member: int) -> Iterator[None]:
-    """Run a loss function as a member does; without findings, as it is."""
-    if findings is None:
-        yield
-        return
-    with hook.bound(Rewriting(findings, member)), Intercept():
+def rewriting(findings: Findings | None, member: int, split: bool) -> Iterator[None]:
+    """Run a loss function as a member does; without findings, on all positions. ``split``: the batch is."""
+    if findings is not None:
+        with hook.bound(Rewriting(findings, member)), Intercept():
+            yield
+    elif split:
+        with hook.bound(Unsplit()):
+            yield
+    else:
         yield
 
 
-class Rewriting:
-    """A `Hook`; ``member`` stands for all ranks that run the same graph, so it is asked for lengths only."""
+class Unsplit:
+    """The `Hook` of a part of the batch that has all positions: known calls compute what they say."""
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+        return whole(q, k, v, spec)
+
+    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        return plain(x, dim)
+
+    def cross_entropy(
+        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return losses.compute(x, head, labels, options)
+
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        if key.dim() == 0:
+            raise TraceError(
+                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch is split, and every part would "
+                "drop the same places. Give every row a key: a leaf fp.random.keys(key, rows) of the batch"
+            )
+        return random.dropped(x, rate, key, {})
+
+
+class Rewriting(Unsplit):
+    """The `Hook` of a slice; ``member`` stands for all ranks that run the same graph, so it is asked for lengths only."""
 
     def __init__(self, findings: Findings, member: int) -> None:
         self.findings, self.member = findings, member
@@ -44,8 +72,7 @@ class Rewriting:
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         part = self.findings.positions(x, dim)
-        with hook.bound(None):
-            return plain(x, dim) if part is None else member_positions(part, self.member, x.device)
+        return plain(x, dim) if part is None else member_positions(part, self.member, x.device)
 
     def cross_entropy(
         self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
@@ -54,5 +81,11 @@ class Rewriting:
         if part is not None and options.axis is not None and not part.even:
             rows = labels.numel() // max(part.length(self.member), 1)
             options = replace(options, tokens=tuple(rows * part.length(m) for m in range(part.members)))
-        with hook.bound(None):
-            return losses.compute(x, head, labels, options)
+        return losses.compute(x, head, labels, options)
+
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        sliced = self.findings.dropout(x, rate, key)
+        if sliced is None:
+            return super().dropout(x, rate, key)
+        dim, part = sliced
+        return random.dropped(x, rate, key, {dim: member_positions(part, self.member, x.device)})

@@ -149,6 +149,9 @@ class Recorder(TorchDispatchMode):
         total, weight = self._known("cross_entropy", args, {"options": options}, [((), dtype)] * 2)
         return total, weight
 
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        return self._known("dropout", {"x": x, "key": key}, {"rate": rate}, [(x.shape, x.dtype)])[0]
+
     def _known(self, name: str, tensors: dict[str, Any], rest: dict[str, Any], made: Sequence[Any]) -> Any:
         return _Known.apply(self, name, rest, made, tuple(tensors), *tensors.values())
 
