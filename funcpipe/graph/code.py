@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -127,7 +128,16 @@ def flops(x: fx.Node) -> int:
     if count is None:
         return 0
     args, kwargs = fx.node.map_arg((x.args, x.kwargs), lambda a: a.meta["val"])
+    if "scaled_dot_product" in str(x.target):
+        args = _with_equal_heads(args)
     return int(count(*args, **kwargs, out_val=x.meta["val"]))
+
+
+def _with_equal_heads(args: Sequence[Any]) -> list[Any]:
+    """Operands of an attention, ``(batch, heads, positions, dim)``, with equally many heads: torch counts no others."""
+    heads = max(a.shape[1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4)
+    wide = lambda a: torch.empty((a.shape[0], heads, *a.shape[2:]), device="meta")  # noqa: E731
+    return [wide(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
 
 
 def _peak(body: list[fx.Node], outputs: list[fx.Node]) -> int:

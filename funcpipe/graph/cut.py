@@ -27,6 +27,7 @@ from funcpipe.graph import code as code_
 from funcpipe.graph.code import Code, Value
 from funcpipe.graph.nodes import Nodes, read_nodes
 from funcpipe.graph.ops import is_carried, is_heavy
+from funcpipe.graph.remat import Saved
 from funcpipe.graph.trace import Traced
 
 Key = tuple[str, int]  # kind and segment of a unit
@@ -65,6 +66,7 @@ class Cut:
             (none at all: zeros).
         constants: what was folded: a function without arguments computes it on this rank.
         traced: where it all came from; its graph is used up.
+        saved: what every segment saves for its backward half, where that is known.
     """
 
     units: dict[Key, Unit]
@@ -73,6 +75,7 @@ class Cut:
     grads: tuple[tuple[Value, ...], ...]
     constants: dict[Value, Callable[[], torch.Tensor]]
     traced: Traced
+    saved: tuple[Saved, ...] = ()
 
 
 def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Cut:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from funcpipe.graph.names import NAMED
 from funcpipe.graph.ops import (
     MARK,
     is_carried,
@@ -46,6 +47,7 @@ class Nodes:
         grads: per tensor of params its partial gradients, in autograd's order.
         constant: what follows from neither params nor batch.
         rebuilt: what is computed again in each unit that reads it.
+        names: what the loss function calls values of the forward half.
     """
 
     graph: fx.Graph
@@ -58,6 +60,7 @@ class Nodes:
     place: dict[fx.Node, int] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
     rebuilt: set[fx.Node] = field(default_factory=set)
+    names: dict[str, list[fx.Node]] = field(default_factory=dict)
 
     def backward(self, segment: int) -> int:
         """The label of the backward half of a segment."""
@@ -86,10 +89,15 @@ def read_nodes(traced: Traced) -> Nodes:
 def _labelled(traced: Traced) -> Nodes:
     graph, segments = traced.module.graph, traced.boundaries + 1
     label: dict[fx.Node, int] = {}
+    names: dict[str, list[fx.Node]] = {}
     current = 0
     for node in list(graph.nodes):
         if node.target is MARK:
             current = int(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        elif node.target is NAMED:
+            if current < segments:
+                names.setdefault(str(node.args[1]), []).append(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
         elif node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -98,7 +106,9 @@ def _labelled(traced: Traced) -> Nodes:
             label[node] = current
     inputs = [x for x in graph.nodes if x.op == "placeholder"]
     params, batch = inputs[: traced.params], inputs[traced.params :]
-    return Nodes(graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label)
+    return Nodes(
+        graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label, names=names
+    )
 
 
 def _forget_data(n: Nodes) -> None:
