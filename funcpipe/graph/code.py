@@ -127,6 +127,7 @@ def flops(x: fx.Node) -> int:
     count = flop_registry.get(getattr(x.target, "overloadpacket", None)) if is_op(x) else None
     if count is None:
         return 0
+    args: Any
     args, kwargs = fx.node.map_arg((x.args, x.kwargs), lambda a: a.meta["val"])
     if "scaled_dot_product" in str(x.target):
         args = _with_equal_heads(args)

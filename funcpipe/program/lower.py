@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from funcpipe.collectives import collectives_of
 from funcpipe.errors import CutError
@@ -115,6 +117,7 @@ def lower(
     place: int,
     summed: frozenset[int],
     sharding: Sharding,
+    dtypes: Mapping[int, torch.dtype] | None = None,
 ) -> Program:
     """The program of the ranks at one place on the pipe axis.
 
@@ -125,8 +128,9 @@ def lower(
         place: on the pipe axis.
         summed: the numbers of the heads that are summed over microbatches; the others are kept as rows.
         sharding: the leaves that are sharded.
+        dtypes: for other leaves, the dtype in which their gradients are added up where that is not the units' own.
     """
-    rows = _Lowering(cuts, stages, schedule, place, summed).lower()
+    rows = _Lowering(cuts, stages, schedule, place, summed, dtypes or {}).lower()
     program = allocate(place, shard(rows, sharding))
     verify(program)
     return program
@@ -139,6 +143,7 @@ class _Lowering:
     schedule: Schedule
     place: int
     summed: frozenset[int]
+    dtypes: Mapping[int, torch.dtype]
     rows: list[Row] = field(default_factory=list)
     turns: dict[Name, int] = field(default_factory=lambda: defaultdict(int))
     early: dict[Name, dict[int, tuple[Name, Action]]] = field(default_factory=lambda: defaultdict(dict))
@@ -179,7 +184,8 @@ class _Lowering:
         self.early[name][m] = (("value", value, m), action)
         while self.turns[name] in self.early[name]:  # in microbatch order
             source, origin = self.early[name].pop(self.turns[name])
-            self.rows.append(Row(ADD, origin, (source,), (name,), turn=self.turns[name]))
+            dtype = self.dtypes.get(name[1]) if name[0] == "grad" else None
+            self.rows.append(Row(ADD, origin, (source,), (name,), turn=self.turns[name], dtype=dtype))
             self.turns[name] += 1
 
     def _move(self, action: Action) -> None:

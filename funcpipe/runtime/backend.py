@@ -1,6 +1,10 @@
 """Backends: what runs a unit. "eager" runs its graph op by op, bitwise as plain PyTorch; "inductor" compiles it.
 
-Equal units share one `Code`, so a model of any depth compiles a handful of them.
+Equal units share one `Code`, so a model of any depth compiles a handful of them. What was compiled is kept on disk by torch's
+own cache (the FX graph cache of inductor, ``TORCHINDUCTOR_CACHE_DIR``), so that the next process finds it.
+
+A compiled backend also *fuses* (see `fuse.py`): it adds gradients up without making them first, and compiles two units that
+run back to back as one.
 
 In: `Code`. Out: a boxed function, a list of tensors in, a sequence out.
 """
@@ -11,10 +15,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 
 from funcpipe.errors import TraceError
 from funcpipe.graph.code import Code
+from funcpipe.graph.ops import viewed
+from funcpipe.runtime.products import handing_out
 
 Run = Callable[[list[Any]], Sequence[Any]]
 NAMES = ("eager", "inductor")
@@ -26,32 +37,89 @@ class Backend:
     Args:
         name: "eager" or "inductor".
         progress: called with a line of text while units compile.
+        sums: the dtype in which gradients with fewer bits are added up over microbatches by a backend that fuses;
+            by default, the gradient's own.
+        captured: whether units run in a CUDA graph: then what the host does between them takes no time.
     """
 
-    def __init__(self, name: str = "eager", progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "eager",
+        progress: Callable[[str], None] | None = None,
+        sums: torch.dtype | None = None,
+        captured: bool = False,
+    ) -> None:
         self.name, self.progress = name, progress or (lambda text: None)
-        self._made: dict[str, Run] = {}
+        self.sums, self.captured = sums, captured
+        self._made: dict[tuple[str, tuple[int, ...]], Run] = {}
 
-    def __call__(self, code: Code) -> Run:
-        """The function of a unit."""
-        if self.name == "eager":
+    @property
+    def fuses(self) -> bool:
+        """Whether it may run other kernels than the units' graphs say, and round otherwise."""
+        return self.name == "inductor"
+
+    def __call__(self, code: Code, products: tuple[int, ...] = ()) -> Run:
+        """The function of a unit.
+
+        Args:
+            code: of the unit.
+            products: the places of outputs that it hands out as `funcpipe.runtime.products.Product`.
+        """
+        if not self.fuses:
+            assert not products
             return code.run
-        if code.key not in self._made:
-            self.progress(f"compiling unit {code.key} ({len(self._made) + 1})")
-            self._made[code.key] = _inductor(code)
-        return self._made[code.key]
+        key = code.key, products
+        if key not in self._made:
+            self._made[key] = self._unit(code, products)
+        return self._made[key]
+
+    def function(self, name: str, fn: Callable[..., torch.Tensor], *like: torch.Tensor) -> Run:
+        """A function of tensors, compiled.
+
+        Args:
+            name: of what it computes, for such tensors.
+            fn: makes one tensor.
+            like: tensors such as it will get.
+        """
+        if (name, ()) not in self._made:
+            with _disable_current_modes():
+                with FakeTensorMode():
+                    fakes = [_like(x) for x in like]
+                module = make_fx(lambda *xs: (fn(*xs),), tracing_mode="fake")(*fakes)
+            module.graph.set_codegen(fx.graph._BoxedCodeGen())
+            module.recompile()
+            self._made[name, ()] = self._inductor(module, name)
+        return self._made[name, ()]
+
+    def _unit(self, code: Code, products: tuple[int, ...]) -> Run:
+        if not products:
+            return self._inductor(code.module, code.key)
+        module, pack = handing_out(code.module, products)
+        run = self._inductor(module, code.key)
+        return lambda inputs: pack(run(inputs))
+
+    def _inductor(self, module: fx.GraphModule, key: str) -> Run:
+        if not any(x.op == "call_function" and viewed(x) is None for x in module.graph.nodes):
+            return module.forward  # nothing but views, as what is left of a W unit
+        self.progress(f"compiling unit {key} ({len(self._made) + 1})")
+        return _inductor(module, key)
 
 
-def _inductor(code: Code) -> Run:
+def _inductor(module: fx.GraphModule, key: str) -> Run:
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    inputs = [n.meta["val"] for n in code.module.graph.nodes if n.op == "placeholder"]
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # inductor looks into its cache on disk only where there is one
+    likes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     try:
-        table = select_decomp_table()
-        module = make_fx(lambda *xs: code.run(list(xs)), decomposition_table=table, tracing_mode="fake")(*inputs)
-        fakes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        with torch.no_grad():
-            return compile_fx_inner(module, fakes)  # type: ignore[return-value]
+        with _disable_current_modes(), mode:
+            inputs = [_like(x) for x in likes]
+            flat = make_fx(lambda *xs: module.forward(list(xs)), select_decomp_table(), tracing_mode="fake")(*inputs)
+        with torch.no_grad(), tracing(TracingContext(mode)):
+            return compile_fx_inner(flat, inputs)  # type: ignore[return-value]
     except Exception as error:
-        raise TraceError(f"torch's inductor cannot compile unit {code.key}: {error}; use backend='eager'") from error
+        raise TraceError(f"torch's inductor cannot compile unit {key}: {error}; use backend='eager'") from error
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

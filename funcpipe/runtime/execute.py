@@ -15,24 +15,25 @@ import torch
 from funcpipe.comm import Communicator
 from funcpipe.comm.wire import is_dense, wire_strides
 from funcpipe.graph.code import Value
-from funcpipe.program import ADD, GATHER, RECV, REDUCE, RUN, SEND, Instruction, Program
+from funcpipe.program import ADD, GATHER, RECV, REDUCE, SEND, Instruction, Program
 from funcpipe.runtime import shards
 from funcpipe.runtime.backend import Backend
+from funcpipe.runtime.fuse import Work, fused
+from funcpipe.runtime.products import made
 
 Slots = list[Any]
 
 
 class Bound(NamedTuple):
-    """An instruction with its peers' ranks and buffers filled in."""
+    """An instruction with its peers' ranks and buffers filled in. ADD runs on what its sum holds, and what is added."""
 
     op: str
-    run: Callable[[list[Any]], Any]
+    run: Callable[..., Any]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     frees: tuple[int, ...]
     peer: int
     channel: str
-    turn: int
 
 
 def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend) -> list[Bound]:
@@ -45,39 +46,31 @@ def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator
         comm: the rank's communicator.
         backend: what runs units.
     """
+    work, sums = fused(program, backend)
     return [
         Bound(
             i.op,
-            _runner(i, comm, backend),
-            i.reads,
-            i.writes,
-            i.frees,
+            *(work.get(k) or Work(sums.get(k) or _runner(i, comm), i.reads, i.writes, i.frees)),
             ranks[i.peer] if i.peer >= 0 else -1,
             name + i.action.kind[-1],
-            i.turn,
         )
-        for i in program.instructions
+        for k, i in enumerate(program.instructions)
     ]
 
 
-def _runner(i: Instruction, comm: Communicator, backend: Backend) -> Callable[[list[Any]], Any]:
-    """What an instruction does with what it reads."""
-    if i.op == RUN:
-        assert i.unit is not None
-        return backend(i.unit.code)
+def _runner(i: Instruction, comm: Communicator) -> Callable[[list[Any]], Any]:
+    """What an instruction that moves values does with what it reads."""
     if i.op in (SEND, RECV):
         wires = [_Wire(v) for v in i.values]
         if i.op == SEND:
             return lambda xs: [w.dense(x) for w, x in zip(wires, xs, strict=True)]
         return lambda _: [w.empty() for w in wires]
-    if i.op == ADD:
-        dtype = i.dtype
-        return (lambda xs: xs[0]) if dtype is None else (lambda xs: xs[0].to(dtype))
     assert i.bucket is not None
     if i.op == GATHER:
         return shards.gather(i.bucket, comm)
     if i.op == REDUCE:
-        return shards.reduce(i.bucket, comm)
+        reduce, dtype = shards.reduce(i.bucket, comm), i.bucket.dtype
+        return lambda xs: reduce([made(x, dtype) for x in xs])
     return lambda xs: xs[0].wait()
 
 
@@ -98,16 +91,9 @@ class _Wire:
 
 def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
     """Run a bound program. Values leave their slots at their last use, so that a unit can free them while it runs."""
-    for op, run, reads, writes, frees, peer, channel, turn in program:
+    for op, run, reads, writes, frees, peer, channel in program:
         if op is ADD:
-            x, target = run([slots[reads[0]]]), writes[0]
-            if turn == 0:
-                slots[target] = x
-            elif turn == 1:  # a new tensor, since the first summand may be anybody's; after that it is ours
-                slots[target] = slots[target] + x
-            else:
-                slots[target].add_(x)
-            del x
+            slots[writes[0]] = run(slots[writes[0]], slots[reads[0]])
             for i in frees:
                 slots[i] = None
             continue

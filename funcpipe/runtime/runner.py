@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import itertools
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +24,20 @@ from funcpipe.batch import signature
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import Ranks
 from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.errors import FuncpipeError, MismatchError, StackError, StateError
+from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError
 from funcpipe.lazy import LazyParams
 from funcpipe.mesh import Mesh
 from funcpipe.placement import Placement
+from funcpipe.precision import scaled_init
 from funcpipe.records import resolve
 from funcpipe.runtime.backend import NAMES, Backend
-from funcpipe.runtime.capture import CapturedStep
+from funcpipe.runtime.capture import CapturedStep, Home, feeder, pool_bytes
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.record import Recording
+from funcpipe.runtime.texts import described, difference, other_plan, too_large
 from funcpipe.step import describe
 
 
@@ -83,6 +85,11 @@ class Runner(abc.ABC):
         lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
         return lazy.fakes, lambda i: lazy.leaf(i).to(self.device)
 
+    def _scaled(self, init_state: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """An ``init_state`` whose state has room for what `mixed_precision` keeps there."""
+        p = self._resolved.precision
+        return scaled_init(init_state, self.device) if p is not None and p.dynamic else init_state
+
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
@@ -126,6 +133,7 @@ class Simulation(Runner):
         if device != self.device:
             self._ranks.close()
             self._ranks = Ranks(self.mesh, device)
+        init_state = self._scaled(init_state)
         self._planner = Planner(self._resolved, init_state, shapes)
         self._bound.clear()
         self._plan_first(batch)
@@ -205,6 +213,7 @@ class Spmd(Runner):
         timeout: float | None,
         batch: str,
         backend: str,
+        sums: torch.dtype | None,
         cuda_graph: bool,
     ) -> None:
         super().__init__(step, mesh)
@@ -212,14 +221,18 @@ class Spmd(Runner):
             raise StackError(f"spmd: backend={backend!r}; write one of {', '.join(map(repr, NAMES))}")
         if batch not in ("global", "local"):
             raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
+        if sums is not None and (backend == "eager" or not sums.is_floating_point):
+            raise StackError(f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'")
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
         if cuda_graph and self._comm.device.type != "cuda":
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
-        self._backend, self._cuda_graph = Backend(backend, self._report), cuda_graph
+        self._backend, self._cuda_graph = Backend(backend, self._report, sums, cuda_graph), cuda_graph
         self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
+        self._home, self._pool = Home(), torch.cuda.graph_pool_handle() if cuda_graph else None
+        self._feed = feeder(self._comm.device)
         # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
         self._release = weakref.finalize(self, _release, self._captured)
         self._digests: dict[tuple, int] = {}
@@ -240,10 +253,13 @@ class Spmd(Runner):
 
     def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
         params, leaf = self._read(params, key)
+        batch = self._feed(batch)
         self._agree({"params": params, "batch": batch}, self._what)
+        init_state = self._scaled(init_state)
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
         self._captured.clear()
+        self._home = Home()
         self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
         self._plan_first(batch)
         self._rank_of(batch)
@@ -259,14 +275,39 @@ class Spmd(Runner):
         """One step of this rank; every rank calls it with the same global batch."""
         return self._guarded(self._step, state, batch)
 
+    def prefetch(self, batch: Any) -> Any:
+        """The batch on this rank's device, moved there on a stream of its own while the step that was called last runs.
+
+        A step that is called with a batch on the CPU moves it so by itself. Prefetching pays where the host reads metrics of
+        one step before it calls the next: ``state, metrics = run(state, batch)``, then ``batch = run.prefetch(next(loader))``,
+        then read. Tensors that do not lie in pinned memory are moved all the same, but the host waits.
+        """
+        return self._guarded(self._feed, batch)
+
+    @property
+    def graph_memory(self) -> int:
+        """Bytes of GPU memory that the captured steps of this rank hold for values of their own: activations, gradients."""
+        return pool_bytes(self._pool) if self._captured else 0
+
+    def plan(self, state: Any, batch: Any) -> Plan:
+        """What will run for batches like this one: see `Plan`."""
+        return super().plan(state, self._feed(batch))
+
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        batch = self._feed(batch)
         self._agree({"batch": batch}, "step")
         rank = self._rank_of(batch)
         self._watch([rank])
+        try:
+            return self._run(rank, state, batch)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(too_large(rank, state, error)) from error
+
+    def _run(self, rank: Rank, state: Any, batch: Any) -> tuple[Any, Any]:
         with torch.no_grad():
             if self._cuda_graph and not self._recording:  # a graph has no instructions to time
                 if id(rank) not in self._captured:
-                    self._captured[id(rank)] = CapturedStep(rank, state, batch)
+                    self._captured[id(rank)] = CapturedStep(rank, self._home, state, batch, self._pool)
                 return self._captured[id(rank)](state, batch)
             out = rank.step(state, batch)
         self._comm.flush()
@@ -292,7 +333,7 @@ class Spmd(Runner):
             if len(set(digests)) > 1:
                 odd = next(r for r, d in enumerate(digests) if d != digests[0])
                 found = self._comm.exchange(plan.sections if self.rank in (0, odd) else None)
-                raise MismatchError(_other_plan(found[0], found[odd], odd))
+                raise MismatchError(other_plan(found[0], found[odd], odd))
             rank = Rank(plan, self._comm, self._backend)
             rank.prepare()
             self._bound[id(plan)] = rank
@@ -303,11 +344,11 @@ class Spmd(Runner):
         key = (what, *((name, signature(x)) for name, x in trees.items()))
         digest = self._digests.get(key)
         if digest is None:
-            text = repr(_described(trees)) + what
+            text = repr(described(trees)) + what
             digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
             self._digests[key] = digest
         if len(set(self._comm.exchange_digest(digest))) > 1:
-            raise MismatchError(_difference(self._comm.exchange((what, _described(trees)))))
+            raise MismatchError(difference(self._comm.exchange((what, described(trees)))))
 
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:
@@ -315,7 +356,17 @@ class Spmd(Runner):
         except MismatchError:  # every rank has seen it: none waits, and the next call may do better
             raise
         except BaseException as error:
-            raise self._comm.fail(error) from (None if isinstance(error, FuncpipeError) else error)
+            raise self._fail(error) from (None if isinstance(error, FuncpipeError) else error)
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Tell the other ranks. NCCL gives up a communicator only when no graph holds it, and a graph ends only when the
+        communicator that it waits on is given up: so both at once."""
+        if not self._captured:
+            return self._comm.fail(error)
+        with ThreadPoolExecutor(1) as aside:
+            told = aside.submit(self._comm.fail, error)
+            _release(self._captured)
+            return told.result()
 
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
@@ -326,6 +377,7 @@ class Spmd(Runner):
         return self._guarded(self._unplace, state)
 
     def _unplace(self, state: Any) -> Any:
+        self._home.check(state)
         leaves = self._placement.state_leaves(state, "unplace")
         held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
         found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
@@ -339,51 +391,8 @@ class Spmd(Runner):
 
 
 def _release(captured: dict[int, CapturedStep]) -> None:
-    for step in captured.values():
-        step.release()
-    captured.clear()
-
-
-def _described(trees: dict[str, Any]) -> list[tuple[str, str]]:
-    """Path and description of every leaf."""
-    out = []
-    for name, x in trees.items():
-        for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
-            text = (
-                f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.")
-                if isinstance(leaf, torch.Tensor)
-                else repr(leaf)
-            )
-            out.append((name + path, text))
-    return out
-
-
-def _other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: int) -> str:
-    """Which line of two ranks' plans differs first."""
-    for topic in [*first, *other]:
-        for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
-            if a != b:
-                return (
-                    f"rank {rank} has planned another program than rank 0 for the same shapes. First difference, in {topic}: "
-                    f"{a!r} on rank 0, {b!r} on rank {rank}. Run the same script with the same options everywhere"
-                )
-    return f"rank {rank} has planned another program than rank 0 for the same shapes"
-
-
-def _difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
-    what, first = all_ranks[0]
-    for r, (other_what, other) in enumerate(all_ranks):
-        if other_what != what:
-            return f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same calls in the same order"
-        a, b = dict(first), dict(other)
-        for path in [*a, *b]:
-            if a.get(path) != b.get(path):
-                mine, theirs = (x.get(path, "no such leaf") for x in (a, b))
-                return (
-                    f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes the same global batch "
-                    "and params"
-                )
-    return "ranks disagree about the order of leaves: build batch and params alike everywhere"
+    while captured:
+        captured.popitem()[1].release()
 
 
 def simulate(step: Callable, mesh: Mesh) -> Simulation:
@@ -410,6 +419,7 @@ def spmd(
     timeout: float | None = None,
     batch: str = "global",
     backend: str = "eager",
+    sums: torch.dtype | None = None,
     cuda_graph: bool = False,
 ) -> Spmd:
     """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
@@ -422,8 +432,10 @@ def spmd(
         batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
             that differ on no axis that splits the batch (the ranks of one pipeline) then pass the same rows.
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
+        sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches, such as
+            ``torch.float32`` for bfloat16 params; by default the gradient's own, which is that of the param.
         cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph; the state is then
-            updated in place, and what a step was given is gone.
+            updated in place, and what a step was given is gone: to use it again is an error.
 
     Returns:
         a runner; ``state`` is this rank's part of it.
@@ -432,4 +444,4 @@ def spmd(
         MeshError, StackError: the transforms do not fit the mesh or each other.
         RankError, on every rank: another one failed; says which, and with what.
     """
-    return Spmd(step, mesh, device, timeout, batch, backend, cuda_graph)
+    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph)

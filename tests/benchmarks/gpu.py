@@ -1,274 +1,322 @@
-"""Pipelines on two GPUs: our step beside torch.distributed.pipelining on the same model and data, in the same run.
+"""Two GPUs: our steps beside PyTorch's on the same model and data, in the same run.
 
-python tests/benchmarks/gpu.py [--model small|medium|tiny] [--rounds 10] [--json gpu.json]
+python tests/benchmarks/gpu.py [--models small medium] [--all] [--only TEXT ...] [--rounds 10] [--json gpu.json] [--profile]
 
-A step is forward, backward and AdamW over all microbatches, in bf16. Ours: units compiled by inductor, the whole step in one
-CUDA graph. Torch's: 1F1B with compiled blocks, its fastest on these models. *Bound*: half of the time of one GPU
-with our own units in a graph, which has no bubble and no transfers. Runs alternate; times are medians.
+A step is forward, backward and AdamW over all microbatches. Contenders are built one after another and stay; then rounds go
+through all of them in turn, and the median of rounds counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
+steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
+units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
+a sustained run. Peak memory is what a contender allocates beyond what is there before it is built.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import gpu_peers as peers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from gpu_model import SIZES, Size, data, init, init_state, step, step_by_halves
+from gpu_profile import breakdown
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import funcpipe as fp
+from funcpipe.transforms import remat
 
-VOCABULARY, HEAD = 32000, 128
-SIZES = {  # width, layers, length, rows of a microbatch, microbatches
-    "tiny": (256, 4, 128, 2, 4),
-    "small": (1024, 16, 1024, 2, 8),
-    "medium": (2048, 16, 2048, 2, 8),
-}
-
-
-def hidden(width: int) -> int:
-    return 4 * width * 2 // 3 // 256 * 256
+GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True}
+LINK = {"latency": 2e-5, "bandwidth": 3.5e11}  # of NCCL messages in a graph, between two H200s
+STEPS = 2  # that are timed together
+Go = Callable[[], Any]
 
 
-def init(width: int, layers: int) -> dict:
-    """Params of a Llama-like model, in bf16 on this GPU."""
-    torch.manual_seed(0)
-    new = lambda *shape: (torch.randn(shape, device="cuda") * 0.02).bfloat16()  # noqa: E731
-    one = lambda: torch.ones(width, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    f = hidden(width)
-    block = lambda: {  # noqa: E731
-        **{"norm1": one(), "qkv": new(3 * width, width), "out": new(width, width)},
-        **{"norm2": one(), "gate": new(f, width), "up": new(f, width), "down": new(width, f)},
-    }
-    blocks = [block() for _ in range(layers)]
-    return {"embed": new(VOCABULARY, width), "blocks": blocks, "head": new(VOCABULARY, width)}
+# ---- ours
 
 
-def attention(x: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    rows, length, width = x.shape
-    parts = (u.view(rows, length, width // HEAD, HEAD).transpose(1, 2) for u in F.linear(x, qkv).split(width, -1))
-    mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
-    return F.linear(mixed.transpose(1, 2).reshape(rows, length, width), out)
+class Ours:
+    """A runner of this library, and its state."""
 
+    def __init__(self, size: Size, transformed: Callable, mesh: fp.Mesh, dtype: torch.dtype, options: dict) -> None:
+        self.run, self.batch = fp.spmd(transformed, mesh, **options), data(size)
+        self.state = self.run.init(init_state, init(size, dtype), self.batch)
 
-def block(p: dict, x: torch.Tensor) -> torch.Tensor:
-    width = (x.shape[-1],)
-    x = x + attention(F.rms_norm(x, width, p["norm1"]), p["qkv"], p["out"])
-    h = F.rms_norm(x, width, p["norm2"])
-    return x + F.linear(F.silu(F.linear(h, p["gate"])) * F.linear(h, p["up"]), p["down"])
-
-
-def loss_fn(params: dict, batch: dict) -> fp.Mean:
-    x = F.embedding(batch["tokens"], params["embed"])
-    for p in params["blocks"]:
-        x = fp.stage_boundary(block(p, x))
-    logits = F.linear(x, params["head"]).float().flatten(0, 1)
-    total = F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
-    return fp.Mean(total, torch.full((), float(logits.shape[0]), device=logits.device))
-
-
-class State(NamedTuple):
-    params: Any
-    opt_state: Any
-
-
-OPTIMIZER = fp.optim.adamw(lr=1e-4)
-
-
-def step(state: State, batch: dict) -> tuple[State, dict]:
-    loss, grads = fp.value_and_grad(loss_fn)(state.params, batch)
-    params, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
-    return State(params, opt_state), {"loss": loss}
-
-
-def data(size: tuple) -> dict:
-    _, _, length, rows, microbatches = size
-    g = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (rows * microbatches, length + 1), generator=g).cuda()
-    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
-
-
-def ours(transformed: Callable, mesh: fp.Mesh, size: tuple, options: dict) -> tuple[Callable[[], Any], Any]:
-    run = fp.spmd(transformed, mesh, **options)
-    batch = data(size)
-    held = [run.init(lambda p: State(p, OPTIMIZER.init(p)), init(*size[:2]), batch)]
-
-    def go() -> Any:
-        held[0], metrics = run(held[0], batch)
+    def __call__(self) -> Any:
+        self.state, metrics = self.run(self.state, self.batch)
         return metrics["loss"]
 
-    return go, run
+
+def piped(size: Size, schedule: Any, step: Callable = step, **options: Any) -> Ours:
+    transformed = fp.pipelined(step, axis="pipe", microbatches=size.microbatches, schedule=schedule)
+    return Ours(size, transformed, fp.Mesh(pipe=dist.get_world_size()), torch.bfloat16, options or GRAPH)
 
 
-class Block(nn.Module):
-    def __init__(self, p: dict) -> None:
-        super().__init__()
-        self.p = nn.ParameterDict(p)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return block(self.p, x)
-
-
-class Chunk(nn.Module):
-    """A stage of the same model for torch's pipelines."""
-
-    def __init__(self, params: dict, stage: int, stages: int) -> None:
-        super().__init__()
-        n = len(params["blocks"]) // stages
-        blocks = params["blocks"][stage * n : (stage + 1) * n]
-        self.blocks = nn.ModuleList(Block(p) for p in blocks)
-        self.embed = nn.Parameter(params["embed"]) if stage == 0 else None
-        self.head = nn.Parameter(params["head"]) if stage == stages - 1 else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.embed is None else F.embedding(x, self.embed)
-        for b in self.blocks:
-            x = b(x)
-        return x if self.head is None else F.linear(x, self.head)
+def sharded(size: Size, budget: float, microbatches: int = 4, **options: Any) -> Ours:
+    """Buckets are small enough that every matrix travels alone, and is not copied out of one."""
+    options = {"regather": "step", "reduce_dtype": torch.float32} | options
+    stack = [
+        fp.accumulated(microbatches=microbatches),
+        fp.data_parallel(axis="data"),
+        fp.sharded_weights(axis="data", param_dtype=torch.bfloat16, bucket_bytes=1 << 20, **options),
+        remat(budget=budget),
+    ]
+    return Ours(size, fp.compose(*stack)(step), fp.Mesh(data=dist.get_world_size()), torch.float32, GRAPH)
 
 
-def torchs(name: str, size: tuple, compiled: bool) -> Callable[[], Any]:
-    from torch.distributed import pipelining
-
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    cls = getattr(pipelining, name)
-    per_rank = 1 if name == "Schedule1F1B" else 2
-    params, stages = init(*size[:2]), ranks * per_rank
-    numbers = [rank + ranks * i for i in range(per_rank)]
-    chunks = [Chunk(params, s, stages).cuda() for s in numbers]
-    for b in (b for c in chunks for b in c.blocks if compiled):
-        b.compile()
-    made = [pipelining.PipelineStage(c, s, stages, torch.device("cuda")) for c, s in zip(chunks, numbers, strict=True)]
-    batch = data(size)
-    loss = lambda out, labels: F.cross_entropy(out.float().flatten(0, 1), labels.flatten())  # noqa: E731
-    schedule = cls(made[0] if per_rank == 1 else made, n_microbatches=size[4], loss_fn=loss)
-    optimizer = torch.optim.AdamW([p for c in chunks for p in c.parameters()], lr=1e-4, weight_decay=0.1, fused=True)
-
-    def go() -> Any:
-        losses: list = []
-        kwargs = {"target": batch["labels"], "losses": losses} if stages - 1 in numbers else {}
-        schedule.step(*([batch["tokens"]] if 0 in numbers else []), **kwargs)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).mean() if losses else None
-
-    return go
+def one_gpu(size: Size) -> Ours:
+    return Ours(size, fp.accumulated(step, microbatches=size.microbatches), fp.Mesh(), torch.bfloat16, GRAPH)
 
 
-def seconds(go: Callable[[], Any]) -> float:
+# ---- contenders
+
+
+def alone(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str, Callable[[], Go]]:
+    """One GPU."""
+    out: dict[str, Callable[[], Go]] = {"funcpipe, one GPU, one graph": lambda: one_gpu(size)}
+    if everything:
+        out |= {
+            "torch, one GPU": lambda: peers.one_gpu(size),
+            "torch, one GPU, compiled blocks": lambda: peers.one_gpu(size, compiled=True),
+            "torch, one GPU, compiled blocks, one graph": lambda: peers.one_gpu(size, compiled=True, graph=True),
+        }
+    return out
+
+
+def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str, Callable[[], Go]]:
+    """Two GPUs; ``peaks`` are those of the contenders that were built before."""
+    found: dict[str, Any] = {}
+
+    def searched(limit: bool, step: Callable = step) -> Go:
+        """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under."""
+        if step not in found:
+            ours = piped(size, fp.schedules.one_f_one_b(), step)
+            costs = dataclasses.replace(fp.profile_units(ours.run, ours.state, ours.batch), **LINK)
+            found[step] = costs, room(ours)
+            ours.run.close()
+        costs, most = found[step]
+        return piped(size, fp.schedules.auto(most if limit else None, costs), step)
+
+    def room(ours: Ours) -> float:
+        """Bytes of activations within 1.25 times the peak of torch's 1F1B: params, moments and sums lie beside them."""
+        memory = ours.run.plan(ours.state, ours.batch).memory
+        return 1.25 * peaks["torch 1F1B, compiled blocks"] * 2**30 - max(
+            3 * m["params"] + m["gradients"] for m in memory
+        )
+
+    out: dict[str, Callable[[], Go]] = {
+        "torch 1F1B, compiled blocks": lambda: peers.pipeline(size, "Schedule1F1B", True),
+        "funcpipe 1F1B, one graph": lambda: piped(size, fp.schedules.one_f_one_b()),
+        "funcpipe ZB-H1, one graph": lambda: piped(size, fp.schedules.zb_h1()),
+        "funcpipe ZB-V, one graph": lambda: piped(size, fp.schedules.zb_v()),
+        "funcpipe auto, one graph": lambda: searched(limit=False),
+        "funcpipe auto, 1.25 x memory, one graph": lambda: searched(limit=True),
+        "funcpipe auto by half blocks, one graph": lambda: searched(limit=False, step=step_by_halves),
+        "funcpipe auto by half blocks, 1.25 x memory, one graph": lambda: searched(limit=True, step=step_by_halves),
+        "FSDP2, compiled blocks, 4 microbatches": lambda: peers.fsdp(size, 4, True),
+        "FSDP2, compiled blocks, 4 microbatches, bf16 reductions": lambda: peers.fsdp(size, 4, True, torch.bfloat16),
+        "funcpipe sharded, one graph": lambda: sharded(size, 0.5),
+        "funcpipe sharded, bf16 sums, one graph": lambda: sharded(
+            size, 0.75, reduce="last", reduce_dtype=torch.bfloat16
+        ),
+    }
+    if everything:
+        out |= {
+            "torch 1F1B": lambda: peers.pipeline(size, "Schedule1F1B", False),
+            "torch interleaved, compiled blocks": lambda: peers.pipeline(size, "ScheduleInterleaved1F1B", True),
+            "torch ZB-V": lambda: peers.pipeline(size, "ScheduleZBVZeroBubble", False),
+            "torch ZB-V, compiled blocks": lambda: peers.pipeline(size, "ScheduleZBVZeroBubble", True),
+            "FSDP2, 4 microbatches": lambda: peers.fsdp(size, 4, False),
+            "FSDP2, compiled blocks, 1 microbatch": lambda: peers.fsdp(size, 1, True),
+            "funcpipe sharded, gathered for each unit, one graph": lambda: sharded(size, 0.75, regather="microbatch"),
+            "funcpipe sharded, summed whole, one graph": lambda: sharded(size, 0.5, reduce="last"),
+            "funcpipe sharded, 1 microbatch, one graph": lambda: sharded(size, 0.5, 1),
+            "funcpipe 1F1B, eager": lambda: piped(size, fp.schedules.one_f_one_b(), backend="eager"),
+        }
+    return out
+
+
+# ---- measuring
+
+
+def peak(go: Go, before: int) -> float:
+    """GiB that the first steps take beyond what was there before, on the rank that takes most."""
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        go()
+    torch.cuda.synchronize()
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (torch.cuda.max_memory_allocated() - before) / 2**30)
+    return max(found)
+
+
+def seconds(go: Go) -> float:
     torch.cuda.synchronize()
     dist.barrier()
     start = time.perf_counter()
-    for _ in range(2):
+    for _ in range(STEPS):
         go()
     torch.cuda.synchronize()
     dist.barrier()
-    return (time.perf_counter() - start) / 2
+    return (time.perf_counter() - start) / STEPS
 
 
-def measured(name: str, make: Callable[[], tuple], rounds: int) -> dict:
+def matrix_rate() -> float:
+    """FLOPs a second of a large bfloat16 product, over about a second."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for n in (20, 500):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(n):
+            a @ b
+        torch.cuda.synchronize()
+    return n * 2 * 8192**3 / (time.perf_counter() - start)
+
+
+def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go | None]:
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    go, run = make()
-    losses = [go() for _ in range(3)]
-    torch.cuda.synchronize()
-    ready = time.perf_counter() - start
-    times = [seconds(go) for _ in range(rounds)]
-    host = time.perf_counter()
-    go()
-    host = time.perf_counter() - host
-    torch.cuda.synchronize()
-    peak = [None] * dist.get_world_size()
-    dist.all_gather_object(peak, torch.cuda.max_memory_allocated() / 2**30)
-    values = [None if x is None else round(float(x), 4) for x in losses]
-    if run is not None:
-        run.close()
-    out = {"name": name, "ms": 1e3 * statistics.median(times), "peak": max(peak), "ready": ready, "host": 1e3 * host}
-    return out | {"losses": values}
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    try:
+        go = make()
+        row = {"name": name, "peak": peak(go, before)}
+    except Exception as error:
+        return {"name": name, "error": repr(error)[:600]}, None
+    row["losses"] = [whole(x) for x in (go(), go())]
+    if isinstance(go, Ours):
+        row["graph"] = go.run.graph_memory / 2**30
+    return row | {"ready": time.perf_counter() - start}, go
 
 
-def single(model: str, rounds: int) -> list[dict]:
-    """One GPU: our units in a graph, every microbatch after the other."""
-    return run_all(model, rounds, {"1 GPU, inductor units, one graph": lambda size: one_gpu(size)})
+def whole(loss: Any) -> float | None:
+    """A loss that some rank knows; the mean of those that all know in part."""
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if loss is None else float(loss))
+    known = [x for x in found if x is not None]
+    return round(sum(known) / len(known), 4)
 
 
-def one_gpu(size: tuple) -> tuple:
-    transformed = fp.accumulated(step, microbatches=size[4])
-    return ours(transformed, fp.Mesh(), size, {"backend": "inductor", "cuda_graph": True})
-
-
-def piped(schedule: Any, **options: Any) -> Callable[[tuple], tuple]:
-    def make(size: tuple) -> tuple:
-        transformed = fp.pipelined(step, axis="pipe", microbatches=size[4], schedule=schedule)
-        return ours(transformed, fp.Mesh(pipe=dist.get_world_size()), size, options)
-
-    return make
-
-
-def pair(model: str, rounds: int) -> list[dict]:
-    graph = {"backend": "inductor", "cuda_graph": True}
-    return run_all(
-        model,
-        rounds,
-        {
-            "torch 1F1B, compiled blocks": lambda size: (torchs("Schedule1F1B", size, True), None),
-            "funcpipe 1F1B, eager": piped(fp.schedules.one_f_one_b()),
-            "funcpipe 1F1B, one graph": piped(fp.schedules.one_f_one_b(), **graph),
-            "funcpipe ZB-H1, one graph": piped(fp.schedules.zb_h1(), **graph),
-            "funcpipe ZB-V, one graph": piped(fp.schedules.zb_v(), **graph),
-            "funcpipe auto by FLOPs, one graph": piped(fp.schedules.auto(), **graph),
-            "funcpipe auto, measured, one graph": piped("auto", **graph),
-        },
-    )
-
-
-def run_all(model: str, rounds: int, makers: dict[str, Callable[[tuple], tuple]]) -> list[dict]:
+def contest(model: str, which: str, everything: bool, only: list[str], rounds: int, profile: bool) -> list[dict]:
+    """Build all contenders, then time them in turn."""
     warnings.simplefilter("ignore")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    out = []
+        device = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    say = print if dist.get_rank() == 0 else lambda *args, **kwargs: None
+    peaks: dict[str, float] = {}
+    makers = {"alone": alone, "together": together}[which](SIZES[model], everything, peaks)
+    rows, running = [], {}
     for name, make in makers.items():
-        try:
-            out.append(measured(name, lambda make=make: make(SIZES[model]), rounds))
-        except Exception as error:
-            out.append({"name": name, "error": repr(error)[:600]})
-        if dist.get_rank() == 0:
-            print(out[-1], flush=True)
-    return out
+        if only and not any(text in name for text in only):
+            continue
+        row, go = build(name, make)
+        rows.append(row)
+        if go is not None:
+            running[name], peaks[name] = go, row["peak"]
+        say(row, flush=True)
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name, go in running.items():
+            times[name].append(seconds(go))
+    for row in rows:
+        if row["name"] in running:
+            row["ms"] = 1e3 * statistics.median(times[row["name"]])
+            row["host"] = 1e3 * host_time(running[row["name"]])
+            if isinstance(running[row["name"]], Ours):
+                row["launch"] = 1e3 * host_time(next(iter(running[row["name"]].run._captured.values())).graph.replay)
+            if profile and isinstance(running[row["name"]], Ours):
+                row["kernels"] = breakdown(running[row["name"]])
+                say(row["name"], f"{row['ms']:.2f}", json.dumps(row["kernels"]), flush=True)
+    if which == "alone":
+        rows[0]["rate"] = matrix_rate()
+    for go in running.values():
+        if isinstance(go, Ours):
+            go.run.close()
+    return rows
+
+
+def host_time(go: Go) -> float:
+    """How long the host takes to start a step, while the GPU has nothing to do."""
+    torch.cuda.synchronize()
+    dist.barrier()
+    start = time.perf_counter()
+    go()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return taken
+
+
+# ---- the table
+
+
+def best(rows: list[dict], start: str) -> float:
+    return min((r["ms"] for r in rows if r["name"].startswith(start) and "ms" in r), default=float("nan"))
+
+
+def show(model: str, rows: list[dict]) -> None:
+    size, rate = SIZES[model], rows[0].get("rate", float("nan"))
+    bound = best(rows, "funcpipe, one GPU") / 2
+    pipeline = min(best(rows, f"torch {name}") for name in ("1F1B", "interleaved", "ZB"))
+    table = Table(title=f"{model}: {size}; bound {bound:.1f} ms; matrix products {rate / 1e12:.0f} TFLOP/s")
+    for column in (
+        "step",
+        "ms",
+        "torch / this",
+        "bound / this",
+        "k tokens/s",
+        "MFU",
+        "peak GiB",
+        "graph GiB",
+        "host ms (launch)",
+        "ready s",
+        "losses",
+    ):
+        table.add_column(column)
+    for r in rows:
+        if "ms" not in r:
+            table.add_row(r["name"], r.get("error"))
+            continue
+        gpus = 1 if "one GPU" in r["name"] else 2
+        peer = best(rows, "FSDP2, compiled blocks, 4") if "sharded" in r["name"] or "FSDP2" in r["name"] else pipeline
+        seconds_ = r["ms"] / 1e3
+        table.add_row(
+            r["name"],
+            *(
+                f"{r['ms']:.1f}",
+                f"{peer / r['ms']:.2f}",
+                f"{bound / r['ms']:.2f}",
+                f"{size.tokens / seconds_ / 1e3:.0f}",
+            ),
+            *(f"{size.flops / seconds_ / gpus / rate:.1%}", f"{r['peak']:.1f}", f"{r.get('graph', 0):.1f}"),
+            *(f"{r['host']:.1f} ({r.get('launch', 0):.1f})", f"{r['ready']:.0f}", str(r["losses"])),
+        )
+    Console(width=190).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SIZES, default="small")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["small", "medium"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--all", action="store_true", help="every peer; by default the fastest ones")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders whose name holds one of these texts")
+    parser.add_argument("--profile", action="store_true", help="where the time of our steps goes, by kind of kernel")
     parser.add_argument("--json")
     options = parser.parse_args()
-    rows = fp.launch(single, 1, options.model, options.rounds)[0]
-    bound = rows[0].get("ms", float("nan")) / 2
-    rows += fp.launch(pair, 2, options.model, options.rounds)[0]
-    best = min((r["ms"] for r in rows if r["name"].startswith("torch") and "ms" in r), default=float("nan"))
-    table = Table("step", "ms", "torch's best / this", "bound / this", "peak GiB", "host ms", "ready s", "losses")
-    for r in rows:
-        if "error" in r:
-            table.add_row(r["name"], r["error"])
-            continue
-        cells = [f"{r['ms']:.1f}", f"{best / r['ms']:.2f}", f"{bound / r['ms']:.2f}", f"{r['peak']:.1f}"]
-        table.add_row(r["name"], *cells, f"{r['host']:.2f}", f"{r['ready']:.0f}", str(r["losses"]))
-    Console(width=160).print(table)
+    found = {}
+    for model in options.models:
+        rest = (options.all, options.only, options.rounds, options.profile)
+        found[model] = fp.launch(contest, 1, model, "alone", *rest)[0]
+        found[model] += fp.launch(contest, 2, model, "together", *rest)[0]
+        show(model, found[model])
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"model": options.model, "rows": rows}, file, indent=1)
+            json.dump(found, file, indent=1)
 
 
 if __name__ == "__main__":

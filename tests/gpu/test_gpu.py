@@ -6,6 +6,9 @@ Skipped where there are not enough GPUs. Run with: pytest tests/gpu
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -105,39 +108,65 @@ def test_simulated_on_one_gpu(name: str) -> None:
     assert error(run_steps(run), reference()) <= TIGHT
 
 
-def on_two(name: str, options: dict) -> tuple[float, list]:
-    axes, stack = STACKS[name]
+# ---- over NCCL: one launch runs every stack in every way
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "graph": {"cuda_graph": True},
+    "compiled graph": {"cuda_graph": True, "backend": "inductor"},
+}
+
+
+def modes(name: str) -> list[str]:
+    """Compiling takes a while: two stacks say whether it works."""
+    return [mode for mode in MODES if mode != "compiled graph" or name in ("zb_h1", "sharded")]
+
+
+def on_two() -> dict[tuple[str, str], tuple[float, list, int]]:
+    """For every stack and mode: the error, the losses, and the bytes of graphs."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run = fp.spmd(fp.compose(*stack)(step), fp.Mesh(**dict.fromkeys(axes, 2)), **options)
-    got = run_steps(run)
-    found = error(got, reference())
-    losses = [float(m["loss"]) for m in got[1]]
-    run.close()
-    return found, losses
+    out = {}
+    for name, (axes, stack) in STACKS.items():
+        for mode in modes(name):
+            options = MODES[mode]
+            run = fp.spmd(fp.compose(*stack)(step), fp.Mesh(**dict.fromkeys(axes, 2)), **options)
+            got = run_steps(run)
+            losses = [float(m["loss"]) for m in got[1]]
+            out[name, mode] = error(got, reference()), losses, run.graph_memory
+            run.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def over_nccl() -> list[dict]:
+    return fp.launch(on_two, 2, timeout=400)
 
 
 @two_gpus
-@pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_over_nccl(name: str, graph: bool) -> None:
-    out = fp.launch(on_two, 2, name, {"cuda_graph": graph}, timeout=180)
-    assert max(e for e, _ in out) <= TIGHT
-    assert out[0][1] == out[1][1]
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in STACKS for mode in modes(name)])
+def test_over_nccl(over_nccl: list[dict], name: str, mode: str) -> None:
+    found = [rank[name, mode] for rank in over_nccl]
+    assert max(e for e, _, _ in found) <= (COMPILED if "backend" in MODES[mode] else TIGHT)
+    assert found[0][1] == found[1][1]
+    assert all((nbytes > 0) == ("cuda_graph" in MODES[mode]) for _, _, nbytes in found)
 
 
-@two_gpus
-def test_compiled_units_over_nccl() -> None:
-    out = fp.launch(on_two, 2, "zb_h1", {"cuda_graph": True, "backend": "inductor"}, timeout=300)
-    assert max(e for e, _ in out) <= COMPILED
+# ---- what a captured step does with states and batches
+
+
+def captured(options: dict, step: Any = step) -> tuple[Any, Any, dict, dict]:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), cuda_graph=True, **options)
+    params, batch = example()
+    return run, run.init(init_state, params, batch), params, batch
 
 
 def another_shape() -> float:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), cuda_graph=True)
-    params, small = example(rows=8)
+    run, state, params, small = captured({"backend": "inductor"})
     _, large = example(rows=16)
-    state, want = run.init(init_state, params, small), init_state(params)
-    for batch in (small, large, small):
+    want = init_state(params)
+    for batch in (small, large, small, large):
         state, metrics = run(state, batch)
         want, expected = step(want, batch)
     found = error((run.unplace(state), metrics), (want, expected))
@@ -145,29 +174,171 @@ def another_shape() -> float:
     return found
 
 
-@two_gpus
-def test_a_new_shape_is_captured_anew() -> None:
-    assert max(fp.launch(another_shape, 2, timeout=180)) <= TIGHT
+def old_state(use: str) -> tuple[str, bool]:
+    """What is said of a state that was donated, and whether memory stayed where it was. Such an error ends the runner."""
+    run, first, _, batch = captured({})
+    where = [x.data_ptr() for x in tree.leaves(first)]
+    second, _ = run(first, batch)
+    in_place = [x.data_ptr() for x in tree.leaves(second)] == where
+    try:
+        run(first, batch) if use == "step" else run.unplace(first)
+    except fp.errors.FuncpipeError as problem:  # its own, or that of the other rank, which was first
+        return str(problem), in_place
+    return "", in_place
+
+
+def from_the_cpu() -> float:
+    """Batches that lie in pinned memory, prefetched or not."""
+    run, state, params, batch = captured({})
+    want, host = init_state(params), {k: v.cpu().pin_memory() for k, v in batch.items()}
+    for data in (host, run.prefetch(host), batch):
+        state, metrics = run(state, data)
+        want, expected = step(want, batch)
+    found = error((run.unplace(state), metrics), (want, expected))
+    run.close()
+    return found
 
 
 def waits_for_the_host() -> str:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     def bad(state: State, batch: dict) -> tuple[State, dict]:
         state, metrics = step(state, batch)
         if torch.cuda.is_current_stream_capturing() and float(batch["weight"].sum()) < 0:
             raise AssertionError
         return state, metrics
 
-    run = fp.spmd(fp.pipelined(bad, axis="pipe", microbatches=4), fp.Mesh(pipe=2), cuda_graph=True)
-    params, batch = example()
+    run, state, _, batch = captured({}, bad)
     try:
-        run(run.init(init_state, params, batch), batch)
+        run(state, batch)
     except fp.errors.FuncpipeError as problem:
         return str(problem)
     return ""
 
 
+def all_of_capture() -> dict[str, Any]:
+    """In one launch; what breaks a runner comes last."""
+    out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu)}
+    out["old_state"] = [old_state("step"), old_state("unplace")]
+    return out | {"waits_for_the_host": waits_for_the_host()}
+
+
+@pytest.fixture(scope="module")
+def capture() -> list[dict]:
+    return fp.launch(all_of_capture, 2, timeout=300)
+
+
 @two_gpus
-def test_a_step_that_waits_is_refused() -> None:
-    assert all("cannot be captured" in text for text in fp.launch(waits_for_the_host, 2, timeout=180))
+def test_a_new_shape_is_captured_anew(capture: list[dict]) -> None:
+    assert max(rank["another_shape"] for rank in capture) <= COMPILED
+
+
+@two_gpus
+def test_batches_from_the_cpu(capture: list[dict]) -> None:
+    assert max(rank["from_the_cpu"] for rank in capture) <= TIGHT
+
+
+@two_gpus
+def test_an_old_state_is_refused(capture: list[dict]) -> None:
+    for text, in_place in (found for rank in capture for found in rank["old_state"]):
+        assert in_place
+        assert "was given to an earlier step, which has updated it in place" in text
+
+
+@two_gpus
+def test_a_step_that_waits_is_refused(capture: list[dict]) -> None:
+    assert all("cannot be captured" in rank["waits_for_the_host"] for rank in capture)
+
+
+# ---- halves: beside a float32 reference
+
+
+def half_step(state: State, batch: dict) -> tuple[State, dict]:
+    loss, grads = fp.value_and_grad(loss_fn)(state.params, batch)
+    return State(state.params, state.opt_state, grads), {"loss": loss}
+
+
+def gradients(dtype: torch.dtype) -> Any:
+    params, batch = example(dtype)
+    return fp.value_and_grad(loss_fn)(params, batch)[1]
+
+
+def halves() -> dict[str, float]:
+    """How far bfloat16 gradients are from those in float32: plain PyTorch's, ours, ours summed in float32."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    want, out = gradients(torch.float32), {"torch": error(gradients(torch.bfloat16), gradients(torch.float32))}
+    for name, sums in (("ours", None), ("ours in float32", torch.float32)):
+        transformed = fp.pipelined(half_step, axis="pipe", microbatches=4)
+        run = fp.spmd(transformed, fp.Mesh(pipe=2), cuda_graph=True, backend="inductor", sums=sums)
+        params, batch = example(torch.bfloat16)
+        state, _ = run(run.init(init_state, params, batch), batch)
+        found = run.unplace(state).grads
+        assert all(x.dtype == torch.bfloat16 for x in tree.leaves(found))
+        out[name] = error(found, want)
+        run.close()
+    return out
+
+
+@two_gpus
+def test_halves_are_as_near_as_those_of_plain_pytorch() -> None:
+    for found in fp.launch(halves, 2, timeout=300):
+        assert found["ours"] <= 2 * found["torch"]
+        assert found["ours in float32"] <= found["ours"]
+
+
+@one_gpu
+def test_halves_into_float32_accumulators() -> None:
+    """``mm`` and ``addmm`` with ``out_dtype``: products of halves are not rounded before they are added."""
+    from funcpipe.runtime.products import Factors
+
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=g).bfloat16().cuda() for _ in range(2))
+    product, exact = Factors(a, b.t()), a.double() @ b.t().double()
+    sums = product.first(torch.float32)
+    assert sums.dtype == torch.float32
+    assert (sums - exact).norm() <= 1e-6 * exact.norm()
+    assert product.onto(sums) is sums
+    assert (sums - 2 * exact).norm() <= 1e-6 * exact.norm()
+
+
+# ---- failures
+
+
+def killed(options: dict) -> None:
+    """Rank 1 dies within a step."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), timeout=60, **options)
+    params, batch = example()
+    state, metrics = run(run.init(init_state, params, batch), batch)
+    if run.rank == 1:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        state, metrics = run(state, batch)
+        float(metrics["loss"])
+
+
+@two_gpus
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=["eager", "graph"])
+def test_a_rank_that_is_killed_within_a_step(options: dict) -> None:
+    start = time.monotonic()
+    with pytest.raises(fp.errors.RankError, match="rank 1"):
+        fp.launch(killed, 2, options, timeout=120)
+    assert time.monotonic() - start < 90  # found out, not timed out
+
+
+def too_large(options: dict) -> None:
+    """Rank 1 has less memory than the step takes."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), timeout=60, **options)
+    params, batch = example(rows=1 << 17)
+    state = run.init(init_state, params, batch)
+    if run.rank == 1:
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved() + (16 << 20)
+        torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
+    run(state, batch)
+
+
+@two_gpus
+@pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=["eager", "graph"])
+def test_too_little_memory_says_what_the_plan_needs(options: dict) -> None:
+    with pytest.raises(fp.errors.RankError, match=r"rank 1 .*out of memory.*activations.*microbatches"):
+        fp.launch(too_large, 2, options, timeout=120)

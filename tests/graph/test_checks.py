@@ -79,28 +79,28 @@ def term(number: float, kind: str) -> Term:
 
 def test_numbers_of_free_terms_and_means_grow_with_the_batch_and_those_of_sums_do_not() -> None:
     for kind in (FREE, MEAN):
-        check_summands([term(2, kind)], 4, lambda kind=kind: [term(8, kind)])  # type: ignore[misc]
+        check_summands([term(2, kind)], [4], lambda kind=kind: [term(8, kind)])  # type: ignore[misc]
         with refused(BatchError, "a summand of Mean.total"):
-            check_summands([term(2, kind)], 4, lambda kind=kind: [term(2, kind)])  # type: ignore[misc]
-    check_summands([term(0.5, SUM)], 4, lambda: [term(0.5, SUM)])
+            check_summands([term(2, kind)], [4], lambda kind=kind: [term(2, kind)])  # type: ignore[misc]
+    check_summands([term(0.5, SUM)], [4], lambda: [term(0.5, SUM)])
     with refused(BatchError, "is a mean over the rows"):
-        check_summands([term(0.5, SUM)], 4, lambda: [term(0.125, SUM)])
+        check_summands([term(0.5, SUM)], [4], lambda: [term(0.125, SUM)])
     with refused(BatchError, "is no sum over the rows"):
-        check_summands([term(1, NEITHER)], 4, lambda: [term(1, NEITHER)])
+        check_summands([term(1, NEITHER)], [4], lambda: [term(1, NEITHER)])
 
 
 def test_the_whole_batch_is_traced_only_where_it_matters() -> None:
     def never() -> list[Term]:
         raise AssertionError
 
-    check_summands([term(1, SUM), term(-1, SUM), term(3, OTHER), term(0, FREE)], 4, never)
+    check_summands([term(1, SUM), term(-1, SUM), term(3, OTHER), term(0, FREE)], [4], never)
 
 
 def test_loops_over_rows_are_compared_by_their_sums() -> None:
-    check_summands([term(1, MEAN)] * 2, 4, lambda: [term(1, MEAN)] * 8)
-    check_summands([term(1, NEITHER)] * 2, 4, lambda: [term(1, NEITHER)] * 8)
+    check_summands([term(1, MEAN)] * 2, [4], lambda: [term(1, MEAN)] * 8)
+    check_summands([term(1, NEITHER)] * 2, [4], lambda: [term(1, NEITHER)] * 8)
     with refused(BatchError, "does not depend on the batch (3)"):
-        check_summands([term(1, SUM), term(3, FREE)], 4, lambda: [*[term(1, SUM)] * 4, term(3, FREE)])
+        check_summands([term(1, SUM), term(3, FREE)], [4], lambda: [*[term(1, SUM)] * 4, term(3, FREE)])
 
 
 def test_a_text_names_number_and_op() -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from units_for_tests import assert_units_are_eager, heavy, ops, traced, units
 
 import funcpipe as fp
+from funcpipe.graph.code import flops
 from funcpipe.graph.cut import Cut, cut
 from funcpipe.program import owners, partial_segments
 
@@ -309,3 +310,15 @@ def test_a_cut_without_i_and_w_has_the_same_f_and_b() -> None:
     whole, both = (cut(traced(loss_fn, params(), batch()), split=split) for split in (False, True))
     assert {k for k, _ in whole.units} == {"F", "B"} and {k for k, _ in both.units} == set("FBIW")
     assert all(both.units[key].code.key == u.code.key for key, u in whole.units.items())
+
+
+def test_flops_of_grouped_queries() -> None:
+    """torch counts an attention's FLOPs for equal numbers of heads only."""
+    q, k = (torch.empty(2, h, 8, 16, device="meta", dtype=torch.bfloat16) for h in (4, 2))
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(name) for name in "qkv"]
+    for x, val in zip(inputs, (q, k, k), strict=True):
+        x.meta["val"] = val
+    out = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, tuple(inputs))
+    out.meta["val"] = (q,)
+    assert flops(out) == 2 * 2 * 4 * 8 * 8 * (16 + 16)

@@ -1,0 +1,71 @@
+"""Texts: what a runner says of ranks that differ, and of one that ran out of memory.
+
+In: what every rank is about to run; a rank and its state. Out: text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from funcpipe import tree
+from funcpipe.graph.code import bytes_text
+from funcpipe.runtime.rank import Rank
+
+
+def too_large(rank: Rank, state: Any, error: BaseException) -> str:
+    """What a rank that ran out of memory holds."""
+    memory = rank.plan.memory[rank.place]
+    held = bytes_text(sum(x.nbytes for x in tree.leaves(state) if isinstance(x, torch.Tensor)))
+    activations, gathered, gradients = (bytes_text(memory[k]) for k in ("activations", "gathered", "gradients"))
+    return (
+        f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of {held} the plan predicts {activations} "
+        f"of activations, {gathered} of gathered params and {gradients} of gradients. Use more and smaller microbatches, a "
+        "schedule that holds fewer of them (fp.schedules.one_f_one_b(), v_half() or auto(memory_limit=...)), or checkpoint "
+        f"the blocks. {str(error).splitlines()[0]}"
+    )
+
+
+def described(trees: dict[str, Any]) -> list[tuple[str, str]]:
+    """Path and description of every leaf."""
+    out = []
+    for name, x in trees.items():
+        for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
+            text = (
+                f"{leaf.dtype}{list(leaf.shape)}".removeprefix("torch.")
+                if isinstance(leaf, torch.Tensor)
+                else repr(leaf)
+            )
+            out.append((name + path, text))
+    return out
+
+
+def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: int) -> str:
+    """Which line of two ranks' plans differs first."""
+    for topic in [*first, *other]:
+        for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
+            if a != b:
+                return (
+                    f"rank {rank} has planned another program than rank 0 for the same shapes. First difference, in {topic}: "
+                    f"{a!r} on rank 0, {b!r} on rank {rank}. Run the same script with the same options everywhere"
+                )
+    return f"rank {rank} has planned another program than rank 0 for the same shapes"
+
+
+def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
+    """What ranks are about to run differently: for every rank what it runs, and what was `described`."""
+    what, first = all_ranks[0]
+    for r, (other_what, other) in enumerate(all_ranks):
+        if other_what != what:
+            return f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same calls in the same order"
+        a, b = dict(first), dict(other)
+        for path in [*a, *b]:
+            if a.get(path) != b.get(path):
+                mine, theirs = (x.get(path, "no such leaf") for x in (a, b))
+                return (
+                    f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes the same global batch "
+                    "and params"
+                )
+    return "ranks disagree about the order of leaves: build batch and params alike everywhere"
