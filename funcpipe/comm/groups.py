@@ -118,7 +118,15 @@ class Groups:
         group = self._new({src, dst}, _backend(self.device), f"lane {src}>{dst} {channel}")
         if group is not None:
             self._warm_up(group)
+            self._connect(group, self.rank == src, int(src < dst))
             self._lanes[lane] = group
+
+    def _connect(self, group: dist.ProcessGroup, sends: bool, receiver: int) -> None:
+        # The first message of a lane blocks the host until both ends are there. Where ranks send to each other before they
+        # receive, as in a ring, all of them would wait.
+        x = torch.zeros(1, device=self.device)
+        (group.send([x], receiver, 0) if sends else group.recv([x], 1 - receiver, 0)).wait()
+        torch.cuda.synchronize(self.device)
 
     def _warm_up(self, group: dist.ProcessGroup) -> None:
         # NCCL connects at first use, which must not happen while a graph is captured, or in a send that the
