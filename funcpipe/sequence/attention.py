@@ -11,10 +11,11 @@ In: queries, keys, values, in the layout of the caller. Out: one result per quer
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -219,7 +220,23 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, rows: 
     if grouped and not _shares_heads(q, v, mask):
         k, v, grouped = _spread(k, q), _spread(v, q), False
     causal = spec.causal and seen is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=spec.scale, enable_gqa=grouped)
+    run = functools.partial(F.scaled_dot_product_attention, is_causal=causal, scale=spec.scale, enable_gqa=grouped)
+    if mask is None or not q.is_cuda:
+        return run(q, k, v, mask)
+    with _without_cudnn():
+        return run(q, k, v, mask)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """With a mask, cuDNN's attention (9.19, in torch 2.11) is wrong without a word: for a query that sees no key, and in the
+    gradients where that of the result has another memory order than the result."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _seen(q: torch.Tensor, k: torch.Tensor, spec: Spec, rows: torch.Tensor | None) -> torch.Tensor | None:

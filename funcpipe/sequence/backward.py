@@ -10,6 +10,7 @@ In: a tape that holds the loss. Out: entries for what the backward of user code 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,25 +18,29 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from funcpipe.errors import SequenceError
-from funcpipe.sequence.tape import Entry, Tape, user_line
+from funcpipe.sequence.tape import Entry, Tape, from_torch, user_line
 
 COTANGENT, GRADIENT = "cotangent", "gradient"
+_GRAD_FN: Any = torch.Tensor.grad_fn
 _TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
 
 
 class NoHooks(TorchFunctionMode):
-    """Refuses hooks on tensors: they may change a gradient in any way."""
+    """Refuses hooks on gradients: they may change one in any way."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.register_hook:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        theirs = [f.__module__ for f in hooks or () if not f.__module__.startswith("torch.")]
+        node = func == _GRAD_FN.__get__ and not from_torch(sys._getframe(1))
+        if func is torch.Tensor.register_hook or node or theirs:
             raise _hooked()
         return func(*args, **(kwargs or {}))
 
 
 def _hooked() -> SequenceError:
     return SequenceError(
-        f"the loss function puts a hook on a gradient{user_line() or ''}: what that does to a slice's gradient cannot be proven to "
-        "be what one device does. Change gradients after fp.value_and_grad"
+        f"the loss function puts a hook on a gradient, or on tensors that are saved for one{user_line() or ''}: what that does to "
+        "a slice's gradient cannot be proven to be what one device does. Change gradients after fp.value_and_grad"
     )
 
 

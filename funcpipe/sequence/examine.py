@@ -38,7 +38,6 @@ from funcpipe.sequence.states import Average, Number, Partial, Refused, Split, S
 from funcpipe.sequence.tape import Tape, run
 
 
-
 @dataclass(frozen=True)
 class Findings:
     """How the operands of known calls lie on ranks, found by their shapes; and the `Rows` of aux.
@@ -89,6 +88,22 @@ class Findings:
         return self.calls[key]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is to be proven; the arguments of `examine`."""
+
+    loss_fn: Callable
+    has_aux: bool
+    params: Any
+    local: Sequence[Any]
+    spec: Any
+    sequences: Sequence[Sliced]
+    member: int
+    mode: FakeTensorMode
+    mesh: Mesh
+    axes: Axes
+
+
 def examine(
     loss_fn: Callable,
     has_aux: bool,
@@ -118,7 +133,7 @@ def examine(
             not know.
         FuncpipeError: the loss function is wrong on one device, too.
     """
-    findings = prove(loss_fn, has_aux, params, local, spec, sequences, member, mode, mesh, axes)
+    findings = prove(Task(loss_fn, has_aux, params, local, spec, sequences, member, mode, mesh, axes))
     if not any(isinstance(x, Held) and x.q is not None for x in findings.calls.values()):
         raise SequenceError(
             "the sequence is split, but no attention over it was seen: positions would never be mixed. Call "
@@ -128,37 +143,33 @@ def examine(
     return findings
 
 
-def prove(
-    loss_fn: Callable,
-    has_aux: bool,
-    params: Any,
-    local: Sequence[Any],
-    spec: Any,
-    sequences: Sequence[Sliced],
-    member: int,
-    mode: FakeTensorMode,
-    mesh: Mesh,
-    axes: Axes,
-) -> Findings:
+def prove(task: Task) -> Findings:
     """`examine`, for a loss function that need not call attention."""
-    lengths = {s[1]: _lengths(s[1], member) for s in sequences if s is not None}
-    live = mesh.ordered(a for p in lengths for a in p.axes if mesh.axes[a] > 1)
-    alone = Mesh(**{a: 1 if a in live else n for a, n in mesh.axes.items()})
-    whole = [
-        x if s is None else _resized(x, s[0], lengths[s[1]][1], mode) for x, s in zip(local, sequences, strict=True)
-    ]
-    runs = [
-        _Run(loss_fn, has_aux, params, leaves, spec, mode, one, axes) for leaves, one in ((local, mesh), (whole, alone))
-    ]
-    _raise(runs, loss_fn, all(b == p.size for p, (_, b) in lengths.items()))
+    try:
+        return _proven(task)
+    except SequenceError as error:
+        few = min((s[1].length(task.member) for s in task.sequences if s is not None), default=2)
+        if few > 1:
+            raise
+        raise SequenceError(
+            f"{error}. This rank has {few} positions of a sequence; with fewer than two, torch itself takes other ways. The loss "
+            "function might be proven for fewer ranks, or for longer sequences"
+        ) from error
+
+
+def _proven(task: Task) -> Findings:
+    lengths = {s[1]: _lengths(s[1], task.member) for s in task.sequences if s is not None}
+    live = task.mesh.ordered(a for p in lengths for a in p.axes if task.mesh.axes[a] > 1)
+    alone = Mesh(**{a: 1 if a in live else n for a, n in task.mesh.axes.items()})
+    each = list(zip(task.local, task.sequences, strict=True))
+    whole = [x if s is None else _resized(x, s[0], lengths[s[1]][1], task.mode) for x, s in each]
+    on_rank, on_one = _Run(task, task.local, task.mesh), _Run(task, whole, alone)
+    _raise(on_rank.error, on_one.error, task.loss_fn, all(b == p.size for p, (_, b) in lengths.items()))
     world, found = World(lengths, live), _Found()
-    proof = Proof(Walk(runs[0].tape, runs[1].tape, frozenset(live)), world, found)
-    count = runs[0].count
-    split = iter([s for x, s in zip(local, sequences, strict=True) if isinstance(x, torch.Tensor)])
-    states: list[State] = [Whole()] * (count - sum(isinstance(x, torch.Tensor) for x in local))
-    states += [Whole() if s is None else Split(s[0], s[1]) for s in split]
-    proof.run(states)
-    return Findings(found.calls, _judge(runs[0], proof, world))
+    proof = Proof(Walk(on_rank.tape, on_one.tape, frozenset(live)), world, found)
+    split = [Whole() if s is None else Split(*s) for x, s in each if isinstance(x, torch.Tensor)]
+    proof.run([*([Whole()] * (on_rank.count - len(split))), *split])
+    return Findings(found.calls, _Judge(on_rank, proof, world).rows())
 
 
 def _lengths(part: Part, member: int) -> tuple[int, int]:
@@ -182,38 +193,32 @@ class _Run:
         mesh: with one rank on the axes of the sequence where it runs as on one device.
     """
 
-    def __init__(
-        self,
-        loss_fn: Callable,
-        has_aux: bool,
-        params: Any,
-        leaves: Sequence[Any],
-        spec: Any,
-        mode: FakeTensorMode,
-        mesh: Mesh,
-        axes: Axes,
-    ) -> None:
-        self.tape, self.error = Tape(mode), None
-        with mode:
-            held = tree.map(lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(), params)
+    def __init__(self, task: Task, leaves: Sequence[Any], mesh: Mesh) -> None:
+        self.tape = Tape(task.mode)
+        self.error: Exception | None = None
+        self.loss: tuple[Any, Any, Any] = (None, None, None)
+        with task.mode:
+            held = tree.map(
+                lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(), task.params
+            )
             data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
         inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
         self.count = len([self.tape.new(x) for x in inputs])
         try:
-            with step_.bind(None), bind_mesh(mesh, axes):  # type: ignore[arg-type]  # a boundary is nothing here
-                run(self.tape, lambda: self._call(loss_fn, has_aux, held, tree.unflatten(spec, data)))
+            with step_.bind(None), bind_mesh(mesh, task.axes):  # type: ignore[arg-type]  # a boundary is nothing here
+                run(self.tape, lambda: self._call(task, held, tree.unflatten(task.spec, data)))
         except Exception as error:
             self.error = error
 
-    def _call(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> None:
-        with Intercept(), backward.NoHooks():
-            self.loss = step_.read_loss(loss_fn(params, batch), has_aux)
+    def _call(self, task: Task, params: Any, batch: Any) -> None:
+        with Intercept():
+            with backward.NoHooks():
+                self.loss = step_.read_loss(task.loss_fn(params, batch), task.has_aux)
             backward.record(self.tape, self.loss[0], tree.leaves(params))
 
 
-def _raise(runs: Sequence[_Run], loss_fn: Callable, real: bool) -> None:
-    """Raise what a run raised; ``real``: one device has the lengths of the other run."""
-    on_rank, on_one = (r.error for r in runs)
+def _raise(on_rank: Exception | None, on_one: Exception | None, loss_fn: Callable, real: bool) -> None:
+    """Raise what the runs raised; ``real``: one device has the lengths of the other run."""
     for error in (on_rank, on_one):
         if isinstance(error, SequenceError):
             raise error
@@ -263,60 +268,64 @@ def _mark(x: Any) -> Any:
 # ---- what the loss function returned
 
 
-def _judge(one: _Run, proof: Proof, world: World) -> tuple[Sliced, ...]:
-    """Refuse a loss that does not add up over ranks; how the `Rows` of aux are split."""
-    total, weight, aux = one.loss
-    if weight is None:
-        raise BatchError(step_.SCALAR_LOSS.format(why="the sequence is split"))
-    _check_sum("Mean.total", total, one, proof, world)
-    _check_sum("Mean.weight", weight, one, proof, world)
-    nodes: list[Any] = []
-    names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=step_.is_summary))  # type: ignore[func-returns-value]
-    rows: list[Sliced] = []
-    for path, x in zip(names, nodes, strict=True):
-        if isinstance(x, step_.Mean):
-            _check_sum(f"aux{path}.total", x.total, one, proof, world)
-            _check_sum(f"aux{path}.weight", x.weight, one, proof, world)
-        elif isinstance(x, step_.Rows):
-            rows.append(_rows(f"aux{path}", x, one, proof))
-    return tuple(rows)
+class _Judge:
+    """Judges what the loss function returned on a rank."""
 
+    def __init__(self, one: _Run, proof: Proof, world: World) -> None:
+        self.one, self.proof, self.world = one, proof, world
 
-def _state(x: torch.Tensor, one: _Run, proof: Proof) -> State:
-    return proof.states.get(one.tape.ref(x).number, Refused("it is a tensor that came from elsewhere"))
+    def rows(self) -> tuple[Sliced, ...]:
+        """How the `Rows` of aux are split; refuses a loss that does not add up over ranks."""
+        total, weight, aux = self.one.loss
+        if weight is None:
+            raise BatchError(step_.SCALAR_LOSS.format(why="the sequence is split"))
+        self._check_mean("Mean", step_.Mean(total, weight))
+        nodes: list[Any] = []
+        names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=step_.is_summary))  # type: ignore[func-returns-value]
+        out: list[Sliced] = []
+        for path, x in zip(names, nodes, strict=True):
+            if isinstance(x, step_.Mean):
+                self._check_mean(f"aux{path}", x)
+            elif isinstance(x, step_.Rows):
+                out.append(self._rows(f"aux{path}", x))
+        return tuple(out)
 
+    def _state(self, what: str, x: torch.Tensor) -> State:
+        state = self.proof.states.get(self.one.tape.ref(x).number, Refused("It is a tensor that came from elsewhere"))
+        if isinstance(state, Refused):
+            raise SequenceError(f"{what} is not what one device computes. {state.text}")
+        return state
 
-def _check_sum(what: str, x: torch.Tensor, one: _Run, proof: Proof, world: World) -> None:
-    state = as_partial(world, _state(x, one, proof))
-    if isinstance(state, Refused):
-        raise SequenceError(f"{what} is not what one device computes. {state.text}")
-    if isinstance(state, Partial) and state.axes == world.live:
-        return
-    if isinstance(state, Average):
+    def _check_mean(self, what: str, x: step_.Mean) -> None:
+        self._check_sum(f"{what}.total", x.total)
+        self._check_sum(f"{what}.weight", x.weight)
+
+    def _check_sum(self, what: str, x: torch.Tensor) -> None:
+        state = as_partial(self.world, self._state(what, x))
+        if isinstance(state, Partial) and state.axes == self.world.live:
+            return
+        if isinstance(state, Average):
+            raise SequenceError(
+                f"{what} is a mean over a rank's positions: means of slices do not add up to the mean of the whole sequence. "
+                "Return the sum (reduction='sum') as Mean.total, and the number of tokens as Mean.weight"
+            )
+        if isinstance(state, Number) and not state.constant:
+            raise SequenceError(
+                f"{what} is {state}, made from the length of a rank's slice: over ranks that does not add up. Return the number "
+                "of tokens, such as torch.tensor(float(labels.numel()))"
+            )
         raise SequenceError(
-            f"{what} is a mean over a rank's positions: means of slices do not add up to the mean of the whole sequence. Return "
-            "the sum (reduction='sum') as Mean.total, and the number of tokens as Mean.weight"
+            f"{what} is {state}, so that the sum over ranks would hold it once for each of them: it has to come from the split "
+            "sequence, as the number of tokens in it does. What does not (a penalty on params) is multiplied by that number"
         )
-    if isinstance(state, Number) and not state.constant:
+
+    def _rows(self, what: str, x: step_.Rows) -> Sliced:
+        state, dim = self._state(what, x.x), x.dim % x.x.dim()
+        if isinstance(state, Split) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
+            return state.dim, state.part
+        if plain(state) and not self.proof.moves(self.one.tape.ref(x.x).number):
+            return None
         raise SequenceError(
-            f"{what} is {state}, made from the length of a rank's slice: over ranks that does not add up. Return the number of "
-            "tokens, such as torch.tensor(float(labels.numel()))"
+            f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in a dim of their own, such as "
+            "(rows, positions)"
         )
-    raise SequenceError(
-        f"{what} is {state}, so that the sum over ranks would hold it once for each of them: it has to come from the split "
-        "sequence, as the number of tokens in it does. What does not (a penalty on params) is multiplied by that number"
-    )
-
-
-def _rows(what: str, x: step_.Rows, one: _Run, proof: Proof) -> Sliced:
-    state, dim = _state(x.x, one, proof), x.dim % x.x.dim()
-    if isinstance(state, Refused):
-        raise SequenceError(f"{what} is not what one device computes. {state.text}")
-    if isinstance(state, Split) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
-        return state.dim, state.part
-    if plain(state) and not proof.moves(one.tape.ref(x.x).number):
-        return None
-    raise SequenceError(
-        f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in a dim of their own, such as "
-        "(rows, positions)"
-    )

@@ -15,7 +15,6 @@ from funcpipe.sequence.parts import Part
 from funcpipe.sequence.rules import kept, rule
 from funcpipe.sequence.site import Operand, Site, all_plain, elementwise
 from funcpipe.sequence.states import (
-    PSUM,
     Number,
     Partial,
     Refusal,
@@ -89,14 +88,11 @@ def _bias(bias: Operand | None, part: Part, keys: Part | None) -> tuple[bool, bo
     if other:
         raise Refusal(f"the bias, or mask, is {bias}, and dim {other[0]} is as long as a rank's slice: {_LOCAL_MASK}")
     rows, columns = (bias.split_at(d) for d in (2, 3))
-    if (
-        rows is not None
-        and rows != Split(2, part)
-        or columns is not None
-        and (keys is None or columns != Split(3, keys))
+    if (rows is not None and rows != Split(2, part)) or (
+        columns is not None and (keys is None or columns != Split(3, keys))
     ):
         raise Refusal(f"the bias, or mask, is {bias}, which does not lie as queries and keys do: {_LOCAL_MASK}")
-    if isinstance(state, Split) and rows is columns is None or not isinstance(state, Split) and not plain(state):
+    if (isinstance(state, Split) and rows is columns is None) or (not isinstance(state, Split) and not plain(state)):
         raise Refusal(f"the bias, or mask, is {bias}; {_LOCAL_MASK}")
     if rows is None and bias.a[2] != 1 and (keys is None or bias.a[2] != part.size):
         raise Refusal(f"the bias, or mask, is {bias}, with {bias.a[2]} rows for {part.size} queries: {_LOCAL_MASK}")
@@ -196,7 +192,7 @@ def _axes(s: Site) -> tuple[frozenset[str], frozenset[str]]:
 
 @rule("funcpipe::psum_start")
 def _psum(s: Site) -> State:
-    state, (own, _) = s.x("x").state, _axes(s)
+    state, (own, _) = as_partial(s.world, s.x("x").state), _axes(s)
     if not own:
         return _sendable(s)
     if isinstance(state, Partial) and own <= frozenset(state.axes):

@@ -20,6 +20,7 @@ import torch
 from funcpipe.errors import SequenceError
 from funcpipe.sequence.tape import Entry, Line, Ref, Tape
 
+WAIT = "funcpipe::wait"
 _SAME = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view", "alias": "detach", "lift_fresh": "detach"}
 
 
@@ -107,7 +108,7 @@ class Walk:
             elif x is not None and y is not None and self._fits(x, y):
                 yield self._both(x, y)
                 i, j = i + 1, j + 1
-            elif x is not None and x.name in _ALONE:
+            elif x is not None and (x.name in _ALONE or self._saved(i)):
                 yield self._alone_on_a(x)
                 i += 1
             elif y is not None and y.name in _ALONE:
@@ -116,7 +117,7 @@ class Walk:
             elif x is not None and x.name == "slice":
                 yield self._slice_of_all(x)
                 i += 1
-            elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == "funcpipe::wait":
+            elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == WAIT:
                 raise SequenceError(
                     f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so the mean of what they have is not what "
                     "one device has. Write fp.psum of a sum over fp.psum of a count"
@@ -124,9 +125,14 @@ class Walk:
             else:
                 raise _other_way(x, y)
 
+    def _saved(self, i: int) -> bool:
+        """Whether an entry of A is the alias of a collective's result that autograd saves."""
+        x, before = self.a.entries[i], self.a.entries[i - 1]
+        return x.name == "detach" and before.name == WAIT and x.args["self"].number == before.outs[0].number
+
     def _fits(self, x: Entry, y: Entry) -> bool:
         """Whether two entries do the same to the same tensors."""
-        same = _name(x) == _name(y) and x.args.keys() == y.args.keys()
+        same = _name(x) == _name(y) and x.args.keys() == y.args.keys() and x.grad == y.grad
         return same and self._alike(list(x.args.values()), list(y.args.values()))
 
     def _alike(self, x: Any, y: Any) -> bool:
@@ -164,7 +170,9 @@ class Walk:
         self.partner[out.number] = source
         if x.name == "clone":
             self.copies.add(source.number)
-        return Call(_name(x), x.func, {"self": self.pair(x.args["self"])}, (self.pair(out),), f"{op_name(x)}{text(x.line)}")
+        return Call(
+            _name(x), x.func, {"self": self.pair(x.args["self"])}, (self.pair(out),), f"{op_name(x)}{text(x.line)}"
+        )
 
     def _alone_on_b(self, y: Entry) -> None:
         source = self._original(y.args["self"])
@@ -177,7 +185,7 @@ class Walk:
         source = self.partner[x.args["self"].number]
         self.partner[x.outs[0].number] = source
         whole = {"start": 0, "end": source.shape[x.args["dim"]], "step": 1}
-        args = {k: Differs(x.args[k], v) for k, v in whole.items()}
+        args: dict[str, Any] = {k: Differs(x.args[k], v) for k, v in whole.items()}
         args |= {"self": self.pair(x.args["self"]), "dim": x.args["dim"]}
         return Call("slice", x.func, args, (self.pair(x.outs[0]),), f"{op_name(x)}{text(x.line)}")
 

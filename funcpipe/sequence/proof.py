@@ -36,18 +36,10 @@ from funcpipe.sequence.states import (
 
 COLLECTIVE = "funcpipe::"
 _RULES = (reductions, shapes, known)  # their rules are registered
+# Of an operand these want the shape alone, or write over it.
 _BLIND = (
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "new_zeros",
-    "new_ones",
-    "new_empty",
-    "new_full",
-    "zero",
-    "fill",
-)
+    "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "zero", "fill",
+)  # fmt: skip
 Found = Callable[[str, Call, known.Finding], None]
 
 
@@ -68,7 +60,7 @@ class Proof:
         self.all_of: set[int] = set()  # roots, and views of all of a root as it is
         self.views: dict[
             int, list[tuple[Call, int]]
-        ] = {}  # of a root: what made its views, in order, and which result it is
+        ] = {}  # of a root: the calls that made them, and which result it is
 
     def run(self, inputs: Sequence[State]) -> None:
         """Carry the states of what came in through all calls.
@@ -93,10 +85,9 @@ class Proof:
         for arg in written:
             alone = len(written) == 1 and call.outs and call.outs[0].number == arg.number
             if not alone or torch.Tag.inplace_view in call.func.tags:
-                states = [Refused(f"{call.where}: nothing is known of this op in place; write its plain form")] * len(
-                    states
-                )
-            self._write(call, arg, states[0])
+                no = Refused(f"{call.where}: nothing is known of this op in place; write its plain form")
+                states = [no] * len(states)
+            self._write(call, arg, states[0] if states else no)
         for k, (pair, state) in enumerate(zip(call.outs, states, strict=True)):
             if any(pair.number == w.number for w in written):
                 continue
@@ -201,7 +192,7 @@ class Proof:
         state, pair = self.states[root], self.pairs[root]
         moving = [d for d in range(len(pair.a)) if pair.a[d] != pair.b[d]]
         free = [d for d in moving if not (isinstance(state, Split) and state.dim == d)]  # constant along them, till now
-        if not free or state == new:
+        if not free or (isinstance(state, Number) and state == new):
             yield state
         if not plain(state):
             return

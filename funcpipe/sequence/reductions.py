@@ -32,7 +32,6 @@ _ALONG = {
     "flip": "turns around",
     "roll": "rolls",
     "glu": "takes halves",
-    "renorm": "normalises",
 }
 
 
@@ -79,10 +78,11 @@ def _convolution(s: Site) -> State:
     refuse_mixing(x, [1], "adds up channels")
     if not all_plain(p for p in s.operands if p is not x):
         raise Refusal("its weight or bias differs between ranks")
-    d = x.state.dim
-    alone = s.x("weight").a[d] == s.value("stride")[d - 2] == 1 and s.value("padding")[d - 2] == 0
-    if d >= 2 and (not alone or s.value("transposed")):
-        refuse_mixing(x, [d], f"moves a window of {s.x('weight').a[d]}")
+    s.all_values()
+    for d in range(2, x.ndim):
+        alone = s.x("weight").a[d] == s.value("stride")[d - 2] == 1 and s.value("padding")[d - 2] == 0
+        if not alone or s.value("transposed"):
+            refuse_mixing(x, [d], f"moves a window of {s.x('weight').a[d]}")
     return x.state
 
 
@@ -230,7 +230,8 @@ def kept_number(x: Operand) -> State:
 
 # ---- losses
 
-_LOSSES = ("mse_loss", "huber_loss", "smooth_l1_loss", "soft_margin_loss", "binary_cross_entropy")
+_LOSSES = ["mse_loss", "huber_loss", "smooth_l1_loss", "soft_margin_loss"]
+_LOSSES += ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 
 @rule(*_LOSSES)

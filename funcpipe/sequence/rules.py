@@ -27,6 +27,7 @@ from funcpipe.sequence.states import (
     Number,
     Partial,
     Refusal,
+    Refused,
     Split,
     State,
     Whole,
@@ -61,9 +62,16 @@ def apply(s: Site) -> States:
         raise Refusal("nothing is known of it")
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise Refusal("it draws from the global random generator. Draw outside the loss and pass it through batch")
-    if torch.Tag.pointwise in func.tags and s.outs:
+    if (torch.Tag.pointwise in func.tags or s.call.name in _UNTAGGED) and s.outs:
         return pointwise(s)
     return same_everywhere(s)
+
+
+# Elementwise ops of which some overloads lack torch's tag.
+_UNTAGGED = (
+    "abs", "copysign", "eq", "floor_divide", "ge", "gelu", "gt", "hardswish", "heaviside", "le", "lt", "masked_fill", "mish",
+    "ne", "_prelu_kernel", "rsub", "threshold", "xlogy",
+)  # fmt: skip
 
 
 def same_everywhere(s: Site) -> State:
@@ -113,7 +121,7 @@ def _computed(s: Site) -> State:
     """Numbers of numbers: the op itself, once for each run."""
 
     def run(which: str) -> float:
-        args = [_scalar(v, which) for v in s.args.values()]
+        args = [None if k == "device" else _scalar(v, which) for k, v in s.args.items()]
         schema = s.call.func._schema.arguments
         named = {p.name: x for p, x in zip(schema, args, strict=True) if p.kwarg_only}
         return s.call.func(*args[: len(schema) - len(named)], **named).item()
@@ -159,7 +167,7 @@ def _itself(s: Site) -> State:
     return s.x().state
 
 
-_LINEAR: dict[str, Rule] = {
+_LINEAR: dict[str, Callable[[Site], State]] = {
     "add": _add,
     "sub": _add,
     "rsub": _add,
@@ -173,11 +181,15 @@ _LINEAR: dict[str, Rule] = {
     "masked_fill": _where,
     "addcmul": _addcmul,
 }
-for _name in ("complex", "polar", "isin", "bucketize", "searchsorted"):
-    RULES[_name] = lambda s: _pointwise_in(s)
 
 
-def _pointwise_in(s: Site) -> State:
+@rule("log_sigmoid_forward")
+def _log_sigmoid(s: Site) -> States:
+    return [pointwise(s), Refused("it is for the gradient alone")]
+
+
+@rule("complex", "polar", "isin", "bucketize", "searchsorted")
+def _by_table(s: Site) -> State:
     """Element by element in one operand; another may be a table that is the same everywhere."""
     tables = [v for k, v in s.args.items() if k in ("test_elements", "boundaries", "sorted_sequence")]
     rest = [x for x in s.operands if x not in tables]
@@ -186,12 +198,12 @@ def _pointwise_in(s: Site) -> State:
     return elementwise(s, rest, len(s.out.a))
 
 
-@rule("_to_copy", "to")
+@rule("_to_copy")
 def _to_copy(s: Site) -> State:
     x, dtype = s.x(), s.out.dtype
     smaller = x.dtype.is_floating_point and not (dtype.is_floating_point or dtype.is_complex)
     if isinstance(x.state, Number):
-        return Number(int(x.state.a), int(x.state.b)) if smaller and x.state.a == x.state.a else x.state
+        return _computed(s)
     if isinstance(x.state, Partial | Average) and (smaller or dtype == torch.bool):
         raise Refusal(f"it rounds {x.state} to {dtype}, which is not linear: {PSUM}")
     return x.state

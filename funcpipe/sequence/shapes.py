@@ -109,7 +109,7 @@ def _repeat(s: Site) -> State:
 @rule("view")
 def _view(s: Site) -> State:
     x, out = s.x(), s.out
-    if x.a == out.a and x.b == out.b or isinstance(x.state, Number):
+    if (x.a == out.a and x.b == out.b) or isinstance(x.state, Number):
         return x.state
     moving = [d for d in range(len(out.a)) if out.a[d] != out.b[d]]
     if not x.moving and not moving:
@@ -351,18 +351,13 @@ def _index(s: Site) -> State:
 
 @rule("index_put")
 def _index_put(s: Site) -> States:
+    """One number where a mask says so; or anything where nothing depends on positions."""
     x, indices, values = s.x(), s.args["indices"], s.x("values")
-    masks = [i for i in indices if i is not None and str(i.dtype) == "torch.bool"]
-    if (
-        isinstance(x.state, Split)
-        and len(indices) == len(masks) == 1
-        and not s.value("accumulate")
-        and values.ndim == 0
-    ):
-        mask = masks[0]
-        if (mask.a, mask.b) == (x.a[: mask.ndim], x.b[: mask.ndim]) and all_plain([values]):
-            wide = Operand(
-                mask.a + (1,) * (x.ndim - mask.ndim), mask.b + (1,) * (x.ndim - mask.ndim), mask.dtype, mask.state
-            )
-            return elementwise(s, [x, wide], x.ndim)
-    return same_everywhere(s)
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or str(mask.dtype) != "torch.bool" or not any(isinstance(t.state, Split) for t in (x, mask)):
+        return same_everywhere(s)
+    n = mask.ndim
+    if s.value("accumulate") or values.ndim or not all_plain([values]) or (mask.a, mask.b) != (x.a[:n], x.b[:n]):
+        raise Refusal(f"it writes {values} where a mask says so; that is known of a single number")
+    ones = (1,) * (x.ndim - n)
+    return elementwise(s, [x, Operand(mask.a + ones, mask.b + ones, mask.dtype, mask.state)], x.ndim)

@@ -31,8 +31,8 @@ PSUM = "fp.psum(x, axis) makes it the sum over all ranks"
 COUNTS = "return sums as Mean.total and Mean.weight, which are divided once, after all sums"
 
 
-class Refusal(Exception):  # noqa: N818 (it is an answer, not an error: what is refused may matter to nothing)
-    """Why a result has no state."""
+class Refusal(Exception):
+    """Why a result has no state; no error, for what is refused may matter to nothing."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,13 @@ def agrees(new: State, old: State) -> bool:
 
 
 def add(w: World, s: State, t: State) -> State:
-    """The state of a sum."""
+    """The state of a sum.
+
+    >>> part = Part(8, (), ("seq",), 1, 2)
+    >>> w = World({part: (4, 8)}, ("seq",))
+    >>> add(w, Partial(("seq",)), Number(4, 8))  # a sum over positions, and their number
+    Partial(axes=('seq',))
+    """
     if isinstance(t, Number) and not isinstance(s, Number):
         s, t = t, s
     if isinstance(s, Number) and s == ZERO:
@@ -188,7 +194,7 @@ def add(w: World, s: State, t: State) -> State:
             f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, and {COUNTS}"
         )
     if isinstance(t, Partial) and as_partial(w, s) == t:
-        return s
+        return t
     if isinstance(s, Partial) or isinstance(t, Partial):
         raise Refusal(
             f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank once for each of them. "
@@ -198,7 +204,13 @@ def add(w: World, s: State, t: State) -> State:
 
 
 def mul(w: World, s: State, t: State) -> State:
-    """The state of a product."""
+    """The state of a product.
+
+    >>> part = Part(8, (), ("seq",), 1, 2)
+    >>> w = World({part: (4, 8)}, ("seq",))
+    >>> mul(w, Average(part), Number(4, 8))  # a mean over positions, times their number
+    Partial(axes=('seq',))
+    """
     if isinstance(s, Number) and not plain(s):
         s, t = t, s
     if plain(s) and plain(t):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import optree
@@ -25,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from funcpipe.errors import SequenceError
 from funcpipe.sequence import hook
 
-_FOREIGN = (*(str(Path(f).parent) for f in (torch.__file__, optree.__file__)), str(Path(__file__).parent.parent), "<")
+_TORCH = str(Path(torch.__file__).parent)
+_FOREIGN = (_TORCH, str(Path(optree.__file__).parent), str(Path(__file__).parent.parent), "<")
 CONSTANT, UNKNOWN = "constant", "unknown"  # entries of tensors that came in by themselves
 
 
@@ -59,6 +61,7 @@ class Entry:
         args: by name, defaults included; tensors as `Ref`.
         outs: its results; one that it only writes to keeps its number.
         line: of the user's code.
+        grad: whether gradients are recorded.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Entry:
     args: dict[str, Any]
     outs: tuple[Ref, ...]
     line: Line | None
+    grad: bool = True
 
 
 @dataclass
@@ -112,7 +116,7 @@ class Tape:
         outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         known = {r.number for r in tree_leaves(refs) if isinstance(r, Ref)}
         made = tuple(self.ref(x) if self._numbers.get(id(x)) in known else self.new(x) for x in outs)
-        self.entries.append(Entry(name, func, refs, made, user_line()))
+        self.entries.append(Entry(name, func, refs, made, user_line(), torch.is_grad_enabled()))
 
 
 class Recorder(TorchDispatchMode):
@@ -210,6 +214,11 @@ def user_line() -> Line | None:
             return Line(frame.f_code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None
+
+
+def from_torch(frame: FrameType) -> bool:
+    """Whether a frame is torch's own code."""
+    return frame.f_code.co_filename.startswith(_TORCH)
 
 
 def _name(func: Any) -> str:

@@ -20,10 +20,13 @@ from funcpipe.comm.inprocess import run_ranks
 from funcpipe.graph.fakes import fake
 from funcpipe.sequence import hook, losses
 from funcpipe.sequence.attention import Intercept, whole
-from funcpipe.sequence.examine import Findings, examine, prove
+from funcpipe.sequence.examine import Findings, Task, examine, prove
 from funcpipe.sequence.parts import Part
 
 HEADS, RING = "seq", "ring"
+Splits = dict[
+    str, tuple[int, Part] | None
+]  # of the leaves of a batch: along which dim, and how; those not named: whole
 
 
 def a_part(size: int, heads: int = 2, ring: int = 1, zigzag: bool = False) -> Part:
@@ -31,107 +34,133 @@ def a_part(size: int, heads: int = 2, ring: int = 1, zigzag: bool = False) -> Pa
     return Part(size, (RING,) if ring > 1 else (), (HEADS,), ring, heads, zigzag)
 
 
-def mesh_of(part: Part) -> fp.Mesh:
+def mesh_of(splits: Splits) -> fp.Mesh:
+    part = parts_of(splits)[0]
     return fp.Mesh(**({RING: part.ring} if part.ring > 1 else {}), **{HEADS: part.heads})
 
 
-def sliced(x: torch.Tensor, dim: int, part: Part, member: int) -> torch.Tensor:
+def parts_of(splits: Splits) -> list[Part]:
+    return [s[1] for s in splits.values() if s is not None]
+
+
+def sliced(x: Any, split: tuple[int, Part] | None, member: int) -> Any:
     """A member's positions of a tensor."""
-    pieces = [x.narrow(dim, a, b - a) for a, b in part.ranges(member)]
-    return torch.cat([*pieces, x.narrow(dim, 0, 0)], dim)
-
-
-def splits_of(batch: Any, part: Part, dims: Any = 1) -> list[tuple[int, Part] | None]:
-    """How every leaf of a batch is split: along ``dims``, a prefix of it."""
-    return [None if d is None else (d, part) for d in tree.broadcast_prefix(dims, batch)]
+    if split is None:
+        return x
+    dim, part = split
+    return torch.cat([x.narrow(dim, 0, 0), *(x.narrow(dim, a, b - a) for a, b in part.ranges(member))], dim)
 
 
 def proven(
     loss_fn: Callable,
     params: Any,
-    batch: Any,
-    part: Part,
-    dims: Any = 1,
+    batch: dict[str, Any],
+    splits: Splits,
     has_aux: bool = False,
     attention: bool = False,
 ) -> list[Findings]:
     """The findings of every member, after a proof for every kind of member."""
-    mode, mesh = FakeTensorMode(), mesh_of(part)
-    leaves, spec = tree.flatten(batch)
-    found: dict[tuple[int, ...], Findings] = {}
-    for m in range(part.members):
-        if part.variant(m) in found:
-            continue
-        local = [
-            fake((sliced(x, s[0], part, m) if s else x).shape, x, mode) if isinstance(x, torch.Tensor) else x
-            for x, s in zip(leaves, splits_of(batch, part, dims), strict=True)
-        ]
-        fakes = tree.map_tensors(lambda x: fake(x.shape, x, mode), params)
-        check = examine if attention else prove
-        splits = splits_of(batch, part, dims)
-        found[part.variant(m)] = check(loss_fn, has_aux, fakes, local, spec, splits, m, mode, mesh, tuple(mesh.axes))
-    return [found[part.variant(m)] for m in range(part.members)]
+    mode, mesh = FakeTensorMode(), mesh_of(splits)
+    spec = tree.flatten(batch)[1]
+    each = [splits.get(k) for k in sorted(batch)]
+    fakes = tree.map_tensors(lambda x: fake(x.shape, x, mode), params)
+    found: dict[Any, Findings] = {}
+    kinds = [tuple(p.variant(m) for p in parts_of(splits)) for m in range(parts_of(splits)[0].members)]
+    for m, kind in enumerate(kinds):
+        if kind not in found:
+            local = {k: sliced(x, splits.get(k), m) for k, x in batch.items()}
+            leaves = tree.leaves(tree.map_tensors(lambda x: fake(x.shape, x, mode), local))
+            task = Task(loss_fn, has_aux, fakes, leaves, spec, each, m, mode, mesh, tuple(mesh.axes))
+            found[kind] = examine(**vars(task)) if attention else prove(task)
+    return [found[kind] for kind in kinds]
 
 
-def on_one(loss_fn: Callable, params: Any, batch: Any, has_aux: bool = False) -> list[torch.Tensor]:
+def on_one(loss_fn: Callable, params: Any, batch: dict[str, Any], has_aux: bool = False) -> list[torch.Tensor]:
     """Total, weight and gradients of the total on one device."""
-    held = tree.map(lambda x: x.detach().requires_grad_(), params)
+    held = tree.map(lambda x: x.detach().requires_grad_(x.is_floating_point()), params)
     out = loss_fn(held, batch)
     loss = out[0] if has_aux else out
     return [loss.total.detach(), loss.weight.detach(), *_grads(loss.total, held)]
 
 
 def on_ranks(
-    findings: list[Findings], loss_fn: Callable, params: Any, batch: Any, part: Part, dims: Any = 1, has_aux: bool = False
+    found: list[Findings],
+    loss_fn: Callable,
+    params: Any,
+    batch: dict[str, Any],
+    splits: Splits,
+    has_aux: bool = False,
 ) -> list[torch.Tensor]:
     """The same, as sums over all ranks."""
-    leaves, spec = tree.flatten(batch)
-    mesh = mesh_of(part)
+    mesh = mesh_of(splits)
 
     def body(comm: Any) -> list[torch.Tensor]:
         m = comm.rank
-        local = [
-            sliced(x, s[0], part, m) if s else x for x, s in zip(leaves, splits_of(batch, part, dims), strict=True)
-        ]
-        with bind_rank(comm), bind_mesh(mesh, tuple(mesh.axes)), torch.autograd.set_multithreading_enabled(False):
-            with torch.enable_grad(), hook.bound(ByHand(findings[m], part, m)), Intercept():
-                return on_one(loss_fn, params, tree.unflatten(spec, local), has_aux)
+        local = {k: sliced(x, splits.get(k), m) for k, x in batch.items()}
+        with (
+            bind_rank(comm),
+            bind_mesh(mesh, tuple(mesh.axes)),
+            torch.autograd.set_multithreading_enabled(False),
+            torch.enable_grad(),
+            hook.bound(ByHand(found[m], m)),
+            Intercept(),
+        ):
+            return on_one(loss_fn, params, local, has_aux)
 
     return [sum(xs[1:], xs[0]) for xs in zip(*run_ranks(mesh, body), strict=True)]
 
 
 def _grads(total: torch.Tensor, held: Any) -> list[torch.Tensor]:
-    leaves = tree.leaves(held)
+    leaves = [x for x in tree.leaves(held) if x.requires_grad]
     if not total.requires_grad:
         return [torch.zeros_like(x) for x in leaves]
-    return [g.detach() for g in torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
+    engine = (
+        torch.autograd.graph._engine_run_backward
+    )  # as in graph/trace.py: a checkpoint recomputes with the same modes
+    grads = engine((total,), (torch.ones_like(total),), False, False, tuple(leaves), True, accumulate_grad=False)
+    return [torch.zeros_like(x) if g is None else g.detach() for g, x in zip(grads, leaves, strict=True)]
+
+
+def far(one: list[torch.Tensor], many: list[torch.Tensor]) -> float:
+    """The largest difference, relative to the largest entry."""
+    size = max(1.0, *(float(x.abs().max()) for x in one))
+    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(one, many, strict=True)) / size
 
 
 class ByHand:
-    """A `hook.Hook` for one rank of a part."""
+    """A `hook.Hook` for one rank."""
 
-    def __init__(self, findings: Findings, part: Part, member: int) -> None:
-        self.findings, self.part = findings, part
-        self.own = torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in part.ranges(member))])
+    def __init__(self, found: Findings, member: int) -> None:
+        self.found, self.member = found, member
 
-    def _whole(self, x: torch.Tensor, dim: int, split: bool) -> torch.Tensor:
-        shape = (*x.shape[:dim], self.part.size, *x.shape[dim + 1 :])
-        return fp.psum(x.new_zeros(shape).index_copy(dim, self.own, x), self.part.axes) if split else x
+    def _own(self, part: Part) -> torch.Tensor:
+        return torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in part.ranges(self.member))])
+
+    def _whole(self, x: torch.Tensor, dim: int, part: Part | None) -> torch.Tensor:
+        if part is None:
+            return x
+        zeros = x.new_zeros((*x.shape[:dim], part.size, *x.shape[dim + 1 :]))
+        return fp.psum(zeros.index_copy(dim, self._own(part), x), part.axes).to(x.dtype)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
-        held, bias = self.findings.attention(q, k, v, spec), spec.bias
+        held, bias = self.found.attention(q, k, v, spec), spec.bias
         if bias is not None:
-            bias = self._whole(self._whole(bias, 2, held.bias_query), 3, held.bias_key)
-        q, k, v = self._whole(q, 2, held.q is not None), *(self._whole(x, 2, held.k is not None) for x in (k, v))
+            bias = self._whole(bias, 2, held.q if held.bias_query else None)
+            bias = self._whole(bias, 3, held.k if held.bias_key else None)
+        q, k, v = self._whole(q, 2, held.q), self._whole(k, 2, held.k), self._whole(v, 2, held.k)
         with hook.bound(None):
             out = whole(q, k, v, replace(spec, bias=bias))
-        return out if held.q is None else out.index_select(2, self.own)
+        return out if held.q is None else out.index_select(2, self._own(held.q))
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        return torch.arange(x.shape[dim]) if self.findings.positions(x, dim) is None else self.own
+        part = self.found.positions(x, dim)
+        return torch.arange(x.shape[dim]) if part is None else self._own(part)
 
     def cross_entropy(self, x: Any, head: Any, labels: Any, options: Any) -> Any:
-        part = self.findings.cross_entropy(x, head, labels, options)
-        assert part in (None, self.part)
+        self.found.cross_entropy(x, head, labels, options)
         with hook.bound(None):
             return losses.compute(x, head, labels, options)
+
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        split = self.found.dropout(x, rate, key)
+        return fp.random.dropped(x, rate, key, {} if split is None else {split[0]: self._own(split[1])})
