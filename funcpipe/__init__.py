@@ -18,15 +18,19 @@ from funcpipe.collectives import (
     psum_scatter,
     vmap,
 )
+from funcpipe.graph.names import checkpoint_name
 from funcpipe.mesh import Mesh
 from funcpipe.module import buffer_means, from_module, to_module, update_buffers
+from funcpipe.precision import Scaled
 from funcpipe.records import compose
 from funcpipe.runtime.launch import launch
+from funcpipe.runtime.nonfinite import Nonfinite, find_nonfinite
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.predict import Prediction
 from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.record import Recording
 from funcpipe.runtime.runner import simulate, spmd
+from funcpipe.runtime.tradeoff import RematCurve
 from funcpipe.sequence import losses
 from funcpipe.sequence.attention import attention
 from funcpipe.sequence.positions import positions
@@ -40,16 +44,28 @@ from funcpipe.step import (
     stage_boundary,
     value_and_grad,
 )
-from funcpipe.transforms import accumulated, data_parallel, pipelined, seq_all_to_all, seq_ring, sharded_weights
+from funcpipe.transforms import (
+    accumulated,
+    data_parallel,
+    mixed_precision,
+    pipelined,
+    remat,
+    seq_all_to_all,
+    seq_ring,
+    sharded_weights,
+)
 
 __all__ = [
     "Mean",
     "Mesh",
     "Microbatches",
+    "Nonfinite",
     "Plan",
     "Prediction",
     "Recording",
+    "RematCurve",
     "Rows",
+    "Scaled",
     "accumulated",
     "all_gather",
     "all_to_all",
@@ -58,16 +74,19 @@ __all__ = [
     "axis_size",
     "buffer_means",
     "checkpoint",
+    "checkpoint_name",
     "clip_by_global_norm",
     "compose",
     "data",
     "data_parallel",
     "errors",
+    "find_nonfinite",
     "from_module",
     "global_norm",
     "global_sum",
     "launch",
     "losses",
+    "mixed_precision",
     "optim",
     "pipelined",
     "pmax",
@@ -78,6 +97,7 @@ __all__ = [
     "psum",
     "psum_scatter",
     "random",
+    "remat",
     "schedules",
     "seq_all_to_all",
     "seq_ring",

@@ -17,6 +17,7 @@ import torch
 
 from funcpipe.errors import MeshError, StackError
 from funcpipe.mesh import Axes, Mesh
+from funcpipe.precision import Precision, scaled_step
 from funcpipe.schedule.actions import ScheduleFn
 from funcpipe.step import describe
 
@@ -96,14 +97,18 @@ class Record:
     pipe: Pipe | None = None
     shard: Shard | None = None
     remat: Remat | None = None
+    precision: Precision | None = None
 
     def __str__(self) -> str:
-        return str(self.remat) if self.remat else f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
+        said = self.remat or self.precision
+        return str(said) if said else f"{self.name}({', '.join(f'axis={a!r}' for a in self.axes)})"
 
     @property
     def text(self) -> str:
         """With all options that can be compared between processes; functions cannot."""
-        roles = [x for x in (self.split, self.micro, self.pipe, self.shard, self.remat) if x is not None]
+        roles = [
+            x for x in (self.split, self.micro, self.pipe, self.shard, self.remat, self.precision) if x is not None
+        ]
         options = [(f.name, getattr(x, f.name)) for x in roles for f in fields(x)]
         given = [f"{name}={value!r}" for name, value in options if not callable(value)]
         return f"{self.name}({', '.join([f'axis={self.axes!r}'] * bool(self.axes) + given)})"
@@ -220,6 +225,11 @@ class Resolved:
         return tuple(r.remat for r in self.records if r.remat)
 
     @property
+    def precision(self) -> Precision | None:
+        """In which dtype the loss function computes, if that is said."""
+        return next((r.precision for r in self.records if r.precision), None)
+
+    @property
     def ranks(self) -> int:
         """The number of ranks on the pipe axis, 1 without one."""
         return self.mesh.axis_size(self.pipe_axis) if self.pipe_axis else 1
@@ -250,8 +260,10 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         )
     pipe = next((r for r in records if r.pipe), None)
     micro = next((r for r in records if r.micro), None)
+    precision = next((r.precision for r in records if r.precision), None)
+    fn = step.fn if isinstance(step, Step) else step
     return Resolved(
-        step=step.fn if isinstance(step, Step) else step,
+        step=scaled_step(fn, precision) if precision and precision.dynamic else fn,
         mesh=mesh,
         splits=tuple(r for r in records if r.split),
         micro=micro.micro if micro else None,
@@ -270,6 +282,10 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
                 raise StackError(f"two pipelines on one step: {b} and {a}; a loss is cut along one axis")
             if a.micro and b.micro:
                 raise StackError(f"{b} and {a} both split the batch into microbatches; keep one of them")
+            if a.precision and b.precision:
+                raise StackError(
+                    "two mixed_precision on one step: the loss function computes in one dtype; keep one of them"
+                )
             shared = sorted(set(a.axes) & set(b.axes))
             if shared and (a.pipe or b.pipe):
                 raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")

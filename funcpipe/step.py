@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from funcpipe import tree
+from funcpipe import scaling, tree
 from funcpipe.errors import BatchError, TraceError
 
 
@@ -133,6 +133,9 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
         if seen is not None:
             loss, grads = tree.map_tensors(torch.clone, (out[0][0] if has_aux else out[0], out[1]))
             seen.append((context, loss, grads))
+        scaled = scaling.current()
+        if scaled is not None:
+            scaled.bad = scaled.bad + global_sum(out[1], scaling.non_finite)
         return out
 
     return run

@@ -40,3 +40,9 @@ def test_train_lm(args: list[str], tmp_path: Path) -> None:
     assert "What it writes now" in out
     assert (tmp_path / "train_lm.html").exists()
     assert "--check" not in args or "check: two steps equal one device" in out
+
+
+@pytest.mark.parametrize("args", [[], ["--simulate", "--mesh", "ring=2,seq=2"]], ids=" ".join)
+def test_long_context(args: list[str], tmp_path: Path) -> None:
+    out = run("long_context.py", "--length", "510", "--steps", "2", *args, cwd=tmp_path)
+    assert "within the budget" in out and "the first loss equals that of one device" in out

@@ -441,7 +441,7 @@ def test_sums_are_gone_one_by_one_as_they_are_divided() -> None:
     """Beside the gradients that a step gets there is never more than one sum."""
     alive: list[int] = []
     sums: list[weakref.ref] = []
-    averaged, grads = rank.step_.averaged, rank._BoundCall._grads
+    averaged, grads = divide.averaged, rank._BoundCall._grads
 
     def made(self: Any, *args: Any) -> Any:
         out = grads(self, *args)
@@ -454,6 +454,6 @@ def test_sums_are_gone_one_by_one_as_they_are_divided() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank._BoundCall, "_grads", made)
-        patch.setattr(rank.step_, "averaged", divides)
+        patch.setattr(divide, "averaged", divides)
         ran(fp.Mesh(data=1), data, sharded())
     assert alive == list(range(BLOCKS + 1, 0, -1))

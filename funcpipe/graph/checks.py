@@ -52,6 +52,7 @@ def check_additive(
     batch: Any,
     parts: Iterable[torch.Tensor],
     mode: FakeTensorMode,
+    also: str = "",
 ) -> None:
     """The weights of the parts add up to the weight of the whole batch.
 
@@ -59,6 +60,7 @@ def check_additive(
         params: the full tree, of fakes of ``mode``; what depends on it is computed as shapes only.
         batch: the whole batch, with its data.
         parts: the weight of every part.
+        also: what else the error says.
 
     Raises:
         BatchError: they do not.
@@ -77,7 +79,7 @@ def check_additive(
         raise BatchError(
             f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts add up to {total:g}: the "
             "loss would change with the split. Return a weight that adds up, such as the number of tokens or rows in "
-            "what the loss function sees"
+            f"what the loss function sees.{also}"
         )
 
 
@@ -105,6 +107,7 @@ class _Glancing(Unsplit):
             return super().attention(q, k, v, spec)
 
 
-def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule:
-    """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank."""
-    return extract(module, n.heads[1], n.batch)
+def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
+    """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank. None where the
+    weight depends on params."""
+    return None if n.heads[1] in reached(n, n.params) else extract(module, n.heads[1], n.batch)

@@ -45,7 +45,7 @@ class Traced:
     Args:
         module: the graph; its outputs are the total, the weight (if any), aux tensors, and a gradient (or None) for
             every tensor of params.
-        params, batch: how many placeholders belong to each.
+        params, batch: how many placeholders belong to each. One more is the loss scale, if that is a tensor.
         boundaries: the number of boundaries, one less than segments.
         has_weight: whether the loss is a `Mean`.
         aux: the aux tree, with the number of an output in place of a tensor (`Mean` and `Rows` kept).
@@ -135,6 +135,7 @@ def trace(
     mesh: Mesh | None = None,
     axes: Axes = (),
     rewriting: contextlib.AbstractContextManager = _AS_IT_IS,
+    scale: torch.Tensor | float = 1.0,
 ) -> Traced:
     """The joint graph of a loss function.
 
@@ -142,6 +143,7 @@ def trace(
         params, batch: fake leaves (a batch may hold other values too, which become constants) and structure.
         mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any name has one rank.
         rewriting: under what the loss function and its gradient run.
+        scale: what the backward pass starts from: a number, or a 0-d fake that becomes the last placeholder.
 
     Raises:
         TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified input.
@@ -155,7 +157,7 @@ def trace(
     def joint(*tensors: torch.Tensor) -> Any:
         context.begin()
         inputs = [x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]]
-        data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=True))
+        data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=False))
         with torch.enable_grad():
             out = loss_fn(tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values()))
             total, weight, aux = step_.read_loss(out, has_aux)
@@ -166,9 +168,10 @@ def trace(
             heads = [x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)]
         context.backward()
         with _Crossing(context):
-            return (*heads, *_gradients(total, inputs))
+            return (*heads, *_gradients(total, inputs, tensors[-1] if hidden else scale))
 
-    tensors = [*params[0], *(leaves[i] for i in moving)]
+    hidden = [scale] if isinstance(scale, torch.Tensor) else []
+    tensors = [*params[0], *(leaves[i] for i in moving), *hidden]
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes)
     with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
@@ -192,18 +195,27 @@ def trace(
     )
     paths = tree.paths(tree.unflatten(batch[1], leaves))
     names = [f"params{p}" for p in tree.paths(tree.unflatten(*params[::-1]))]
-    refuse_impure(module.graph, traced.boundaries, [*names, *(f"batch{paths[i]}" for i in moving)])
+    names += [f"batch{paths[i]}" for i in moving] + ["the loss scale"] * len(hidden)
+    refuse_impure(module.graph, traced.boundaries, names)
     return traced
 
 
-def _gradients(total: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor | None]:
+def _gradients(
+    total: torch.Tensor, inputs: list[torch.Tensor], scale: torch.Tensor | float
+) -> list[torch.Tensor | None]:
     wanted = [x for x in inputs if x.requires_grad]
     if not (total.requires_grad and wanted):
         return [None] * len(inputs)
     # torch.autograd.grad, but it would switch modes of torch functions off, and a checkpoint would recompute without them.
     engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
-    found = iter(engine((total,), (torch.ones_like(total),), False, False, tuple(wanted), True, accumulate_grad=False))
+    found = iter(engine((total,), (_seed(total, scale),), False, False, tuple(wanted), True, accumulate_grad=False))
     return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def _seed(total: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        return scale.to(total.dtype)
+    return torch.ones_like(total) if scale == 1 else torch.full_like(total, scale)
 
 
 class _Output(int):

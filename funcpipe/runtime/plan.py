@@ -57,6 +57,7 @@ class PlannedCall:
         rows: how heads that are `Rows` are split by positions: along which dim, and how.
         variants: by member number, the same call with the shapes of that member; this one is the first
             member's. They are all the same where positions divide evenly, or are not split.
+        casts: the leaves that are cast before units read them, and to what; their gradients are added up in their own dtype.
     """
 
     call: Call
@@ -72,6 +73,7 @@ class PlannedCall:
     signature: tuple
     rows: Mapping[int, tuple[int, Part]] = field(default_factory=dict)
     variants: Mapping[int, PlannedCall] = field(default_factory=dict)
+    casts: Mapping[int, torch.dtype] = field(default_factory=dict)
 
     def of_rank(self, rank: int) -> PlannedCall:
         """The call as a rank runs it."""
@@ -110,7 +112,7 @@ class Plan:
     def memory(self) -> list[dict[str, int]]:
         """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
         intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
-        at their peak), ``gradients`` (sums and what is being reduced, at their peak) and ``params`` (what the rank holds)."""
+        at their peak), ``gradients`` (sums and what is being reduced, at their peak) and ``params`` (what the rank holds, with the copies in which `mixed_precision` computes)."""
         return [sizes.memory(self, p) for p in range(self.resolved.ranks)]
 
     @property

@@ -25,11 +25,12 @@ from funcpipe.graph.balance import group
 from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import Nodes, read_nodes
-from funcpipe.graph.remat import check_names, rematerialise
+from funcpipe.graph.remat import check_used, rematerialise
 from funcpipe.graph.summands import Term, check_summands, terms
 from funcpipe.graph.trace import Traced, trace
 from funcpipe.mesh import Mesh
 from funcpipe.placement import Placement, place_params
+from funcpipe.precision import ROUNDED, computed
 from funcpipe.program import (
     Piece,
     Sharded,
@@ -87,10 +88,15 @@ class Planner:
         key = signature(batch)
         if key not in self.plans:
             dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
-            calls = tuple(self._call(k, call, dyed) for k, call in enumerate(dyed.calls))
-            check_names(self.resolved.remats, (s for c in calls for s in c.cuts[0].saved))
+            calls = tuple(self._call(k, self._computed(call), dyed) for k, call in enumerate(dyed.calls))
+            check_used(self.resolved.remats, [c.cuts[0].saved for c in calls])
             self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
         return self.plans[key]
+
+    def _computed(self, call: Call) -> Call:
+        """A call with the loss function that is traced."""
+        p = self.resolved.precision
+        return call if p is None else replace(call, loss_fn=computed(call.loss_fn, call.has_aux, p))
 
     def _place(self, dyed: Dyed, held_state: Callable, calls: Sequence[PlannedCall]) -> Placement:
         held: list[set[int]] = [set() for _ in dyed.paths]
@@ -119,8 +125,8 @@ class Planner:
             m: [self._cut(k, call, dyed, splits, i, part, split, m) for i, part in enumerate(parts)]
             for m in sorted(set(members.values()))
         }
-        if r.splits or splits.count > 1:
-            self._check_weight(call, dyed, splits, {m: found[first][0].weight for m, first in members.items()})
+        if r.splits or splits.count > 1 or r.precision:
+            self._check_weight(dyed.calls[k], dyed, splits, {m: found[first][0].weight for m, first in members.items()})
         cuts = found[0][0].cut
         if schedule is None:
             schedule = self._search(k, search, cuts, splits.count)
@@ -128,8 +134,10 @@ class Planner:
             self.stages[k] = group(_costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even")
         moving = tuple(_tensors(part) for part in parts)
         moving = moving if len(parts) > 1 else moving * splits.count
-        sharding = self._sharding(call, dyed)
-        planned = {m: self._planned(k, call, splits, some, moving, schedule, sharding) for m, some in found.items()}
+        sharding, casts = self._sharding(call, dyed), self._casts(call, dyed)
+        planned = {
+            m: self._planned(k, call, splits, some, moving, schedule, sharding, casts) for m, some in found.items()
+        }
         check_same_order([c.programs for c in planned.values()])
         return replace(planned[0], variants={m: planned[first] for m, first in members.items()})
 
@@ -142,6 +150,7 @@ class Planner:
         moving: tuple[tuple[int, ...], ...],
         schedule: Schedule,
         sharding: Sharding,
+        casts: Mapping[int, torch.dtype],
     ) -> PlannedCall:
         """A call for the ranks that have these cuts."""
         stages = self.stages[k]
@@ -151,10 +160,13 @@ class Planner:
         schedule = insert_communication(schedule, edges)
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
-        programs = tuple(lower(cuts, stages, schedule, p, summed, sharding) for p in range(self.resolved.ranks))
+        masters = {i: call.dtypes[i] for i in casts}
+        programs = tuple(
+            lower(cuts, stages, schedule, p, summed, sharding, masters) for p in range(self.resolved.ranks)
+        )
         return PlannedCall(
             call, splits, cuts, moving, stages, schedule, report, programs,
-            partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows,
+            partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows, casts=casts,
         )  # fmt: skip
 
     def _search(self, k: int, search: Any, one: Cut, microbatches: int) -> Schedule:
@@ -194,14 +206,36 @@ class Planner:
                 chunk = -(-torch.Size(dyed.shapes[i]).numel() // parts)
                 summed = tuple(a for a in axes if a in r.split_axes)
                 whole, options = self._whole_dtype(call, dyed, k), r.shard_options(dyed.paths[i])
+                if r.precision and options.reduce_dtype is None:
+                    options = replace(options, reduce_dtype=call.dtypes[k])
                 out[k] = Sharded(Piece(k, dyed.shapes[i], chunk), axes, parts, summed, call.dtypes[k], whole, options)
         return out
 
     def _whole_dtype(self, call: Call, dyed: Dyed, k: int) -> torch.dtype:
-        """The dtype in which a loss function sees a parameter."""
+        """The dtype in which a loss function sees a parameter: what `sharded_weights` says, or `mixed_precision`."""
         path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
-        wanted = self.resolved.shard_options(path).param_dtype if self.resolved.sharded_over(path, shape) else None
-        return wanted if wanted is not None and dtype.is_floating_point else dtype
+        r = self.resolved
+        wanted = r.shard_options(path).param_dtype if r.sharded_over(path, shape) else None
+        if wanted is not None and dtype.is_floating_point:
+            return wanted
+        return r.precision.of_param(path, dtype) if r.precision else dtype
+
+    def _casts(self, call: Call, dyed: Dyed) -> dict[int, torch.dtype]:
+        """The leaves that are held whole and that a loss function sees in another dtype, with that."""
+        whole = {
+            k: self._whole_dtype(call, dyed, k)
+            for k, i in enumerate(call.params)
+            if not self.resolved.sharded_over(dyed.paths[i], dyed.shapes[i])
+        }
+        return {k: dtype for k, dtype in whole.items() if dtype != call.dtypes[k]}
+
+    def _scale(self) -> torch.Tensor | float:
+        """What a backward pass starts from: a number, or a fake of a dynamic loss scale."""
+        p = self.resolved.precision
+        if p is None or not p.dynamic:
+            return 1.0 if p is None else p.constant
+        with self.mode:
+            return torch.empty((), device=next((x.device for x in tree.leaves(self.params)), None))
 
     def _schedule(self, microbatches: int) -> Schedule:
         r = self.resolved
@@ -251,7 +285,7 @@ class Planner:
                 )
             traced = trace(
                 call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes,
-                rewriting(findings, member),
+                rewriting(findings, member, bool(r.splits) or splits.count > 1), self._scale(),
             )  # fmt: skip
             nodes = read_nodes(traced)
             weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
@@ -262,12 +296,11 @@ class Planner:
             self.cuts[key] = Found(replace(cut(traced, nodes, split), saved=saved), weight, rows)
         return self.cuts[key]
 
-    def _fakes(self, call: Call, dyed: Dyed) -> list[torch.Tensor]:
+    def _fakes(self, call: Call, dyed: Dyed, dtypes: Sequence[torch.dtype] | None = None) -> list[torch.Tensor]:
+        """The leaves of params as the loss function sees them."""
         like = tree.leaves(self.params)
-        return [
-            fake(dyed.shapes[i], like[i], self.mode, self._whole_dtype(call, dyed, k))
-            for k, i in enumerate(call.params)
-        ]
+        dtypes = dtypes or [self._whole_dtype(call, dyed, k) for k in range(len(call.params))]
+        return [fake(dyed.shapes[i], like[i], self.mode, d) for i, d in zip(call.params, dtypes, strict=True)]
 
     def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes, member: int) -> None:
         r = self.resolved
@@ -291,15 +324,17 @@ class Planner:
         return terms(read_nodes(traced), traced.module)
 
     def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]) -> None:
-        """The weights of all parts of the batch add up. ``weights``: by member number, a function of a microbatch."""
-        if isinstance(call.batch, Microbatches):
+        """The weights of all parts of the batch add up, to what the loss function as written makes of the whole.
+        ``weights``: by member number, a function of a microbatch."""
+        if isinstance(call.batch, Microbatches) or None in weights.values():
             return  # ready microbatches: there is no whole batch to compare with
         r, moving = self.resolved, _tensors(call.batch)
+        scale = [None] if r.precision and r.precision.dynamic else []  # an input of the graph, but not of the weight
 
         def of_rank(rank: int) -> list[torch.Tensor]:
             weight = weights[splits.member(rank)]
             assert weight is not None
-            return [weight(*(leaves[i] for i in moving)) for leaves in splits.microbatches(call.batch, rank)]
+            return [weight(*(leaves[i] for i in moving), *scale) for leaves in splits.microbatches(call.batch, rank)]
 
         axes = tuple(a for a in r.split_axes if not (r.local and a in r.row_axes))
         ranks = r.mesh.group(0, axes) if axes else (0,)
@@ -312,8 +347,11 @@ class Planner:
         else:
             found = [of_rank(rank) for rank in ranks]
         parts = [w for weights_of_rank in found for w in weights_of_rank]
-        params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
-        checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode)
+        # As written, the loss function sees masters.
+        fakes = self._fakes(call, dyed, call.dtypes if r.precision else None)
+        params = tree.unflatten(call.params_spec, fakes)
+        also = f" {ROUNDED.format(dtype=r.precision.compute)}" if r.precision else ""
+        checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode, also)
 
 
 def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:

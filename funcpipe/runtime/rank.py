@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from funcpipe import scaling, tree
 from funcpipe import step as step_
-from funcpipe import tree
 from funcpipe.batch import signature
 from funcpipe.collectives import axes_of, bind_rank, lanes_of
 from funcpipe.comm import Communicator
@@ -24,6 +24,7 @@ from funcpipe.mesh import Axes
 from funcpipe.placement import Layout
 from funcpipe.program import SEND
 from funcpipe.runtime.backend import Backend
+from funcpipe.runtime.divide import divide
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.sequence.parts import Part
@@ -112,13 +113,24 @@ class _BoundCall:
         heads = self._heads(slots)
         weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
         grads = self._grads(leaves, slots)
-        for i, g in enumerate(grads):  # one by one: a sum is gone before the next one is divided
-            grads[i] = g if g is None or weight is None else step_.averaged(g, weight)
+        divisor = self._divisor(weight)
+        if divisor is not None:
+            divide(grads, divisor, self.rank.backend)
         loss = heads[0] if weight is None else heads[0] / weight
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
             return loss, out
         return (loss, self._aux(heads, slots)), out
+
+    def _divisor(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """What sums of gradients are divided by: weight and loss scale. A power of two changes no bits."""
+        scaled, p = scaling.current(), self.rank.plan.resolved.precision
+        scale = None if scaled is None else scaled.scale
+        if scale is None and p is not None and p.constant != 1:
+            scale = torch.full((), p.constant, device=self.rank.comm.device)
+        if scale is None:
+            return weight
+        return scale if weight is None else weight * scale
 
     def _leaves(self, params: Any) -> list[torch.Tensor | None]:
         call = self.planned.call
@@ -152,12 +164,15 @@ class _BoundCall:
             )
         slots: Slots = [None] * program.slots
         for i, slot in program.params.items():
-            slots[slot] = leaves[i]
+            x, dtype = leaves[i], planned.casts.get(i)
+            slots[slot] = x if x is None or dtype is None else x.to(dtype)
         for slot, x in self.constants.items():
             slots[slot] = x
         micro = planned.splits.microbatches(batch, self.rank.comm.rank)
         for (m, i), slot in program.batch.items():
-            slots[slot] = micro[m][planned.moving[m][i]]
+            moving = planned.moving[m]
+            scaled = scaling.current() if i == len(moving) else None
+            slots[slot] = scaled.scale if scaled else micro[m][moving[i]]
         return slots
 
     # ---- what is summed over ranks

@@ -23,12 +23,17 @@ def memory(plan: Plan, place: int) -> dict[str, int]:
     """Predicted bytes of the ranks at a place on the pipe axis: see `Plan.memory`."""
     dtypes, layouts = plan.placement.dyed.dtypes, plan.placement.layouts
     programs = [c.programs[place] for c in plan.calls]
+    held = {i for i, x in enumerate(layouts) if place in x.owners}
+    copies = [
+        sum(_shard_bytes(plan, c.call.params[k], d) for k, d in c.casts.items() if c.call.params[k] in held)
+        for c in plan.calls
+    ]
     return {
         "activations": max((p.peak_bytes for p in programs), default=0),
         "residuals": max((p.kept_bytes for p in programs), default=0),
         "gathered": max((p.gathered_bytes for p in programs), default=0),
         "gradients": max((p.grad_bytes for p in programs), default=0),
-        "params": sum(_shard_bytes(plan, i, dtypes[i]) for i, x in enumerate(layouts) if place in x.owners),
+        "params": sum(_shard_bytes(plan, i, dtypes[i]) for i in held) + max(copies, default=0),
     }
 
 
