@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe.comm.inprocess import InProcessCommunicator
-from funcpipe.runtime import rank, shards
+from funcpipe.runtime import divide, rank, shards
 from funcpipe.testing import Layer, Model, models
 
 BLOCKS, WIDTH, ROWS = 6, 8, 8
