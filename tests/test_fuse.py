@@ -172,7 +172,7 @@ def _handed(program: Any, backend: Backend) -> set:
     return _products(program, backend)
 
 
-@pytest.mark.parametrize("schedule", [fp.schedules.one_f_one_b(), fp.schedules.zb_h1()], ids=str)
+@pytest.mark.parametrize("schedule", [fp.schedules.one_f_one_b(), fp.schedules.zb_h1()], ids=["1f1b", "zb_h1"])
 def test_matrices_and_tables_are_products(schedule: Any) -> None:
     backend = Fusing()
     grads, plan = gradients(backend, schedule, torch.float64)

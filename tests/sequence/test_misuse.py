@@ -554,6 +554,17 @@ def test_memory_that_is_shared_for_one_length_alone() -> None:
     proven(loss_of(body), params, batch, splits())
 
 
+def test_a_mean_on_a_rank_that_has_no_positions() -> None:
+    """Also of a fill: it is not a number there."""
+    loss = loss_of(lambda p, b, x: x.sum() + x.new_ones(x.shape).mean() * count(x))
+    params, batch = inputs()
+    proven(loss, params, batch, splits())
+    with refused(
+        SequenceError, "aten.mean", "the mean over positions, of which a rank has none", "This rank has 0 positions"
+    ):
+        proven(loss, params, batch, splits(heads=9))
+
+
 def test_gradients_that_depend_on_the_length() -> None:
     def body(p: Any, b: Any, x: torch.Tensor) -> torch.Tensor:
         with torch.set_grad_enabled(x.shape[1] > 4):
