@@ -7,14 +7,16 @@ a dim if a rank holds its positions of it, *whole* if every rank holds the same,
 The step's own code is not changed. Attention, positions and the vocabulary-parallel loss are *calls* that funcpipe knows:
 in plain PyTorch they compute what they say; while a loss is planned a *hook* is bound (`hook.py`), and they ask it.
 
-- `examine.py`, `states.py`, `rules.py`: the loss function is run twice on fake tensors, as one rank sees it and on the whole
-  sequence. Op by op it is proven that a rank computes its positions of what one device computes; what mixes positions
-  outside of a known call is refused by name. *Findings* say how the operands of every known call lie on ranks.
+- `examine.py`: the proof that a rank computes its positions of what one device computes. The loss function is run twice on fake
+  tensors (`tape.py`, `backward.py`), as one rank sees it and on the whole sequence; both are compared op by op (`pairs.py`), and
+  `proof.py` carries `states.py` from op to op by rules: `rules.py`, `reductions.py`, `shapes.py`, `known.py`, each of which
+  sees one op as a `site.py`. What mixes positions outside of a known call is refused by name and line. *Findings* say how
+  the operands of every known call lie on ranks.
 - `rewrite.py`: the hook of the trace: known calls become what a rank does for them, by the findings.
 - `attention.py`: attention on whole sequences, `fp.attention`, and how calls of torch's own attention are caught.
 - `heads.py`: slices of the sequence for heads and back, two exchanges around an attention (DeepSpeed-Ulysses).
-- `ring.py`: keys and values travel around a ring (ring attention, zigzag).
-- `losses.py`: cross-entropy in chunks, and with the vocabulary over ranks.
+- `ring.py`, `tiles.py`: keys and values travel around a ring (ring attention, zigzag); one block of it.
+- `positions.py`: which positions a rank has. `losses.py`: cross-entropy in chunks, and with the vocabulary over ranks.
 
 In: a loss function, fakes, the parts of the batch's leaves. Out: findings; ops of a rank, with collectives by axis name.
 """

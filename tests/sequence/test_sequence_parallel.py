@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import pytest
 import torch
 from hypothesis import given
@@ -148,3 +149,24 @@ def test_a_ring_sends_each_block_once_around() -> None:
     model = Transformer(length=16, heads=2, kv_heads=2, layers=3)
     plan = planned(model, fp.seq_ring(model.step, axis="ring"), fp.Mesh(ring=4))
     assert exchanges(plan, "ppermute")["F"] == 3 * 3
+
+
+@pytest.mark.parametrize("length", [8, 10, 3])
+@pytest.mark.parametrize("axis", [None, "seq"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: str | None, sharded: bool) -> None:
+    """Embedding and output head are one leaf, which may be sharded over the same axis."""
+    model = Transformer(length=length, heads=2, layers=1)
+
+    def loss_fn(p: Any, b: Any) -> fp.Mean:
+        x = torch.nn.functional.embedding(b["tokens"], p["embed"])
+        x = model._block(p["blocks"][0], x, fp.positions(b["tokens"]), b)
+        return fp.losses.cross_entropy(x, p["embed"], b["labels"], axis=axis, chunk_tokens=3)
+
+    def step(p: Any, b: Any) -> Any:
+        loss, grads = fp.value_and_grad(loss_fn)(p, b)
+        return optree.tree_map(lambda x, g: x - 0.1 * g, p, grads), {"loss": loss}
+
+    split = fp.seq_all_to_all(step, axis="seq")
+    split = fp.sharded_weights(split, axis="seq") if sharded else split
+    assert_equivalent(step, split, fp.Mesh(seq=2), lambda p: p, model.init(), [model.batch(0)], rtol=FLOAT64)
