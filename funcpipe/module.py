@@ -96,7 +96,8 @@ def from_module(
     after it.
 
     Hugging Face models (transformers 5; Llama, GPT-2 and T5 are tested): ``attn_implementation="sdpa"`` or ``"eager"``;
-    no dropout in the config, or eval mode; ``use_cache=False`` in the call. Sum the loss over ``out.logits`` yourself, and
+    no dropout in the config, or eval mode; ``use_cache=False`` in the call (where the sequence is split: ``use_cache=True``,
+    so that no mask is made from the length of a slice, and ``position_ids`` from the batch). Sum the loss over ``out.logits`` yourself, and
     shift the labels outside: with ``labels=`` the model returns a mean, which is refused where the batch is split. T5 takes
     ``decoder_input_ids`` then. ``attention_mask`` and ``position_ids`` come through the batch, where rows are padded or packed;
     without them attention is causal without a mask, which is faster. Checkpointing of layers takes

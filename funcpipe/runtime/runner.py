@@ -348,7 +348,7 @@ class Spmd(Runner):
             digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
             self._digests[key] = digest
         if len(set(self._comm.exchange_digest(digest))) > 1:
-            raise MismatchError(difference(self._comm.exchange((what, described(trees)))))
+            raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
 
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:

@@ -54,9 +54,10 @@ def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: i
     return f"rank {rank} has planned another program than rank 0 for the same shapes"
 
 
-def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
+def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]], local: bool) -> str:
     """What ranks are about to run differently: for every rank what it runs, and what was `described`."""
     what, first = all_ranks[0]
+    same = "rows of its own, of the same shapes as the others', and the same" if local else "the same global batch and"
     for r, (other_what, other) in enumerate(all_ranks):
         if other_what != what:
             return f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same calls in the same order"
@@ -64,8 +65,5 @@ def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]]) -> str:
         for path in [*a, *b]:
             if a.get(path) != b.get(path):
                 mine, theirs = (x.get(path, "no such leaf") for x in (a, b))
-                return (
-                    f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes the same global batch "
-                    "and params"
-                )
+                return f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes {same} params"
     return "ranks disagree about the order of leaves: build batch and params alike everywhere"

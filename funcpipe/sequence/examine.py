@@ -24,7 +24,7 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import bind_mesh
 from funcpipe.errors import BatchError, FuncpipeError, SequenceError
-from funcpipe.graph.explain import BY_VALUE, explain, user_line
+from funcpipe.graph.explain import explain, user_line
 from funcpipe.graph.fakes import fake
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.sequence import backward, known
@@ -222,8 +222,9 @@ def _raise(on_rank: Exception | None, on_one: Exception | None, loss_fn: Callabl
     for error in (on_rank, on_one):
         if isinstance(error, SequenceError):
             raise error
-    if on_rank is not None and (on_one is not None or isinstance(on_rank, (FuncpipeError, *BY_VALUE))):
-        raise explain(on_rank, loss_fn) from on_rank
+    explained = None if on_rank is None else explain(on_rank, loss_fn)
+    if explained is not None and (isinstance(explained, FuncpipeError) or (on_one is not None and real)):
+        raise explained from on_rank
     if on_one is not None and real and not isinstance(on_one, FuncpipeError):
         raise explain(on_one, loss_fn) from on_one
     error = on_rank or on_one
