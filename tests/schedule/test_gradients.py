@@ -174,12 +174,12 @@ def test_each_product_once(long: tuple[Pipelines, list[Any]]) -> None:
     """I and W together run the products of B, none twice: of the first and the last segment, of checkpoints too."""
     pipelines, _ = long
     pipelines.run(fp.schedules.zb_h1(), 2)
-    cuts = [c for c, _ in pipelines.cuts.values() if ("W", 0) in c.units]
+    cuts = [f.cut for f in pipelines.cuts.values() if ("W", 0) in f.cut.units]
     step = lambda p, b: (p, {"loss": fp.value_and_grad(checkpointed)(p, b)[0]})  # noqa: E731
     run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1()), fp.Mesh(pipe=2))
     params, batch = [torch.ones(3, 3) for _ in range(3)], torch.ones(4, 3)
     run.plan(run.init(lambda p: p, params, batch), batch)
-    cuts += [c for c, _ in run._planner.cuts.values()]
+    cuts += [f.cut for f in run._planner.cuts.values()]
     for one in cuts:
         both = products(one, "IW")
         assert both == products(one, "B") and both
