@@ -430,7 +430,8 @@ def spmd(
         device: where this rank computes; its own GPU if there is one, else the CPU.
         timeout: seconds after which a rank that does not answer is given up.
         batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
-            that differ on no axis that splits the batch (the ranks of one pipeline) then pass the same rows.
+            that differ on no axis that splits rows (those of one pipeline, or of one sequence) then pass the same rows,
+            with all positions.
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
         sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches, such as
             ``torch.float32`` for bfloat16 params; by default the gradient's own, which is that of the param.

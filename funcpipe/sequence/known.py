@@ -64,8 +64,6 @@ def _over_positions(s: Site, q: Operand, k: Operand, v: Operand, bias: Operand |
             f"queries are {q}, but every rank has all keys ({k}): causal and cu_seqlens would count a rank's queries from its "
             "first. Split keys and values too, or pass a bias that has rows for queries"
         )
-    if keys is not None and (keys.axes, keys.ring, keys.heads) != (part.axes, part.ring, part.heads):
-        raise Refusal("queries and keys are split over different axes")
     rows, columns = _bias(bias, part, keys)
     return Held(part, keys, rows, columns), Split(2, part)
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from funcpipe import random
-from funcpipe.errors import TraceError
+from funcpipe.errors import SequenceError, TraceError
+from funcpipe.mesh import Axes, as_axes
 from funcpipe.sequence import hook, losses
 from funcpipe.sequence.attention import Intercept, whole
 from funcpipe.sequence.examine import Findings
 from funcpipe.sequence.heads import split_attention
 from funcpipe.sequence.hook import Spec
+from funcpipe.sequence.parts import Part
 from funcpipe.sequence.positions import member_positions, plain
 
 
@@ -79,9 +81,20 @@ class Rewriting(Unsplit):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = self.findings.cross_entropy(x, head, labels, options)
         if part is not None and options.axis is not None and not part.even:
-            rows = labels.numel() // max(part.length(self.member), 1)
-            options = replace(options, tokens=tuple(rows * part.length(m) for m in range(part.members)))
+            options = replace(options, tokens=self._tokens(as_axes(options.axis), part, labels))
         return losses.compute(x, head, labels, options)
+
+    def _tokens(self, axes: Axes, part: Part, labels: torch.Tensor) -> tuple[int, ...] | None:
+        """How many tokens each rank of some axes holds; None: all as many as this one."""
+        if not set(axes) & set(part.axes):
+            return None
+        if axes != part.axes:
+            raise SequenceError(
+                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is split unevenly over {part.axes}, so "
+                f"name those axes, all of them and in this order, or others alone"
+            )
+        rows = labels.numel() // max(part.length(self.member), 1)
+        return tuple(rows * part.length(m) for m in range(part.members))
 
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
         sliced = self.findings.dropout(x, rate, key)

@@ -11,10 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models_for_tests import refused
 from transformers_for_tests import Transformer, transformed, transformers
 
 import funcpipe as fp
 from funcpipe.collectives import collectives_of
+from funcpipe.errors import BatchError, CutError, SequenceError, StackError
+from funcpipe.program import check_same_order
+from funcpipe.records import resolve
 from funcpipe.testing import assert_equivalent
 
 # Head projections and their gradients are summed over ranks instead of in one matrix product.
@@ -30,8 +34,8 @@ def check(
     assert_equivalent(model.step, step, mesh, model.init_state, model.init(7), batches, rtol=rtol, runner=runner)
 
 
-@given(transformers(), st.integers(1, 8), st.data())
-def test_any_attention_over_exchanged_heads(model: Transformer, ranks: int, data: st.DataObject) -> None:
+@given(transformers(), st.integers(1, 8))
+def test_any_attention_over_exchanged_heads(model: Transformer, ranks: int) -> None:
     check(model, fp.seq_all_to_all(model.step, axis="seq", dims=model.dims), fp.Mesh(seq=ranks))
 
 
@@ -61,15 +65,19 @@ def test_any_stack(model: Transformer, data: st.DataObject) -> None:
     check(model, step, fp.Mesh(**{a: sizes[a] for a in order}), parts=microbatches * sizes["data"])
 
 
-def test_every_order_of_stacking_has_the_same_bits() -> None:
+def test_every_order_of_stacking_is_the_same_program() -> None:
+    """All orders resolve alike; every fifth is run, and has the same bits."""
     model = Transformer(layers=1, rows=4, heads=4, kv_heads=2, call="three")
     some = [
         fp.seq_all_to_all(axis="seq"), fp.data_parallel(axis="data"), fp.sharded_weights(axis="seq"),
         fp.pipelined(axis="pipe", microbatches=2),
     ]  # fmt: skip
+    mesh, orders = fp.Mesh(pipe=2, data=2, seq=2), list(itertools.permutations(some))
+    resolved = [resolve(fp.compose(*order)(model.step), mesh).records for order in orders]
+    assert all(records == resolved[0] for records in resolved)
     found = []
-    for order in list(itertools.permutations(some))[::5]:
-        run = fp.simulate(fp.compose(*order)(model.step), fp.Mesh(pipe=2, data=2, seq=2))
+    for order in orders[::5]:
+        run = fp.simulate(fp.compose(*order)(model.step), mesh)
         state, _ = run(run.init(model.init_state, model.init(1), model.batch(0)), model.batch(0))
         found.append(torch.cat([x.flatten() for x in torch.utils._pytree.tree_leaves(run.unplace(state))]))
     assert all(torch.equal(x, found[0]) for x in found)
@@ -151,11 +159,8 @@ def test_a_ring_sends_each_block_once_around() -> None:
     assert exchanges(plan, "ppermute")["F"] == 3 * 3
 
 
-@pytest.mark.parametrize("length", [8, 10, 3])
-@pytest.mark.parametrize("axis", [None, "seq"])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: str | None, sharded: bool) -> None:
-    """Embedding and output head are one leaf, which may be sharded over the same axis."""
+def vocabulary_over(axis: Any, length: int) -> tuple[Transformer, Callable]:
+    """A model, and a step whose loss is in chunks, with the vocabulary over an axis; embedding and head are one leaf."""
     model = Transformer(length=length, heads=2, layers=1)
 
     def loss_fn(p: Any, b: Any) -> fp.Mean:
@@ -167,6 +172,65 @@ def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: s
         loss, grads = fp.value_and_grad(loss_fn)(p, b)
         return optree.tree_map(lambda x, g: x - 0.1 * g, p, grads), {"loss": loss}
 
+    return model, step
+
+
+@pytest.mark.parametrize("length", [8, 10, 3])
+@pytest.mark.parametrize("axis", [None, "seq"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: str | None, sharded: bool) -> None:
+    model, step = vocabulary_over(axis, length)
     split = fp.seq_all_to_all(step, axis="seq")
     split = fp.sharded_weights(split, axis="seq") if sharded else split
     assert_equivalent(step, split, fp.Mesh(seq=2), lambda p: p, model.init(), [model.batch(0)], rtol=FLOAT64)
+
+
+@pytest.mark.parametrize(("length", "axis"), [(5, "data"), (8, "data"), (8, ("data", "seq")), (8, ("seq", "data"))])
+def test_vocabulary_over_other_axes(length: int, axis: Any) -> None:
+    """Ranks along "data" have equally many tokens, also where those along "seq" have not."""
+    model, step = vocabulary_over(axis, length)
+    split = fp.data_parallel(fp.seq_all_to_all(step, axis="seq"), axis="data")
+    mesh = fp.Mesh(data=2, seq=2)
+    assert_equivalent(step, split, mesh, lambda p: p, model.init(), [model.batch(0)], rtol=FLOAT64)
+
+
+def test_vocabulary_over_more_axes_than_an_uneven_sequence() -> None:
+    model, step = vocabulary_over(("data", "seq"), 5)
+    split = fp.data_parallel(fp.seq_all_to_all(step, axis="seq"), axis="data")
+    with refused(SequenceError, "over ('data', 'seq')", "split unevenly over ('seq',)", "or others alone"):
+        fp.simulate(split, fp.Mesh(data=2, seq=2)).init(lambda p: p, model.init(), model.batch(0))
+
+
+# ---- what is refused
+
+
+def test_options_and_dims_that_do_not_fit() -> None:
+    model = Transformer()
+    for transform, text in ((fp.seq_all_to_all, "split the sequence over"), (fp.seq_ring, "of the ring")):
+        with refused(StackError, transform.__name__, "name the mesh axis or axes", text):
+            transform(model.step, axis=())
+    start = lambda step, mesh: fp.simulate(step, mesh).init(model.init_state, model.init(), model.batch())  # noqa: E731
+    with refused(BatchError, "seq_all_to_all: batch['labels'] of shape (2, 8) has no dim 2", "dims=..., None"):
+        start(fp.seq_all_to_all(model.step, axis="seq", dims={"tokens": 1, "labels": 2}), fp.Mesh(seq=2))
+    step = fp.seq_ring(fp.seq_all_to_all(model.step, axis="seq"), axis="ring", dims={"tokens": 0, "labels": 1})
+    with refused(BatchError, "split batch['tokens'] along dims", "give both the same dims"):
+        start(step, fp.Mesh(seq=2, ring=2))
+
+
+def test_ranks_of_unequal_slices_communicate_in_one_order() -> None:
+    """Programs that do not are refused: here, those of two losses, of which one sums over ranks."""
+    model = Transformer()
+
+    def summed(p: Any, b: Any) -> fp.Mean:
+        loss = model.loss_fn(p, b)
+        return fp.Mean(loss.total + 0 * fp.psum(loss.total, "data"), loss.weight)
+
+    programs = []
+    for loss_fn in (model.loss_fn, summed):
+        step = lambda p, b, f=loss_fn: (p, {"loss": fp.value_and_grad(f)(p, b)[0]})  # noqa: E731
+        run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
+        state = run.init(lambda p: p, model.init(), model.batch())
+        programs.append(run.plan(state, model.batch()).calls[0].programs)
+    check_same_order([programs[0], programs[0]])
+    with refused(CutError, "slices of the sequence differ in length", "place 0", "psum_start.default over data"):
+        check_same_order(programs)
