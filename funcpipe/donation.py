@@ -1,14 +1,13 @@
 """Donation: memory of a state that an optimizer may write to, since nobody reads what it holds any more.
 
-A step is pure, and so are optimizers: they make new tensors. In a step that is replayed from a CUDA graph the state is updated
-in place anyway, so a copy that is copied back is work for nothing. Whether a leaf is read again after its update cannot be
-seen in a step; but a step does the same every time, so it can be seen by *watching* it once. Old params that are compared
-with new ones, or kept for an average, are read, and go on being copied.
+A step is pure, and so are optimizers: they make new tensors. A runner that is given a state to use up needs no copy of it.
+Whether a leaf is read again after its update cannot be seen in a step; but a step does the same every time, so it can be seen
+by *watching* it once. Old params that are compared with new ones, or kept for an average, are read, and go on being copied.
 
 Terms. An optimizer *offers* a tensor when it asks for one that it may write to in its place.
 
-In: a step that runs under a `Ledger`, first watched, then donating. Out: `writable`, which gives an optimizer a copy of a
-tensor, or the tensor itself.
+In: a step that runs first under a `Ledger` that watches, then inside `donate`. Out: `writable`, which gives an optimizer a copy
+of a tensor, or the tensor itself.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcpipe import tree
 
 _ledger: ContextVar[Ledger | None] = ContextVar("funcpipe_ledger", default=None)
+_writable: ContextVar[frozenset[int]] = ContextVar("funcpipe_writable", default=frozenset())
 
 
 def writable(x: torch.Tensor) -> torch.Tensor:
@@ -33,8 +33,13 @@ def writable(x: torch.Tensor) -> torch.Tensor:
     >>> writable(x) is x, Ledger([x]).free
     (False, set())
     """
-    ledger = _ledger.get()
-    return x.clone() if ledger is None else ledger.writable(x)
+    given = _writable.get()
+    if given and memory(x) in given:
+        return x
+    out = x.clone()  # seen by the ledger where the same memory was offered before
+    if (ledger := _ledger.get()) is not None:
+        ledger.offer(x)
+    return out
 
 
 def memory(x: torch.Tensor) -> int:
@@ -42,23 +47,33 @@ def memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+@contextlib.contextmanager
+def donate(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, optimizers write to these leaves of a state, no two of which share memory; they lie at places that a ledger
+    found to be ``free``."""
+    token = _writable.set(frozenset(memory(x) for x in leaves))
+    try:
+        yield
+    finally:
+        _writable.reset(token)
+
+
 class Ledger:
     """What a step's optimizers offer, and what of it is read again.
 
     Args:
-        leaves: the tensors of the state, no two of which share memory.
+        leaves: those of the state that the step is watched with, no two of which share memory.
     """
 
-    def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
-        self._own = {memory(x) for x in leaves} - {0}
+    def __init__(self, leaves: Iterable[Any]) -> None:
+        self._own = {memory(x): k for k, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
         self._offered: set[int] = set()
         self._read: set[int] = set()
-        self._donating = False
 
     @property
     def free(self) -> set[int]:
-        """The memory that optimizers may write to."""
-        return (self._offered & self._own) - self._read
+        """The places in the state of the leaves that optimizers may write to."""
+        return {self._own[m] for m in self._offered - self._read - {0} if m in self._own}
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -70,28 +85,14 @@ class Ledger:
         finally:
             _ledger.reset(token)
 
-    @contextlib.contextmanager
-    def donate(self) -> Iterator[None]:
-        """Inside, optimizers write to what is free."""
-        token, self._donating = _ledger.set(self), True
-        try:
-            yield
-        finally:
-            self._donating = False
-            _ledger.reset(token)
-
     def read(self, x: Any) -> None:
         """Note that all tensors of a tree are read."""
         if self._offered:
             self._read |= {memory(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)} & self._offered
 
-    def writable(self, x: torch.Tensor) -> torch.Tensor:
-        """See the function of this name."""
-        if self._donating:
-            return x if memory(x) in self.free else x.clone()
-        out = x.clone()  # seen by `read` where the same memory was offered before
+    def offer(self, x: torch.Tensor) -> None:
+        """Note that an optimizer would write to a tensor."""
         self._offered.add(memory(x))
-        return out
 
 
 class _Watching(TorchDispatchMode):

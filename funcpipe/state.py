@@ -25,8 +25,9 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import one_rank
 from funcpipe.errors import FuncpipeError, StateError
-from funcpipe.graph.explain import BY_VALUE, user_line
+from funcpipe.graph.explain import BY_VALUE
 from funcpipe.graph.fakes import BatchIsReal, fake, looking
+from funcpipe.lines import line_of
 
 _COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
@@ -272,7 +273,7 @@ def look(
             new_state, metrics = _returned(step(state, batch))
         except (*BY_VALUE, DynamicOutputShapeException) as error:
             raise StateError(
-                f"the step decides by the value of a tensor outside value_and_grad{user_line(error)} (an if, .item(), "
+                f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
                 "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
                 "value from the metrics"
             ) from error
@@ -336,7 +337,7 @@ def held_state(
             if missing is None or (isinstance(error, FuncpipeError) and not isinstance(error, ValueError)):
                 raise
             raise StateError(
-                f"{who} fails on a rank that does not hold all leaves ({dyes.name(missing)} is None there){user_line(error)}: "
+                f"{who} fails on a rank that does not hold all leaves ({dyes.name(missing)} is None there){line_of(error) or ''}: "
                 f"{type(error).__name__}: {error}. Go over leaves with optree.tree_map, which passes over None"
             ) from error
     return state

@@ -241,10 +241,8 @@ def _on_ranks(run: Run, body: Callable[[Communicator], T]) -> list[T]:
 
 def _of_rank(comm: Communicator, run: Run, state: Any) -> Any:
     """A rank's own state."""
-    if isinstance(run, Spmd):
-        return state
     run._check_state(state)
-    return state[comm.rank]
+    return state if isinstance(run, Spmd) else state[comm.rank]
 
 
 def _load(comm: Communicator, wanted: Leaves, root: Path, step: int | None) -> tuple[Any, Info]:

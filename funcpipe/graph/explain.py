@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from funcpipe import tree
 from funcpipe.errors import TraceError
 from funcpipe.graph.mutation import mutates
 from funcpipe.graph.ops import MARK, is_seeded
+from funcpipe.lines import line_of
 
 BY_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
 _FOREIGN = ("Please convert all Tensors to FakeTensors first", "Mixing fake modes")
@@ -66,7 +65,7 @@ def _refuse_random(forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> N
 
 def explain(error: Exception, loss_fn: Callable) -> Exception:
     """The error of a trace in the words of the user's own code, where its kind is known; else the error itself."""
-    where, text = user_line(error), str(error)
+    where, text = line_of(error) or "", str(error)
     if isinstance(error, BY_VALUE) or ".numpy() is not supported" in text:
         return TraceError(
             f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a tensor as index): "
@@ -94,13 +93,6 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
             f"refuses too: {text.split('. Hint')[0].rstrip('.')}. Write to a clone instead"
         )
     return error
-
-
-def user_line(error: BaseException) -> str:
-    """The line of the user's code that an error comes from, as " at file:number `line`"; empty if there is none."""
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
-    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
 
 
 def _closed_over(loss_fn: Callable) -> str:

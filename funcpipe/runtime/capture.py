@@ -1,9 +1,7 @@
 """Capture: a rank's whole step in one CUDA graph, optimizer, messages and collectives included.
 
-Terms. The graph works on tensors of its own: the *home* of the state, which it updates in place, and a copy of the batch. A
-state that a step was given is *donated*: its memory is the home's, and what it held is gone. A step returns the home's
-tensors under new names, so that an old state is known by its names when it is used again. Graphs for other shapes of batch
-share the home and one pool of memory.
+Terms. The graph works on tensors of its own: the *home* of the state (`home.py`), which it updates in place, and a copy of the
+batch. Graphs for other shapes of batch share the home and one pool of memory.
 
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 """
@@ -15,93 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import tree
-from funcpipe.comm import Communicator
-from funcpipe.comm.wire import is_dense
-from funcpipe.donation import Ledger, memory
-from funcpipe.errors import StateError, TraceError
-from funcpipe.runtime.execute import Bound, Slots, execute
+from funcpipe.donation import donate, memory
+from funcpipe.errors import TraceError
+from funcpipe.lines import user_line
+from funcpipe.runtime.home import Home, watched, write
 from funcpipe.runtime.rank import Rank
-from funcpipe.step import describe
 
 _WARM_UP = 2  # eager runs before the capture: allocators, workspaces and communicators settle
-
-
-class Home:
-    """The state that captured steps update in place.
-
-    Its memory is that of the first state that it takes in; a tensor that shares memory with another leaf, or has elements
-    that do, is copied.
-    """
-
-    def __init__(self) -> None:
-        self.leaves: list[torch.Tensor] = []
-        self._spec: Any = None
-        self._named: list[torch.Tensor] = []  # the home's tensors as the last step returned them
-
-    @property
-    def state(self) -> Any:
-        """The state as captured steps see it."""
-        return tree.unflatten(self._spec, self.leaves)
-
-    def enter(self, state: Any) -> None:
-        """Take in the values of a state.
-
-        Raises:
-            StateError: it was donated, or is another tree than before.
-        """
-        if self._spec is None:
-            self._adopt(state)
-            return
-        self.check(state)
-        leaves = tree.leaves(state)
-        if self._is_last(leaves):
-            return
-        mine = {memory(x) for x in self.leaves}
-        moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
-        write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
-
-    def _adopt(self, state: Any) -> None:
-        seen: set[int] = set()
-        given, self._spec = tree.flatten(state)
-        for x in given:
-            self.leaves.append(x if is_dense(x) and memory(x) not in seen else x.clone())
-            seen.add(memory(x))
-        self._named = given
-
-    def check(self, state: Any) -> None:
-        """StateError if a state was donated, or does not fit."""
-        if self._spec is None:
-            return
-        leaves, spec = tree.flatten(state)
-        if spec != self._spec:
-            raise StateError(
-                f"the state has another structure than when the step was captured: {spec}, not {self._spec}"
-            )
-        if self._is_last(leaves):
-            return
-        valid, mine = set(map(id, self._named)), {memory(x) for x in self.leaves} - {0}
-        for path, x, home in zip(tree.paths(state), leaves, self.leaves, strict=True):
-            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (home.shape, home.dtype, home.device):
-                raise StateError(
-                    f"state{path} is {describe(x)}, but the step was captured with {describe(home)} on the {home.device}"
-                )
-            if id(x) not in valid and memory(x) in mine:
-                raise StateError(
-                    f"state{path} was given to an earlier step, which has updated it in place: a step that is captured into a "
-                    "CUDA graph takes over the memory of its state. Pass the state that the last step returned; clone "
-                    "what you want to keep"
-                )
-
-    def _is_last(self, leaves: list[Any]) -> bool:
-        """Whether these are what the last step returned, all of them."""
-        return all(a is b for a, b in zip(leaves, self._named, strict=True))
-
-    def leave(self) -> Any:
-        """The state after a step, under names of its own."""
-        self._named = [x.detach() for x in self.leaves]
-        return tree.unflatten(self._spec, self._named)
+_SHAPED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class CapturedStep:
@@ -126,7 +48,9 @@ class CapturedStep:
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            ledger = watched(rank, home, self.batch)
+            with HostOps() as host:
+                free = watched(rank, home.leaves, home.state, self.batch)[0].free
+                rank.comm.flush()
             for _ in range(1, _WARM_UP):
                 rank.step(home.state, self.batch)
                 rank.comm.flush()
@@ -135,14 +59,11 @@ class CapturedStep:
         try:
             # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
             with torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                self.metrics = update(rank, home, self.batch, ledger)
+                self.metrics = update(rank, home, self.batch, free)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise TraceError(
-                f"the step cannot be captured into a CUDA graph: {_first_line(error)}. Something in it waits for the host "
-                "(.item(), print, a copy to the CPU) or makes a tensor on the CPU; use cuda_graph=False to find it"
-            ) from error
+            raise TraceError(cannot_capture(host.found, error)) from error
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """Replay on another state or batch of the same shapes; metrics are new tensors."""
@@ -158,31 +79,60 @@ class CapturedStep:
                 end()
 
 
-def watched(rank: Rank, home: Home, batch: Any) -> Ledger:
-    """Run a step once, to see which leaves of the state its optimizers may write to."""
-    ledger = Ledger(home.leaves)
+class HostOps(TorchDispatchMode):
+    """Notes the first op inside, with its line, that a CUDA graph cannot hold."""
 
-    def observe(bound: list[Bound], slots: Slots, comm: Communicator) -> None:
-        ledger.read(slots)  # compiled units run kernels that are no ops
-        execute(bound, slots, comm)
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: str | None = None
 
-    rank.observer = observe
-    try:
-        with ledger.watch():
-            out = rank.step(home.state, batch)
-            ledger.read(out)
-            rank.comm.flush()
-    finally:
-        rank.observer = None
-    return ledger
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.found is None:
+            why = _why_host(func, tree.leaves((args, kwargs or {}, out)))
+            self.found = why and f"{func}{user_line() or ''} {why}"
+        return out
 
 
-def update(rank: Rank, home: Home, batch: Any, ledger: Ledger) -> Any:
-    """Run a step that leaves the new state where the old one was; returns the metrics."""
-    with ledger.donate():
+def _why_host(func: Any, used: list[Any]) -> str | None:
+    """Why an op that reads and makes these tensors needs the host, if it does."""
+    copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+    # Elsewhere a number on the CPU becomes an argument of a kernel.
+    devices = {x.device.type for x in used if isinstance(x, torch.Tensor) and (copies or x.dim() or not x.is_cpu)}
+    if len(devices) > 1:
+        return f"copies between {' and '.join(sorted(devices))}"
+    if any(tag in func.tags for tag in _SHAPED_BY_DATA):
+        return "waits for a value that the host reads"
+    return None
+
+
+def cannot_capture(host: str | None, error: BaseException) -> str:
+    """Why a step could not be captured.
+
+    Args:
+        host: what `HostOps` found.
+        error: that the capture ended with.
+    """
+    what = str(error).strip().splitlines()[0].rstrip(".")
+    remedy = "Keep it out of the step: return what the host wants to see as a metric, make tensors on the GPU"
+    if host is None:
+        return (
+            f"the step cannot be captured into a CUDA graph: {what}. Something in it waits for the host (.item(), print, a copy "
+            f"to the CPU) or makes a tensor on the CPU, only while it is captured. {remedy}"
+        )
+    return f"the step cannot be captured into a CUDA graph: {host} ({what}). {remedy}; or use cuda_graph=False"
+
+
+def update(rank: Rank, home: Home, batch: Any, free: set[int]) -> Any:
+    """Run a step that leaves the new state where the old one was; returns the metrics.
+
+    Args:
+        free: the places of the leaves that optimizers may write to.
+    """
+    with donate(home.leaves[k] for k in free):
         new, metrics = rank.step(home.state, batch)
     rank.comm.flush()
-    mine = {memory(x): k for k, x in enumerate(home.leaves)}
+    mine = {memory(x) for x in home.leaves}
     moved = [(x, y) for x, y in zip(home.leaves, tree.leaves(new), strict=True) if x is not y]
     # What lies in the memory of another leaf is read before that is written.
     write([x for x, _ in moved], [y.clone() if memory(y) in mine else y for _, y in moved])
@@ -224,13 +174,3 @@ def check_on_gpu(name: str, x: Any) -> None:
             raise TraceError(
                 f"{name}{path} is on the {leaf.device}: what a CUDA graph reads lies on the GPU; move it there"
             )
-
-
-def write(old: list[torch.Tensor], new: list[torch.Tensor]) -> None:
-    """Copy tensors into others."""
-    if old:
-        torch._foreach_copy_(old, new, non_blocking=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

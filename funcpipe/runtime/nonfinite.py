@@ -96,12 +96,10 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
     >>> print(find_nonfinite(run, state, x - 2 * (torch.arange(4) == 3)[:, None]))
     rank 0, value_and_grad 0, microbatch 1, unit F1: Mean.total, a tensor of shape () and dtype torch.float32 of which 1 of 1 is NaN; it comes from aten.log.default
     """
+    run._check_state(state)
     if isinstance(run, Spmd):
         batch = run._feed(batch)
-        run._home.check(state)
         run._guarded(run._rank_of, batch)  # all ranks have the same plan, and lanes for what it sends
-    else:
-        run._check_state(state)
     plan = run._made.plan(batch)
 
     def search(comm: Communicator, _: Any) -> _Found:

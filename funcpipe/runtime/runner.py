@@ -31,7 +31,8 @@ from funcpipe.placement import Placement
 from funcpipe.precision import scaled_init
 from funcpipe.records import resolve
 from funcpipe.runtime.backend import NAMES, Backend
-from funcpipe.runtime.capture import CapturedStep, Home, feeder, pool_bytes
+from funcpipe.runtime.capture import CapturedStep, feeder, pool_bytes
+from funcpipe.runtime.home import DonatedStep, Home
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.profile import profile_units
@@ -89,6 +90,10 @@ class Runner(abc.ABC):
         """An ``init_state`` whose state has room for what `mixed_precision` keeps there."""
         p = self._resolved.precision
         return scaled_init(init_state, self.device) if p is not None and p.dynamic else init_state
+
+    @abc.abstractmethod
+    def _check_state(self, state: Any) -> None:
+        """StateError unless a state is this runner's, and was not donated."""
 
     @property
     @abc.abstractmethod
@@ -215,6 +220,7 @@ class Spmd(Runner):
         backend: str,
         sums: torch.dtype | None,
         cuda_graph: bool,
+        donate: bool,
     ) -> None:
         super().__init__(step, mesh)
         if backend not in NAMES:
@@ -228,9 +234,15 @@ class Spmd(Runner):
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
         if cuda_graph and self._comm.device.type != "cuda":
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
+        if cuda_graph and not donate:
+            raise StackError(
+                "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
+            )
         self._backend, self._cuda_graph = Backend(backend, self._report, sums, cuda_graph), cuda_graph
+        self._donate = donate
         self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
+        self._donated: dict[int, DonatedStep] = {}
         self._home, self._pool = Home(), torch.cuda.graph_pool_handle() if cuda_graph else None
         self._feed = feeder(self._comm.device)
         # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
@@ -259,6 +271,7 @@ class Spmd(Runner):
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
         self._captured.clear()
+        self._donated.clear()
         self._home = Home()
         self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
         self._plan_first(batch)
@@ -309,6 +322,11 @@ class Spmd(Runner):
                 if id(rank) not in self._captured:
                     self._captured[id(rank)] = CapturedStep(rank, self._home, state, batch, self._pool)
                 return self._captured[id(rank)](state, batch)
+            if self._donate and not self._cuda_graph:
+                if id(rank) not in self._donated:
+                    self._donated[id(rank)] = DonatedStep(rank, self._home)
+                return self._donated[id(rank)](state, batch)
+            self._home.check(state)
             out = rank.step(state, batch)
         self._comm.flush()
         return out
@@ -376,8 +394,11 @@ class Spmd(Runner):
         """The single-device state again, on every rank."""
         return self._guarded(self._unplace, state)
 
-    def _unplace(self, state: Any) -> Any:
+    def _check_state(self, state: Any) -> None:
         self._home.check(state)
+
+    def _unplace(self, state: Any) -> Any:
+        self._check_state(state)
         leaves = self._placement.state_leaves(state, "unplace")
         held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
         found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
@@ -421,6 +442,7 @@ def spmd(
     backend: str = "eager",
     sums: torch.dtype | None = None,
     cuda_graph: bool = False,
+    donate: bool = True,
 ) -> Spmd:
     """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
 
@@ -435,8 +457,10 @@ def spmd(
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
         sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches, such as
             ``torch.float32`` for bfloat16 params; by default the gradient's own, which is that of the param.
-        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph; the state is then
-            updated in place, and what a step was given is gone: to use it again is an error.
+        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
+        donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
+            step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
+            want to keep. In a captured step always.
 
     Returns:
         a runner; ``state`` is this rank's part of it.
@@ -445,4 +469,4 @@ def spmd(
         MeshError, StackError: the transforms do not fit the mesh or each other.
         RankError, on every rank: another one failed; says which, and with what.
     """
-    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph)
+    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph, donate)

@@ -18,7 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from funcpipe.errors import SequenceError
-from funcpipe.sequence.tape import Entry, Tape, from_torch, user_line
+from funcpipe.lines import from_torch, user_line
+from funcpipe.sequence.tape import Entry, Tape
 
 COTANGENT, GRADIENT = "cotangent", "gradient"
 _GRAD_FN: Any = torch.Tensor.grad_fn

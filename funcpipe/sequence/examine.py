@@ -24,8 +24,9 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import bind_mesh
 from funcpipe.errors import BatchError, FuncpipeError, SequenceError
-from funcpipe.graph.explain import explain, user_line
+from funcpipe.graph.explain import explain
 from funcpipe.graph.fakes import fake
+from funcpipe.lines import line_of
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.sequence import backward, known
 from funcpipe.sequence.attention import Intercept
@@ -231,7 +232,7 @@ def _raise(on_rank: Exception | None, on_one: Exception | None, loss_fn: Callabl
     if error is not None:
         where = "on a rank, with its slice of the sequence" if on_rank else "on one device, with the whole sequence"
         raise SequenceError(
-            f"the loss function fails {where}{user_line(error)}: {type(error).__name__}: {error}. It has to work for every "
+            f"the loss function fails {where}{line_of(error) or ''}: {type(error).__name__}: {error}. It has to work for every "
             "length: no table, mask or position is made for one length alone, unless it is split with the batch"
         ) from error
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from funcpipe.errors import SequenceError
-from funcpipe.sequence.tape import Entry, Line, Ref, Tape
+from funcpipe.lines import Line
+from funcpipe.sequence.tape import Entry, Ref, Tape
 
 WAIT = "funcpipe::wait"
 _SAME = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view", "alias": "detach", "lift_fresh": "detach"}

@@ -9,25 +9,19 @@ In: a loss function, fakes. Out: a tape, and what the function returned.
 
 from __future__ import annotations
 
-import linecache
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import optree
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from funcpipe.errors import SequenceError
+from funcpipe.lines import Line, user_line
 from funcpipe.sequence import hook
 
-_TORCH = str(Path(torch.__file__).parent)
-_FOREIGN = (_TORCH, str(Path(optree.__file__).parent), str(Path(__file__).parent.parent), "<")
 CONSTANT, UNKNOWN = "constant", "unknown"  # entries of tensors that came in by themselves
 
 
@@ -38,17 +32,6 @@ class Ref:
     number: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the user's code."""
-
-    file: str
-    number: int
-
-    def __str__(self) -> str:
-        return f" at {Path(self.file).name}:{self.number} `{linecache.getline(self.file, self.number).strip()}`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,21 +187,6 @@ def run(tape: Tape, loss_fn: Callable[[], Any]) -> Any:
         recorder,
     ):
         return loss_fn()
-
-
-def user_line() -> Line | None:
-    """The innermost line of code that is neither torch's nor funcpipe's."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(_FOREIGN):
-            return Line(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back
-    return None
-
-
-def from_torch(frame: FrameType) -> bool:
-    """Whether a frame is torch's own code."""
-    return frame.f_code.co_filename.startswith(_TORCH)
 
 
 def _name(func: Any) -> str:

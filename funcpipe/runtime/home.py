@@ -1,0 +1,195 @@
+"""Home: the state that steps take over, and how an old one is known when it is used again.
+
+Terms. A state that a step has used up is *donated*: what it held is gone, its memory is that of the new state. The *home* is the
+newest state of a runner. A step returns the home's tensors under new names (tensor objects), so an old state is known by its
+names.
+
+In: states. Out: `Home`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`; those with one are in
+`capture.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from operator import is_
+from typing import Any
+
+import torch
+
+from funcpipe import tree
+from funcpipe.comm import Communicator
+from funcpipe.comm.wire import is_dense
+from funcpipe.donation import Ledger, donate, memory
+from funcpipe.errors import StateError
+from funcpipe.runtime.execute import Bound, Slots, execute
+from funcpipe.runtime.rank import Rank
+from funcpipe.step import describe
+
+_SPENT = "_funcpipe_spent"  # an attribute of names under which nothing can be found any more
+
+
+class Home:
+    """The newest state of a runner."""
+
+    def __init__(self) -> None:
+        self.leaves: list[Any] = []
+        self._spec: Any = None
+        self._named: list[Any] = []  # the leaves as the last step returned them
+        self._mine: set[int] = set()  # memory that steps update in place
+
+    @property
+    def state(self) -> Any:
+        """The state as steps see it."""
+        return tree.unflatten(self._spec, self.leaves)
+
+    def check(self, state: Any) -> None:
+        """StateError if a state was donated."""
+        if self._spec is not None:
+            self._check(state, tree.leaves(state))
+
+    def _check(self, state: Any, leaves: list[Any]) -> None:
+        valid = set(map(id, self._named))
+        for k, x in enumerate(leaves):
+            if isinstance(x, torch.Tensor) and id(x) not in valid and (hasattr(x, _SPENT) or memory(x) in self._mine):
+                raise StateError(
+                    f"state{tree.paths(state)[k]} was given to an earlier step, which has updated it in place, or is a view of "
+                    "such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps leave "
+                    "old states alone: fp.spmd(..., donate=False)"
+                )
+
+    # ---- a home whose leaves move
+
+    def take(self, state: Any) -> list[Any]:
+        """The leaves of a state that a step is to use.
+
+        Raises:
+            StateError: it was donated.
+        """
+        leaves, spec = tree.flatten(state)
+        if not self._is_last(leaves):
+            self._check(state, leaves)
+        self._spec = spec
+        return leaves
+
+    def lent(self, leaves: list[Any], free: set[int]) -> list[torch.Tensor]:
+        """Of leaves at some places, those that a step returned, and whose memory no other leaf has."""
+        valid, users = set(map(id, self._named)), Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
+        return [x for x in (leaves[k] for k in free) if id(x) in valid and users[memory(x)] == 1 and is_dense(x)]
+
+    def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
+        """The state that a step made of leaves of which it has written to some: under names of its own where it has."""
+        self._mine = {memory(x) for x in lent}
+        for x in lent:
+            setattr(x, _SPENT, True)
+        new, self._spec = tree.flatten(state)
+        self.leaves = self._named = [self._renamed(x) for x in new]
+        return self.state
+
+    def _renamed(self, x: Any) -> Any:
+        return x.detach() if isinstance(x, torch.Tensor) and memory(x) in self._mine else x
+
+    # ---- a home whose leaves stay where they are
+
+    def enter(self, state: Any) -> None:
+        """Take in the values of a state. The first one's memory is the home's; a tensor that shares memory with another
+        leaf, or has elements that do, is copied.
+
+        Raises:
+            StateError: it was donated, or is another tree than before.
+        """
+        leaves, spec = tree.flatten(state)
+        if self._spec is None:
+            self._adopt(leaves, spec)
+            return
+        if spec != self._spec:
+            raise StateError(
+                f"the state has another structure than when the step was captured: {spec}, not {self._spec}"
+            )
+        if self._is_last(leaves):
+            return
+        self._check(state, leaves)
+        self._check_alike(state, leaves)
+        moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
+        write([a for a, _ in moved], [b.clone() if memory(b) in self._mine else b for _, b in moved])
+
+    def _adopt(self, leaves: list[torch.Tensor], spec: Any) -> None:
+        self.leaves, self._spec, self._named = unshared(leaves), spec, leaves
+        self._mine = {memory(x) for x in self.leaves} - {0}
+
+    def _check_alike(self, state: Any, leaves: list[Any]) -> None:
+        for k, (x, home) in enumerate(zip(leaves, self.leaves, strict=True)):
+            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (home.shape, home.dtype, home.device):
+                raise StateError(
+                    f"state{tree.paths(state)[k]} is {describe(x)}, but the step was captured with {describe(home)} on the "
+                    f"{home.device}"
+                )
+
+    def leave(self) -> Any:
+        """The state after a step, under names of its own."""
+        self._named = [x.detach() for x in self.leaves]
+        return tree.unflatten(self._spec, self._named)
+
+    def _is_last(self, leaves: list[Any]) -> bool:
+        """Whether these are what the last step returned, all of them."""
+        return len(leaves) == len(self._named) and all(map(is_, leaves, self._named))
+
+
+class DonatedStep:
+    """A rank's step that writes the new state where the old one was, as far as nobody reads the old one any more.
+
+    The first call watches the step, and donates nothing; nor are leaves donated that no step has returned.
+    """
+
+    def __init__(self, rank: Rank, home: Home) -> None:
+        self.rank, self.home = rank, home
+        self._free: set[int] | None = None
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """One step."""
+        leaves, lent = self.home.take(state), list[torch.Tensor]()
+        if self._free is None:
+            leaves = unshared(leaves)
+            ledger, (new, metrics) = watched(self.rank, leaves, tree.unflatten(tree.flatten(state)[1], leaves), batch)
+            self._free = ledger.free
+        else:
+            lent = self.home.lent(leaves, self._free)
+            with donate(lent):
+                new, metrics = self.rank.step(state, batch)
+        self.rank.comm.flush()
+        return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
+
+
+def unshared(leaves: list[Any]) -> list[Any]:
+    """Leaves of which no two share memory, nor two elements of one: those that do are copied."""
+    seen: set[int] = set()
+    out = []
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            x = x if is_dense(x) and memory(x) not in seen else x.clone()
+            seen.add(memory(x))
+        out.append(x)
+    return out
+
+
+def watched(rank: Rank, leaves: list[Any], state: Any, batch: Any) -> tuple[Ledger, tuple[Any, Any]]:
+    """Run a step once, to see which leaves of the state its optimizers may write to; with what the step returned."""
+    ledger, before = Ledger(leaves), rank.observer
+
+    def observe(bound: list[Bound], slots: Slots, comm: Communicator) -> None:
+        ledger.read(slots)  # compiled units run kernels that are no ops
+        (before or execute)(bound, slots, comm)
+
+    rank.observer = observe
+    try:
+        with ledger.watch():
+            out = rank.step(state, batch)
+            ledger.read(out)
+    finally:
+        rank.observer = before
+    return ledger, out
+
+
+def write(old: list[torch.Tensor], new: list[torch.Tensor]) -> None:
+    """Copy tensors into others."""
+    if old:
+        torch._foreach_copy_(old, new, non_blocking=True)

@@ -1,0 +1,351 @@
+"""Steps that take over the memory of their state: as a CUDA graph does, whose step runs again here where it would be replayed on a
+GPU, and as other steps do, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcpipe as fp
+from funcpipe import tree
+from funcpipe.donation import Ledger, donate, memory, writable
+from funcpipe.errors import StateError
+from funcpipe.runtime.capture import update
+from funcpipe.runtime.home import DonatedStep, Home, watched
+from funcpipe.runtime.rank import Rank
+
+ADAMW = fp.optim.adamw(1e-2, eps=1e-3)
+
+
+class State(NamedTuple):
+    params: Any
+    opt: Any
+    more: Any = None
+
+
+class Steps:
+    """Steps on one rank, with their home."""
+
+    def __init__(self, step: Callable, init_state: Callable, params: Any, batch: Any) -> None:
+        run = fp.simulate(fp.accumulated(step, microbatches=2), fp.Mesh())
+        self.first = run.init(init_state, params, batch)[0]
+        self.rank = Rank(run.plan(None, batch), run._ranks.communicators[0])
+        self.home = Home()
+
+    @property
+    def free(self) -> set[int]:
+        """The places of the leaves that are donated."""
+        raise NotImplementedError
+
+
+class Again(Steps):
+    """A captured step whose replay runs the step again."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        with torch.no_grad():
+            self.home.enter(self.first)
+            self._free = watched(self.rank, self.home.leaves, self.home.state, args[-1])[0].free
+
+    @property
+    def free(self) -> set[int]:
+        return self._free
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        with torch.no_grad():
+            self.home.enter(state)
+            metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
+        return self.home.leave(), metrics
+
+
+class Moving(Steps):
+    """A step that is not captured."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.step = DonatedStep(self.rank, self.home)
+
+    @property
+    def free(self) -> set[int]:
+        return self.step._free or set()
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        with torch.no_grad():
+            return self.step(state, batch)
+
+
+def params() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)  # noqa: E731
+    return {"a": new(3, 4), "b": new(4), "c": new(4, 2)}
+
+
+def batch(seed: int = 0) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss_fn(p: Any, x: torch.Tensor) -> fp.Mean:
+    y = torch.tanh(x @ p["a"] + p["b"]) @ p["c"]
+    return fp.Mean(y.square().sum(), torch.tensor(float(len(x)), dtype=torch.float64))
+
+
+def descend(state: State, x: torch.Tensor) -> tuple[Any, Any, torch.Tensor]:
+    loss, grads = fp.value_and_grad(loss_fn)(state.params, x)
+    return *ADAMW.update(grads, state.opt, state.params), loss
+
+
+def plain(state: State, x: torch.Tensor) -> tuple[State, dict]:
+    p, opt, loss = descend(state, x)
+    return State(p, opt), {"loss": loss}
+
+
+def drifting(state: State, x: torch.Tensor) -> tuple[State, dict]:
+    """Reads one old param after the update."""
+    p, opt, loss = descend(state, x)
+    moved = {k: v - state.params[k] if k == "a" else v for k, v in p.items()}
+    return State(p, opt), {"loss": loss, "drift": fp.global_norm(moved)}
+
+
+def keeping(state: State, x: torch.Tensor) -> tuple[State, dict]:
+    """Returns the old params."""
+    p, opt, loss = descend(state, x)
+    return State(p, opt, state.params), {"loss": loss}
+
+
+def twice(state: State, x: torch.Tensor) -> tuple[State, dict]:
+    """Differentiates again, at the old params."""
+    p, opt, loss = descend(state, x)
+    again, _ = fp.value_and_grad(loss_fn)(state.params, x)
+    return State(p, opt), {"loss": loss, "again": again}
+
+
+def swapping(state: State, x: torch.Tensor) -> tuple[State, dict]:
+    """Two leaves change places."""
+    p, opt, loss = descend(state, x)
+    return State(p, opt, tuple(reversed(state.more))), {"loss": loss}
+
+
+def init_state(p: Any) -> State:
+    return State(p, ADAMW.init(p))
+
+
+def with_old(p: Any) -> State:
+    return State(p, ADAMW.init(p), tree.map(torch.clone, p))
+
+
+def with_pair(p: Any) -> State:
+    return State(p, ADAMW.init(p), (torch.zeros(2), torch.ones(2)))
+
+
+STEPS = {
+    "plain": (plain, init_state, 9),
+    "drifting": (drifting, init_state, 8),
+    "keeping": (keeping, with_old, 6),
+    "twice": (twice, init_state, 6),
+    "swapping": (swapping, with_pair, 9),
+}
+
+
+@pytest.mark.parametrize("kind", [Again, Moving])
+@pytest.mark.parametrize("name", STEPS)
+def test_donating_steps_are_the_pure_ones(name: str, kind: type) -> None:
+    step, init, donated = STEPS[name]
+    steps, state = kind(step, init, params(), batch()), init(params())
+    mine = steps.first
+    for seed in range(4):
+        state, want = fp.accumulated(step, microbatches=2)(state, batch(seed))
+        mine, metrics = steps(mine, batch(seed))
+        for a, b in zip(tree.leaves((mine, metrics)), tree.leaves((state, want)), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert len(steps.free) == donated  # of 3 params and 6 moments
+
+
+def where(state: Any) -> list[int]:
+    return [x.data_ptr() for x in tree.leaves((state.params, state.opt.m, state.opt.v))]
+
+
+def test_memory_stays_where_it_is() -> None:
+    again = Again(plain, init_state, params(), batch())
+    before = where(again.first)
+    assert where(again(again.first, batch())[0]) == before
+    moving = Moving(plain, init_state, params(), batch())
+    state, _ = moving(moving.first, batch())
+    before = where(state)
+    for _ in range(2):
+        state, _ = moving(state, batch())
+        assert where(state) == before
+
+
+def test_the_first_state_stays_as_it_is_where_the_home_moves() -> None:
+    """No step has returned it: what `init` or the user made is not donated."""
+    moving = Moving(plain, init_state, params(), batch())
+    want = tree.map(torch.clone, moving.first)
+    second, _ = moving(moving.first, batch())
+    moving(second, batch())
+    moving(moving.first, batch())
+    assert all(map(torch.equal, tree.leaves(moving.first), tree.leaves(want)))
+
+
+def test_new_leaves_are_left_alone_where_the_home_moves() -> None:
+    moving = Moving(plain, init_state, params(), batch())
+    state, _ = moving(moving.first, batch())
+    mine = params()
+    kept = tree.map(torch.clone, mine)
+    third, _ = moving(state._replace(params=mine), batch())
+    assert all(map(torch.equal, mine.values(), kept.values()))
+    assert third.opt.m["a"].data_ptr() == state.opt.m["a"].data_ptr()
+
+
+def test_leaves_that_share_memory_are_not_donated_where_the_home_moves() -> None:
+    def copying(state: State, x: torch.Tensor) -> tuple[State, dict]:
+        """Keeps the new params twice."""
+        p, opt, loss = descend(state, x)
+        return State(p, opt, p), {"loss": loss}
+
+    moving, state = Moving(copying, lambda p: State(p, ADAMW.init(p), p), params(), batch()), None
+    mine, state = moving.first, State(params(), ADAMW.init(params()), params())
+    for seed in range(4):
+        state, _ = fp.accumulated(copying, microbatches=2)(state, batch(seed))
+        mine, _ = moving(mine, batch(seed))
+        for a, b in zip(tree.leaves(mine), tree.leaves(state), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---- old states
+
+
+OLD = (
+    r"state\.params\['a'\] was given to an earlier step, which has updated it in place, or is a view.*Pass the state that the last "
+    r"step returned; clone what you want to keep.*donate=False"
+)
+
+
+def test_an_old_state_is_refused() -> None:
+    again = Again(plain, init_state, params(), batch())
+    first = again.first
+    second, _ = again(first, batch())
+    third, _ = again(second, batch())
+    for old in (first, second, third._replace(params=first.params)):
+        with pytest.raises(StateError, match=OLD):
+            again(old, batch())
+    again(third, batch())
+
+
+def test_an_old_state_is_refused_where_the_home_moves() -> None:
+    moving = Moving(plain, init_state, params(), batch())
+    second, _ = moving(moving.first, batch())
+    third, _ = moving(second, batch())
+    fourth, _ = moving(third, batch())
+    views = third._replace(params=tree.map(torch.detach, fourth.params))
+    for old in (second, third, fourth._replace(params=second.params), fourth._replace(params=third.params), views):
+        with pytest.raises(StateError, match=OLD):
+            moving(old, batch())
+        with pytest.raises(StateError, match=OLD):
+            moving.home.check(old)
+    moving(moving.first, batch())  # makes a new state elsewhere
+    with pytest.raises(StateError, match=OLD):
+        moving(second, batch())
+
+
+def test_a_state_lives_on_where_the_step_fails() -> None:
+    moving = Moving(plain, init_state, params(), batch())
+    state, _ = moving(moving.first, batch())
+    with pytest.raises(StateError, match="other shapes"):
+        moving(state, batch()[:2])
+    moving(state, batch())
+
+
+def test_an_old_state_is_refused_where_it_is_only_read() -> None:
+    home = Home()
+    home.check({"x": torch.ones(2)})  # nothing was captured
+    home.enter({"x": torch.ones(2)})
+    first = home.leave()
+    home.check(first)
+    home.leave()
+    with pytest.raises(StateError, match="updated it in place"):
+        home.check(first)
+
+
+@given(replaced=st.sets(st.sampled_from(["a", "b", "c"])))
+def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
+    home = Home()
+    home.enter({k: v.clone() for k, v in params().items()})
+    state = home.leave()
+    new = {k: torch.full_like(v, 7.0) if k in replaced else v for k, v in state.items()}
+    home.enter(new)
+    for k, v in home.state.items():
+        assert torch.equal(v, torch.full_like(v, 7.0) if k in replaced else params()[k])
+
+
+def test_leaves_that_change_places_between_steps() -> None:
+    home = Home()
+    home.enter([torch.zeros(2), torch.ones(2)])
+    a, b = home.leave()
+    home.enter([b, a])
+    assert [x.tolist() for x in home.state] == [[1, 1], [0, 0]]
+
+
+def test_a_tensor_that_a_state_holds_twice() -> None:
+    home, x = Home(), torch.ones(2)
+    home.enter({"params": x, "ema": x, "wide": torch.ones(1).expand(3)})
+    assert len({memory(x) for x in home.leaves}) == 3
+    home.leaves[2].add_(1)
+    assert home.state["ema"].tolist() == [1, 1]
+
+
+def test_another_structure_is_refused() -> None:
+    home = Home()
+    home.enter({"x": torch.ones(2)})
+    home.leave()
+    with pytest.raises(StateError, match="another structure than when the step was captured"):
+        home.enter({"y": torch.ones(2)})
+    with pytest.raises(
+        StateError, match=r"state\['x'\] is a tensor of shape \(3,\).*captured with a tensor of shape \(2,\)"
+    ):
+        home.enter({"x": torch.ones(3)})
+    with pytest.raises(StateError, match=r"state\['x'\] is a float"):
+        home.enter({"x": 1.0})
+
+
+# ---- ledgers
+
+
+def test_outside_a_ledger_a_copy() -> None:
+    x = torch.ones(2)
+    assert writable(x) is not x
+    assert torch.equal(writable(x), x)
+
+
+def test_only_the_state_is_donated() -> None:
+    mine, other, empty = torch.ones(2), torch.ones(2), torch.ones(0)
+    ledger = Ledger([other, mine, empty])
+    with ledger.watch():
+        assert writable(mine) is not mine and writable(empty) is not empty
+        writable(torch.ones(2))
+    assert ledger.free == {1}
+    with donate([mine]):
+        assert writable(mine) is mine and writable(other) is not other
+    assert writable(mine) is not mine
+
+
+def test_a_view_from_before_is_read() -> None:
+    x = torch.ones(2, 3)
+    old, ledger = x.t(), Ledger([x])
+    with ledger.watch():
+        writable(x)
+        old.sum()
+    assert not ledger.free
+
+
+def test_what_is_offered_twice_is_read() -> None:
+    x = torch.ones(4)
+    ledger = Ledger([x])
+    with ledger.watch():
+        writable(x[:2])
+        writable(x[2:])
+    assert not ledger.free
