@@ -49,7 +49,7 @@ class Again(Steps):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         with torch.no_grad():
-            self.home.enter(self.first)
+            self.home.enter(self.home.read(self.first))
             self._free = watched(self.rank, self.home.leaves, self.home.state, args[-1])[0].free
 
     @property
@@ -58,7 +58,7 @@ class Again(Steps):
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         with torch.no_grad():
-            self.home.enter(state)
+            self.home.enter(self.home.read(state))
             metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
         return self.home.leave(), metrics
 
@@ -76,7 +76,7 @@ class Moving(Steps):
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         with torch.no_grad():
-            return self.step(state, batch)
+            return self.step(self.home.read(state), batch)
 
 
 def params() -> dict[str, torch.Tensor]:
@@ -246,7 +246,7 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
         with pytest.raises(StateError, match=OLD):
             moving(old, batch())
         with pytest.raises(StateError, match=OLD):
-            moving.home.check(old)
+            moving.home.read(old)
     moving(moving.first, batch())  # makes a new state elsewhere
     with pytest.raises(StateError, match=OLD):
         moving(second, batch())
@@ -262,37 +262,37 @@ def test_a_state_lives_on_where_the_step_fails() -> None:
 
 def test_an_old_state_is_refused_where_it_is_only_read() -> None:
     home = Home()
-    home.check({"x": torch.ones(2)})  # nothing was captured
-    home.enter({"x": torch.ones(2)})
+    home.read({"x": torch.ones(2)})  # nothing was captured
+    home.enter(home.read({"x": torch.ones(2)}))
     first = home.leave()
-    home.check(first)
+    home.read(first)
     home.leave()
     with pytest.raises(StateError, match="updated it in place"):
-        home.check(first)
+        home.read(first)
 
 
 @given(replaced=st.sets(st.sampled_from(["a", "b", "c"])))
 def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
     home = Home()
-    home.enter({k: v.clone() for k, v in params().items()})
+    home.enter(home.read({k: v.clone() for k, v in params().items()}))
     state = home.leave()
     new = {k: torch.full_like(v, 7.0) if k in replaced else v for k, v in state.items()}
-    home.enter(new)
+    home.enter(home.read(new))
     for k, v in home.state.items():
         assert torch.equal(v, torch.full_like(v, 7.0) if k in replaced else params()[k])
 
 
 def test_leaves_that_change_places_between_steps() -> None:
     home = Home()
-    home.enter([torch.zeros(2), torch.ones(2)])
+    home.enter(home.read([torch.zeros(2), torch.ones(2)]))
     a, b = home.leave()
-    home.enter([b, a])
+    home.enter(home.read([b, a]))
     assert [x.tolist() for x in home.state] == [[1, 1], [0, 0]]
 
 
 def test_a_tensor_that_a_state_holds_twice() -> None:
     home, x = Home(), torch.ones(2)
-    home.enter({"params": x, "ema": x, "wide": torch.ones(1).expand(3)})
+    home.enter(home.read({"params": x, "ema": x, "wide": torch.ones(1).expand(3)}))
     assert len({memory(x) for x in home.leaves}) == 3
     home.leaves[2].add_(1)
     assert home.state["ema"].tolist() == [1, 1]
@@ -300,16 +300,16 @@ def test_a_tensor_that_a_state_holds_twice() -> None:
 
 def test_another_structure_is_refused() -> None:
     home = Home()
-    home.enter({"x": torch.ones(2)})
+    home.enter(home.read({"x": torch.ones(2)}))
     home.leave()
     with pytest.raises(StateError, match="another structure than when the step was captured"):
-        home.enter({"y": torch.ones(2)})
+        home.enter(home.read({"y": torch.ones(2)}))
     with pytest.raises(
         StateError, match=r"state\['x'\] is a tensor of shape \(3,\).*captured with a tensor of shape \(2,\)"
     ):
-        home.enter({"x": torch.ones(3)})
+        home.enter(home.read({"x": torch.ones(3)}))
     with pytest.raises(StateError, match=r"state\['x'\] is a float"):
-        home.enter({"x": 1.0})
+        home.enter(home.read({"x": 1.0}))
 
 
 # ---- ledgers

@@ -191,13 +191,60 @@ def raises(size: int, where: str) -> Outcome:
     return outcome(lambda: run(state, INIT[2]))
 
 
+def donated(size: int) -> tuple[tuple[Outcome, Outcome], Outcome, bool, bool]:
+    """Old states are used again, by a runner that has updated them in place and by one that has not."""
+    run = runner(size)
+    first = run.init(*INIT)
+    second, _ = run(first, INIT[2])
+    where = [x.data_ptr() for x in optree.tree_leaves(second["opt"].m)]
+    third, _ = run(second, INIT[2])
+    in_place = [x.data_ptr() for x in optree.tree_leaves(third["opt"].m)] == where
+    run(first, INIT[2])
+    refused = outcome(lambda: run(second if is_last(size) else third, INIT[2])), outcome(lambda: run.unplace(second))
+    run(third, INIT[2])  # and goes on
+    pure = fp.spmd(pipe()(training(PLAIN)[0]), fp.Mesh(pipe=size), device="cpu", timeout=30, donate=False)
+    one, _ = pure(pure.init(*INIT), INIT[2])
+    return refused, outcome(lambda: runs_alike(pure, one)), in_place, runs_alike(pure, one)
+
+
+def runs_alike(run: Any, state: Any) -> bool:
+    return equal(*(run(state, INIT[2]) for _ in range(2)))
+
+
+def carried(size: int, start: Callable) -> Any:
+    """A param travels through boundaries, as it is: what a message holds must not change when the step updates the param."""
+
+    def loss_fn(p: Any, x: torch.Tensor) -> fp.Mean:
+        carry = (x @ p["w"], p["w"])
+        for k in range(size):
+            carry = fp.stage_boundary((torch.tanh(carry[0] @ p[f"w{k}"]), carry[1]))
+        return fp.Mean((carry[0] @ carry[1]).square().sum(), torch.tensor(float(len(x)), dtype=x.dtype))
+
+    def step(state: Any, x: torch.Tensor) -> Any:
+        loss, grads = fp.value_and_grad(loss_fn)(state[0], x)
+        params, opt = OPTIMIZER.update(grads, state[1], state[0])
+        return (params, opt), {"loss": loss}
+
+    g = torch.Generator().manual_seed(3)
+    new = lambda: torch.randn(3, 3, generator=g, dtype=torch.float64)  # noqa: E731
+    params = {"w": new()} | {f"w{k}": new() for k in range(size)}
+    run = start(pipe(2)(step), fp.Mesh(pipe=size))
+    x, losses = torch.ones(4, 3, dtype=torch.float64), []
+    state = run.init(lambda p: (p, OPTIMIZER.init(p)), params, x)
+    for _ in range(4):
+        state, metrics = run(state, x)
+        losses.append(float(metrics["loss"]))
+    return losses, run.unplace(state)
+
+
 def work(size: int) -> dict[str, Any]:
     """What every process runs."""
     torch.set_num_threads(1)
     out = {name: run_case(name, spmd) for name, case in CASES.items() if case[1].size == size}
     step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
     out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
-    for check in (other_rows, other_params, other_schedule, no_plan):
+    out["carried"] = carried(size, spmd)
+    for check in (other_rows, other_params, other_schedule, no_plan, donated):
         out[check.__name__] = check(size)
     return out | {where: raises(size, where) for where in ("before", "after")}
 
@@ -257,6 +304,26 @@ def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
         assert kind == MismatchError.__name__
         assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes")
         assert "in the schedule of value_and_grad 0" in text
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_old_states(size: int, ran: dict[int, list]) -> None:
+    for rank, result in enumerate(ran[size]):
+        (by_one, by_all), kept, in_place, alike = result["donated"]
+        kind, text = raised(by_all)
+        assert kind == "StateError" and "was given to an earlier step, which has updated it in place" in text
+        if rank == size - 1:
+            assert raised(by_one) == (kind, text)
+        else:
+            assert raised(by_one)[0] == "MismatchError"
+            assert f"rank {size - 1} cannot use the state that it was given: state" in raised(by_one)[1]
+        assert in_place and alike and raised(kept) == ("no error", "")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_param_that_travels_and_is_updated_in_place(size: int, ran: dict[int, list]) -> None:
+    want = carried(size, fp.simulate)
+    assert all(equal(result["carried"], want) for result in ran[size])
 
 
 @pytest.mark.parametrize("where", ["before", "after", "no_plan"])

@@ -139,6 +139,8 @@ class ProcessGroupCommunicator:
         return out
 
     def exchange_digest(self, n: int) -> list[int]:
+        if self.mesh.size == 1:
+            return [n]
         # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
         out = torch.zeros(self.mesh.size, dtype=torch.int64)
         out[self.rank] = n

@@ -19,7 +19,7 @@ from funcpipe import tree
 from funcpipe.donation import donate, memory
 from funcpipe.errors import TraceError
 from funcpipe.lines import user_line
-from funcpipe.runtime.home import Home, watched, write
+from funcpipe.runtime.home import Given, Home, watched, write
 from funcpipe.runtime.rank import Rank
 
 _WARM_UP = 2  # eager runs before the capture: allocators, workspaces and communicators settle
@@ -32,18 +32,17 @@ class CapturedStep:
     Args:
         rank: what runs it.
         home: of the state, shared by the steps of a rank.
-        state, batch: what it is captured with.
+        given, batch: what it is captured with.
         pool: the memory pool of the rank's graphs.
 
     Raises:
         TraceError: the step cannot be captured: it waits for the host, or a leaf is not on the GPU.
-        StateError: the state was donated.
     """
 
-    def __init__(self, rank: Rank, home: Home, state: Any, batch: Any, pool: Any) -> None:
-        check_on_gpu("state", state)
+    def __init__(self, rank: Rank, home: Home, given: Given, batch: Any, pool: Any) -> None:
+        check_on_gpu("state", given.state)
         check_on_gpu("batch", batch)
-        home.enter(state)
+        home.enter(given)
         self.home, self.batch = home, tree.map_tensors(torch.clone, batch)
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -65,9 +64,9 @@ class CapturedStep:
         except RuntimeError as error:
             raise TraceError(cannot_capture(host.found, error)) from error
 
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
         """Replay on another state or batch of the same shapes; metrics are new tensors."""
-        self.home.enter(state)
+        self.home.enter(given)
         write(tree.leaves(self.batch), tree.leaves(batch))
         self.graph.replay()
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,14 @@ from funcpipe.step import describe
 _SPENT = "_funcpipe_spent"  # an attribute of names under which nothing can be found any more
 
 
+class Given(NamedTuple):
+    """A state that a runner was given, and what it consists of."""
+
+    state: Any
+    leaves: list[Any]
+    spec: Any
+
+
 class Home:
     """The newest state of a runner."""
 
@@ -36,40 +44,53 @@ class Home:
         self._spec: Any = None
         self._named: list[Any] = []  # the leaves as the last step returned them
         self._mine: set[int] = set()  # memory that steps update in place
+        self._stays = False  # whether leaves stay where they are, since a graph has taken them in
 
     @property
     def state(self) -> Any:
         """The state as steps see it."""
         return tree.unflatten(self._spec, self.leaves)
 
-    def check(self, state: Any) -> None:
-        """StateError if a state was donated."""
-        if self._spec is not None:
-            self._check(state, tree.leaves(state))
-
-    def _check(self, state: Any, leaves: list[Any]) -> None:
-        valid = set(map(id, self._named))
-        for k, x in enumerate(leaves):
-            if isinstance(x, torch.Tensor) and id(x) not in valid and (hasattr(x, _SPENT) or memory(x) in self._mine):
-                raise StateError(
-                    f"state{tree.paths(state)[k]} was given to an earlier step, which has updated it in place, or is a view of "
-                    "such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps leave "
-                    "old states alone: fp.spmd(..., donate=False)"
-                )
-
-    # ---- a home whose leaves move
-
-    def take(self, state: Any) -> list[Any]:
-        """The leaves of a state that a step is to use.
+    def read(self, state: Any) -> Given:
+        """A state that a step may use.
 
         Raises:
-            StateError: it was donated.
+            StateError: it was donated, or does not fit a graph that was captured.
         """
-        leaves, spec = tree.flatten(state)
-        if not self._is_last(leaves):
-            self._check(state, leaves)
-        self._spec = spec
-        return leaves
+        given = Given(state, *tree.flatten(state))
+        if self._spec is not None and not self._is_last(given.leaves):
+            self._check_names(given)
+        if self._stays and not self._is_last(given.leaves):
+            self._check_alike(given)
+        return given
+
+    def _check_names(self, given: Given) -> None:
+        valid = set(map(id, self._named))
+        for k, x in enumerate(given.leaves):
+            if isinstance(x, torch.Tensor) and id(x) not in valid and (hasattr(x, _SPENT) or memory(x) in self._mine):
+                raise StateError(
+                    f"state{tree.paths(given.state)[k]} was given to an earlier step, which has updated it in place, or is a view "
+                    "of such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps "
+                    "leave old states alone: fp.spmd(..., donate=False)"
+                )
+
+    def _check_alike(self, given: Given) -> None:
+        if given.spec != self._spec:
+            raise StateError(
+                f"the state has another structure than when the step was captured: {given.spec}, not {self._spec}"
+            )
+        for k, (x, home) in enumerate(zip(given.leaves, self.leaves, strict=True)):
+            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (home.shape, home.dtype, home.device):
+                raise StateError(
+                    f"state{tree.paths(given.state)[k]} is {describe(x)}, but the step was captured with {describe(home)} on the "
+                    f"{home.device}"
+                )
+
+    def _is_last(self, leaves: list[Any]) -> bool:
+        """Whether these are what the last step returned, all of them."""
+        return len(leaves) == len(self._named) and all(map(is_, leaves, self._named))
+
+    # ---- a home whose leaves move
 
     def lent(self, leaves: list[Any], free: set[int]) -> list[torch.Tensor]:
         """Of leaves at some places, those that a step returned, and whose memory no other leaf has."""
@@ -90,48 +111,21 @@ class Home:
 
     # ---- a home whose leaves stay where they are
 
-    def enter(self, state: Any) -> None:
+    def enter(self, given: Given) -> None:
         """Take in the values of a state. The first one's memory is the home's; a tensor that shares memory with another
-        leaf, or has elements that do, is copied.
-
-        Raises:
-            StateError: it was donated, or is another tree than before.
-        """
-        leaves, spec = tree.flatten(state)
-        if self._spec is None:
-            self._adopt(leaves, spec)
-            return
-        if spec != self._spec:
-            raise StateError(
-                f"the state has another structure than when the step was captured: {spec}, not {self._spec}"
-            )
-        if self._is_last(leaves):
-            return
-        self._check(state, leaves)
-        self._check_alike(state, leaves)
-        moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
-        write([a for a, _ in moved], [b.clone() if memory(b) in self._mine else b for _, b in moved])
-
-    def _adopt(self, leaves: list[torch.Tensor], spec: Any) -> None:
-        self.leaves, self._spec, self._named = unshared(leaves), spec, leaves
-        self._mine = {memory(x) for x in self.leaves} - {0}
-
-    def _check_alike(self, state: Any, leaves: list[Any]) -> None:
-        for k, (x, home) in enumerate(zip(leaves, self.leaves, strict=True)):
-            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (home.shape, home.dtype, home.device):
-                raise StateError(
-                    f"state{tree.paths(state)[k]} is {describe(x)}, but the step was captured with {describe(home)} on the "
-                    f"{home.device}"
-                )
+        leaf, or has elements that do, is copied."""
+        leaves = given.leaves
+        if not self._stays:
+            self.leaves, self._spec, self._named, self._stays = unshared(leaves), given.spec, leaves, True
+            self._mine = {memory(x) for x in self.leaves} - {0}
+        elif not self._is_last(leaves):
+            moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
+            write([a for a, _ in moved], [b.clone() if memory(b) in self._mine else b for _, b in moved])
 
     def leave(self) -> Any:
         """The state after a step, under names of its own."""
         self._named = [x.detach() for x in self.leaves]
         return tree.unflatten(self._spec, self._named)
-
-    def _is_last(self, leaves: list[Any]) -> bool:
-        """Whether these are what the last step returned, all of them."""
-        return len(leaves) == len(self._named) and all(map(is_, leaves, self._named))
 
 
 class DonatedStep:
@@ -144,17 +138,17 @@ class DonatedStep:
         self.rank, self.home = rank, home
         self._free: set[int] | None = None
 
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
         """One step."""
-        leaves, lent = self.home.take(state), list[torch.Tensor]()
+        lent: list[torch.Tensor] = []
         if self._free is None:
-            leaves = unshared(leaves)
-            ledger, (new, metrics) = watched(self.rank, leaves, tree.unflatten(tree.flatten(state)[1], leaves), batch)
+            leaves = unshared(given.leaves)
+            ledger, (new, metrics) = watched(self.rank, leaves, tree.unflatten(given.spec, leaves), batch)
             self._free = ledger.free
         else:
-            lent = self.home.lent(leaves, self._free)
+            lent = self.home.lent(given.leaves, self._free)
             with donate(lent):
-                new, metrics = self.rank.step(state, batch)
+                new, metrics = self.rank.step(given.state, batch)
         self.rank.comm.flush()
         return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
 

@@ -32,7 +32,7 @@ from funcpipe.precision import scaled_init
 from funcpipe.records import resolve
 from funcpipe.runtime.backend import NAMES, Backend
 from funcpipe.runtime.capture import CapturedStep, feeder, pool_bytes
-from funcpipe.runtime.home import DonatedStep, Home
+from funcpipe.runtime.home import DonatedStep, Given, Home
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.profile import profile_units
@@ -207,6 +207,16 @@ def check_same(first: Any, other: Any, rank: int) -> None:
             )
 
 
+_REFUSED = -1  # in place of a digest: this rank cannot use its state
+
+
+class _Known(Exception):
+    """An error that all ranks know of: none waits, and the next call may do better."""
+
+    def __init__(self, error: FuncpipeError) -> None:
+        self.error = error
+
+
 class Spmd(Runner):
     """The rank that this process is; see `spmd`."""
 
@@ -308,26 +318,25 @@ class Spmd(Runner):
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         batch = self._feed(batch)
-        self._agree({"batch": batch}, "step")
+        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state))
         rank = self._rank_of(batch)
         self._watch([rank])
         try:
-            return self._run(rank, state, batch)
+            with torch.no_grad():
+                return self._run(rank, given, batch)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(too_large(rank, state, error)) from error
 
-    def _run(self, rank: Rank, state: Any, batch: Any) -> tuple[Any, Any]:
-        with torch.no_grad():
-            if self._cuda_graph and not self._recording:  # a graph has no instructions to time
-                if id(rank) not in self._captured:
-                    self._captured[id(rank)] = CapturedStep(rank, self._home, state, batch, self._pool)
-                return self._captured[id(rank)](state, batch)
-            if self._donate and not self._cuda_graph:
-                if id(rank) not in self._donated:
-                    self._donated[id(rank)] = DonatedStep(rank, self._home)
-                return self._donated[id(rank)](state, batch)
-            self._home.check(state)
-            out = rank.step(state, batch)
+    def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
+        if self._cuda_graph and not self._recording:  # a graph has no instructions to time
+            if id(rank) not in self._captured:
+                self._captured[id(rank)] = CapturedStep(rank, self._home, given, batch, self._pool)
+            return self._captured[id(rank)](given, batch)
+        if self._donate and not self._cuda_graph:
+            if id(rank) not in self._donated:
+                self._donated[id(rank)] = DonatedStep(rank, self._home)
+            return self._donated[id(rank)](given, batch)
+        out = rank.step(given.state, batch)
         self._comm.flush()
         return out
 
@@ -357,22 +366,42 @@ class Spmd(Runner):
             self._bound[id(plan)] = rank
         return self._bound[id(plan)]
 
-    def _agree(self, trees: dict[str, Any], what: str) -> None:
-        """MismatchError on every rank unless all are about to run the same on the same shapes."""
-        key = (what, *((name, signature(x)) for name, x in trees.items()))
-        digest = self._digests.get(key)
-        if digest is None:
-            text = repr(described(trees)) + what
-            digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-            self._digests[key] = digest
-        if len(set(self._comm.exchange_digest(digest))) > 1:
+    def _agree(self, trees: dict[str, Any], what: str, read: Callable[[], Any] = lambda: None) -> Any:
+        """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
+
+        Raises:
+            MismatchError, on every rank: they are not.
+            StateError: this rank's state was given to an earlier step; the others get a MismatchError that says so.
+        """
+        try:
+            out, digest = read(), self._digest(trees, what)
+        except StateError as error:
+            self._comm.exchange_digest(_REFUSED)
+            self._comm.exchange(str(error))
+            raise _Known(error) from None
+        digests = self._comm.exchange_digest(digest)
+        if _REFUSED in digests:
+            texts = self._comm.exchange(None)
+            rank = digests.index(_REFUSED)
+            raise MismatchError(f"rank {rank} cannot use the state that it was given: {texts[rank]}")
+        if len(set(digests)) > 1:
             raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
+        return out
+
+    def _digest(self, trees: dict[str, Any], what: str) -> int:
+        key = (what, *((name, signature(x)) for name, x in trees.items()))
+        if key not in self._digests:
+            text = repr(described(trees)) + what
+            self._digests[key] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return self._digests[key]
 
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:
             return fn(*args)
         except MismatchError:  # every rank has seen it: none waits, and the next call may do better
             raise
+        except _Known as known:
+            raise known.error from None
         except BaseException as error:
             raise self._fail(error) from (None if isinstance(error, FuncpipeError) else error)
 
@@ -395,10 +424,10 @@ class Spmd(Runner):
         return self._guarded(self._unplace, state)
 
     def _check_state(self, state: Any) -> None:
-        self._home.check(state)
+        self._guarded(self._agree, {}, "use a state", lambda: self._home.read(state))
 
     def _unplace(self, state: Any) -> Any:
-        self._check_state(state)
+        self._agree({}, "unplace", lambda: self._home.read(state))
         leaves = self._placement.state_leaves(state, "unplace")
         held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
         found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
