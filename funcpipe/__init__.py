@@ -29,7 +29,8 @@ from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.predict import Prediction
 from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.record import Recording
-from funcpipe.runtime.runner import simulate, spmd
+from funcpipe.runtime.simulate import simulate
+from funcpipe.runtime.spmd import spmd
 from funcpipe.runtime.tradeoff import RematCurve
 from funcpipe.sequence import losses
 from funcpipe.sequence.attention import attention

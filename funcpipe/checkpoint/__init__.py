@@ -37,7 +37,8 @@ from funcpipe.comm.inprocess import Ranks
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import CheckpointError
 from funcpipe.mesh import Mesh
-from funcpipe.runtime.runner import Simulation, Spmd
+from funcpipe.runtime.simulate import Simulation
+from funcpipe.runtime.spmd import Spmd
 
 __all__ = ["Info", "Saving", "export", "load", "save", "save_async", "steps"]
 

@@ -19,7 +19,8 @@ from funcpipe import tree
 from funcpipe.checkpoint.files import Leaf, leaf_of
 from funcpipe.errors import CheckpointError
 from funcpipe.placement import extent, shard_shape
-from funcpipe.runtime.runner import Simulation, Spmd
+from funcpipe.runtime.simulate import Simulation
+from funcpipe.runtime.spmd import Spmd
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from funcpipe.runtime.execute import Bound, Slots, execute
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.runtime.products import outputs_of
 from funcpipe.runtime.rank import Rank
-from funcpipe.runtime.runner import Simulation, Spmd
+from funcpipe.runtime.simulate import Simulation
+from funcpipe.runtime.spmd import Spmd
 from funcpipe.step import Microbatches, describe
 
 _INPUT, _WORK, _RESULT = range(3)  # the order of what happens in a value_and_grad

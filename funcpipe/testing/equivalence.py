@@ -23,7 +23,7 @@ from funcpipe import tree
 from funcpipe.mesh import Mesh
 from funcpipe.placement import take
 from funcpipe.runtime.rank import Running
-from funcpipe.runtime.runner import simulate
+from funcpipe.runtime.simulate import simulate
 from funcpipe.step import tap
 
 # Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what was added up;

@@ -1,0 +1,311 @@
+"""Spmd: the rank of a mesh that this process is.
+
+Ranks agree before they run: on the shapes of params and batch, on the plan, on whether their states may be used. Where one
+fails, all others are told.
+
+In: a step with its transforms, a mesh, and the environment that torchrun (or fp.launch) sets. Out: a runner; its state is this
+rank's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from funcpipe.batch import signature
+from funcpipe.comm import Communicator
+from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError
+from funcpipe.mesh import Mesh
+from funcpipe.runtime.backend import NAMES, Backend
+from funcpipe.runtime.capture import CapturedStep, feeder, pool_bytes
+from funcpipe.runtime.home import DonatedStep, Given, Home
+from funcpipe.runtime.plan import Plan
+from funcpipe.runtime.planner import Planner
+from funcpipe.runtime.rank import Rank
+from funcpipe.runtime.runner import Runner
+from funcpipe.runtime.texts import described, difference, other_plan, too_large
+
+_REFUSED = -1  # in place of a digest: this rank cannot use its state
+
+
+class _Known(Exception):
+    """An error that all ranks know of: none waits, and the next call may do better."""
+
+    def __init__(self, error: FuncpipeError) -> None:
+        self.error = error
+
+
+class Spmd(Runner):
+    """The rank that this process is; see `spmd`."""
+
+    def __init__(
+        self,
+        step: Callable,
+        mesh: Mesh,
+        device: torch.device | str | None,
+        timeout: float | None,
+        batch: str,
+        backend: str,
+        sums: torch.dtype | None,
+        cuda_graph: bool,
+        donate: bool,
+    ) -> None:
+        super().__init__(step, mesh)
+        if backend not in NAMES:
+            raise StackError(f"spmd: backend={backend!r}; write one of {', '.join(map(repr, NAMES))}")
+        if batch not in ("global", "local"):
+            raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
+        if sums is not None and (backend == "eager" or not sums.is_floating_point):
+            raise StackError(f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'")
+        self._resolved = replace(self._resolved, local=batch == "local")
+        options = {} if timeout is None else {"timeout": timeout}
+        self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
+        if cuda_graph and self._comm.device.type != "cuda":
+            raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
+        if cuda_graph and not donate:
+            raise StackError(
+                "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
+            )
+        self._backend, self._cuda_graph = Backend(backend, self._report, sums, cuda_graph), cuda_graph
+        self._donate = donate
+        self._bound: dict[int, Rank] = {}
+        self._captured: dict[int, CapturedStep] = {}
+        self._donated: dict[int, DonatedStep] = {}
+        self._home, self._pool = Home(), torch.cuda.graph_pool_handle() if cuda_graph else None
+        self._feed = feeder(self._comm.device)
+        # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
+        self._release = weakref.finalize(self, _release, self._captured)
+        self._digests: dict[tuple, int] = {}
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process."""
+        return self._comm.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._comm.device
+
+    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0) -> Any:
+        """Make the plan, compare it with the other ranks', and make this rank's state; see `Simulation.init`."""
+        return self._guarded(self._init, init_state, params, batch, key)
+
+    def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
+        params, leaf = self._read(params, key)
+        batch = self._feed(batch)
+        self._agree({"params": params, "batch": batch}, self._what)
+        init_state = self._scaled(init_state)
+        self._planner = Planner(self._resolved, init_state, params)
+        self._bound.clear()
+        self._captured.clear()
+        self._donated.clear()
+        self._home = Home()
+        self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
+        self._plan_first(batch)
+        self._rank_of(batch)
+        with torch.no_grad():
+            return init_state(self._placement.params(leaf, self.rank))
+
+    @property
+    def _what(self) -> str:
+        records = ", ".join(r.text for r in self._resolved.records)
+        return f"{records or 'no transform'} on {self.mesh!r}" + " with local batches" * self._resolved.local
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        """One step of this rank; every rank calls it with the same global batch."""
+        return self._guarded(self._step, state, batch)
+
+    def prefetch(self, batch: Any) -> Any:
+        """The batch on this rank's device, moved there on a stream of its own while the step that was called last runs.
+
+        A step that is called with a batch on the CPU moves it so by itself. Prefetching pays where the host reads metrics of
+        one step before it calls the next: ``state, metrics = run(state, batch)``, then ``batch = run.prefetch(next(loader))``,
+        then read. Tensors that do not lie in pinned memory are moved all the same, but the host waits.
+        """
+        return self._guarded(self._feed, batch)
+
+    @property
+    def graph_memory(self) -> int:
+        """Bytes of GPU memory that the captured steps of this rank hold for values of their own: activations, gradients."""
+        return pool_bytes(self._pool) if self._captured else 0
+
+    def plan(self, state: Any, batch: Any) -> Plan:
+        """What will run for batches like this one: see `Plan`."""
+        return super().plan(state, self._feed(batch))
+
+    def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        batch = self._feed(batch)
+        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state))
+        rank = self._rank_of(batch)
+        self._watch([rank])
+        try:
+            with torch.no_grad():
+                return self._run(rank, given, batch)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(too_large(rank, state, error)) from error
+
+    def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
+        if self._cuda_graph and not self._recording:  # a graph has no instructions to time
+            if id(rank) not in self._captured:
+                self._captured[id(rank)] = CapturedStep(rank, self._home, given, batch, self._pool)
+            return self._captured[id(rank)](given, batch)
+        if self._donate and not self._cuda_graph:
+            if id(rank) not in self._donated:
+                self._donated[id(rank)] = DonatedStep(rank, self._home)
+            return self._donated[id(rank)](given, batch)
+        out = rank.step(given.state, batch)
+        self._comm.flush()
+        return out
+
+    def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
+        found: dict[int, Any] = {}
+        for some in self._guarded(self._comm.exchange, mine):
+            found |= some
+        return found
+
+    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        return self._guarded(lambda: self._comm.exchange(fn(self._comm, self._backend)))
+
+    def _report(self, text: str) -> None:
+        if self.rank == 0 and sys.stderr.isatty():
+            print(f"\r{text} ", end="", file=sys.stderr, flush=True)
+
+    def _rank_of(self, batch: Any) -> Rank:
+        plan = self._made.plan(batch)
+        if id(plan) not in self._bound:
+            digests = self._comm.exchange_digest(plan.digest())
+            if len(set(digests)) > 1:
+                odd = next(r for r, d in enumerate(digests) if d != digests[0])
+                found = self._comm.exchange(plan.sections if self.rank in (0, odd) else None)
+                raise MismatchError(other_plan(found[0], found[odd], odd))
+            rank = Rank(plan, self._comm, self._backend)
+            rank.prepare()
+            self._bound[id(plan)] = rank
+        return self._bound[id(plan)]
+
+    def _agree(self, trees: dict[str, Any], what: str, read: Callable[[], Any] = lambda: None) -> Any:
+        """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
+
+        Raises:
+            MismatchError, on every rank: they are not.
+            StateError: this rank's state was given to an earlier step; the others get a MismatchError that says so.
+        """
+        try:
+            out, digest = read(), self._digest(trees, what)
+        except StateError as error:
+            self._comm.exchange_digest(_REFUSED)
+            self._comm.exchange(str(error))
+            raise _Known(error) from None
+        digests = self._comm.exchange_digest(digest)
+        if _REFUSED in digests:
+            texts = self._comm.exchange(None)
+            rank = digests.index(_REFUSED)
+            raise MismatchError(f"rank {rank} cannot use the state that it was given: {texts[rank]}")
+        if len(set(digests)) > 1:
+            raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
+        return out
+
+    def _digest(self, trees: dict[str, Any], what: str) -> int:
+        key = (what, *((name, signature(x)) for name, x in trees.items()))
+        if key not in self._digests:
+            text = repr(described(trees)) + what
+            self._digests[key] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return self._digests[key]
+
+    def _guarded(self, fn: Callable, *args: Any) -> Any:
+        try:
+            return fn(*args)
+        except MismatchError:  # every rank has seen it: none waits, and the next call may do better
+            raise
+        except _Known as known:
+            raise known.error from None
+        except BaseException as error:
+            raise self._fail(error) from (None if isinstance(error, FuncpipeError) else error)
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Tell the other ranks. NCCL gives up a communicator only when no graph holds it, and a graph ends only when the
+        communicator that it waits on is given up: so both at once."""
+        if not self._captured:
+            return self._comm.fail(error)
+        with ThreadPoolExecutor(1) as aside:
+            told = aside.submit(self._comm.fail, error)
+            _release(self._captured)
+            return told.result()
+
+    def place(self, full: Any) -> Any:
+        """What this rank holds of a single-device state."""
+        return self._placement.place(full, self.rank)
+
+    def unplace(self, state: Any) -> Any:
+        """The single-device state again, on every rank."""
+        return self._guarded(self._unplace, state)
+
+    def _check_state(self, state: Any) -> None:
+        self._guarded(self._agree, {}, "use a state", lambda: self._home.read(state))
+
+    def _unplace(self, state: Any) -> Any:
+        self._agree({}, "unplace", lambda: self._home.read(state))
+        leaves = self._placement.state_leaves(state, "unplace")
+        held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
+        found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
+        move = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        return self._placement.unplace(lambda rank, j: move(found[rank][j]))
+
+    def close(self) -> None:
+        """Give back the process groups."""
+        self._release()
+        self._comm.close()
+
+
+def _release(captured: dict[int, CapturedStep]) -> None:
+    while captured:
+        captured.popitem()[1].release()
+
+
+def spmd(
+    step: Callable,
+    mesh: Mesh,
+    *,
+    device: torch.device | str | None = None,
+    timeout: float | None = None,
+    batch: str = "global",
+    backend: str = "eager",
+    sums: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    donate: bool = True,
+) -> Spmd:
+    """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        step: a step with transforms on it; the same in every process.
+        mesh: as many ranks as there are processes (`launch` or torchrun started them).
+        device: where this rank computes; its own GPU if there is one, else the CPU.
+        timeout: seconds after which a rank that does not answer is given up.
+        batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
+            that differ on no axis that splits rows (those of one pipeline, or of one sequence) then pass the same rows,
+            with all positions.
+        backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
+        sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches, such as
+            ``torch.float32`` for bfloat16 params; by default the gradient's own, which is that of the param.
+        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
+        donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
+            step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
+            want to keep. In a captured step always.
+
+    Returns:
+        a runner; ``state`` is this rank's part of it.
+
+    Raises:
+        MeshError, StackError: the transforms do not fit the mesh or each other.
+        RankError, on every rank: another one failed; says which, and with what.
+    """
+    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph, donate)
