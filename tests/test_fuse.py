@@ -23,7 +23,7 @@ from funcpipe import tree
 from funcpipe.donation import Ledger
 from funcpipe.errors import StackError, TraceError
 from funcpipe.graph.code import Code
-from funcpipe.runtime import divide, runner
+from funcpipe.runtime import divide, simulate
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.execute import bind
 from funcpipe.runtime.fuse import fused
@@ -38,7 +38,7 @@ FLOAT64 = 1e-12  # sums in another order, fused roundings
 class Fusing(Backend):
     """A backend that fuses, and runs graphs op by op."""
 
-    def __init__(self, sums: torch.dtype | None = None) -> None:
+    def __init__(self, sums: torch.dtype = torch.bfloat16) -> None:
         super().__init__("inductor", sums=sums)
         self.asked: list[tuple[Code, tuple[int, ...]]] = []
 
@@ -51,11 +51,11 @@ class Fusing(Backend):
 
 
 @contextmanager
-def fusing(sums: torch.dtype | None = None) -> Iterator[Fusing]:
+def fusing(sums: torch.dtype = torch.bfloat16) -> Iterator[Fusing]:
     """Every simulated rank has a backend that fuses."""
     backend = Fusing(sums)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "Rank", partial(Rank, backend=backend))
+        patch.setattr(simulate, "Rank", partial(Rank, backend=backend))
         yield backend
 
 
@@ -147,7 +147,7 @@ def gradients(backend: Fusing | None, schedule: Any, dtype: torch.dtype, loss: C
     piped = fp.pipelined(step_of(loss), axis="pipe", microbatches=4, schedule=schedule)
     run = fp.simulate(piped, fp.Mesh(pipe=2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "Rank", partial(Rank, backend=backend))
+        patch.setattr(simulate, "Rank", partial(Rank, backend=backend))
         state, _ = run(run.init(init_state, init(dtype), batch()), batch())
     return run.unplace(state)["grads"], run.plan(None, batch())
 
@@ -199,7 +199,7 @@ def test_sums_in_more_bits() -> None:
     loss = partial(loss_fn, dtype=None)
     exact, _ = gradients(Fusing(), fp.schedules.one_f_one_b(), torch.float64, loss)
     errors = []
-    for sums in (None, torch.float32):
+    for sums in (torch.bfloat16, torch.float32):
         got, _ = gradients(Fusing(sums), fp.schedules.one_f_one_b(), torch.bfloat16, loss)
         pairs = list(zip(tree.leaves(got), tree.leaves(exact), strict=True))
         assert all(x.dtype == torch.bfloat16 for x, _ in pairs)
@@ -330,7 +330,7 @@ def compiles(folder: str) -> tuple[float, dict[str, int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
         patch.setattr(divide, "_is_slow", lambda x, weight: x.dim() == 2)
-        patch.setattr(runner, "Rank", partial(Rank, backend=Backend("inductor")))
+        patch.setattr(simulate, "Rank", partial(Rank, backend=Backend("inductor")))
         run = fp.simulate(transformed, fp.Mesh())
         state, _ = run(run.init(init_state, init(layers=1), batch()), batch())
     want = fp.value_and_grad(loss_fn)(init(layers=1), batch())[1]

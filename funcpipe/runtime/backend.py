@@ -37,8 +37,7 @@ class Backend:
     Args:
         name: "eager" or "inductor".
         progress: called with a line of text while units compile.
-        sums: the dtype in which gradients with fewer bits are added up over microbatches by a backend that fuses;
-            by default, the gradient's own.
+        sums: the dtype in which gradients with fewer bits are added up over microbatches by a backend that fuses.
         captured: whether units run in a CUDA graph: then what the host does between them takes no time.
     """
 
@@ -46,7 +45,7 @@ class Backend:
         self,
         name: str = "eager",
         progress: Callable[[str], None] | None = None,
-        sums: torch.dtype | None = None,
+        sums: torch.dtype = torch.float32,
         captured: bool = False,
     ) -> None:
         self.name, self.progress = name, progress or (lambda text: None)

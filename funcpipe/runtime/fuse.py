@@ -81,7 +81,7 @@ def _dtype(row: Row, turns: int, backend: Backend) -> torch.dtype | None:
     value = row.reads[0][1].dtype if row.reads[0][0] == "value" else None
     own: torch.dtype | None = row.dtype or value
     gradient = row.writes[0][0] in ("grad", "whole")
-    if own is not None and own.is_floating_point and gradient and turns and backend.fuses and backend.sums is not None:
+    if own is not None and own.is_floating_point and gradient and turns and backend.fuses:
         return torch.promote_types(own, backend.sums)
     return own if row.dtype or backend.fuses else None
 

@@ -74,7 +74,7 @@ class Spmd(Runner):
             raise StackError(
                 "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
             )
-        self._backend, self._cuda_graph = Backend(backend, self._report, sums, cuda_graph), cuda_graph
+        self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
         self._donate = donate
         self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
@@ -294,8 +294,8 @@ def spmd(
             that differ on no axis that splits rows (those of one pipeline, or of one sequence) then pass the same rows,
             with all positions.
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
-        sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches, such as
-            ``torch.float32`` for bfloat16 params; by default the gradient's own, which is that of the param.
+        sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches: by default
+            ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16 params up as plain PyTorch does, in half the memory.
         cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
         donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
             step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
