@@ -2,11 +2,12 @@
 
 A step is pure, and so are optimizers: they make new tensors. A runner that is given a state to use up needs no copy of it.
 Whether a leaf is read again after its update cannot be seen in a step; but a step does the same every time, so it can be seen
-by *watching* it once. Old params that are compared with new ones, or kept for an average, are read, and go on being copied.
+by *watching* it once, on fakes (`state.py`). Old params that are compared with new ones, or kept for an average, are read, and go
+on being copied.
 
 Terms. An optimizer *offers* a tensor when it asks for one that it may write to in its place.
 
-In: a step that runs first under a `Ledger` that watches, then inside `donate`. Out: `writable`, which gives an optimizer a copy
+In: a step that runs once under a `Ledger` that watches, then inside `donate`. Out: `writable`, which gives an optimizer a copy
 of a tensor, or the tensor itself.
 """
 
@@ -66,14 +67,14 @@ class Ledger:
     """
 
     def __init__(self, leaves: Iterable[Any]) -> None:
-        self._own = {memory(x): k for k, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
+        self._own = {_storage(x): k for k, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
         self._offered: set[int] = set()
         self._read: set[int] = set()
 
     @property
     def free(self) -> set[int]:
         """The places in the state of the leaves that optimizers may write to."""
-        return {self._own[m] for m in self._offered - self._read - {0} if m in self._own}
+        return {self._own[m] for m in self._offered - self._read if m in self._own}
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -88,11 +89,16 @@ class Ledger:
     def read(self, x: Any) -> None:
         """Note that all tensors of a tree are read."""
         if self._offered:
-            self._read |= {memory(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)} & self._offered
+            self._read |= {_storage(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)} & self._offered
 
     def offer(self, x: torch.Tensor) -> None:
         """Note that an optimizer would write to a tensor."""
-        self._offered.add(memory(x))
+        self._offered.add(_storage(x))
+
+
+def _storage(x: torch.Tensor) -> int:
+    """Which memory a tensor lies in, also of one that is a fake."""
+    return x.untyped_storage()._cdata
 
 
 class _Watching(TorchDispatchMode):

@@ -105,6 +105,11 @@ class Placement:
         fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
         return all(here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items())
 
+    def free(self, rank: int) -> frozenset[int]:
+        """The places, among the leaves of a rank's state, of those that a step may write to (`donation.py`)."""
+        held = [j for j, here in enumerate(self.present[self.stage_rank(rank)]) if here]
+        return frozenset(k for k, j in enumerate(held) if j in self.dyed.free)
+
     def holders(self, leaf: int) -> tuple[int, ...]:
         """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in order."""
         place = next(p for p, present in enumerate(self.present) if present[leaf])

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import one_rank
+from funcpipe.donation import Ledger
 from funcpipe.errors import FuncpipeError, StateError
 from funcpipe.graph.explain import BY_VALUE
 from funcpipe.graph.fakes import BatchIsReal, fake, looking
@@ -76,6 +77,7 @@ class Dyed:
         state_paths, state: for every leaf of the state its path and its parameter, or None.
         calls: every ``value_and_grad``.
         sums: every global sum.
+        free: the leaves of the state that an optimizer replaces, and that nobody reads after that.
     """
 
     params_spec: Any
@@ -87,6 +89,7 @@ class Dyed:
     state: tuple[int | None, ...]
     calls: tuple[Call, ...]
     sums: tuple[Sum, ...]
+    free: frozenset[int]
 
 
 class Dyes:
@@ -132,12 +135,14 @@ class _Looking:
 
     def __init__(self, dyes: Dyes) -> None:
         self.dyes, self.calls, self.sums, self.aux = dyes, [], [], []  # type: ignore[var-annotated]
+        self.ledger = Ledger([])
 
     def stage_boundary(self, x: Any) -> Any:
         return x
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         leaves, spec = step_.check_params(params)
+        self.ledger.read(leaves)
         numbers = [self.dyes.of(x) for x in leaves]
         for path, i in zip(tree.paths(params), numbers, strict=True):
             if i is None:
@@ -178,6 +183,7 @@ class _Looking:
 
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Any, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
+        self.ledger.read(flat)
         numbers = tuple(self.dyes.of(x) for x in flat)
         whole = [
             x if i is None else fake(self.dyes.leaves[i].shape, x, self.dyes.mode)
@@ -270,7 +276,10 @@ def look(
     with torch.no_grad(), step_.bind(context), _Elementwise(dyes):
         try:
             state = init_state(dyes.params())
-            new_state, metrics = _returned(step(state, batch))
+            context.ledger = Ledger(tree.leaves(state))
+            with context.ledger.watch():
+                new_state, metrics = _returned(step(state, batch))
+                context.ledger.read((new_state, metrics))
         except (*BY_VALUE, DynamicOutputShapeException) as error:
             raise StateError(
                 f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
@@ -302,6 +311,7 @@ def look(
         numbers,
         tuple(context.calls),
         tuple(context.sums),
+        frozenset(context.ledger.free),
     )
     return dyed, functools.partial(held_state, step, init_state, batch, dyes, context.aux)
 

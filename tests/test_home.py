@@ -16,7 +16,7 @@ from funcpipe import tree
 from funcpipe.donation import Ledger, donate, memory, writable
 from funcpipe.errors import StateError
 from funcpipe.runtime.capture import update
-from funcpipe.runtime.home import DonatedStep, Home, watched
+from funcpipe.runtime.home import DonatedStep, Given, Home
 from funcpipe.runtime.rank import Rank
 
 ADAMW = fp.optim.adamw(1e-2, eps=1e-3)
@@ -33,50 +33,33 @@ class Steps:
 
     def __init__(self, step: Callable, init_state: Callable, params: Any, batch: Any) -> None:
         run = fp.simulate(fp.accumulated(step, microbatches=2), fp.Mesh())
-        self.first = run.init(init_state, params, batch)[0]
+        self.first = Home.give(run.init(init_state, params, batch)[0])
         self.rank = Rank(run.plan(None, batch), run._ranks.communicators[0])
         self.home = Home()
+        self.free = self.rank.plan.placement.free(0)
 
-    @property
-    def free(self) -> set[int]:
-        """The places of the leaves that are donated."""
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        with torch.no_grad():
+            return self.run(self.home.read(state), batch)
+
+    def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
         raise NotImplementedError
 
 
 class Again(Steps):
     """A captured step whose replay runs the step again."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        with torch.no_grad():
-            self.home.enter(self.home.read(self.first))
-            self._free = watched(self.rank, self.home.leaves, self.home.state, args[-1])[0].free
-
-    @property
-    def free(self) -> set[int]:
-        return self._free
-
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        with torch.no_grad():
-            self.home.enter(self.home.read(state))
-            metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
+    def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
+        self.home.enter(given)
+        metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
         return self.home.leave(), metrics
 
 
 class Moving(Steps):
     """A step that is not captured."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.step = DonatedStep(self.rank, self.home)
-
-    @property
-    def free(self) -> set[int]:
-        return self.step._free or set()
-
-    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        with torch.no_grad():
-            return self.step(self.home.read(state), batch)
+    def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
+        return DonatedStep(self.rank, self.home)(given, batch)
 
 
 def params() -> dict[str, torch.Tensor]:
@@ -169,29 +152,16 @@ def where(state: Any) -> list[int]:
     return [x.data_ptr() for x in tree.leaves((state.params, state.opt.m, state.opt.v))]
 
 
-def test_memory_stays_where_it_is() -> None:
-    again = Again(plain, init_state, params(), batch())
-    before = where(again.first)
-    assert where(again(again.first, batch())[0]) == before
-    moving = Moving(plain, init_state, params(), batch())
-    state, _ = moving(moving.first, batch())
-    before = where(state)
-    for _ in range(2):
-        state, _ = moving(state, batch())
+@pytest.mark.parametrize("kind", [Again, Moving])
+def test_memory_stays_where_it_is(kind: type) -> None:
+    steps = kind(plain, init_state, params(), batch())
+    state, before = steps.first, where(steps.first)
+    for _ in range(3):
+        state, _ = steps(state, batch())
         assert where(state) == before
 
 
-def test_the_first_state_stays_as_it_is_where_the_home_moves() -> None:
-    """No step has returned it: what `init` or the user made is not donated."""
-    moving = Moving(plain, init_state, params(), batch())
-    want = tree.map(torch.clone, moving.first)
-    second, _ = moving(moving.first, batch())
-    moving(second, batch())
-    moving(moving.first, batch())
-    assert all(map(torch.equal, tree.leaves(moving.first), tree.leaves(want)))
-
-
-def test_new_leaves_are_left_alone_where_the_home_moves() -> None:
+def test_what_the_runner_did_not_make_is_left_alone_where_the_home_moves() -> None:
     moving = Moving(plain, init_state, params(), batch())
     state, _ = moving(moving.first, batch())
     mine = params()
@@ -199,6 +169,8 @@ def test_new_leaves_are_left_alone_where_the_home_moves() -> None:
     third, _ = moving(state._replace(params=mine), batch())
     assert all(map(torch.equal, mine.values(), kept.values()))
     assert third.opt.m["a"].data_ptr() == state.opt.m["a"].data_ptr()
+    moving(third, batch())
+    assert all(map(torch.equal, mine.values(), kept.values()))
 
 
 def test_leaves_that_share_memory_are_not_donated_where_the_home_moves() -> None:
@@ -241,15 +213,18 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
     second, _ = moving(moving.first, batch())
     third, _ = moving(second, batch())
     fourth, _ = moving(third, batch())
-    views = third._replace(params=tree.map(torch.detach, fourth.params))
-    for old in (second, third, fourth._replace(params=second.params), fourth._replace(params=third.params), views):
+    views = fourth._replace(params=tree.map(torch.detach, third.params))
+    mixed = fourth._replace(params=second.params), fourth._replace(params=third.params)
+    for old in (moving.first, second, third, *mixed, views):
         with pytest.raises(StateError, match=OLD):
             moving(old, batch())
         with pytest.raises(StateError, match=OLD):
             moving.home.read(old)
-    moving(moving.first, batch())  # makes a new state elsewhere
+    other = Home.give(init_state(params()))  # as after a checkpoint was loaded
+    moving(moving(other, batch())[0], batch())
     with pytest.raises(StateError, match=OLD):
         moving(second, batch())
+    moving(fourth, batch())
 
 
 def test_a_state_lives_on_where_the_step_fails() -> None:
@@ -327,7 +302,7 @@ def test_only_the_state_is_donated() -> None:
     with ledger.watch():
         assert writable(mine) is not mine and writable(empty) is not empty
         writable(torch.ones(2))
-    assert ledger.free == {1}
+    assert ledger.free == {1, 2}
     with donate([mine]):
         assert writable(mine) is mine and writable(other) is not other
     assert writable(mine) is not mine

@@ -199,9 +199,10 @@ def donated(size: int) -> tuple[tuple[Outcome, Outcome], Outcome, bool, bool]:
     where = [x.data_ptr() for x in optree.tree_leaves(second["opt"].m)]
     third, _ = run(second, INIT[2])
     in_place = [x.data_ptr() for x in optree.tree_leaves(third["opt"].m)] == where
-    run(first, INIT[2])
+    placed = run.place(run.unplace(third))  # leaves the newest state valid
     refused = outcome(lambda: run(second if is_last(size) else third, INIT[2])), outcome(lambda: run.unplace(second))
     run(third, INIT[2])  # and goes on
+    run(placed, INIT[2])
     pure = fp.spmd(pipe()(training(PLAIN)[0]), fp.Mesh(pipe=size), device="cpu", timeout=30, donate=False)
     one, _ = pure(pure.init(*INIT), INIT[2])
     return refused, outcome(lambda: runs_alike(pure, one)), in_place, runs_alike(pure, one)

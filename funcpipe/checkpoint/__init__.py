@@ -37,6 +37,7 @@ from funcpipe.comm.inprocess import Ranks
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import CheckpointError
 from funcpipe.mesh import Mesh
+from funcpipe.runtime.home import Home
 from funcpipe.runtime.simulate import Simulation
 from funcpipe.runtime.spmd import Spmd
 
@@ -195,7 +196,7 @@ def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
     """
     wanted = Leaves(run)
     found = _on_ranks(run, lambda comm: _load(comm, wanted, Path(dir), step))
-    states = [state for state, _ in found]
+    states = [Home.give(state) for state, _ in found]
     return states if isinstance(run, Simulation) else states[0], found[0][1]
 
 

@@ -9,7 +9,7 @@ In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,61 +19,75 @@ from funcpipe import tree
 from funcpipe.donation import donate, memory
 from funcpipe.errors import TraceError
 from funcpipe.lines import user_line
-from funcpipe.runtime.home import Given, Home, watched, write
+from funcpipe.runtime.home import Given, Home, write
 from funcpipe.runtime.rank import Rank
 
-_WARM_UP = 2  # eager runs before the capture: allocators, workspaces and communicators settle
 _SHAPED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class CapturedStep:
-    """A step that is replayed.
+    """A step that is captured when it is called for the second time, and replayed from then on. The first time it runs as it is:
+    allocators, workspaces and communicators settle.
 
     Args:
         rank: what runs it.
         home: of the state, shared by the steps of a rank.
-        given, batch: what it is captured with.
         pool: the memory pool of the rank's graphs.
-
-    Raises:
-        TraceError: the step cannot be captured: it waits for the host, or a leaf is not on the GPU.
     """
 
-    def __init__(self, rank: Rank, home: Home, given: Given, batch: Any, pool: Any) -> None:
-        check_on_gpu("state", given.state)
-        check_on_gpu("batch", batch)
-        home.enter(given)
-        self.home, self.batch = home, tree.map_tensors(torch.clone, batch)
+    def __init__(self, rank: Rank, home: Home, pool: Any) -> None:
+        self.rank, self.home, self.pool = rank, home, pool
+        self.free = rank.plan.placement.free(rank.comm.rank)
         self.stream = torch.cuda.Stream()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            with HostOps() as host:
-                free = watched(rank, home.leaves, home.state, self.batch)[0].free
-                rank.comm.flush()
-            for _ in range(1, _WARM_UP):
-                rank.step(home.state, self.batch)
-                rank.comm.flush()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        try:
-            # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
-            with torch.cuda.graph(self.graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
-                self.metrics = update(rank, home, self.batch, free)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise TraceError(cannot_capture(host.found, error)) from error
+        self.host = HostOps()
+        self.batch: Any = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        """Replay on another state or batch of the same shapes; metrics are new tensors."""
+        """One step; metrics are new tensors.
+
+        Raises:
+            TraceError: the step cannot be captured: it waits for the host, or a leaf is not on the GPU.
+        """
+        if self.batch is None:
+            return self._first(given, batch)
         self.home.enter(given)
         write(tree.leaves(self.batch), tree.leaves(batch))
+        if self.graph is None:
+            self._capture()
+            assert self.graph is not None
         self.graph.replay()
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
 
+    def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
+        check_on_gpu("state", given.state)
+        check_on_gpu("batch", batch)
+        self.home.enter(given)
+        self.batch = tree.map_tensors(torch.clone, batch)
+        now = torch.cuda.current_stream()
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream), self.host:
+            metrics = update(self.rank, self.home, self.batch, self.free)
+        now.wait_stream(self.stream)
+        tree.map_tensors(lambda x: x.record_stream(now), metrics)
+        return self.home.leave(), metrics
+
+    def _capture(self) -> None:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.metrics = update(self.rank, self.home, self.batch, self.free)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise TraceError(cannot_capture(self.host.found, error)) from error
+        self.graph = graph
+
     def release(self) -> None:
         """Give back the graph, also where the GPU says that its work was ended, as after another rank's failure."""
-        for end in (torch.cuda.synchronize, self.graph.reset):
+        for end in (torch.cuda.synchronize, *([self.graph.reset] if self.graph else [])):
             with contextlib.suppress(RuntimeError):
                 end()
 
@@ -122,7 +136,7 @@ def cannot_capture(host: str | None, error: BaseException) -> str:
     return f"the step cannot be captured into a CUDA graph: {host} ({what}). {remedy}; or use cuda_graph=False"
 
 
-def update(rank: Rank, home: Home, batch: Any, free: set[int]) -> Any:
+def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:
     """Run a step that leaves the new state where the old one was; returns the metrics.
 
     Args:

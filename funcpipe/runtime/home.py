@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from funcpipe import tree
-from funcpipe.comm import Communicator
 from funcpipe.comm.wire import is_dense
-from funcpipe.donation import Ledger, donate, memory
+from funcpipe.donation import donate, memory
 from funcpipe.errors import StateError
-from funcpipe.runtime.execute import Bound, Slots, execute
 from funcpipe.runtime.rank import Rank
 from funcpipe.step import describe
 
-_SPENT = "_funcpipe_spent"  # an attribute of names under which nothing can be found any more
+_SPENT = "_funcpipe_spent"  # an attribute of names that a runner has given: whether what they named is gone
 
 
 class Given(NamedTuple):
@@ -67,7 +65,10 @@ class Home:
     def _check_names(self, given: Given) -> None:
         valid = set(map(id, self._named))
         for k, x in enumerate(given.leaves):
-            if isinstance(x, torch.Tensor) and id(x) not in valid and (hasattr(x, _SPENT) or memory(x) in self._mine):
+            if not isinstance(x, torch.Tensor) or id(x) in valid:
+                continue
+            spent = None if self._stays else getattr(x, _SPENT, None)
+            if spent or (spent is None and memory(x) in self._mine):
                 raise StateError(
                     f"state{tree.paths(given.state)[k]} was given to an earlier step, which has updated it in place, or is a view "
                     "of such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps "
@@ -90,12 +91,21 @@ class Home:
         """Whether these are what the last step returned, all of them."""
         return len(leaves) == len(self._named) and all(map(is_, leaves, self._named))
 
+    @staticmethod
+    def give(state: Any) -> Any:
+        """A state that a runner has made, in memory of its own, as if a step had returned it; the same."""
+        for x in tree.leaves(state):
+            if isinstance(x, torch.Tensor):
+                setattr(x, _SPENT, False)
+        return state
+
     # ---- a home whose leaves move
 
-    def lent(self, leaves: list[Any], free: set[int]) -> list[torch.Tensor]:
-        """Of leaves at some places, those that a step returned, and whose memory no other leaf has."""
-        valid, users = set(map(id, self._named)), Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
-        return [x for x in (leaves[k] for k in free) if id(x) in valid and users[memory(x)] == 1 and is_dense(x)]
+    def lent(self, leaves: list[Any], free: frozenset[int]) -> list[torch.Tensor]:
+        """Of leaves at some places, those that the runner has made, and whose memory no other leaf has."""
+        users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
+        ours = [x for x in (leaves[k] for k in free) if getattr(x, _SPENT, None) is False]
+        return [x for x in ours if users[memory(x)] == 1 and is_dense(x)]
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
         """The state that a step made of leaves of which it has written to some: under names of its own where it has."""
@@ -104,7 +114,7 @@ class Home:
             setattr(x, _SPENT, True)
         new, self._spec = tree.flatten(state)
         self.leaves = self._named = [self._renamed(x) for x in new]
-        return self.state
+        return self.give(self.state)
 
     def _renamed(self, x: Any) -> Any:
         return x.detach() if isinstance(x, torch.Tensor) and memory(x) in self._mine else x
@@ -129,26 +139,18 @@ class Home:
 
 
 class DonatedStep:
-    """A rank's step that writes the new state where the old one was, as far as nobody reads the old one any more.
-
-    The first call watches the step, and donates nothing; nor are leaves donated that no step has returned.
-    """
+    """A rank's step that writes the new state where the old one was, as far as nobody reads the old one any more, and where it
+    is one that the runner has made."""
 
     def __init__(self, rank: Rank, home: Home) -> None:
         self.rank, self.home = rank, home
-        self._free: set[int] | None = None
+        self._free = rank.plan.placement.free(rank.comm.rank)
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
         """One step."""
-        lent: list[torch.Tensor] = []
-        if self._free is None:
-            leaves = unshared(given.leaves)
-            ledger, (new, metrics) = watched(self.rank, leaves, tree.unflatten(given.spec, leaves), batch)
-            self._free = ledger.free
-        else:
-            lent = self.home.lent(given.leaves, self._free)
-            with donate(lent):
-                new, metrics = self.rank.step(given.state, batch)
+        lent = self.home.lent(given.leaves, self._free)
+        with donate(lent):
+            new, metrics = self.rank.step(given.state, batch)
         self.rank.comm.flush()
         return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
 
@@ -163,24 +165,6 @@ def unshared(leaves: list[Any]) -> list[Any]:
             seen.add(memory(x))
         out.append(x)
     return out
-
-
-def watched(rank: Rank, leaves: list[Any], state: Any, batch: Any) -> tuple[Ledger, tuple[Any, Any]]:
-    """Run a step once, to see which leaves of the state its optimizers may write to; with what the step returned."""
-    ledger, before = Ledger(leaves), rank.observer
-
-    def observe(bound: list[Bound], slots: Slots, comm: Communicator) -> None:
-        ledger.read(slots)  # compiled units run kernels that are no ops
-        (before or execute)(bound, slots, comm)
-
-    rank.observer = observe
-    try:
-        with ledger.watch():
-            out = rank.step(state, batch)
-            ledger.read(out)
-    finally:
-        rank.observer = before
-    return ledger, out
 
 
 def write(old: list[torch.Tensor], new: list[torch.Tensor]) -> None:

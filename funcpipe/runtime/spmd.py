@@ -113,7 +113,7 @@ class Spmd(Runner):
         self._plan_first(batch)
         self._rank_of(batch)
         with torch.no_grad():
-            return init_state(self._placement.params(leaf, self.rank))
+            return self._home.give(init_state(self._placement.params(leaf, self.rank)))
 
     @property
     def _what(self) -> str:
@@ -156,7 +156,7 @@ class Spmd(Runner):
     def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
         if self._cuda_graph and not self._recording:  # a graph has no instructions to time
             if id(rank) not in self._captured:
-                self._captured[id(rank)] = CapturedStep(rank, self._home, given, batch, self._pool)
+                self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
             return self._captured[id(rank)](given, batch)
         if self._donate and not self._cuda_graph:
             if id(rank) not in self._donated:
@@ -243,7 +243,7 @@ class Spmd(Runner):
 
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
-        return self._placement.place(full, self.rank)
+        return self._home.give(self._placement.place(full, self.rank))
 
     def unplace(self, state: Any) -> Any:
         """The single-device state again, on every rank."""
@@ -296,7 +296,8 @@ def spmd(
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
         sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches: by default
             ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16 params up as plain PyTorch does, in half the memory.
-        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
+        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph. The first step with a batch
+            of some shapes runs as it is; the second one is captured.
         donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
             step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
             want to keep. In a captured step always.

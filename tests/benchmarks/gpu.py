@@ -1,4 +1,4 @@
-"""Two GPUs: our steps beside PyTorch's on the same model and data, in the same run.
+"""Two GPUs: our steps beside PyTorch's on the same model and data, in the same run. On one GPU: what one GPU can run.
 
 python tests/benchmarks/gpu.py [--models small medium] [--all] [--only TEXT ...] [--rounds 10] [--json gpu.json] [--profile]
 
@@ -32,7 +32,8 @@ from rich.table import Table
 import funcpipe as fp
 from funcpipe.transforms import remat
 
-GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True}
+# Gradients are added up in bfloat16, as those of the peers' params are.
+GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True, "sums": torch.bfloat16}
 LINK = {"latency": 2e-5, "bandwidth": 3.5e11}  # of NCCL messages in a graph, between two H200s
 STEPS = 2  # that are timed together
 Go = Callable[[], Any]
@@ -122,8 +123,9 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
         "FSDP2, compiled blocks, 4 microbatches": lambda: peers.fsdp(size, 4, True),
         "FSDP2, compiled blocks, 4 microbatches, bf16 reductions": lambda: peers.fsdp(size, 4, True, torch.bfloat16),
         "funcpipe sharded, one graph": lambda: sharded(size, 0.5),
+        "funcpipe sharded, bf16 reductions, one graph": lambda: sharded(size, 0.5, reduce_dtype=torch.bfloat16),
         "funcpipe sharded, bf16 sums, one graph": lambda: sharded(
-            size, 0.75, reduce="last", reduce_dtype=torch.bfloat16
+            size, 0.5, reduce="last", reduce_dtype=torch.bfloat16
         ),
     }
     if everything:
@@ -190,6 +192,7 @@ def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go | None]:
     row["losses"] = [whole(x) for x in (go(), go())]
     if isinstance(go, Ours):
         row["graph"] = go.run.graph_memory / 2**30
+        row["plan"] = [{k: v / 2**30 for k, v in m.items()} for m in go.run.plan(go.state, go.batch).memory]
     return row | {"ready": time.perf_counter() - start}, go
 
 
@@ -284,6 +287,7 @@ def show(model: str, rows: list[dict]) -> None:
             continue
         gpus = 1 if "one GPU" in r["name"] else 2
         peer = best(rows, "FSDP2, compiled blocks, 4") if "sharded" in r["name"] or "FSDP2" in r["name"] else pipeline
+        peer = best(rows, "torch, one GPU") if gpus == 1 else peer
         seconds_ = r["ms"] / 1e3
         table.add_row(
             r["name"],
@@ -309,10 +313,14 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     found = {}
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        print(f"{gpus} GPU: pipelines and sharded steps, which take two, are left out")
     for model in options.models:
         rest = (options.all, options.only, options.rounds, options.profile)
         found[model] = fp.launch(contest, 1, model, "alone", *rest)[0]
-        found[model] += fp.launch(contest, 2, model, "together", *rest)[0]
+        if gpus > 1:
+            found[model] += fp.launch(contest, 2, model, "together", *rest)[0]
         show(model, found[model])
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -5,6 +5,7 @@ Skipped where there are not enough GPUs. Run with: pytest tests/gpu
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -21,9 +22,11 @@ from funcpipe import tree
 GPUS = torch.cuda.device_count()
 one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+GPU_MARKS = {1: one_gpu, 2: two_gpus}
+on_one_or_two = pytest.mark.parametrize("ranks", [pytest.param(n, marks=mark) for n, mark in GPU_MARKS.items()])
 pytestmark = pytest.mark.gpu
 TIGHT = 1e-12  # float64: sums in another order
-COMPILED = 1e-9  # float64: inductor orders sums and fuses roundings as it likes, over three steps
+COMPILED = 1e-9  # float64: inductor orders sums and fuses roundings as it likes, over four steps
 
 
 class State(NamedTuple):
@@ -65,7 +68,7 @@ def example(dtype: torch.dtype = torch.float64, rows: int = 8) -> tuple[dict, di
     return params, {"tokens": tokens, "labels": tokens.roll(1, 1), "weight": weight}
 
 
-def reference(steps: int = 3, rows: int = 8) -> tuple[State, list[dict]]:
+def reference(steps: int = 4, rows: int = 8) -> tuple[State, list[dict]]:
     params, batch = example(rows=rows)
     state, seen = init_state(params), []
     for _ in range(steps):
@@ -80,6 +83,7 @@ def error(got: Any, want: Any) -> float:
 
 
 STACKS = {
+    "alone": ((), [fp.accumulated(microbatches=4)]),
     "pipe": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4)]),
     "zb_h1": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_h1())]),
     "zb_v": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())]),
@@ -91,7 +95,7 @@ STACKS = {
 }
 
 
-def run_steps(run: Any, steps: int = 3, rows: int = 8) -> tuple[Any, list[dict]]:
+def run_steps(run: Any, steps: int = 4, rows: int = 8) -> tuple[Any, list[dict]]:
     params, batch = example(rows=rows)
     state, seen = run.init(init_state, params, batch), []
     for _ in range(steps):
@@ -108,7 +112,7 @@ def test_simulated_on_one_gpu(name: str) -> None:
     assert error(run_steps(run), reference()) <= TIGHT
 
 
-# ---- over NCCL: one launch runs every stack in every way
+# ---- in processes, over NCCL: one launch runs every stack in every way
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -119,16 +123,20 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def modes(name: str) -> list[str]:
-    """Compiling takes a while: two stacks say whether it works."""
-    return [mode for mode in MODES if mode != "compiled graph" or name in ("zb_h1", "sharded")]
+    """Compiling takes a while: three stacks say whether it works."""
+    return [mode for mode in MODES if mode != "compiled graph" or name in ("alone", "zb_h1", "sharded")]
 
 
-def on_two() -> dict[tuple[str, str], tuple[float, list, int]]:
+def ranks_of(name: str) -> int:
+    return 2 if STACKS[name][0] else 1
+
+
+def in_processes(ranks: int) -> dict[tuple[str, str], tuple[float, list, int]]:
     """For every stack and mode: the error, the losses, and the bytes of graphs."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     out = {}
     for name, (axes, stack) in STACKS.items():
-        for mode in modes(name):
+        for mode in modes(name) if ranks_of(name) == ranks else ():
             options = MODES[mode]
             run = fp.spmd(fp.compose(*stack)(step), fp.Mesh(**dict.fromkeys(axes, 2)), **options)
             got = run_steps(run)
@@ -138,26 +146,35 @@ def on_two() -> dict[tuple[str, str], tuple[float, list, int]]:
     return out
 
 
-@pytest.fixture(scope="module")
-def over_nccl() -> list[dict]:
-    return fp.launch(on_two, 2, timeout=400)
+@functools.cache
+def launched(ranks: int) -> list[dict]:
+    return fp.launch(in_processes, ranks, ranks, timeout=400)
 
 
-@two_gpus
-@pytest.mark.parametrize("name, mode", [(name, mode) for name in STACKS for mode in modes(name)])
-def test_over_nccl(over_nccl: list[dict], name: str, mode: str) -> None:
-    found = [rank[name, mode] for rank in over_nccl]
+@pytest.mark.parametrize(
+    "name, mode", [pytest.param(name, m, marks=GPU_MARKS[ranks_of(name)]) for name in STACKS for m in modes(name)]
+)
+def test_in_processes(name: str, mode: str) -> None:
+    found = [rank[name, mode] for rank in launched(ranks_of(name))]
     assert max(e for e, _, _ in found) <= (COMPILED if "backend" in MODES[mode] else TIGHT)
-    assert found[0][1] == found[1][1]
+    assert all(rank[1] == found[0][1] for rank in found)
     assert all((nbytes > 0) == ("cuda_graph" in MODES[mode]) for _, _, nbytes in found)
 
 
 # ---- what a captured step does with states and batches
 
 
-def captured(options: dict, step: Any = step) -> tuple[Any, Any, dict, dict]:
+def runner(step: Any = step, **options: Any) -> Any:
+    """A pipeline over all ranks; where there is one, the same loop over microbatches."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), cuda_graph=True, **options)
+    ranks = int(os.environ["WORLD_SIZE"])
+    if ranks == 1:
+        return fp.spmd(fp.accumulated(step, microbatches=4), fp.Mesh(), **options)
+    return fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=ranks), **options)
+
+
+def captured(options: dict, step: Any = step) -> tuple[Any, Any, dict, dict]:
+    run = runner(step, cuda_graph=True, **options)
     params, batch = example()
     return run, run.init(init_state, params, batch), params, batch
 
@@ -166,7 +183,7 @@ def another_shape() -> float:
     run, state, params, small = captured({"backend": "inductor"})
     _, large = example(rows=16)
     want = init_state(params)
-    for batch in (small, large, small, large):
+    for batch in (small, large, small, large, small, large):
         state, metrics = run(state, batch)
         want, expected = step(want, batch)
     found = error((run.unplace(state), metrics), (want, expected))
@@ -175,14 +192,14 @@ def another_shape() -> float:
 
 
 def old_state(use: str) -> tuple[str, bool]:
-    """What is said of a state that was donated, and whether memory stayed where it was. Such an error ends the runner."""
+    """What is said of a state that was donated, and whether memory stayed where it was."""
     run, first, _, batch = captured({})
     where = [x.data_ptr() for x in tree.leaves(first)]
     second, _ = run(first, batch)
     in_place = [x.data_ptr() for x in tree.leaves(second)] == where
     try:
         run(first, batch) if use == "step" else run.unplace(first)
-    except fp.errors.FuncpipeError as problem:  # its own, or that of the other rank, which was first
+    except fp.errors.FuncpipeError as problem:
         return str(problem), in_place
     return "", in_place
 
@@ -191,7 +208,7 @@ def from_the_cpu() -> float:
     """Batches that lie in pinned memory, prefetched or not."""
     run, state, params, batch = captured({})
     want, host = init_state(params), {k: v.cpu().pin_memory() for k, v in batch.items()}
-    for data in (host, run.prefetch(host), batch):
+    for data in (host, host, run.prefetch(host), batch):
         state, metrics = run(state, data)
         want, expected = step(want, batch)
     found = error((run.unplace(state), metrics), (want, expected))
@@ -199,14 +216,24 @@ def from_the_cpu() -> float:
     return found
 
 
-def waits_for_the_host() -> str:
-    def bad(state: State, batch: dict) -> tuple[State, dict]:
-        state, metrics = step(state, batch)
-        if torch.cuda.is_current_stream_capturing() and float(batch["weight"].sum()) < 0:
-            raise AssertionError
-        return state, metrics
+def waiting(state: State, batch: dict) -> tuple[State, dict]:
+    if float(batch["weight"].sum()) < 0:
+        raise AssertionError
+    return step(state, batch)
 
+
+def copying(state: State, batch: dict) -> tuple[State, dict]:
+    state, metrics = step(state, batch)
+    return state, metrics | {"rate": torch.tensor([1.0]).cuda()}
+
+
+def secretly(state: State, batch: dict) -> tuple[State, dict]:
+    return waiting(state, batch) if torch.cuda.is_current_stream_capturing() else step(state, batch)
+
+
+def not_captured(bad: Any) -> str:
     run, state, _, batch = captured({}, bad)
+    state, _ = run(state, batch)  # the first step runs as it is
     try:
         run(state, batch)
     except fp.errors.FuncpipeError as problem:
@@ -218,34 +245,43 @@ def all_of_capture() -> dict[str, Any]:
     """In one launch; what breaks a runner comes last."""
     out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu)}
     out["old_state"] = [old_state("step"), old_state("unplace")]
-    return out | {"waits_for_the_host": waits_for_the_host()}
+    return out | {bad.__name__: not_captured(bad) for bad in (waiting, copying, secretly)}
 
 
-@pytest.fixture(scope="module")
-def capture() -> list[dict]:
-    return fp.launch(all_of_capture, 2, timeout=300)
+@functools.cache
+def capture(ranks: int) -> list[dict]:
+    return fp.launch(all_of_capture, ranks, timeout=300)
 
 
-@two_gpus
-def test_a_new_shape_is_captured_anew(capture: list[dict]) -> None:
-    assert max(rank["another_shape"] for rank in capture) <= COMPILED
+@on_one_or_two
+def test_a_new_shape_is_captured_anew(ranks: int) -> None:
+    assert max(rank["another_shape"] for rank in capture(ranks)) <= COMPILED
 
 
-@two_gpus
-def test_batches_from_the_cpu(capture: list[dict]) -> None:
-    assert max(rank["from_the_cpu"] for rank in capture) <= TIGHT
+@on_one_or_two
+def test_batches_from_the_cpu(ranks: int) -> None:
+    assert max(rank["from_the_cpu"] for rank in capture(ranks)) <= TIGHT
 
 
-@two_gpus
-def test_an_old_state_is_refused(capture: list[dict]) -> None:
-    for text, in_place in (found for rank in capture for found in rank["old_state"]):
+@on_one_or_two
+def test_an_old_state_is_refused(ranks: int) -> None:
+    for text, in_place in (found for rank in capture(ranks) for found in rank["old_state"]):
         assert in_place
         assert "was given to an earlier step, which has updated it in place" in text
 
 
-@two_gpus
-def test_a_step_that_waits_is_refused(capture: list[dict]) -> None:
-    assert all("cannot be captured" in rank["waits_for_the_host"] for rank in capture)
+@on_one_or_two
+@pytest.mark.parametrize(
+    "step, what",
+    [
+        ("waiting", "aten._local_scalar_dense.default at test_gpu.py"),
+        ("copying", "aten._to_copy.default at test_gpu.py"),
+        ("secretly", "only while it is captured"),
+    ],
+)
+def test_a_step_that_cannot_be_captured_is_refused(ranks: int, step: str, what: str) -> None:
+    for rank in capture(ranks):
+        assert "the step cannot be captured into a CUDA graph" in rank[step] and what in rank[step]
 
 
 # ---- halves: beside a float32 reference
@@ -265,9 +301,8 @@ def halves() -> dict[str, float]:
     """How far bfloat16 gradients are from those in float32: plain PyTorch's, ours, ours summed in float32."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     want, out = gradients(torch.float32), {"torch": error(gradients(torch.bfloat16), gradients(torch.float32))}
-    for name, sums in (("ours", None), ("ours in float32", torch.float32)):
-        transformed = fp.pipelined(half_step, axis="pipe", microbatches=4)
-        run = fp.spmd(transformed, fp.Mesh(pipe=2), cuda_graph=True, backend="inductor", sums=sums)
+    for name, sums in (("ours", torch.bfloat16), ("ours in float32", None)):
+        run = runner(half_step, cuda_graph=True, backend="inductor", sums=sums)
         params, batch = example(torch.bfloat16)
         state, _ = run(run.init(init_state, params, batch), batch)
         found = run.unplace(state).grads
@@ -277,9 +312,9 @@ def halves() -> dict[str, float]:
     return out
 
 
-@two_gpus
-def test_halves_are_as_near_as_those_of_plain_pytorch() -> None:
-    for found in fp.launch(halves, 2, timeout=300):
+@on_one_or_two
+def test_halves_are_as_near_as_those_of_plain_pytorch(ranks: int) -> None:
+    for found in fp.launch(halves, ranks, timeout=300):
         assert found["ours"] <= 2 * found["torch"]
         assert found["ours in float32"] <= found["ours"]
 
@@ -304,8 +339,7 @@ def test_halves_into_float32_accumulators() -> None:
 
 def killed(options: dict) -> None:
     """Rank 1 dies within a step."""
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), timeout=60, **options)
+    run = runner(timeout=60, **options)
     params, batch = example()
     state, metrics = run(run.init(init_state, params, batch), batch)
     if run.rank == 1:
@@ -325,20 +359,19 @@ def test_a_rank_that_is_killed_within_a_step(options: dict) -> None:
 
 
 def too_large(options: dict) -> None:
-    """Rank 1 has less memory than the step takes."""
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    run = fp.spmd(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2), timeout=60, **options)
+    """The last rank has less memory than the step takes."""
+    run = runner(timeout=60, **options)
     params, batch = example(rows=1 << 17)
     state = run.init(init_state, params, batch)
-    if run.rank == 1:
+    if run.rank == run.mesh.size - 1:
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved() + (16 << 20)
         torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
     run(state, batch)
 
 
-@two_gpus
+@on_one_or_two
 @pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=["eager", "graph"])
-def test_too_little_memory_says_what_the_plan_needs(options: dict) -> None:
-    with pytest.raises(fp.errors.RankError, match=r"rank 1 .*out of memory.*activations.*microbatches"):
-        fp.launch(too_large, 2, options, timeout=120)
+def test_too_little_memory_says_what_the_plan_needs(options: dict, ranks: int) -> None:
+    with pytest.raises(fp.errors.RankError, match=rf"rank {ranks - 1} .*out of memory.*activations.*microbatches"):
+        fp.launch(too_large, ranks, options, timeout=120)
