@@ -195,6 +195,19 @@ def test_what_runs_back_to_back_is_one_unit() -> None:
     assert len(bind(program, (0, 1), "0", None, backend)) == len(program.instructions)  # type: ignore[arg-type]
 
 
+def test_profiles_time_what_is_fused() -> None:
+    run = fp.simulate(fp.pipelined(step_of(loss_fn), axis="pipe", microbatches=4), fp.Mesh(pipe=2))
+    run._backend = backend = Fusing()
+    state = run.init(init_state, init(), batch())
+    costs = fp.profile_units(run, state, batch(), rounds=1)
+    segments = max(s for _, s in costs.units) + 1
+    assert set(costs.units) == {(kind, s) for kind in "FBIW" for s in range(segments)}
+    assert all(costs.of("F", s) > 0 and costs.of("I", s) > 0 and costs.of("W", s) > 0 for s in range(segments))
+    units = {unit.code for unit in run._made.split_cut(run.plan(state, batch()), 0).units.values()}
+    assert any(products for _, products in backend.asked)
+    assert any(code not in units for code, _ in backend.asked)  # two that are one
+
+
 def test_sums_in_more_bits() -> None:
     loss = partial(loss_fn, dtype=None)
     exact, _ = gradients(Fusing(), fp.schedules.one_f_one_b(), torch.float64, loss)

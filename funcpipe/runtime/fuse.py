@@ -142,7 +142,7 @@ def _joined(program: Program, backend: Backend, products: set[Name]) -> dict[int
     codes: dict[str, Code] = {}
     made: dict[tuple, Code] = {}
     out: dict[int, Work] = {}
-    for k, j in _pairs(program):
+    for k, j in pairs(program):
         first, second = program.rows[k], program.rows[j]
         own = set(first.writes)
         kept = tuple(n for n in first.writes if readers[n] > (n in second.reads))
@@ -176,7 +176,7 @@ def _both(run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]) 
     return Work(both, (), (), first), Work(lambda _: later.pop(), (), (), second)
 
 
-def _pairs(program: Program) -> Iterator[tuple[int, int]]:
+def pairs(program: Program) -> Iterator[tuple[int, int]]:
     """The places of F and B, or I, of one segment and microbatch with nothing between them but sums, and gathers for
     later units, which then start a little later."""
     rows = program.rows

@@ -1,15 +1,19 @@
 """Profiles: how long each distinct unit of a step runs here, by running it.
 
-In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run alone, on random tensors of the
-right shapes and memory order, with the runner's backend, in a CUDA graph if the runner captures its step; equal units are
+In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they would among others, with what
+the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`fuse.py`). They run
+alone, on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step; equal ones are
 measured once.
+
+Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,14 +21,21 @@ from funcpipe.collectives import bind_rank, names_axes
 from funcpipe.comm import Communicator
 from funcpipe.errors import PlanError
 from funcpipe.graph.code import Value
-from funcpipe.graph.cut import Cut
+from funcpipe.graph.cut import Cut, Key
+from funcpipe.program import ADD, RUN, Program, lower
 from funcpipe.runtime.backend import Backend
+from funcpipe.runtime.execute import Bound, Slots, bind, execute
+from funcpipe.runtime.fuse import pairs
 from funcpipe.schedule.costs import Costs
+from funcpipe.schedule.library import one_f_one_b, zb_h1
 
 if TYPE_CHECKING:
+    from funcpipe.runtime.plan import PlannedCall
     from funcpipe.runtime.runner import Runner
 
-_REPEATS = 8  # of a unit in one graph, so that it is timed as it runs among others
+_REPEATS = 8  # of a piece in one graph, so that it is timed as it runs among others
+# The third of four microbatches is timed: its gradients are neither the first nor the last ones of their sums.
+_MICROBATCHES, _TIMED = 4, 2
 
 
 def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: int = 0) -> Costs:
@@ -37,7 +48,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         call: which ``value_and_grad`` of the step.
 
     Returns:
-        costs in seconds, with free messages; ``dataclasses.replace(costs, bandwidth=..., latency=...)`` adds a link. For
+        costs in seconds, adding up gradients included, with free messages; ``dataclasses.replace(costs, bandwidth=..., latency=...)`` adds a link. For
         `Plan.predict` and ``fp.schedules.auto(costs=...)``. The shapes are those of microbatch 0.
 
     Raises:
@@ -60,44 +71,119 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     if call not in range(len(plan.calls)):
         raise PlanError(f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0")
     cut = run._made.split_cut(plan, call)
-    codes = {unit.code.key: (unit.code, unit.inputs) for unit in cut.units.values()}
-    together = any(names_axes(code.module.graph) for code, _ in codes.values())
+    programs = [_alone(cut, plan.calls[call], schedule) for schedule in (zb_h1(), one_f_one_b())]
+    together = any(names_axes(unit.code.module.graph) for unit in cut.units.values())
 
-    def measure(comm: Communicator, backend: Backend) -> dict[str, float]:
+    def measure(comm: Communicator, backend: Backend) -> list[float]:
+        timed = _replayed if backend.captured and not together else _median
+        known: dict[tuple, float] = {}
         with bind_rank(comm), torch.no_grad():
-            timed = _replayed if backend.captured and not together else _median
-            return {key: timed(backend(code), inputs, comm.device, rounds) for key, (code, inputs) in codes.items()}
+            for program in programs:
+                bound = bind(program, (comm.rank,), "profile", comm, backend)
+                for piece in _pieces(program, backend):
+                    if piece.key not in known:
+                        known[piece.key] = timed(_ready(piece, program, bound, comm), comm.device, rounds)
+        return list(known.values())
 
     found = run._everywhere(measure, together)
-    times = {key: statistics.median(some[key] for some in found) for key in codes}
-    return _costs(cut, times)
+    pieces = [piece for program in programs for piece in _pieces(program, run._backend)]
+    times = map(statistics.median, zip(*found, strict=True))
+    known = dict(zip(dict.fromkeys(piece.key for piece in pieces), times, strict=True))
+    out: dict[Key, float] = {}
+    for piece in pieces:
+        _share(known[piece.key], piece, cut, out)
+    return Costs(out)
 
 
-def _costs(cut: Cut, times: dict[str, float]) -> Costs:
-    return Costs({key: times[unit.code.key] for key, unit in cut.units.items()})
+class _Piece(NamedTuple):
+    """Some instructions of a program, from one place to before another; the units among them; equal pieces have one key."""
+
+    start: int
+    end: int
+    units: tuple[Key, ...]
+    key: tuple
 
 
-def _median(fn: Any, inputs: tuple[Value, ...], device: torch.device, rounds: int) -> float:
+def _alone(cut: Cut, call: PlannedCall, schedule: Callable) -> Program:
+    """The program of one rank that has all segments."""
+    table = schedule(1, _MICROBATCHES)
+    return lower((cut,) * _MICROBATCHES, (tuple(range(cut.segments)),), table, 0, call.summed, {})
+
+
+def _pieces(program: Program, backend: Backend) -> Iterator[_Piece]:
+    rows, joined = program.rows, dict(pairs(program)) if backend.fuses else {}
+    at = 0
+    while at < len(rows):
+        row, start, at = rows[at], at, at + 1
+        if row.op != RUN or row.action.microbatch != _TIMED:
+            continue
+        at = joined.get(start, start) + 1
+        while at < len(rows) and rows[at].op == ADD:
+            at += 1
+        units = [r.unit for r in rows[start:at] if r.unit is not None]
+        sums = tuple((r.turn, r.dtype) for r in rows[start:at] if r.op == ADD)
+        yield _Piece(
+            start, at, tuple((u.kind, u.segment) for u in units), (*((u.kind, u.code.key) for u in units), sums)
+        )
+
+
+def _ready(piece: _Piece, program: Program, bound: list[Bound], comm: Communicator) -> Callable[[], None]:
+    """A function that runs a piece, on tensors that are there."""
+    values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
+    first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
+    slots: Slots = [None] * program.slots
+    part, made = bound[piece.start : piece.end], set[Any]()
+    for row, i in zip(
+        program.rows[piece.start : piece.end], program.instructions[piece.start : piece.end], strict=True
+    ):
+        for name, slot in zip(row.reads, i.reads, strict=True) if row.op == RUN else ():
+            if name not in made:
+                slots[slot] = _like(values[name], comm.device)
+        made.update(row.writes)
+    sums = list(slots)
+    for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
+        if row.op == ADD:  # the sum so far: of this gradient alone
+            instruction = first[row.writes[0]]._replace(reads=instruction.reads, frees=instruction.frees)
+            slots[instruction.writes[0]] = None
+        execute([instruction], sums, comm)
+    for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
+        if row.op == ADD:
+            slots[instruction.writes[0]] = sums[instruction.writes[0]]
+    return lambda: execute(part, list(slots), comm)
+
+
+def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
+    """Put down what a piece took, for each of its units: of two that are one, by their FLOPs, or what F has left over."""
+    first, *rest = piece.units
+    if not rest:
+        out.setdefault(first, took)
+    elif first in out:
+        out.setdefault(rest[0], max(took - out[first], 0.0))
+    else:
+        a, b = (cut.units[key].code.flops for key in piece.units)
+        out[first] = took * a / (a + b) if a + b else took / 2
+        out[rest[0]] = took - out[first]
+
+
+def _median(run: Callable[[], None], device: torch.device, rounds: int) -> float:
     times = []
     for _ in range(rounds + 1):
-        args = [_like(v, device) for v in inputs]
         _finish(device)
         start = time.perf_counter()
-        out = fn(args)
+        run()
         _finish(device)
         times.append(time.perf_counter() - start)
-        del out
     return statistics.median(times[1:])
 
 
-def _replayed(fn: Any, inputs: tuple[Value, ...], device: torch.device, rounds: int) -> float:
-    """The time of a unit in a CUDA graph, which the host does not slow down."""
-    args, graph = [_like(v, device) for v in inputs], torch.cuda.CUDAGraph()
-    fn(list(args))  # compiles kernels, makes workspaces
+def _replayed(run: Callable[[], None], device: torch.device, rounds: int) -> float:
+    """The time of a piece in a CUDA graph, which the host does not slow down."""
+    graph = torch.cuda.CUDAGraph()
+    run()  # compiles kernels, makes workspaces
     _finish(device)
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_REPEATS):
-            fn(list(args))
+            run()
     times = []
     for _ in range(rounds + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -32,6 +32,8 @@ from funcpipe.runtime.record import Recording
 class Runner(abc.ABC):
     """What `simulate` and `spmd` have in common."""
 
+    _backend: Backend  # what runs units
+
     def __init__(self, step: Callable, mesh: Mesh) -> None:
         self.mesh = mesh
         self._resolved = resolve(step, mesh)

@@ -27,7 +27,7 @@ class Simulation(Runner):
 
     def __init__(self, step: Callable, mesh: Mesh) -> None:
         super().__init__(step, mesh)
-        self._ranks = Ranks(mesh)
+        self._ranks, self._backend = Ranks(mesh), Backend()
         self._bound: dict[int, list[Rank]] = {}
 
     def init(
@@ -77,8 +77,8 @@ class Simulation(Runner):
 
     def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
         if together:
-            return self._ranks.run(lambda comm: fn(comm, Backend()))
-        return [fn(self._ranks.communicators[0], Backend())]
+            return self._ranks.run(lambda comm: fn(comm, self._backend))
+        return [fn(self._ranks.communicators[0], self._backend)]
 
     def _check_state(self, state: Any) -> None:
         if not isinstance(state, list) or len(state) != self.mesh.size:

@@ -49,6 +49,9 @@ def loss_of(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def compile_blocks(chunk: Chunk, compiled: bool) -> None:
+    """What is compiled stays so: a contender that would fall back to eager, having been compiled too often, fails."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for b in chunk.blocks if compiled else ():
         b.compile()
 
