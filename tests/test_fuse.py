@@ -5,14 +5,14 @@ Most tests run the fused units' graphs op by op, without a compiler, so that man
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fusing_for_tests import Fusing, fusing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
@@ -22,7 +22,6 @@ import funcpipe as fp
 from funcpipe import tree
 from funcpipe.donation import Ledger
 from funcpipe.errors import StackError, TraceError
-from funcpipe.graph.code import Code
 from funcpipe.runtime import divide, simulate
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.execute import bind
@@ -33,30 +32,6 @@ from funcpipe.step import averaged
 from funcpipe.testing import Model, assert_equivalent, meshes, microbatch_counts, models, schedules
 
 FLOAT64 = 1e-12  # sums in another order, fused roundings
-
-
-class Fusing(Backend):
-    """A backend that fuses, and runs graphs op by op."""
-
-    def __init__(self, sums: torch.dtype = torch.bfloat16) -> None:
-        super().__init__("inductor", sums=sums)
-        self.asked: list[tuple[Code, tuple[int, ...]]] = []
-
-    def __call__(self, code: Code, products: tuple[int, ...] = ()) -> Any:
-        self.asked.append((code, products))
-        return super().__call__(code, products)
-
-    def _inductor(self, module: fx.GraphModule, key: str) -> Any:
-        return module.forward
-
-
-@contextmanager
-def fusing(sums: torch.dtype = torch.bfloat16) -> Iterator[Fusing]:
-    """Every simulated rank has a backend that fuses."""
-    backend = Fusing(sums)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulate, "Rank", partial(Rank, backend=backend))
-        yield backend
 
 
 def training(model: Model) -> tuple[Callable, Callable]:

@@ -11,6 +11,7 @@ from typing import Any
 import optree
 import pytest
 import torch
+from fusing_for_tests import fusing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -247,6 +248,31 @@ def test_residuals_and_sums_are_those_predicted(model: Model, microbatches: int,
     for r in range(ranks):
         assert peaks[r]["values"] == plan.memory[r]["residuals"]
         assert peaks[r]["sums"] == plan.memory[r]["gradients"]
+
+
+@given(models(max_segments=4), st.integers(1, 4), st.booleans(), st.sampled_from([torch.bfloat16, torch.float64]))
+def test_residuals_and_sums_of_fused_units_are_those_predicted(
+    model: Model, microbatches: int, zero: bool, sums: Any
+) -> None:
+    """In float64 sums have the dtype of gradients, else more bits: these models have leaves of either kind."""
+
+    def step(params: Any, batch: Any) -> Any:
+        out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(params, batch)
+        return params, {"out": out, "norm": fp.global_norm(grads)}
+
+    schedule = fp.schedules.zb_h1() if zero else fp.schedules.one_f_one_b()
+    transformed = fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule)
+    params, batch = model.init(), model.batch(0, microbatches)
+    with fusing(sums), slots_seen() as peaks:
+        run = fp.simulate(transformed, fp.Mesh(pipe=2 if model.segments else 1))
+        run(run.init(lambda p: p, params, batch), batch)
+        (ranks,) = run._bound.values()
+    cut = ranks[0].calls[0].planned.cuts[0]
+    # Where F and B are one unit, what both hand out is there at once, but goes to slots one after the other.
+    last = sum(v.nbytes for v in cut.units["F", cut.segments - 1].outputs)
+    for r, one in enumerate(ranks):
+        assert peaks[r]["values"] <= one.usage.residuals <= peaks[r]["values"] + last
+        assert peaks[r]["sums"] == one.usage.gradients
 
 
 # ---- memory: sums of gradients, and gradients that are being reduced

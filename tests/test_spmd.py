@@ -159,6 +159,12 @@ def other_schedule(size: int) -> Outcome:
     return outcome(lambda: run.init(*INIT))
 
 
+def other_backend(size: int) -> Outcome:
+    how: dict[str, Any] = {"backend": "inductor"} if is_last(size) else {}
+    run = fp.spmd(pipe()(training(PLAIN)[0]), fp.Mesh(pipe=size), device="cpu", timeout=30, **how)
+    return outcome(lambda: run.init(*INIT))
+
+
 def no_plan(size: int) -> Outcome:
     """The loss function of the last rank raises when it is traced."""
 
@@ -245,7 +251,7 @@ def work(size: int) -> dict[str, Any]:
     step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
     out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
     out["carried"] = carried(size, spmd)
-    for check in (other_rows, other_params, other_schedule, no_plan, donated):
+    for check in (other_rows, other_params, other_schedule, other_backend, no_plan, donated):
         out[check.__name__] = check(size)
     return out | {where: raises(size, where) for where in ("before", "after")}
 
@@ -301,6 +307,9 @@ def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
             f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}: every rank passes the same "
             "global batch and params",
         )
+        kind, text = raised(result["other_backend"])
+        assert kind == MismatchError.__name__ and "backend='eager'" in text and "backend='inductor'" in text
+        assert "all ranks run the same calls in the same order" in text
         kind, text = raised(result["other_schedule"])
         assert kind == MismatchError.__name__
         assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes")

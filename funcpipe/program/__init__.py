@@ -14,6 +14,7 @@ leaves are sharded, and a place on the pipe axis. Out: `Program`.
 - `lower.py`: units and schedule to *rows*, instructions that name values instead of slots.
 - `shards.py`: the gathers and reductions of sharded leaves, put between those rows.
 - `slots.py`: names become slots; predicted memory.
+- `memory.py`: the bytes that a program takes.
 - `verify.py`: runs a program on names alone: every slot holds what its reader expects.
 """
 
@@ -29,8 +30,10 @@ from funcpipe.program.instructions import (
     Instruction,
     Piece,
     Program,
+    Usage,
 )
 from funcpipe.program.lower import check_alike, check_same_order, lower, owners, partial_segments, stage_edges
+from funcpipe.program.memory import Change, Changes, ended, usage
 from funcpipe.program.shards import Sharded, Sharding
 
 __all__ = [
@@ -42,15 +45,20 @@ __all__ = [
     "SEND",
     "WAIT",
     "Bucket",
+    "Change",
+    "Changes",
     "Instruction",
     "Piece",
     "Program",
     "Sharded",
     "Sharding",
+    "Usage",
     "check_alike",
     "check_same_order",
+    "ended",
     "lower",
     "owners",
     "partial_segments",
     "stage_edges",
+    "usage",
 ]

@@ -126,6 +126,24 @@ class Instruction:
         return f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} {self.turn} {self.dtype or ''}".strip()
 
 
+class Usage(NamedTuple):
+    """Bytes that a program takes at its peaks.
+
+    Args:
+        activations: with residuals and a unit's own intermediates.
+        residuals: of that, what is held between units.
+        gathered: gathered params, those under way included.
+        gradients: accumulators, with gradients that are being reduced.
+        step: all of them at once.
+    """
+
+    activations: int
+    residuals: int
+    gathered: int
+    gradients: int
+    step: int
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """What one rank does for one ``value_and_grad``.
@@ -139,10 +157,7 @@ class Program:
         kept: the slots of aux tensors that are not summed, by (number, microbatch).
         partials: the slots of partial gradients, by (leaf of params, number of the partial).
         slots: the length of the list.
-        peak_bytes: predicted: the most that activations, residuals and a unit's own intermediates take at once.
-        kept_bytes: of that, what is held between units.
-        gathered_bytes: predicted: the most that gathered params take at once, those under way included.
-        grad_bytes: predicted: the most that accumulators take at once, with gradients that are being reduced.
+        usage: the bytes that it is predicted to take.
     """
 
     place: int
@@ -155,7 +170,4 @@ class Program:
     kept: dict[tuple[int, int], int]
     partials: dict[tuple[int, int], int]
     slots: int
-    peak_bytes: int
-    kept_bytes: int
-    gathered_bytes: int
-    grad_bytes: int
+    usage: Usage

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcpipe.collectives import names_axes
 from funcpipe.errors import TraceError
 from funcpipe.graph.code import Code
 from funcpipe.graph.ops import viewed
@@ -51,6 +52,7 @@ class Backend:
         self.name, self.progress = name, progress or (lambda text: None)
         self.sums, self.captured = sums, captured
         self._made: dict[tuple[str, tuple[int, ...]], Run] = {}
+        self._peaks: dict[tuple[str, tuple[int, ...]], int] = {}
 
     @property
     def fuses(self) -> bool:
@@ -70,7 +72,14 @@ class Backend:
         key = code.key, products
         if key not in self._made:
             self._made[key] = self._unit(code, products)
+            if torch.cuda.is_available() and not names_axes(code.module.graph):
+                self._peaks[key] = _peak(self._made[key], code)
         return self._made[key]
+
+    def peak(self, code: Code, products: tuple[int, ...] = ()) -> int:
+        """Bytes that a unit takes for itself at its peak, outputs included: as it was seen to on a GPU, else as its graph
+        says."""
+        return self._peaks.get((code.key, products), code.peak)
 
     def function(self, name: str, fn: Callable[..., torch.Tensor], *like: torch.Tensor) -> Run:
         """A function of tensors, compiled.
@@ -102,6 +111,23 @@ class Backend:
             return module.forward  # nothing but views, as what is left of a W unit
         self.progress(f"compiling unit {key} ({len(self._made) + 1})")
         return _inductor(module, key)
+
+
+def _peak(run: Run, code: Code) -> int:
+    """What a compiled unit takes beyond its inputs, on a GPU. It also makes the workspaces of libraries."""
+    likes = [n.meta["val"] for n in code.module.graph.nodes if n.op == "placeholder"]
+    device = next((x.device for x in likes if x.device.type == "cuda"), None)
+    if device is None:
+        return code.peak
+    with torch.no_grad(), torch.cuda.device(device):
+        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_() for x in likes]
+        run(list(inputs))  # the first run makes what stays
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(list(inputs))
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
 
 def _inductor(module: fx.GraphModule, key: str) -> Run:

@@ -8,7 +8,7 @@
 - Sums of gradients with fewer bits than `Backend.sums` are held in that dtype, until the last summand is in.
 
 In: a program, a backend. Out: for RUN and ADD instructions what runs, in place of the plain function of the unit and the
-plain addition. Instructions keep their places and slots.
+plain addition, and what that changes about memory. Instructions keep their places and slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from funcpipe.graph.code import Code, compile_unit
-from funcpipe.program import ADD, GATHER, REDUCE, RUN, Program
+from funcpipe.program import ADD, GATHER, REDUCE, RUN, Change, Changes, Program, ended
 from funcpipe.program.instructions import Name, Row
 from funcpipe.runtime.backend import Backend, Run
 from funcpipe.runtime.products import form_of, outputs_of
@@ -54,6 +54,32 @@ def fused(program: Program, backend: Backend) -> tuple[dict[int, Work], dict[int
             assert row.unit is not None
             work[k] = Work(backend(row.unit.code, _at(row.writes, products)), i.reads, i.writes, i.frees)
     return work, _sums(program, backend, products)
+
+
+def changes(program: Program, backend: Backend) -> Changes | None:
+    """What that changes about memory; None for nothing."""
+    if not backend.fuses:
+        return None
+    products = _products(program, backend)
+    last = {row.writes[0]: row.turn for row in program.rows if row.op == ADD}
+    ends = [dead for _, dead in ended(program)]
+    out: dict[int, Change] = {}
+    for k, row in enumerate(program.rows):
+        if row.unit is not None:
+            at = _at(row.writes, products)
+            out[k] = Change(backend.peak(row.unit.code, at), row.writes, tuple(ends[k]))
+        elif row.op == ADD:
+            turns = last[row.writes[0]]
+            dtype, own = _dtype(row, turns, backend), _dtype(row, 0, backend)
+            out[k] = Change(dtype=dtype, last=own if row.turn == turns and dtype != own else None)
+    for k, j, code, kept in _merged(program):
+        first, second = program.rows[k], program.rows[j]
+        writes = (*kept, *second.writes)
+        gone = [n for n in first.writes if n not in kept]
+        early = tuple(n for n in ends[j] if n in second.reads)
+        out[k] = Change(backend.peak(code, _at(writes, products)), writes, (*ends[k], *early))
+        out[j] = Change(0, (), tuple(n for n in ends[j] if n not in (*early, *gone)))
+    return Changes(out, frozenset(products))
 
 
 def _at(names: tuple[Name, ...], products: set[Name]) -> tuple[int, ...]:
@@ -136,27 +162,39 @@ def _products(program: Program, backend: Backend) -> set[Name]:
 # ---- units that run back to back
 
 
-def _joined(program: Program, backend: Backend, products: set[Name]) -> dict[int, Work]:
-    """Both run in the place of the first; the second only puts down what it made."""
+def _merged(program: Program) -> Iterator[tuple[int, int, Code, tuple[Name, ...]]]:
+    """The places of two units that are one, its code, and what it keeps of the outputs of the first."""
     readers = Counter(name for row in program.rows for name in row.reads)
     codes: dict[str, Code] = {}
     made: dict[tuple, Code] = {}
-    out: dict[int, Work] = {}
     for k, j in pairs(program):
         first, second = program.rows[k], program.rows[j]
-        own = set(first.writes)
+        own, reads = set(first.writes), _reads(first, second)
         kept = tuple(n for n in first.writes if readers[n] > (n in second.reads))
-        reads = tuple(dict.fromkeys((*first.reads, *(n for n in second.reads if n not in own))))
         assert first.unit is not None and second.unit is not None
         wires = tuple((n in own, (first.writes if n in own else reads).index(n)) for n in second.reads)
         key = first.unit.code, second.unit.code, wires, tuple(map(first.writes.index, kept))
         if key not in made:
             made[key] = _join(*key, codes)
+        yield k, j, made[key], kept
+
+
+def _reads(first: Row, second: Row) -> tuple[Name, ...]:
+    """What two units read that are one."""
+    return tuple(dict.fromkeys((*first.reads, *(n for n in second.reads if n not in first.writes))))
+
+
+def _joined(program: Program, backend: Backend, products: set[Name]) -> dict[int, Work]:
+    """Both run in the place of the first; the second only puts down what it made."""
+    out: dict[int, Work] = {}
+    for k, j, code, kept in _merged(program):
+        first, second = program.rows[k], program.rows[j]
+        reads = _reads(first, second)
         slots: dict[Name, int] = {}
         for at in (k, j):
             row, i = program.rows[at], program.instructions[at]
             slots |= zip((*row.reads, *row.writes), (*i.reads, *i.writes), strict=True)
-        run = backend(made[key], _at((*kept, *second.writes), products))
+        run = backend(code, _at((*kept, *second.writes), products))
         a, b = program.instructions[k], program.instructions[j]
         spent = tuple(s for s in b.frees if s in {slots[n] for n in reads})
         out[k], out[j] = _both(run, len(kept), spent + a.frees, b.frees)

@@ -22,9 +22,7 @@ from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut
 from funcpipe.mesh import Axes
 from funcpipe.placement import Placement
-from funcpipe.program import (
-    Program,
-)
+from funcpipe.program import Program, Usage
 from funcpipe.records import Resolved
 from funcpipe.runtime import reading, sizes
 from funcpipe.runtime.predict import Given, Prediction, predict
@@ -102,17 +100,26 @@ class Plan:
         resolved: the transforms on their mesh.
         placement: which rank holds which leaf.
         calls: every ``value_and_grad`` of the step.
+        found: by place on the pipe axis, what a compiled backend was found to take there.
+        graphs: by place on the pipe axis, the bytes of a rank's CUDA graphs.
     """
 
     resolved: Resolved
     placement: Placement
     calls: tuple[PlannedCall, ...]
+    found: dict[int, Usage] = field(default_factory=dict)
+    graphs: dict[int, int] = field(default_factory=dict)
 
     @property
     def memory(self) -> list[dict[str, int]]:
         """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
         intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
-        at their peak), ``gradients`` (sums and what is being reduced, at their peak) and ``params`` (what the rank holds, with the copies in which `mixed_precision` computes)."""
+        at their peak), ``gradients`` (sums and what is being reduced, at their peak), ``step`` (all of these at once, at their
+        peak), ``params`` (what the rank holds, with the copies in which `mixed_precision` computes), and ``graph`` (what a CUDA
+        graph that was captured has taken for them; 0 before).
+
+        A unit's own intermediates are those of its graph; in `spmd` with a compiled backend, those that it was seen to make
+        when it was compiled."""
         return [sizes.memory(self, p) for p in range(self.resolved.ranks)]
 
     @property

@@ -17,7 +17,7 @@ from funcpipe.errors import PlanError
 from funcpipe.graph.code import bytes_text
 from funcpipe.graph.cut import Cut, Unit
 from funcpipe.program import RECV, RUN, SEND, Program
-from funcpipe.program.slots import held
+from funcpipe.program.memory import held
 from funcpipe.schedule.actions import Action
 from funcpipe.schedule.costs import Costs, Flow, Load
 from funcpipe.schedule.timeline import Span, Timeline, timeline

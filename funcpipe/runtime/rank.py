@@ -22,11 +22,13 @@ from funcpipe.graph.cut import Cut
 from funcpipe.graph.trace import fill_aux
 from funcpipe.mesh import Axes
 from funcpipe.placement import Layout
-from funcpipe.program import SEND
+from funcpipe.program import SEND, Usage, ended, usage
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.divide import divide
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
+from funcpipe.runtime.fuse import changes
 from funcpipe.runtime.plan import Plan, PlannedCall
+from funcpipe.runtime.sizes import most
 from funcpipe.sequence.parts import Part
 from funcpipe.step import Mean, Rows, is_summary
 
@@ -58,6 +60,11 @@ class Rank:
                 f"{planned[1]} times when it was planned: a step does the same every time"
             )
         return state, metrics
+
+    @property
+    def usage(self) -> Usage:
+        """What the programs take, as the backend runs them."""
+        return most(usage(ended(c.program), changes(c.program, self.backend)) for c in self.calls)
 
     def prepare(self) -> None:
         """Make the communicator ready for the collectives of this plan; all ranks call it alike."""

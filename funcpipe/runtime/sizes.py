@@ -6,14 +6,14 @@ In: a `Plan`, a place on the pipe axis. Out: bytes by what they are for, or by t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from funcpipe.collectives import received
 from funcpipe.mesh import Axes
-from funcpipe.program import GATHER, RECV, REDUCE, RUN
+from funcpipe.program import GATHER, RECV, REDUCE, RUN, Usage
 
 if TYPE_CHECKING:
     from funcpipe.runtime.plan import Plan, PlannedCall
@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 def memory(plan: Plan, place: int) -> dict[str, int]:
     """Predicted bytes of the ranks at a place on the pipe axis: see `Plan.memory`."""
     dtypes, layouts = plan.placement.dyed.dtypes, plan.placement.layouts
-    programs = [c.programs[place] for c in plan.calls]
+    usage = plan.found.get(place) or most(c.programs[place].usage for c in plan.calls)
     held = {i for i, x in enumerate(layouts) if place in x.owners}
     copies = [
         sum(_shard_bytes(plan, c.call.params[k], d) for k, d in c.casts.items() if c.call.params[k] in held)
         for c in plan.calls
     ]
     return {
-        "activations": max((p.peak_bytes for p in programs), default=0),
-        "residuals": max((p.kept_bytes for p in programs), default=0),
-        "gathered": max((p.gathered_bytes for p in programs), default=0),
-        "gradients": max((p.grad_bytes for p in programs), default=0),
+        **usage._asdict(),
         "params": sum(_shard_bytes(plan, i, dtypes[i]) for i in held) + max(copies, default=0),
+        "graph": plan.graphs.get(place, 0),
     }
+
+
+def most(some: Iterable[Usage]) -> Usage:
+    """The most that programs take which run one after another."""
+    return Usage(*map(max, zip(Usage(0, 0, 0, 0, 0), *some, strict=True)))
 
 
 def traffic(plan: Plan, place: int) -> dict[Axes, int]:

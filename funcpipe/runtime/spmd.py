@@ -24,6 +24,7 @@ from funcpipe.comm import Communicator
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError
 from funcpipe.mesh import Mesh
+from funcpipe.runtime import sizes
 from funcpipe.runtime.backend import NAMES, Backend
 from funcpipe.runtime.capture import CapturedStep, feeder, pool_bytes
 from funcpipe.runtime.home import DonatedStep, Given, Home
@@ -118,7 +119,8 @@ class Spmd(Runner):
     @property
     def _what(self) -> str:
         records = ", ".join(r.text for r in self._resolved.records)
-        return f"{records or 'no transform'} on {self.mesh!r}" + " with local batches" * self._resolved.local
+        how = f"backend={self._backend.name!r}, sums={self._backend.sums}, cuda_graph={self._cuda_graph}"
+        return f"{records or 'no transform'} on {self.mesh!r}, {how}" + ", local batches" * self._resolved.local
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One step of this rank; every rank calls it with the same global batch."""
@@ -155,9 +157,15 @@ class Spmd(Runner):
 
     def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
         if self._cuda_graph and not self._recording:  # a graph has no instructions to time
-            if id(rank) not in self._captured:
-                self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
-            return self._captured[id(rank)](given, batch)
+            step = self._captured.get(id(rank))
+            if step is None:
+                step = self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
+            captured, out = step.graph is not None, step(given, batch)
+            if step.graph is not None and not captured:
+                pools = self._by_place(rank, self.graph_memory, max)
+                for plan in self._made.plans.values():  # whose graphs share one pool
+                    plan.graphs.update(pools)
+            return out
         if self._donate and not self._cuda_graph:
             if id(rank) not in self._donated:
                 self._donated[id(rank)] = DonatedStep(rank, self._home)
@@ -189,8 +197,15 @@ class Spmd(Runner):
                 raise MismatchError(other_plan(found[0], found[odd], odd))
             rank = Rank(plan, self._comm, self._backend)
             rank.prepare()
+            if self._backend.fuses:
+                plan.found.update(self._by_place(rank, rank.usage, sizes.most))
             self._bound[id(plan)] = rank
         return self._bound[id(plan)]
+
+    def _by_place(self, rank: Rank, mine: Any, most: Callable[[list], Any]) -> dict[int, Any]:
+        """For every place on the pipe axis, the most that the ranks there say."""
+        found = self._comm.exchange((rank.place, mine))
+        return {place: most([x for p, x in found if p == place]) for place, _ in found}
 
     def _agree(self, trees: dict[str, Any], what: str, read: Callable[[], Any] = lambda: None) -> Any:
         """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
