@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import funcpipe as fp
 from funcpipe import tree
 from funcpipe.errors import PlanError
+from funcpipe.runtime import profile
 from funcpipe.schedule import Costs
 from funcpipe.testing import Layer, Model, models, schedules
 
@@ -96,6 +97,18 @@ def test_profiles_are_costs() -> None:
     assert searched.plan(None, batch).predict(costs).step_time <= plan.predict(costs).step_time * (1 + 1e-9)
     with pytest.raises(PlanError, match="cannot profile value_and_grad 1: the step has 1, counted from 0"):
         fp.profile_units(run, state, batch, call=1)
+
+
+def test_profiles_look_up_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one row again and again, whose gradients all wait for each other."""
+    seen = []
+    like = profile._like
+    monkeypatch.setattr(profile, "_like", lambda v, known, device: seen.append((v, known)) or like(v, known, device))
+    run, state, batch = start()
+    fp.profile_units(run, state, batch, rounds=1)
+    rows = [known for v, known in seen if v.kind == "batch" and v.dtype == torch.int64]
+    leaves = [x for x in tree.leaves(batch) if x.dtype == torch.int64]
+    assert rows and all(any(torch.equal(x, y[: len(x)]) for y in leaves) for x in rows)
 
 
 def test_costs_of_a_wrong_kind() -> None:

@@ -2,8 +2,8 @@
 
 In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they would among others, with what
 the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`fuse.py`). They run
-alone, on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step; equal ones are
-measured once.
+alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step;
+equal ones are measured once.
 
 Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """
@@ -23,6 +23,7 @@ from funcpipe.errors import PlanError
 from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, Key
 from funcpipe.program import ADD, RUN, Program, lower
+from funcpipe.program.instructions import Name
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.fuse import pairs
@@ -74,15 +75,23 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     programs = [_alone(cut, plan.calls[call], schedule) for schedule in (zb_h1(), one_f_one_b())]
     together = any(names_axes(unit.code.module.graph) for unit in cut.units.values())
 
+    def known_of(comm: Communicator) -> dict[Name, torch.Tensor]:
+        """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what looking them up costs."""
+        planned = plan.calls[call]
+        leaves = planned.splits.microbatches(batch, comm.rank)[0]
+        moving = [leaves[i] for i in planned.moving[0]]
+        return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
+
     def measure(comm: Communicator, backend: Backend) -> list[float]:
         timed = _replayed if backend.captured and not together else _median
         known: dict[tuple, float] = {}
         with bind_rank(comm), torch.no_grad():
+            given = known_of(comm)
             for program in programs:
                 bound = bind(program, (comm.rank,), "profile", comm, backend)
                 for piece in _pieces(program, backend):
                     if piece.key not in known:
-                        known[piece.key] = timed(_ready(piece, program, bound, comm), comm.device, rounds)
+                        known[piece.key] = timed(_ready(piece, program, bound, comm, given), comm.device, rounds)
         return list(known.values())
 
     found = run._everywhere(measure, together)
@@ -127,7 +136,9 @@ def _pieces(program: Program, backend: Backend) -> Iterator[_Piece]:
         )
 
 
-def _ready(piece: _Piece, program: Program, bound: list[Bound], comm: Communicator) -> Callable[[], None]:
+def _ready(
+    piece: _Piece, program: Program, bound: list[Bound], comm: Communicator, given: dict[Name, torch.Tensor]
+) -> Callable[[], None]:
     """A function that runs a piece, on tensors that are there."""
     values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
     first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
@@ -138,7 +149,8 @@ def _ready(piece: _Piece, program: Program, bound: list[Bound], comm: Communicat
     ):
         for name, slot in zip(row.reads, i.reads, strict=True) if row.op == RUN else ():
             if name not in made:
-                slots[slot] = _like(values[name], comm.device)
+                known = given.get(("batch", name[2]) if name[0] == "batch" else name)
+                slots[slot] = _like(values[name], known, comm.device)
         made.update(row.writes)
     sums = list(slots)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
@@ -196,8 +208,10 @@ def _replayed(run: Callable[[], None], device: torch.device, rounds: int) -> flo
     return statistics.median(times[1:])
 
 
-def _like(v: Value, device: torch.device) -> torch.Tensor:
-    """A tensor of a value's shape: small random numbers, or zeros where it may be an index."""
+def _like(v: Value, known: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index."""
+    if known is not None and tuple(known.shape) == v.shape:
+        return known.to(device)
     out = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=device)
     return out.normal_(std=0.02) if v.dtype.is_floating_point else out.zero_()
 
