@@ -168,11 +168,14 @@ def test_a_plan_reads_as_text_and_tells_its_memory() -> None:
         "0SEND_F0>1 send to rank 1",
         "recv from rank 0",
         "residuals",
+        "\nproducts of float32: ",
     ):
         assert words in text
     assert 0.2 <= plan.bubble < 0.5
     for memory in plan.memory:
-        assert 0 < memory["residuals"] <= memory["activations"]
+        assert 0 < memory["residuals"] <= memory["activations"] <= memory["step"]
+        assert memory["step"] <= memory["activations"] + memory["gradients"]
+        assert memory["graph"] == 0  # nothing was captured
 
 
 def test_equal_plans_have_equal_digests() -> None:

@@ -165,6 +165,16 @@ def other_backend(size: int) -> Outcome:
     return outcome(lambda: run.init(*INIT))
 
 
+def other_precision(size: int) -> Outcome:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = not is_last(size)
+    try:
+        return outcome(lambda: runner(size).init(*INIT))
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def no_plan(size: int) -> Outcome:
     """The loss function of the last rank raises when it is traced."""
 
@@ -251,7 +261,15 @@ def work(size: int) -> dict[str, Any]:
     step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
     out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
     out["carried"] = carried(size, spmd)
-    for check in (other_rows, other_params, other_schedule, other_backend, no_plan, donated):
+    for check in (
+        other_rows,
+        other_params,
+        other_schedule,
+        other_backend,
+        other_precision,
+        no_plan,
+        donated,
+    ):
         out[check.__name__] = check(size)
     return out | {where: raises(size, where) for where in ("before", "after")}
 
@@ -310,6 +328,8 @@ def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
         kind, text = raised(result["other_backend"])
         assert kind == MismatchError.__name__ and "backend='eager'" in text and "backend='inductor'" in text
         assert "all ranks run the same calls in the same order" in text
+        kind, text = raised(result["other_precision"])
+        assert kind == MismatchError.__name__ and "in the precision of products" in text and "bfloat16 False" in text
         kind, text = raised(result["other_schedule"])
         assert kind == MismatchError.__name__
         assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes")

@@ -6,7 +6,9 @@ In: a `Plan`. Out: lines of text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from funcpipe.graph.code import bytes_text
 from funcpipe.program import GATHER, RECV, REDUCE, RUN, SEND, Program
@@ -28,6 +30,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
             for p, i in zip(dyed.state_paths, dyed.state, strict=True)
         ],
         "the global sums": [f"{s.params} {s.dtype}" for s in dyed.sums],
+        "the precision of products": [precision()],
     }
     for k, c in enumerate(plan.calls):
         name = f"value_and_grad {k}"
@@ -41,10 +44,25 @@ def sections(plan: Plan) -> dict[str, list[str]]:
     return out
 
 
+def precision() -> str:
+    """How this process computes products: the caller's settings of PyTorch, which funcpipe leaves alone.
+
+    >>> precision()
+    "products of float32: 'none' on GPUs, 'none' in cuDNN, 'none' on CPUs ('none': PyTorch's default); partial sums in half: bfloat16 True, float16 True"
+    """
+    b: Any = torch.backends
+    matmul = b.cuda.matmul
+    return (
+        f"products of float32: {matmul.fp32_precision!r} on GPUs, {b.cudnn.fp32_precision!r} in cuDNN, "
+        f"{b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial sums in half: bfloat16 "
+        f"{matmul.allow_bf16_reduced_precision_reduction}, float16 {matmul.allow_fp16_reduced_precision_reduction}"
+    )
+
+
 def text(plan: Plan) -> list[str]:
     """A plan as text, line by line."""
     r = plan.resolved
-    out, memory = [f"{r.mesh!r}"], plan.memory
+    out, memory = [f"{r.mesh!r}", precision()], plan.memory
     moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
     out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
     for k, c in enumerate(plan.calls):
