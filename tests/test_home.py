@@ -3,6 +3,7 @@ GPU, and as other steps do, one at a time."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -225,6 +226,22 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
     with pytest.raises(StateError, match=OLD):
         moving(second, batch())
     moving(fourth, batch())
+
+
+def test_a_state_of_another_structure_is_refused_where_the_home_moves() -> None:
+    moving = Moving(plain, init_state, params(), batch())
+    with pytest.raises(StateError, match="step: the state has another structure than init_state made"):
+        moving(State(moving.first.params, ()), batch())
+    moving(moving.first, batch())
+
+
+def test_only_names_are_kept_where_the_home_moves() -> None:
+    """So that there is memory for another state, such as one of a checkpoint, when the user lets go of this one."""
+    moving = Moving(plain, init_state, params(), batch())
+    state, _ = moving(moving.first, batch())
+    moving.first, held = None, [weakref.ref(x) for x in tree.leaves(state)]
+    del state
+    assert not any(ref() is not None for ref in held)
 
 
 def test_a_state_lives_on_where_the_step_fails() -> None:

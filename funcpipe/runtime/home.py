@@ -10,6 +10,7 @@ In: states. Out: `Home`, and the steps of a rank that donate without a CUDA grap
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from operator import is_
 from typing import Any, NamedTuple
@@ -35,19 +36,25 @@ class Given(NamedTuple):
 
 
 class Home:
-    """The newest state of a runner."""
+    """The newest state of a runner. Where no graph has taken it in, only names are kept, not what they name."""
 
     def __init__(self) -> None:
-        self.leaves: list[Any] = []
+        self.leaves: list[torch.Tensor] = []  # what a graph has taken in
         self._spec: Any = None
-        self._named: list[Any] = []  # the leaves as the last step returned them
-        self._mine: set[int] = set()  # memory that steps update in place
-        self._stays = False  # whether leaves stay where they are, since a graph has taken them in
+        self._names: list[Any] = []  # the leaves as the last step returned them; weak references to tensors
 
     @property
     def state(self) -> Any:
-        """The state as steps see it."""
+        """The state as captured steps see it."""
         return tree.unflatten(self._spec, self.leaves)
+
+    @property
+    def _named(self) -> list[Any]:
+        return [x() if isinstance(x, weakref.ref) else x for x in self._names]
+
+    @_named.setter
+    def _named(self, leaves: list[Any]) -> None:
+        self._names = [weakref.ref(x) if isinstance(x, torch.Tensor) else x for x in leaves]
 
     def read(self, state: Any) -> Given:
         """A state that a step may use.
@@ -56,19 +63,20 @@ class Home:
             StateError: it was donated, or does not fit a graph that was captured.
         """
         given = Given(state, *tree.flatten(state))
-        if self._spec is not None and not self._is_last(given.leaves):
+        if not self._is_last(given.leaves):
             self._check_names(given)
-        if self._stays and not self._is_last(given.leaves):
-            self._check_alike(given)
+            if self.leaves:
+                self._check_alike(given)
         return given
 
     def _check_names(self, given: Given) -> None:
-        valid = set(map(id, self._named))
+        named = [x for x in self._named if isinstance(x, torch.Tensor)]
+        valid, mine = set(map(id, named)), {memory(x) for x in (self.leaves or named)} - {0}
         for k, x in enumerate(given.leaves):
             if not isinstance(x, torch.Tensor) or id(x) in valid:
                 continue
-            spent = None if self._stays else getattr(x, _SPENT, None)
-            if spent or (spent is None and memory(x) in self._mine):
+            spent = None if self.leaves else getattr(x, _SPENT, None)
+            if spent or (spent is None and memory(x) in mine):
                 raise StateError(
                     f"state{tree.paths(given.state)[k]} was given to an earlier step, which has updated it in place, or is a view "
                     "of such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps "
@@ -89,7 +97,7 @@ class Home:
 
     def _is_last(self, leaves: list[Any]) -> bool:
         """Whether these are what the last step returned, all of them."""
-        return len(leaves) == len(self._named) and all(map(is_, leaves, self._named))
+        return len(leaves) == len(self._names) and all(map(is_, leaves, self._named))
 
     @staticmethod
     def give(state: Any) -> Any:
@@ -105,19 +113,17 @@ class Home:
         """Of leaves at some places, those that the runner has made, and whose memory no other leaf has."""
         users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
         ours = [x for x in (leaves[k] for k in free) if getattr(x, _SPENT, None) is False]
-        return [x for x in ours if users[memory(x)] == 1 and is_dense(x)]
+        return [x for x in ours if users[memory(x)] == 1 and memory(x) and is_dense(x)]
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
         """The state that a step made of leaves of which it has written to some: under names of its own where it has."""
-        self._mine = {memory(x) for x in lent}
+        new, spec = tree.flatten(state)
+        used = {memory(x) for x in lent}
         for x in lent:
             setattr(x, _SPENT, True)
-        new, self._spec = tree.flatten(state)
-        self.leaves = self._named = [self._renamed(x) for x in new]
-        return self.give(self.state)
-
-    def _renamed(self, x: Any) -> Any:
-        return x.detach() if isinstance(x, torch.Tensor) and memory(x) in self._mine else x
+        new = [x.detach() if isinstance(x, torch.Tensor) and memory(x) in used else x for x in new]
+        self._named = new
+        return self.give(tree.unflatten(spec, new))
 
     # ---- a home whose leaves stay where they are
 
@@ -125,17 +131,17 @@ class Home:
         """Take in the values of a state. The first one's memory is the home's; a tensor that shares memory with another
         leaf, or has elements that do, is copied."""
         leaves = given.leaves
-        if not self._stays:
-            self.leaves, self._spec, self._named, self._stays = unshared(leaves), given.spec, leaves, True
-            self._mine = {memory(x) for x in self.leaves} - {0}
+        if not self.leaves:
+            self.leaves, self._spec, self._named = unshared(leaves), given.spec, leaves
         elif not self._is_last(leaves):
+            mine = {memory(x) for x in self.leaves} - {0}
             moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
-            write([a for a, _ in moved], [b.clone() if memory(b) in self._mine else b for _, b in moved])
+            write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
 
     def leave(self) -> Any:
         """The state after a step, under names of its own."""
-        self._named = [x.detach() for x in self.leaves]
-        return tree.unflatten(self._spec, self._named)
+        self._named = new = [x.detach() for x in self.leaves]
+        return tree.unflatten(self._spec, new)
 
 
 class DonatedStep:
@@ -145,9 +151,13 @@ class DonatedStep:
     def __init__(self, rank: Rank, home: Home) -> None:
         self.rank, self.home = rank, home
         self._free = rank.plan.placement.free(rank.comm.rank)
+        self._spec: Any = None  # of states that were seen to be such as init_state makes
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
         """One step."""
+        if given.spec != self._spec:
+            self.rank.plan.placement.state_leaves(given.state, "step")
+            self._spec = given.spec
         lent = self.home.lent(given.leaves, self._free)
         with donate(lent):
             new, metrics = self.rank.step(given.state, batch)

@@ -75,7 +75,8 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
 
     Args:
         run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this alike, and it runs eagerly.
-        state, batch: what ``run`` would be called with; neither is changed.
+        state, batch: what ``run`` would be called with; neither is changed. The state before the step that went wrong is there
+            only where steps leave old states alone: ``fp.spmd(..., donate=False)``, or a checkpoint.
 
     Returns:
         where the first NaN or infinity is, the same on every rank; None if every loss and gradient is finite, and no leaf of the

@@ -87,6 +87,7 @@ STACKS = {
     "pipe": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4)]),
     "zb_h1": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_h1())]),
     "zb_v": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())]),
+    "auto": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule="auto")]),
     "data": (("data",), [fp.data_parallel(axis="data")]),
     "sharded": (
         ("data",),
@@ -123,8 +124,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def modes(name: str) -> list[str]:
-    """Compiling takes a while: three stacks say whether it works."""
-    return [mode for mode in MODES if mode != "compiled graph" or name in ("alone", "zb_h1", "sharded")]
+    """Compiling takes a while: some stacks say whether it works."""
+    return [mode for mode in MODES if mode != "compiled graph" or name in ("alone", "zb_h1", "auto", "sharded")]
 
 
 def ranks_of(name: str) -> int:
