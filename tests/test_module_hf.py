@@ -114,7 +114,9 @@ def check(model: Any, make: Callable, mesh: fp.Mesh, microbatches: int, **more: 
 
 @MODELS
 def test_pipelined_bits(make: Callable) -> None:
-    check(build(make), make, fp.Mesh(pipe=3), microbatches=1)
+    """With attention op by op: transformers calls torch's fused one otherwise while it is traced (with a mask, and keys that are
+    repeated), which on some processors has other bits."""
+    check(build(make, "eager"), make, fp.Mesh(pipe=3), microbatches=1)
 
 
 @MODELS

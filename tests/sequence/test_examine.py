@@ -599,6 +599,9 @@ def test_collectives_over_rows() -> None:
 # ---- models of a library
 
 
+BUFFER = "buffer "
+
+
 def library_models() -> dict[str, Callable[[], Any]]:
     transformers = pytest.importorskip("transformers", reason="needs the transformers library")
     small = {"vocab_size": 32, "attn_implementation": "sdpa", "bos_token_id": 0, "eos_token_id": 0}
@@ -619,23 +622,26 @@ def library_models() -> dict[str, Callable[[], Any]]:
 
 
 def library_loss(models: list[Any], **options: Any) -> tuple[Callable, Any]:
-    """A loss function of a model, and its params. A call swaps params in, so every rank has a model of its own."""
+    """A loss function of a model, and its params. A call swaps params in, so every rank has a model of its own. Buffers come
+    with the batch: they have no gradients."""
 
     def loss(p: Any, b: Any) -> fp.Mean:
         model = models[getattr(hook.current(), "member", 0)]
+        p = p | {k.removeprefix(BUFFER): x for k, x in b.items() if k.startswith(BUFFER)}
         mask = {"attention_mask": b["mask"]} if "mask" in b else {}
         out = torch.func.functional_call(model, p, (b["ids"],), {"position_ids": b["at"], **mask, **options})
         return fp.Mean(
             F.cross_entropy(out.logits.flatten(0, 1), b["labels"].flatten(), reduction="sum"), count(b["ids"])
         )
 
-    return loss, {k: x.detach() for k, x in (*models[0].named_parameters(), *models[0].named_buffers())}
+    return loss, {k: x.detach() for k, x in models[0].named_parameters()}
 
 
-def library_batch(length: int) -> dict[str, torch.Tensor]:
+def library_batch(length: int, model: Any) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, 32, (2, B, length), generator=g)
-    return {"ids": ids, "labels": labels, "at": torch.arange(length).expand(B, -1).contiguous()}
+    buffers = {BUFFER + k: x for k, x in model.named_buffers()}
+    return {"ids": ids, "labels": labels, "at": torch.arange(length).expand(B, -1).contiguous(), **buffers}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -646,7 +652,7 @@ def test_models_of_a_library(name: str, how: str) -> None:
     options: dict[str, Any] = {"use_cache": how == "with a cache"}
     models = [library_models()[name]().double().eval() for _ in range(2)]
     loss, params = library_loss(models, **options)
-    batch, part = library_batch(7), a_part(7, 2)
+    batch, part = library_batch(7, models[0]), a_part(7, 2)
     splits: Splits = {"ids": (1, part), "labels": (1, part), "at": (1, part)}
     if how == "with a whole mask":
         batch["mask"] = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
@@ -662,7 +668,7 @@ def test_models_of_a_library(name: str, how: str) -> None:
 
 
 def test_a_model_that_builds_its_mask_is_refused() -> None:
-    loss, params = library_loss([library_models()["llama"]().double().eval()], use_cache=False)
-    part = a_part(7, 2)
+    model, part = library_models()["llama"]().double().eval(), a_part(7, 2)
+    loss, params = library_loss([model], use_cache=False)
     with pytest.raises(SequenceError, match=r"an operand of attention at sdpa_attention.py.* at masking_utils.py"):
-        proven(loss, params, library_batch(7), {k: (1, part) for k in ("ids", "labels", "at")})
+        proven(loss, params, library_batch(7, model), {k: (1, part) for k in ("ids", "labels", "at")})
