@@ -5,6 +5,7 @@ Most tests run the fused units' graphs op by op, without a compiler, so that man
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -341,6 +342,29 @@ def test_what_inductor_refuses() -> None:
     unboxed = fx.GraphModule({}, graph_of(lambda a, b: a @ b, A, B))
     with pytest.raises(TraceError, match=r"torch's inductor cannot compile unit abc: .*use backend='eager'"):
         Backend("inductor")._inductor(unboxed, "abc")
+
+
+def searched_and_compiled() -> tuple[float, list[dict[str, int]]]:
+    """In processes: the units of a pipeline, timed and compiled; how far its gradients are from one device's."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformed = fp.pipelined(step_of(loss_fn), axis="pipe", microbatches=2, schedule="auto")
+    run = fp.spmd(transformed, fp.Mesh(pipe=2), device="cpu", backend="inductor", timeout=120)
+    state = run.init(init_state, init(layers=1), batch())
+    for _ in range(2):
+        state, _ = run(state, batch())
+    got, memory = run.unplace(state)["grads"], run.plan(state, batch()).memory
+    want = fp.value_and_grad(loss_fn)(init(layers=1), batch())[1]
+    run.close()
+    pairs = zip(tree.leaves(got), tree.leaves(want), strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs), memory
+
+
+def test_compiled_units_in_processes() -> None:
+    """Every rank knows what the units of all take."""
+    (error, memory), (other, same) = fp.launch(searched_and_compiled, 2, timeout=240)
+    assert max(error, other) <= FLOAT64
+    assert memory == same and all(0 < m["residuals"] <= m["activations"] <= m["step"] for m in memory)
 
 
 def test_sums_are_for_compiled_units() -> None:
