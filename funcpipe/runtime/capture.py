@@ -48,6 +48,7 @@ class CapturedStep:
 
         Raises:
             TraceError: the step cannot be captured: it waits for the host, or a leaf is not on the GPU.
+            StateError: the state has another structure than ``init_state`` made.
         """
         if self.batch is None:
             return self._first(given, batch)
@@ -60,6 +61,7 @@ class CapturedStep:
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
 
     def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
+        self.rank.plan.placement.state_leaves(given.state, "step")  # refuses another structure
         check_on_gpu("state", given.state)
         check_on_gpu("batch", batch)
         self.home.enter(given)
