@@ -367,6 +367,11 @@ def test_compiled_units_in_processes() -> None:
     assert memory == same and all(0 < m["residuals"] <= m["activations"] <= m["step"] for m in memory)
 
 
+def test_a_captured_step_donates() -> None:
+    with pytest.raises(StackError, match=r"spmd: a captured step updates its state in place; leave donate=False or"):
+        fp.spmd(step_of(loss_fn), fp.Mesh(), cuda_graph=True, donate=False)
+
+
 def test_sums_are_for_compiled_units() -> None:
     for backend, sums in (("eager", torch.float32), ("inductor", torch.int64)):
         with pytest.raises(StackError, match=r"sums=torch.*give a floating-point dtype, with backend='inductor'"):

@@ -110,19 +110,20 @@ class _Memory:
     def step(self, row: Row, dead: Iterable[Name], change: Change | None = None) -> None:
         """Go on by an instruction, after which some names hold nothing any more."""
         if row.unit is not None:
-            self._note(row.unit.code.peak if change is None else change.peak)
+            own = row.unit.code.peak if change is None else change.peak
+            self.peak = max(self.peak, self.values.now + own)
+            self._all(own)
         for n in row.writes if change is None or row.unit is None else change.writes:
             self._write(row, n, change)
-        self._note()
+        self._all()
         for n in dead if change is None or row.unit is None else change.dead:
             for live in (self.values, self.gathered, self.sums):
                 live.drop(n)
         self.kept = max(self.kept, self.values.now)
         self.peak = max(self.peak, self.values.now)
 
-    def _note(self, own: int = 0) -> None:
-        """The peaks, while a unit takes so much for itself."""
-        self.peak = max(self.peak, (self.values.now + own) if own else 0)
+    def _all(self, own: int = 0) -> None:
+        """The peak of all at once, while a unit takes so much for itself."""
         self.step_peak = max(self.step_peak, self.values.now + own + self.gathered.now + self.sums.now)
 
     def _write(self, row: Row, n: Name, change: Change | None) -> None:

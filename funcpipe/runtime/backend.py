@@ -72,7 +72,7 @@ class Backend:
         key = code.key, products
         if key not in self._made:
             self._made[key] = self._unit(code, products)
-            if torch.cuda.is_available() and not names_axes(code.module.graph):
+            if not names_axes(code.module.graph):  # the others need all ranks
                 self._peaks[key] = _peak(self._made[key], code)
         return self._made[key]
 
@@ -114,7 +114,8 @@ class Backend:
 
 
 def _peak(run: Run, code: Code) -> int:
-    """What a compiled unit takes beyond its inputs, on a GPU. It also makes the workspaces of libraries."""
+    """What a compiled unit takes beyond its inputs, on a GPU; elsewhere what its graph says. Torch's own record of the peak
+    begins anew."""
     likes = [n.meta["val"] for n in code.module.graph.nodes if n.op == "placeholder"]
     device = next((x.device for x in likes if x.device.type == "cuda"), None)
     if device is None:

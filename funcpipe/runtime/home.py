@@ -80,7 +80,7 @@ class Home:
                 raise StateError(
                     f"state{tree.paths(given.state)[k]} was given to an earlier step, which has updated it in place, or is a view "
                     "of such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps "
-                    "leave old states alone: fp.spmd(..., donate=False)"
+                    "leave old states alone: fp.spmd(..., donate=False), without a CUDA graph"
                 )
 
     def _check_alike(self, given: Given) -> None:

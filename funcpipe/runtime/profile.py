@@ -156,7 +156,6 @@ def _ready(
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
         if row.op == ADD:  # the sum so far: of this gradient alone
             instruction = first[row.writes[0]]._replace(reads=instruction.reads, frees=instruction.frees)
-            slots[instruction.writes[0]] = None
         execute([instruction], sums, comm)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
         if row.op == ADD:

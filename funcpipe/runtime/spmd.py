@@ -66,15 +66,15 @@ class Spmd(Runner):
             raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
         if sums is not None and (backend == "eager" or not sums.is_floating_point):
             raise StackError(f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'")
+        if cuda_graph and not donate:
+            raise StackError(
+                "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
+            )
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
         if cuda_graph and self._comm.device.type != "cuda":
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
-        if cuda_graph and not donate:
-            raise StackError(
-                "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
-            )
         self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
         self._donate = donate
         self._bound: dict[int, Rank] = {}

@@ -92,7 +92,8 @@ def ratios(name: str) -> dict[str, list[float]]:
         plan = run.plan(state, batch)
         memory = plan.memory[plan.placement.stage_rank(run.rank)]
         out[mode] = [took / memory["step"]] + [memory["graph"] / memory["step"]] * ("cuda_graph" in options)
-        assert (memory["graph"] == run.graph_memory > 0) == ("cuda_graph" in options) or len(axes) > 1
+        assert memory["graph"] >= run.graph_memory  # the most of the ranks at this place
+        assert (run.graph_memory > 0) == (memory["graph"] > 0) == ("cuda_graph" in options)
         run.close()
     return out
 
