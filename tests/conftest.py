@@ -1,6 +1,7 @@
 """Settings of the whole test suite.
 
-``FUNCPIPE_PROFILE=thorough pytest`` draws many more random cases. A case that fails prints what repeats it.
+A random test draws the same few cases every time, so that a run that fails is due to what was changed.
+``FUNCPIPE_PROFILE=thorough pytest`` draws many more, others each time. A case that fails prints what repeats it.
 """
 
 from __future__ import annotations
@@ -14,16 +15,10 @@ from hypothesis import HealthCheck, settings
 # Tests run beside one another, and some start processes of their own: one thread each.
 torch.set_num_threads(1)
 
-# Tracing makes an example slow by nature, and the first one slower than the rest. Every run draws cases of
-# its own, also where Hypothesis sees CI=true and would else draw the same ones each time.
-_ALWAYS = {
-    "deadline": None,
-    "print_blob": True,
-    "derandomize": False,
-    "suppress_health_check": [HealthCheck.too_slow],
-}
-settings.register_profile("ci", max_examples=15, **_ALWAYS)
-settings.register_profile("thorough", max_examples=250, **_ALWAYS)
+# Tracing makes an example slow by nature, and the first one slower than the rest.
+_ALWAYS = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", max_examples=15, derandomize=True, **_ALWAYS)
+settings.register_profile("thorough", max_examples=250, derandomize=False, **_ALWAYS)
 settings.load_profile(os.environ.get("FUNCPIPE_PROFILE", "ci"))
 
 

@@ -208,7 +208,8 @@ class _Comparison:
         if error > self.error or not self.where:
             self.error, self.where = error, self.at + name
         if error > self.rtol:
-            self._fail(f"{name}: relative error {error:.1e}, allowed {self.rtol:.1e}")
+            far = f"relative error {error:.1e}, allowed {self.rtol:.1e}"
+            self._fail(f"{name}: {far if math.isfinite(error) else _unlike(got, want)}")
         if exact and not _same_bits(got, want):
             self._fail(f"{name}: other bits than on one device (relative error {error:.1e})")
 
@@ -243,6 +244,14 @@ def _relative_error(got: torch.Tensor, want: torch.Tensor, floor: float) -> floa
     off = _norm(torch.where(same, 0, got.to(_wide(got)) - want.to(_wide(want))))
     scale = max(_norm(torch.where(want.isfinite(), want, 0)), floor)
     return off / scale if scale and math.isfinite(off) else math.inf
+
+
+def _unlike(got: torch.Tensor, want: torch.Tensor) -> str:
+    """What to say where there is no relative error: of integers, NaN and infinite numbers."""
+    off = (got != want) & ~(got.isnan() & want.isnan())
+    k = int(off.flatten().nonzero()[0])
+    text = f"{got.flatten()[k].item()} instead of {want.flatten()[k].item()}"
+    return f"{text} at {int(off.sum())} of {off.numel()} elements" if off.dim() else text
 
 
 def _norm(x: torch.Tensor) -> float:
