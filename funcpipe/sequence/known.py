@@ -193,7 +193,7 @@ def _psum(s: Site) -> State:
     state, (own, _) = as_partial(s.world, s.x("x").state), _axes(s)
     if not own:
         return _sendable(s)
-    if isinstance(state, Partial) and own <= frozenset(state.axes):
+    if isinstance(state, Partial) and not s.x("x").moving and own <= frozenset(state.axes):
         left = tuple(a for a in state.axes if a not in own)
         return Partial(left) if left else Whole()
     if plain(state):
