@@ -151,11 +151,29 @@ def test_a_value_is_sent_once_to_each_place_that_reads_it() -> None:
 
     run, state = start(pipe(step_of(skipping), 2, stages=[1, 1, 1, 2]), fp.Mesh(pipe=4), params(4), batch())
     plan = run.plan(state, batch())
-    sent = [
-        (p.place, i.peer, v.name) for p in programs(plan) for i in p.instructions if i.op == "send" for v in i.values
-    ]
+    sends = [(p.place, i) for p in programs(plan) for i in p.instructions if i.action.kind in ("SEND_F", "SEND_B")]
+    sent = [(place, i.peer, v.name) for place, i in sends for v in i.values]
     assert len(sent) == 2 * len(set(sent))  # once for each microbatch
     assert {(a, b) for a, b, name in sent if name == "tanh"} == {(0, 1), (0, 3)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_sums_go_to_the_other_places_as_soon_as_they_may_and_arrive_at_the_end(name: str) -> None:
+    """No rank waits for another to end its step: none is in a collective, and what it receives at the end was sent before
+    the sender's last gradients came to the receiver's own."""
+    plan = planned(SCHEDULES[name], ranks=3, layers=6)
+    last = plan.calls[0].schedule.placement[-1]
+    for p in programs(plan):
+        told = [(k, i) for k, i in enumerate(p.instructions) if i.action.kind[-2:] == "_H"]
+        if p.place != last:
+            assert [(k, i.op, i.peer) for k, i in told] == [(len(p.instructions) - 1, "recv", last)]
+            continue
+        others = [q for q in range(3) if q != last]
+        assert [(i.op, i.peer) for _, i in told] == [("send", q) for q in others]
+        summed = max(k for k, row in enumerate(p.rows) if row.op == ADD and row.writes[0][0] == "head")
+        between = {row.action for row in p.rows[summed : told[0][0]] if row.op == RUN}
+        assert len(between) == 1 and not any(row.op == "recv" for row in p.rows[summed : told[0][0]])
+    assert all(p.heads.keys() == {0, 1} for p in programs(plan))
 
 
 def test_a_plan_reads_as_text_and_tells_its_memory() -> None:

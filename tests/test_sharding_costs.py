@@ -426,10 +426,10 @@ def test_traffic_of_hsdp_and_of_shards_that_no_batch_is_split_over() -> None:
 
 
 def test_traffic_of_a_pipeline() -> None:
-    """Activations one way, their gradients the other; the tied 0-d leaf is not there."""
+    """Activations one way, their gradients the other, with total and weight; the tied 0-d leaf is not there."""
     plan, _, _ = ran(fp.Mesh(pipe=2), fp.pipelined(axis="pipe", microbatches=4, stages=[3, 4]))
     activations = ROWS * WIDTH * 8
-    assert plan.traffic == [{("pipe",): activations}, {("pipe",): activations}]
+    assert plan.traffic == [{("pipe",): activations + 2 * 8}, {("pipe",): activations}]
 
 
 @given(models(max_segments=3), options, st.data())

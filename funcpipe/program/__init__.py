@@ -12,6 +12,7 @@ leaves are sharded, and a place on the pipe axis. Out: `Program`.
 
 - `instructions.py`: the data.
 - `lower.py`: units and schedule to *rows*, instructions that name values instead of slots.
+- `heads.py`: the sums that every rank needs travel there, with no rank waiting for another to end.
 - `shards.py`: the gathers and reductions of sharded leaves, put between those rows.
 - `slots.py`: names become slots; predicted memory.
 - `memory.py`: the bytes that a program takes.

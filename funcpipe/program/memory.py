@@ -133,6 +133,8 @@ class _Memory:
             self._add(row, n, change)
         elif row.bucket is not None:
             self._travel(row, n, row.bucket)
+        else:  # a sum that another place made
+            self.sums.hold(n, n, row.values[row.writes.index(n)].nbytes)
 
     def _add(self, row: Row, n: Name, change: Change | None) -> None:
         """The first summand is the sum; the second makes a new one, to which the others are added. A product is added to a

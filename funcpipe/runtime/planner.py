@@ -129,7 +129,7 @@ class Planner:
             self._check_weight(dyed.calls[k], dyed, splits, {m: found[first][0].weight for m, first in members.items()})
         cuts = found[0][0].cut
         if schedule is None:
-            schedule = self._search(k, search, cuts, splits.count)
+            schedule = self._search(k, search, cuts, splits.count, _waits(dyed, cuts))
         elif k not in self.stages:
             self.stages[k] = group(_costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even")
         moving = tuple(_tensors(part) for part in parts)
@@ -169,13 +169,13 @@ class Planner:
             partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows, casts=casts,
         )  # fmt: skip
 
-    def _search(self, k: int, search: Any, one: Cut, microbatches: int) -> Schedule:
+    def _search(self, k: int, search: Any, one: Cut, microbatches: int, waits: bool) -> Schedule:
         """The schedule that is found for a cut. It settles the stages, and what another batch shape finds keeps to them."""
         how: Any = self.resolved.pipe.stages  # type: ignore[union-attr]
         if k in self.stages:
             how = tuple(map(len, self.stages[k]))
         load = load_of(one, as_costs(search.costs, one))
-        found = search.fit(self.resolved.ranks, microbatches, load, how, self.settled.get(k))
+        found = search.fit(self.resolved.ranks, microbatches, load, how, self.settled.get(k), waits)
         self.stages[k], self.settled[k] = found.stages, found.schedule.placement
         return found.schedule
 
@@ -386,6 +386,12 @@ def _check_aux(aux: Any) -> None:
     for path, x in zip(_summary_paths(aux), nodes, strict=True):
         if not is_summary(x):
             raise BatchError(AUX_LEAF.format(path=path))
+
+
+def _waits(dyed: Dyed, c: Cut) -> bool:
+    """Whether ranks wait for each other behind the last backward: a step takes a global sum, as clipping does, or hands out
+    rows, or parts of a leaf's gradient come from several segments."""
+    return bool(dyed.sums) or len(_summed(c)) < len(c.heads) or any(len(set(s)) > 1 for s in partial_segments(c))
 
 
 def _summed(c: Cut) -> frozenset[int]:

@@ -53,6 +53,12 @@ class Prediction:
         return self.timeline.makespan
 
     @property
+    def period(self) -> float:
+        """What a step takes among others, where ranks do not wait for each other in between: see `Timeline.period`. Captured
+        steps do not; where the step body sums over the pipe axis, as clipping does, and on CPUs they do."""
+        return self.timeline.period
+
+    @property
     def bubble(self) -> float:
         """The part of all ranks' time in which they do not compute."""
         return self.timeline.bubble
@@ -73,7 +79,8 @@ class Prediction:
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        out = [f"step {self.step_time:.4g}{unit}, bubble {self.bubble:.1%}"]
+        among = f", {self.period:.4g}{unit} among others" if self.period < self.step_time else ""
+        out = [f"step {self.step_time:.4g}{unit}{among}, bubble {self.bubble:.1%}"]
         for place, (busy, peak) in enumerate(zip(self.busy, self.peak_memory, strict=True)):
             out.append(f"  rank {place} of the pipeline: busy {busy:.4g}{unit}, peak {bytes_text(peak)}")
         return "\n".join(out)
@@ -107,7 +114,7 @@ def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
     now, doing = 0.0, None
     for i, (peak, after) in zip(program.instructions, held(program), strict=True):
         if i.op in (RUN, SEND, RECV) and i.action != doing:
-            doing, now = i.action, starts[i.action]
+            doing, now = i.action, starts.get(i.action, now)  # messages with sums are in no schedule
         out.append((now, peak))
         if i.unit is not None:
             now += costs.of(i.unit.kind, i.unit.segment)

@@ -18,7 +18,6 @@ from funcpipe.batch import signature
 from funcpipe.collectives import axes_of, bind_rank, lanes_of
 from funcpipe.comm import Communicator
 from funcpipe.errors import StateError
-from funcpipe.graph.cut import Cut
 from funcpipe.graph.trace import fill_aux
 from funcpipe.mesh import Axes
 from funcpipe.placement import Layout
@@ -44,7 +43,6 @@ class Rank:
         self.place = plan.placement.stage_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
-        self.head_axes = mesh.ordered((*self.split_axes, *([axis] if axis else [])))
         with bind_rank(comm):
             self.calls = [_BoundCall(self, c.of_rank(comm.rank), str(k)) for k, c in enumerate(plan.calls)]
 
@@ -68,7 +66,7 @@ class Rank:
 
     def prepare(self) -> None:
         """Make the communicator ready for the collectives of this plan; all ranks call it alike."""
-        used = {self.head_axes, self.split_axes, tuple(self.comm.mesh.axes), self._pipe_axes}
+        used = {self.split_axes, tuple(self.comm.mesh.axes), self._pipe_axes}
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
@@ -123,7 +121,7 @@ class _BoundCall:
         divisor = self._divisor(weight)
         if divisor is not None:
             divide(grads, divisor, self.rank.backend)
-        loss = heads[0] if weight is None else heads[0] / weight
+        loss = heads[0].clone() if weight is None else heads[0] / weight  # a copy: a message must not change
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
             return loss, out
@@ -185,28 +183,19 @@ class _BoundCall:
     # ---- what is summed over ranks
 
     def _heads(self, slots: Slots) -> dict[int, torch.Tensor]:
-        """Total, weight and the sums of averaged aux values, over all microbatches and ranks."""
-        cut: Cut = self.planned.cuts[0]
-        numbers = sorted(self.planned.summed)
-        if not self.rank.head_axes:
-            return {h: slots[self.program.heads[h]] for h in numbers}
+        """Total, weight and the sums of averaged aux values, over all microbatches and ranks. Those of this pipeline came by
+        message (`funcpipe.program.heads`)."""
+        sums = {h: slots[self.program.heads[h]] for h in sorted(self.planned.summed)}
+        if not self.rank.split_axes:
+            return sums
         out: dict[int, torch.Tensor] = {}
-        for dtype, group in groupby(
-            sorted(numbers, key=lambda h: str(cut.heads[h].dtype)), lambda h: cut.heads[h].dtype
-        ):
-            some = list(group)
-            mine = [self._head(slots, h) for h in some]
-            packed = torch.cat([x.reshape(-1) for x in mine])
-            packed = self.rank.comm.all_reduce(packed, self.rank.head_axes)
-            sizes = [x.numel() for x in mine]
-            out |= {h: x.view(cut.heads[h].shape) for h, x in zip(some, packed.split(sizes), strict=True)}
-            assert packed.dtype == dtype
+        for _, group in groupby(sorted(sums, key=lambda h: str(sums[h].dtype)), lambda h: sums[h].dtype):
+            numbers = list(group)
+            some = [sums[h] for h in numbers]
+            packed = self.rank.comm.all_reduce(torch.cat([x.reshape(-1) for x in some]), self.rank.split_axes)
+            each = packed.split([x.numel() for x in some])
+            out |= {h: x.view(sums[h].shape) for h, x in zip(numbers, each, strict=True)}
         return out
-
-    def _head(self, slots: Slots, h: int) -> torch.Tensor:
-        v = self.planned.cuts[0].heads[h]
-        slot = self.program.heads.get(h)
-        return torch.zeros(v.shape, dtype=v.dtype, device=v.device) if slot is None else slots[slot]
 
     def _aux(self, heads: dict[int, torch.Tensor], slots: Slots) -> Any:
         traced = self.planned.cuts[0].traced

@@ -13,6 +13,7 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from funcpipe.schedule.actions import Action, Schedule
 from funcpipe.schedule.communication import sources
@@ -40,6 +41,16 @@ class Policy:
     by_segment: bool = True
 
 
+class Drawn(NamedTuple):
+    """A table that a policy made; when it ends; what it takes among others (`Timeline.period`); how long its busiest rank
+    computes."""
+
+    schedule: Schedule
+    end: float
+    period: float
+    busy: float
+
+
 def greedy(
     name: str,
     load: Load,
@@ -48,8 +59,8 @@ def greedy(
     microbatches: int,
     cap: float,
     policy: Policy,
-) -> tuple[Schedule, float, float] | None:
-    """The table that a policy makes, when it ends, and how long its busiest rank computes.
+) -> Drawn | None:
+    """The table that a policy makes, or None.
 
     Args:
         name: of the table.
@@ -62,8 +73,8 @@ def greedy(
 
     >>> from funcpipe.schedule.costs import even_load
     >>> load = even_load(segments=2, ranks=2)
-    >>> table, end, busy = greedy("mine", load, [(0,), (1,)], (0, 1), 2, 9.0, Policy(by_segment=False))
-    >>> print(table)
+    >>> drawn = greedy("mine", load, [(0,), (1,)], (0, 1), 2, 9.0, Policy(by_segment=False))
+    >>> print(drawn.schedule)
     rank 0: 0F0 0F1 0I0 0W0 0I1 0W1
     rank 1: 1F0 1I0 1F1 1I1 1W0 1W1
     """
@@ -71,7 +82,10 @@ def greedy(
     if ranks is None:
         return None
     schedule = Schedule(name, tuple(tuple(rank.row) for rank in ranks), tuple(placement), microbatches)
-    return schedule, max(rank.free for rank in ranks), max(rank.busy for rank in ranks)
+    end, period, busy = (
+        max(f(rank) for rank in ranks) for f in (lambda r: r.free, lambda r: r.free - r.start, lambda r: r.busy)
+    )
+    return Drawn(schedule, end, period, busy)
 
 
 _Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch
@@ -79,6 +93,7 @@ _Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch
 
 @dataclass
 class _Rank:
+    start: float = 0.0  # of its first action
     free: float = 0.0
     busy: float = 0.0
     held: float = 0.0
@@ -194,6 +209,7 @@ class _List:
 
     def _do(self, rank: _Rank, now: float, action: Action) -> None:
         kind, s, m = action.kind, action.stage, action.microbatch
+        rank.start = rank.start if rank.row else now
         rank.row.append(action)
         time = self.cost(action)
         rank.free, rank.busy = now + time, rank.busy + time

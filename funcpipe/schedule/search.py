@@ -37,13 +37,15 @@ class Fitted:
     Args:
         schedule: the table.
         stages: for every stage its segments.
-        time: of a step, in the unit of the costs.
+        time: that a step takes among others (`Timeline.period`), in the unit of the costs.
+        alone: that it takes alone (`Timeline.makespan`).
         memory: the most bytes that a rank holds.
     """
 
     schedule: Schedule
     stages: tuple[tuple[int, ...], ...]
     time: float
+    alone: float
     memory: float
 
 
@@ -54,7 +56,13 @@ class Fitting(Protocol):
     costs: Costs | None
 
     def fit(
-        self, ranks: int, microbatches: int, load: Load, how: str | Sizes = "balanced", placement: Sizes | None = None
+        self,
+        ranks: int,
+        microbatches: int,
+        load: Load,
+        how: str | Sizes = "balanced",
+        placement: Sizes | None = None,
+        waits: bool = False,
     ) -> Fitted:
         """The table and the cut; see `Auto.fit`."""
 
@@ -74,11 +82,17 @@ class Auto:
             raise ScheduleError(f"auto: needs at least 1 rank and 1 microbatch, got {ranks} and {microbatches}")
         times = [self.costs.of(kind, 0) for kind in "FIW"] if self.costs else [1.0, 1.0, 1.0]
         return _search(
-            self, ranks, microbatches, even_load(4 * ranks, ranks, *times), "balanced", None, whole=True
+            self, ranks, microbatches, even_load(4 * ranks, ranks, *times), "balanced", None, False, whole=True
         ).schedule
 
     def fit(
-        self, ranks: int, microbatches: int, load: Load, how: str | Sizes = "balanced", placement: Sizes | None = None
+        self,
+        ranks: int,
+        microbatches: int,
+        load: Load,
+        how: str | Sizes = "balanced",
+        placement: Sizes | None = None,
+        waits: bool = False,
     ) -> Fitted:
         """The fastest table and cut for a loss.
 
@@ -87,11 +101,12 @@ class Auto:
             load: what its segments cost.
             how: "balanced" to choose the cut freely, "even", or how many segments each stage gets.
             placement: the rank of every stage, if that is settled.
+            waits: whether ranks wait for each other at the end of a step, so that its time alone counts.
 
         Raises:
             ScheduleError: nothing keeps to the memory limit.
         """
-        return _search(self, ranks, microbatches, load, how, placement, whole=False)
+        return _search(self, ranks, microbatches, load, how, placement, waits, whole=False)
 
 
 def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
@@ -105,7 +120,8 @@ def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
 
     Returns:
         a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every schedule of the library
-        that keeps to the limit: these are among what it chooses from.
+        that keeps to the limit: these are among what it chooses from. What counts is a step among others (`Timeline.period`);
+        where the step makes ranks wait for each other, as clipping does, a step alone (`Timeline.makespan`).
 
     Raises, when it is laid out:
         ScheduleError: nothing keeps to the memory limit.
@@ -113,7 +129,7 @@ def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
     >>> from funcpipe.schedule import timeline, unit_costs, zb_h1
     >>> best = auto(memory_limit=4)(4, 8)
     >>> half = unit_costs(F=0.5, I=0.5, W=0.5)
-    >>> len(best.placement), timeline(best, half).makespan <= timeline(zb_h1()(4, 8), unit_costs()).makespan
+    >>> len(best.placement), timeline(best, half).period <= timeline(zb_h1()(4, 8), unit_costs()).period
     (8, True)
     """
     if memory_limit is not None and not memory_limit > 0:
@@ -122,9 +138,16 @@ def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
 
 
 def _search(
-    auto: Auto, ranks: int, microbatches: int, load: Load, how: str | Sizes, placement: Sizes | None, whole: bool
+    auto: Auto,
+    ranks: int,
+    microbatches: int,
+    load: Load,
+    how: str | Sizes,
+    placement: Sizes | None,
+    waits: bool,
+    whole: bool,
 ) -> Fitted:
-    search = _Search(ranks, microbatches, load, auto.memory_limit or math.inf, how, placement, whole)
+    search = _Search(ranks, microbatches, load, auto.memory_limit or math.inf, how, placement, waits, whole)
     found = search.best()
     if found is None:
         least = f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
@@ -143,6 +166,7 @@ class _Search:
     cap: float
     how: str | Sizes
     placement: Sizes | None
+    waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
 
@@ -153,7 +177,11 @@ class _Search:
         if drafts and self.how == "balanced":
             chosen.append(self._moved(*drafts[0]))
         found += [fitted for draft in chosen if (fitted := self._greedy(*draft)) is not None]
-        return min(found, key=lambda fitted: fitted.time, default=None)
+        return min(found, key=self._counts, default=None)
+
+    def _counts(self, fitted: Fitted) -> tuple[float, float]:
+        """What is least for the best. Among equals, which sums of floats do not quite show, the time alone decides."""
+        return (fitted.alone if self.waits else float(f"{fitted.time:.9g}")), fitted.alone
 
     def _stages(self, count: int) -> tuple[tuple[int, ...], ...] | None:
         """The segments of so many stages, unless that is not what was asked for."""
@@ -173,7 +201,7 @@ class _Search:
             return None
         load = self.load
         line = timeline(schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
-        return Fitted(schedule, stages, line.makespan, memory)
+        return Fitted(schedule, stages, line.period, line.makespan, memory)
 
     def _named(self) -> Iterator[Fitted | None]:
         """Every schedule of the library."""
@@ -208,8 +236,7 @@ class _Search:
         drawn = greedy("auto", self.load, stages, placement, some, self.cap, policy)
         if drawn is None:
             return math.inf
-        _, end, busy = drawn
-        return end + (self.microbatches - some) * busy / some
+        return (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
 
     def _moved(self, time: float, sizes: Sizes, placement: Sizes, policy: Policy) -> tuple[Sizes, Sizes, Policy]:
         """The cut after moving single segments between neighbouring stages, while that helps."""
@@ -228,7 +255,7 @@ class _Search:
     def _greedy(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Fitted | None:
         stages = _grouped(sizes)
         drawn = greedy("auto", self.load, stages, placement, self.microbatches, self.cap, policy)
-        return None if drawn is None else self._timed(_joined(drawn[0], stages, self.load), stages)
+        return None if drawn is None else self._timed(_joined(drawn.schedule, stages, self.load), stages)
 
 
 def _grouped(sizes: Sizes) -> tuple[tuple[int, ...], ...]:

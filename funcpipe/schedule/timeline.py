@@ -47,6 +47,17 @@ class Timeline:
         return max((span.end for spans in self.spans for span in spans), default=0.0)
 
     @cached_property
+    def period(self) -> float:
+        """What each step takes where many follow one another: the longest that a rank needs from its first computation to its
+        end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a rank
+        idles before its first computation or after its last is then filled by the step before and the one behind."""
+        first = [min((s.start for s in spans if s.action.kind in COMPUTE), default=0.0) for spans in self.spans]
+        return max(
+            (max((s.end for s in spans), default=0.0) - a for a, spans in zip(first, self.spans, strict=True)),
+            default=0.0,
+        )
+
+    @cached_property
     def busy(self) -> tuple[float, ...]:
         """For every rank how long it computes."""
         compute = [[s.end - s.start for s in spans if s.action.kind in COMPUTE] for spans in self.spans]
@@ -85,6 +96,10 @@ def timeline(
     >>> line = timeline(gpipe()(2, 3), unit_costs())
     >>> line.makespan, line.busy, line.bubble
     (12.0, (9.0, 9.0), 0.25)
+    >>> from funcpipe.schedule.library import zb_v
+    >>> line = timeline(zb_v()(2, 3), unit_costs(F=0.5, I=0.5, W=0.5))
+    >>> line.makespan, line.period  # rank 1 begins later than rank 0, and ends later
+    (9.5, 9.0)
     """
     edges = chain(schedule.stages) if edges is None else edges
     schedule = insert_communication(schedule, edges)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,3 +114,24 @@ def test_nothing_starts_before_it_can(schedule: Schedule, costs: dict[str, float
                     assert ended[holder, maker] + under_way <= arrived[rank, maker] <= span.start
     assert line.makespan >= max(line.busy)
     assert -1e-9 <= line.bubble < 1
+
+
+@given(
+    library(ranks=4, microbatches=6, v=3),
+    st.dictionaries(st.sampled_from("FBIW"), st.floats(0.1, 4)),
+    st.floats(0, 2),
+    st.integers(2, 4),
+)
+def test_every_further_step_takes_no_more_than_the_period(
+    schedule: Schedule, costs: dict[str, float], under_way: float, steps: int
+) -> None:
+    """Steps behind each other: every rank goes on to the next one as soon as it is done with the last."""
+    cost = lambda action: costs.get(action.kind, 1.0)  # noqa: E731
+    one = timeline(schedule, cost, under_way)
+    n = schedule.microbatches
+    rows = tuple(
+        tuple(a._replace(microbatch=a.microbatch + k * n) for k in range(steps) for a in row) for row in schedule.ranks
+    )
+    many = timeline(replace(schedule, ranks=rows, microbatches=steps * n), cost, under_way)
+    assert max(one.busy) <= one.period * (1 + 1e-9) and one.period <= one.makespan
+    assert many.makespan <= one.makespan + (steps - 1) * one.period + 1e-9
