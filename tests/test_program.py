@@ -10,6 +10,7 @@ import torch
 from models_for_tests import batch, body, count, loss_fn, params, pipe, refused, same_bits, start, step_of
 
 import funcpipe as fp
+from funcpipe.comm.inprocess import InProcessCommunicator
 from funcpipe.errors import ScheduleError
 from funcpipe.program import ADD, RUN, Program
 from funcpipe.program.verify import verify
@@ -174,6 +175,21 @@ def test_sums_go_to_the_other_places_as_soon_as_they_may_and_arrive_at_the_end(n
         between = {row.action for row in p.rows[summed : told[0][0]] if row.op == RUN}
         assert len(between) == 1 and not any(row.op == "recv" for row in p.rows[summed : told[0][0]])
     assert all(p.heads.keys() == {0, 1} for p in programs(plan))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_step_has_no_collective_over_the_pipeline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = []
+    collective = InProcessCommunicator._collective
+    monkeypatch.setattr(
+        InProcessCommunicator,
+        "_collective",
+        lambda self, kind, x, over, combine: axes.append(over) or collective(self, kind, x, over, combine),
+    )
+    step = fp.data_parallel(pipe(step_of(), 4, schedule=SCHEDULES[name]), axis="data")
+    run, state = start(step, fp.Mesh(pipe=2, data=2), params(4), batch(16))
+    run(state, batch(16))
+    assert axes and all("pipe" not in over for over in axes)
 
 
 def test_a_plan_reads_as_text_and_tells_its_memory() -> None:
