@@ -24,20 +24,20 @@ from funcpipe.mesh import Axes, Mesh
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective under way, or a tensor."""
 
     def wait(self) -> torch.Tensor:
-        """Its result, once."""
+        """The collective's result, once; the tensor, when it has left."""
 
 
 class Done:
-    """A collective that was over when it began."""
+    """What was over when it began."""
 
     def __init__(self, out: torch.Tensor) -> None:
-        self._out = out
+        self.out = out
 
     def wait(self) -> torch.Tensor:
-        return self._out
+        return self.out
 
 
 class Communicator(Protocol):
@@ -78,8 +78,11 @@ class Communicator(Protocol):
     def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
         """The ``x`` of the member with index ``src``; the others' ``x`` gives shape and dtype."""
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
-        """Send tensors to rank ``dst``. Returns at once; the tensors must not be changed afterwards."""
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Pending]:
+        """Send tensors to rank ``dst``. Returns at once; the tensors must not be changed until they have left."""
+
+    def settle(self, sent: Sequence[Pending]) -> None:
+        """Wait until tensors have left, and let them go."""
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         """Receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
@@ -92,7 +95,7 @@ class Communicator(Protocol):
         """Every rank's 64-bit integer, in rank order: an ``exchange`` that is cheap enough for every step."""
 
     def flush(self) -> None:
-        """Wait until every send has left; called at the end of a step."""
+        """Wait until every tensor that was sent has left; called at the end of a step."""
 
     def fail(self, error: BaseException) -> BaseException:
         """Tell every rank that this one failed, so that none waits for it. Returns the error to raise here:

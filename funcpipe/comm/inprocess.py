@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from funcpipe.comm import Done, wire
+from funcpipe.comm import Done, Pending, wire
 from funcpipe.comm.floor import DONE, READY, Call, Combine, World
 from funcpipe.errors import FuncpipeError, MismatchError
 from funcpipe.mesh import Axes, Mesh
@@ -74,7 +74,7 @@ class InProcessCommunicator:
         kind = f"broadcast(src={src})"
         return self._collective(kind, x, axes, lambda xs: _copies(wire.fresh(xs[src]), len(xs)))
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Done]:
         world = self._world
         if world.error is not None:
             raise world.stopped()
@@ -82,6 +82,10 @@ class InProcessCommunicator:
         box.messages.append(xs)
         if world.waits[dst] is box:
             world.wake(dst)
+        return [Done(x) for x in xs]
+
+    def settle(self, sent: Sequence[Pending]) -> None:
+        pass
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         world = self._world

@@ -4,7 +4,7 @@ Terms. A *lane* is a (source, destination, channel). A message is a sequence of 
 flat elements in its wire order (`wire.py`), and one without elements does not travel at all. A *pending*
 send is one that may not have left yet: its tensor must live until then.
 
-In: tensors, peers, channels. Out: filled tensors. Errors are those of torch.distributed.
+In: tensors, peers, channels. Out: filled tensors, pending sends. Errors are those of torch.distributed.
 
 FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo every tensor
 carries its number in its tag, on NCCL every lane has a communicator of its own.
@@ -12,16 +12,48 @@ carries its number in its tag, on NCCL every lane has a communicator of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from funcpipe.comm import wire
+from funcpipe.comm import Done, Pending, wire
 from funcpipe.comm.groups import Groups
 
 _NUMBERS = 1 << 16  # tag = channel number * _NUMBERS + running number of the tensor on its lane
 _CHANNELS = 1 << 14  # tags stay below 2**30
+
+
+class _Outbox:
+    """Sends that may not have left yet, with their tensors, in order."""
+
+    def __init__(self) -> None:
+        self.sends: dict[_Send, None] = {}
+
+    def put(self, xs: Sequence[torch.Tensor], start: Callable[[torch.Tensor], _Send]) -> list[Pending]:
+        """Start to send tensors. One without elements does not travel."""
+        out: list[Pending] = [start(x) if x.numel() else Done(x) for x in xs]
+        self.sends.update((x, None) for x in out if isinstance(x, _Send))
+        return out
+
+    def flush(self) -> None:
+        for x in list(self.sends):
+            x.wait()
+
+
+class _Send:
+    """A tensor on its way."""
+
+    __slots__ = ("outbox", "work", "x")
+
+    def __init__(self, outbox: _Outbox, work: dist.Work, x: torch.Tensor) -> None:
+        self.outbox, self.work, self.x = outbox, work, x
+
+    def wait(self) -> torch.Tensor:
+        if self in self.outbox.sends:
+            self.work.wait()
+            del self.outbox.sends[self]
+        return self.x
 
 
 class _Lane:
@@ -41,7 +73,7 @@ class GlooMail:
     """Messages between CPUs, over one group of all ranks.
 
     A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its
-    receiver. So every sent tensor is kept until ``flush``.
+    receiver. So every sent tensor is kept until somebody who knows that it has arrived waits for it, or ``flush``.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: dist.Store, key: str) -> None:
@@ -49,14 +81,16 @@ class GlooMail:
         self._channels: dict[str, int] = {}
         self._outgoing: dict[tuple[int, str], _Lane] = {}
         self._incoming: dict[tuple[int, str], _Lane] = {}
-        self._pending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._outbox = _Outbox()
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         lane = self._outgoing.get((dst, channel)) or self._open(self._outgoing, dst, channel)
-        for x in xs:
-            if x.numel():
-                dense = x if x.is_contiguous() else wire.flat(x)
-                self._pending.append((self._group.send([dense], lane.peer, lane.tag()), dense))
+
+        def start(x: torch.Tensor) -> _Send:
+            dense = x if x.is_contiguous() else wire.flat(x)
+            return _Send(self._outbox, self._group.send([dense], lane.peer, lane.tag()), dense)
+
+        return self._outbox.put(xs, start)
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         lane = self._incoming.get((src, channel)) or self._open(self._incoming, src, channel)
@@ -73,9 +107,7 @@ class GlooMail:
         return outs
 
     def flush(self) -> None:
-        for work, _ in self._pending:
-            work.wait()
-        self._pending.clear()
+        self._outbox.flush()
 
     def _open(self, lanes: dict[tuple[int, str], _Lane], peer: int, channel: str) -> _Lane:
         lane = lanes[peer, channel] = _Lane(peer, self._number(channel))
@@ -95,24 +127,24 @@ class GlooMail:
 class NcclMail:
     """Messages between GPUs, one communicator for each lane (`Groups.prepare`).
 
-    Both ends only enqueue: a receive makes the current stream wait, not the host. A sent tensor is kept
-    until its work is waited on, at the latest by ``flush``, which also joins the communicators' streams to
-    the current one, as a capture of the step into a CUDA graph needs.
+    Both ends only enqueue: a receive makes the current stream wait, not the host, and so does who waits for a
+    send; what is then freed may be used again. At the latest ``flush`` does so, which joins the communicators'
+    streams to the current one, as a capture of the step into a CUDA graph needs.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._pending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._outbox = _Outbox()
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         group = self._groups.lane(self._groups.rank, dst, channel)
         there = int(self._groups.rank < dst)  # the two ranks of a group are counted in ascending order
-        for x in xs:
-            if x.numel():
-                flat = wire.flat(x).view(torch.uint8)
-                self._pending.append((group.send([flat], there, 0), flat))
-        if len(self._pending) > 64 and not torch.cuda.is_current_stream_capturing():
-            self._pending = [(work, x) for work, x in self._pending if not work.is_completed()]
+
+        def start(x: torch.Tensor) -> _Send:
+            flat = wire.flat(x).view(torch.uint8)
+            return _Send(self._outbox, group.send([flat], there, 0), flat)
+
+        return self._outbox.put(xs, start)
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         group = self._groups.lane(src, self._groups.rank, channel)
@@ -126,9 +158,7 @@ class NcclMail:
         return outs
 
     def flush(self) -> None:
-        for work, _ in self._pending:
-            work.wait()
-        self._pending.clear()
+        self._outbox.flush()
 
 
 def mail(groups: Groups, store: dist.Store, key: str) -> GlooMail | NcclMail:

@@ -114,9 +114,9 @@ class ProcessGroupCommunicator:
 
     # --- messages and host objects --------------------------------------------------------------------
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> None:
+    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Pending]:
         try:
-            self._mail.send(xs, dst, channel)
+            return self._mail.send(xs, dst, channel)
         except RuntimeError as error:
             what = f"sending {wire.specs(xs)} on channel {channel!r}"
             raise self._lost(error, what, (dst,)) from error
@@ -127,6 +127,10 @@ class ProcessGroupCommunicator:
         except RuntimeError as error:
             what = f"receiving {wire.specs(outs)} on channel {channel!r}"
             raise self._lost(error, what, (src,)) from error
+
+    def settle(self, sent: Sequence[Pending]) -> None:
+        if sent:
+            self._attempt(lambda: [x.wait() for x in sent], lambda: "while messages left")
 
     def flush(self) -> None:
         self._attempt(self._mail.flush, lambda: "while messages left")

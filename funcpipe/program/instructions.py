@@ -15,7 +15,7 @@ from funcpipe.schedule.actions import Action
 RUN, SEND, RECV, ADD, GATHER, REDUCE, WAIT = "run", "send", "recv", "add", "gather", "reduce", "wait"
 
 # What a slot holds while a program is being written: ("param", leaf), ("full", leaf, n), ("batch", m, leaf),
-# ("const", value), ("value", value, m), ("pending", n), ("shard", leaf, partial, m), or a sum: ("head", number),
+# ("const", value), ("value", value, m), ("sent", value, m, place), ("pending", n), ("shard", leaf, partial, m), or a sum: ("head", number),
 # ("row", number, m), ("grad", leaf, partial), ("whole", leaf, partial).
 Name = tuple
 
@@ -96,7 +96,8 @@ class Instruction:
         op: RUN, SEND, RECV, GATHER, REDUCE, WAIT or ADD.
         action: the action of the schedule that it belongs to.
         reads, writes: slots, in the order of the unit's inputs and outputs, of the values, or of the bucket's pieces.
-            GATHER and REDUCE write one slot, which WAIT reads. ADD adds ``reads[0]`` to ``writes[0]``.
+            GATHER and REDUCE write one slot, which WAIT reads. ADD adds ``reads[0]`` to ``writes[0]``. SEND writes what holds
+            its values until a RECV reads it, by which the other end has them; those of the last sends it does not write.
         frees: slots that no later instruction reads.
         unit: for RUN: what runs.
         values: for SEND and RECV: what is moved, in order.

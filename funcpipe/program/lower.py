@@ -19,6 +19,7 @@ from funcpipe.program.shards import Sharding, shard
 from funcpipe.program.slots import allocate
 from funcpipe.program.verify import verify
 from funcpipe.schedule.actions import Action, Edge, Schedule
+from funcpipe.schedule.communication import arrivals
 
 
 def stage_edges(cuts: Sequence[Cut], stages: Sequence[Sequence[int]]) -> frozenset[Edge]:
@@ -156,6 +157,8 @@ class _Lowering:
         self.made = [made[id(cut)] for cut in self.cuts]
         finals = {id(cut): _finals(cut) for cut in self.cuts}
         self.finals = [finals[id(cut)] for cut in self.cuts]
+        self.arrivals = arrivals(self.schedule, self.place)
+        self.told = {send for sends in self.arrivals.values() for send in sends}
         for action in self.schedule.ranks[self.place]:
             if action.kind.startswith(("SEND", "RECV")):
                 self._move(action)
@@ -198,14 +201,23 @@ class _Lowering:
     def _move(self, action: Action) -> None:
         assert action.peer is not None
         m, peer = action.microbatch, self.schedule.placement[action.peer]
-        sends = action.kind.startswith("SEND")
-        source, target = (action.stage, peer) if sends else (action.peer, self.place)
-        values = self._message(action.kind[-1], source, target, m)
-        names = tuple(("value", v, m) for v in values)
-        if sends:
-            self.rows.append(Row(SEND, action, names, (), values=values, peer=peer))
+        if action.kind.startswith("SEND"):
+            values = self._message(action.kind[-1], action.stage, peer, m)
+            kept = self._sent(action) if action in self.told else ()
+            self.rows.append(Row(SEND, action, tuple(("value", v, m) for v in values), kept, values=values, peer=peer))
         else:
-            self.rows.append(Row(RECV, action, (), names, values=values, peer=peer))
+            values = self._message(action.kind[-1], action.peer, self.place, m)
+            arrived = tuple(name for send in self.arrivals[action] for name in self._sent(send))
+            self.rows.append(
+                Row(RECV, action, arrived, tuple(("value", v, m) for v in values), values=values, peer=peer)
+            )
+
+    def _sent(self, send: Action) -> tuple[Name, ...]:
+        """What holds the values of a message until it has arrived."""
+        assert send.peer is not None
+        peer = self.schedule.placement[send.peer]
+        values = self._message(send.kind[-1], send.stage, peer, send.microbatch)
+        return tuple(("sent", v, send.microbatch, peer) for v in values)
 
     def _message(self, half: str, source: int, target: int, m: int) -> tuple[Value, ...]:
         """What a stage makes that any stage at a place reads: the same on both ends, in the same order."""

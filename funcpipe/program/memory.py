@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from funcpipe.program.instructions import ADD, GATHER, REDUCE, WAIT, Bucket, Name, Row, Usage
+from funcpipe.program.instructions import ADD, GATHER, RECV, REDUCE, WAIT, Bucket, Name, Row, Usage
 
 if TYPE_CHECKING:
     from funcpipe.program.instructions import Program
@@ -116,9 +116,15 @@ class _Memory:
         for n in row.writes if change is None or row.unit is None else change.writes:
             self._write(row, n, change)
         self._all()
+        if row.op == RECV:  # what arrives lies beside what has left until it is here
+            self._between()
         for n in dead if change is None or row.unit is None else change.dead:
             for live in (self.values, self.gathered, self.sums):
                 live.drop(n)
+        self._between()
+
+    def _between(self) -> None:
+        """What is held between two units."""
         self.kept = max(self.kept, self.values.now)
         self.peak = max(self.peak, self.values.now)
 
@@ -129,6 +135,8 @@ class _Memory:
     def _write(self, row: Row, n: Name, change: Change | None) -> None:
         if n[0] == "value":
             self.values.hold(n, (n[1].storage, n[2]), 0 if n in self.products else n[1].nbytes)
+        elif n[0] == "sent":
+            self.values.hold(n, (n[1].storage, n[2]), n[1].nbytes)
         elif row.op == ADD:
             self._add(row, n, change)
         elif row.bucket is not None:

@@ -91,20 +91,27 @@ class _Wire:
 
 def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
     """Run a bound program. Values leave their slots at their last use, so that a unit can free them while it runs."""
+    made: Any
     for op, run, reads, writes, frees, peer, channel in program:
         if op is ADD:
             slots[writes[0]] = run(slots[writes[0]], slots[reads[0]])
             for i in frees:
                 slots[i] = None
             continue
+        if op is RECV:
+            made = comm.recv(run([]), peer, channel)
+            for k, i in enumerate(writes):
+                slots[i] = made[k]
+            comm.settle([slots[i] for i in reads])  # messages that have arrived, as this one tells
+            for i in frees:
+                slots[i] = None
+            del made
+            continue
         args = [slots[i] for i in reads]
         for i in frees:
             slots[i] = None
-        if op is SEND:
-            comm.send(run(args), peer, channel)
-        else:
-            made = comm.recv(run(args), peer, channel) if op is RECV else run(args)
-            for k, i in enumerate(writes):
-                slots[i] = made[k]
-            del made
+        made = comm.send(run(args), peer, channel) if op is SEND else run(args)
+        for k, i in enumerate(writes):
+            slots[i] = made[k]
+        del made
         del args  # nothing outlives its slot

@@ -132,6 +132,39 @@ def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
     return replace(schedule, ranks=tuple(ranks))
 
 
+def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
+    """For every receive of a rank, the sends of the rank that have surely arrived when it is over, and were not sure to have
+    before: those which the other end had received when it sent. What they sent need not be kept any longer.
+
+    >>> from funcpipe.schedule.actions import chain
+    >>> from funcpipe.schedule.library import one_f_one_b
+    >>> table = insert_communication(one_f_one_b()(2, 3), chain(2))
+    >>> for receive, sends in arrivals(table, 0).items():
+    ...     print(receive, *sends)
+    0RECV_B0<1 0SEND_F0>1
+    0RECV_B1<1 0SEND_F1>1
+    0RECV_B2<1 0SEND_F2>1
+    """
+    got: dict[int, list[Message]] = defaultdict(list)  # by the other end, in its order
+    known: dict[Message, int] = {}  # for what it sent here, how many of those it had
+    for other, row in enumerate(schedule.ranks):
+        for action in row:
+            if action.peer is not None and schedule.placement[action.peer] == rank != other:
+                if action.kind.startswith("RECV"):
+                    got[other].append(message_of(action))
+                else:
+                    known[message_of(action)] = len(got[other])
+    out: dict[Action, tuple[Action, ...]] = {}
+    told: dict[int, int] = defaultdict(int)
+    for action in schedule.ranks[rank]:
+        if action.kind.startswith("RECV"):
+            message = message_of(action)
+            other = schedule.placement[message.unit[1]]
+            out[action] = tuple(map(_send, got[other][told[other] : known[message]]))
+            told[other] = max(told[other], known[message])
+    return out
+
+
 # Where an action stands: (rank, position in the rank's list).
 _Place = tuple[int, int]
 # By the place of what makes it: a message, and the place of what reads it first on the rank where it goes.
