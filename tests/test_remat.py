@@ -229,8 +229,9 @@ def test_memory_that_is_measured_falls() -> None:
     for r in range(2):
         assert held["block"][r] < held["half"][r] < held["plain"][r]
     # 1F1B: two microbatches are under way on the first rank. Of each, its three blocks save 4, 5 and 5 tensors (what enters
-    # the first is the batch), or 0, 1 and 1; beside them there is a gradient, with remat between two blocks in two parts.
-    assert held["plain"][0] == (2 * 14 + 1) * ROWS and held["block"][0] == (2 * 2 + 2) * ROWS
+    # the first is the batch), or 0, 1 and 1, and one is on its way until its gradient
+    # comes back; beside them there is that gradient, with remat between two blocks in two parts.
+    assert held["plain"][0] == (2 * 15 + 1) * ROWS and held["block"][0] == (2 * 2 + 1 + 2) * ROWS
 
 
 def test_recomputation_happens_once() -> None:

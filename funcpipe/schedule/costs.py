@@ -8,12 +8,13 @@ what its halves exchange. A *flow* is the bytes that one half of a segment hands
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from funcpipe.errors import PlanError
-from funcpipe.schedule.actions import Action, Edge
+from funcpipe.schedule.actions import Action, Edge, Schedule
+from funcpipe.schedule.communication import arrivals
 
 Stages = Sequence[Sequence[int]]
 # ("F" | "B", segment) made it, ("F" | "B", segment) reads it
@@ -116,12 +117,16 @@ class Load:
 
     def transfer(self, stages: Stages) -> Callable[[Action], float]:
         """The time that the message of a ``SEND`` is under way."""
-        times: dict[tuple[str, int, int], float] = {}
-        for ((half, a), (_, b)), nbytes in self._between(stages).items():
-            times[half, a, b] = times.get((half, a, b), 0.0) + nbytes
-        times = {key: self.link(nbytes) for key, nbytes in times.items()}
+        times = {key: self.link(nbytes) for key, nbytes in self.messages(stages).items()}
         nothing = self.link(0.0)
         return lambda send: times.get((send.kind[-1], send.stage, send.peer or 0), nothing)
+
+    def messages(self, stages: Stages) -> dict[tuple[str, int, int], float]:
+        """Bytes by ("F" | "B", stage that makes them, stage that reads them)."""
+        out: dict[tuple[str, int, int], float] = {}
+        for ((half, a), (_, b)), nbytes in self._between(stages).items():
+            out[half, a, b] = out.get((half, a, b), 0.0) + nbytes
+        return out
 
     def _between(self, stages: Stages) -> dict[Edge, float]:
         stage = {segment: s for s, segments in enumerate(stages) for segment in segments}
@@ -132,15 +137,23 @@ class Load:
                 out[edge] = out.get(edge, 0.0) + nbytes
         return out
 
-    def memory(self, row: Iterable[Action], stages: Stages) -> float:
-        """The most bytes that a rank holds which runs these actions."""
+    def memory(self, schedule: Schedule, rank: int, stages: Stages) -> float:
+        """The most bytes that a rank holds. Where the table has transfers, what it sends is held until it has surely arrived."""
+        told = arrivals(schedule, rank)
+        sent = {send for sends in told.values() for send in sends}
+        messages = self.messages(stages)
+        nbytes = lambda send: messages.get((send.kind[-1], send.stage, send.peer or 0), 0.0)  # noqa: E731
         now = peak = 0.0
         held = [sum(self.held[x] for x in segments) for segments in stages]
         late = [sum(self.waiting[x] for x in segments) for segments in stages]
         work = [max(self.work[x] for x in segments) for segments in stages]
         most = 0.0
-        for a in row:
-            if a.kind == "F":
+        for a in schedule.ranks[rank]:
+            if a in sent:
+                now += nbytes(a)
+            elif a in told:
+                now -= sum(map(nbytes, told[a]))
+            elif a.kind == "F":
                 now += held[a.stage]
             elif a.kind == "B":
                 now -= held[a.stage]
@@ -148,8 +161,6 @@ class Load:
                 now += late[a.stage] - held[a.stage]
             elif a.kind == "W":
                 now -= late[a.stage] if a.segment is None else self.waiting[stages[a.stage][a.segment]]
-            else:
-                continue
             peak, most = max(peak, now), max(most, work[a.stage])
         return peak + most
 
@@ -160,7 +171,7 @@ def even_load(segments: int, ranks: int, F: float = 1.0, I: float = 1.0, W: floa
 
     >>> from funcpipe.schedule.library import one_f_one_b
     >>> load = even_load(segments=8, ranks=4)
-    >>> load.memory(one_f_one_b()(4, 8).ranks[0], [(0, 1), (2, 3), (4, 5), (6, 7)])
+    >>> load.memory(one_f_one_b()(4, 8), 0, [(0, 1), (2, 3), (4, 5), (6, 7)])
     4.0
     """
     share = ranks / segments

@@ -121,7 +121,12 @@ class _List:
         self.stages, self.placement, self.microbatches, self.policy = stages, placement, microbatches, policy
         count = len(stages)
         self.cost, transfer, edges = load.cost(stages), load.transfer(stages), load.edges(stages)
-        self.held = [sum(load.held[x] for x in segments) for segments in stages]
+        away = {k: n for k, n in load.messages(stages).items() if placement[k[1]] != placement[k[2]]}
+        # What F sends has arrived when its gradient comes back.
+        self.held = [
+            sum(load.held[x] for x in segments) + sum(n for (half, a, _), n in away.items() if (half, a) == ("F", s))
+            for s, segments in enumerate(stages)
+        ]
         self.late = [[load.waiting[x] for x in segments] for segments in stages]
         reads = sources(edges)
         own: dict[tuple[str, int], list[tuple[str, int]]] = {("B", s): [("F", s)] for s in range(count)}
@@ -140,6 +145,7 @@ class _List:
         for r, rank in enumerate(self.ranks):
             mine = [s for s in range(count) if placement[s] == r]
             work = max((load.work[x] for s in mine for x in stages[s]), default=0.0)
+            work += max((n for (half, a, _), n in away.items() if half == "B" and a in mine), default=0.0)
             rank.room = cap - work + _SLACK * max(cap, 1.0) if cap != float("inf") else cap
             self.entry[mine[0]] = sum(self.held[s] for s in mine[1:])
         self.events: list[tuple[float, int]] = []

@@ -19,6 +19,7 @@ from funcpipe.errors import ScheduleError
 from funcpipe.graph.balance import group
 from funcpipe.schedule.actions import Action, Schedule
 from funcpipe.schedule.catalogue import training
+from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.costs import Costs, Load, even_load
 from funcpipe.schedule.greedy import Policy, greedy
 from funcpipe.schedule.layout import loop, vee
@@ -195,12 +196,13 @@ class _Search:
         return self.placement is None or placement == self.placement
 
     def _timed(self, schedule: Schedule, stages: tuple[tuple[int, ...], ...]) -> Fitted | None:
-        memory = max(self.load.memory(row, stages) for row in schedule.ranks)
+        load = self.load
+        sending = insert_communication(schedule, load.edges(stages))
+        memory = max(load.memory(sending, rank, stages) for rank in range(self.ranks))
         self.least = min(self.least, memory)
         if memory > self.cap * (1 + 1e-9):
             return None
-        load = self.load
-        line = timeline(schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
+        line = timeline(sending, load.cost(stages), load.transfer(stages))
         return Fitted(schedule, stages, line.period, line.makespan, memory)
 
     def _named(self) -> Iterator[Fitted | None]:

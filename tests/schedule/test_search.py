@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import funcpipe as fp
 from funcpipe.errors import PlanError, ScheduleError
 from funcpipe.graph.balance import group
-from funcpipe.schedule import Costs, Load, auto, check, timeline
+from funcpipe.schedule import Costs, Load, Schedule, auto, check, timeline
 from funcpipe.schedule.catalogue import NAMES, by_name, training
+from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.costs import even_load
 from funcpipe.schedule.greedy import Policy, greedy
 from funcpipe.schedule.search import Auto
@@ -38,10 +39,15 @@ def best_named(load: Load, ranks: int, microbatches: int, cap: float | None, wai
         if schedule.stages > load.segments:
             continue
         stages = group([round(1e6 * (f + b)) for f, b in zip(load.F, load.B, strict=True)], schedule.stages, "balanced")
-        if cap is None or max(load.memory(row, stages) for row in schedule.ranks) <= cap + 1e-9:
+        if cap is None or _most(load, schedule, stages) <= cap + 1e-9:
             line = timeline(schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
             found.append(line.makespan if waits else line.period)
     return min(found)
+
+
+def _most(load: Load, schedule: Schedule, stages: tuple) -> float:
+    sending = insert_communication(schedule, load.edges(stages))
+    return max(load.memory(sending, rank, stages) for rank in range(len(schedule.ranks)))
 
 
 CASES = [
@@ -136,7 +142,7 @@ def test_greedy_tables_pass_the_checker(
     drawn = greedy("mine", load, stages, placement, microbatches, cap, policy)
     if drawn is not None:
         check(drawn.schedule, load.edges(stages), [len(s) for s in stages])
-        assert max(load.memory(row, stages) for row in drawn.schedule.ranks) <= cap * (1 + 1e-6)
+        assert _most(load, drawn.schedule, stages) <= cap * (1 + 1e-6)
         assert drawn.end >= drawn.period >= drawn.busy * (1 - 1e-9)
         line = timeline(drawn.schedule, load.cost(stages), load.transfer(stages), load.edges(stages))
         assert (line.makespan, line.period) == pytest.approx((drawn.end, drawn.period))
