@@ -15,7 +15,8 @@ from funcpipe.errors import ScheduleError
 from funcpipe.program import ADD, RUN, Program
 from funcpipe.program.verify import verify
 from funcpipe.runtime.plan import Plan
-from funcpipe.schedule import from_table, gpipe, interleaved_1f1b, one_f_one_b, zb_h1, zb_v
+from funcpipe.schedule import Action, from_table, gpipe, interleaved_1f1b, one_f_one_b, zb_h1, zb_v
+from funcpipe.schedule.communication import message_of
 
 SCHEDULES = {
     "gpipe": gpipe(),
@@ -175,6 +176,35 @@ def test_sums_go_to_the_other_places_as_soon_as_they_may_and_arrive_at_the_end(n
         between = {row.action for row in p.rows[summed : told[0][0]] if row.op == RUN}
         assert len(between) == 1 and not any(row.op == "recv" for row in p.rows[summed : told[0][0]])
     assert all(p.heads.keys() == {0, 1} for p in programs(plan))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int) -> None:
+    """By the order of both programs; and no longer: what the other end had not received when it sent may still be on its way."""
+    plan = planned(SCHEDULES[name], microbatches=6, ranks=ranks, layers=12, rows=12)
+    rows = [[(row.action, row) for row in p.rows] for p in programs(plan)]
+    let_go = 0
+    for p in programs(plan):
+        held: dict[Any, Action] = {}
+        for row in p.rows:
+            if row.op == "send":
+                held |= dict.fromkeys(row.writes, row.action)
+            if row.op != "recv" or row.action.kind == "RECV_H":
+                continue
+            peer = plan.calls[0].schedule.placement[row.action.peer]
+            there = [a for a, other in rows[peer] if other.op in ("send", "recv") and other.peer == p.place]
+            answer = next(
+                k for k, a in enumerate(there) if a.kind[:4] == "SEND" and message_of(a) == message_of(row.action)
+            )
+            got = {message_of(a) for a in there[:answer] if a.kind in ("RECV_F", "RECV_B")}
+            assert {message_of(held[n]) for n in row.reads} <= got
+            for n in row.reads:
+                del held[n]
+                let_go += 1
+            assert not {message_of(a) for n, a in held.items() if n[3] == peer} & got
+        assert not held
+    assert let_go
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

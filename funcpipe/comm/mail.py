@@ -12,7 +12,7 @@ carries its number in its tag, on NCCL every lane has a communicator of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from funcpipe.comm.groups import Groups
 
 _NUMBERS = 1 << 16  # tag = channel number * _NUMBERS + running number of the tensor on its lane
 _CHANNELS = 1 << 14  # tags stay below 2**30
+_SMALL = 1 << 16  # bytes
 
 
 class _Outbox:
@@ -30,11 +31,10 @@ class _Outbox:
     def __init__(self) -> None:
         self.sends: dict[_Send, None] = {}
 
-    def put(self, xs: Sequence[torch.Tensor], start: Callable[[torch.Tensor], _Send]) -> list[Pending]:
-        """Start to send tensors. One without elements does not travel."""
-        out: list[Pending] = [start(x) if x.numel() else Done(x) for x in xs]
-        self.sends.update((x, None) for x in out if isinstance(x, _Send))
-        return out
+    def put(self, work: dist.Work, x: torch.Tensor) -> _Send:
+        send = _Send(self, work, x)
+        self.sends[send] = None
+        return send
 
     def flush(self) -> None:
         for x in list(self.sends):
@@ -74,6 +74,7 @@ class GlooMail:
 
     A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its
     receiver. So every sent tensor is kept until somebody who knows that it has arrived waits for it, or ``flush``.
+    To wait takes a moment even then, so that small ones are kept until ``flush`` in any case.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: dist.Store, key: str) -> None:
@@ -86,11 +87,15 @@ class GlooMail:
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         lane = self._outgoing.get((dst, channel)) or self._open(self._outgoing, dst, channel)
 
-        def start(x: torch.Tensor) -> _Send:
-            dense = x if x.is_contiguous() else wire.flat(x)
-            return _Send(self._outbox, self._group.send([dense], lane.peer, lane.tag()), dense)
-
-        return self._outbox.put(xs, start)
+        out: list[Pending] = []
+        for x in xs:
+            sent: Pending = Done(x)
+            if x.numel():
+                dense = x if x.is_contiguous() else wire.flat(x)
+                send = self._outbox.put(self._group.send([dense], lane.peer, lane.tag()), dense)
+                sent = send if x.nbytes >= _SMALL else sent
+            out.append(sent)
+        return out
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         lane = self._incoming.get((src, channel)) or self._open(self._incoming, src, channel)
@@ -140,11 +145,11 @@ class NcclMail:
         group = self._groups.lane(self._groups.rank, dst, channel)
         there = int(self._groups.rank < dst)  # the two ranks of a group are counted in ascending order
 
-        def start(x: torch.Tensor) -> _Send:
+        out: list[Pending] = []
+        for x in xs:
             flat = wire.flat(x).view(torch.uint8)
-            return _Send(self._outbox, group.send([flat], there, 0), flat)
-
-        return self._outbox.put(xs, start)
+            out.append(self._outbox.put(group.send([flat], there, 0), flat) if x.numel() else Done(x))
+        return out
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         group = self._groups.lane(src, self._groups.rank, channel)

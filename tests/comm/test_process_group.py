@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -122,6 +123,25 @@ def large_messages_cross():
         comm.send([x], other, "x")
     for _ in range(2):
         assert (comm.recv([torch.empty_like(x)], other, "x")[0] == other).all()
+    comm.flush()
+    comm.close()
+
+
+def what_has_arrived_is_let_go():
+    """A tensor lives until its sender knows that it has arrived: here since the other end has answered."""
+    comm = communicator()
+    other = comm.rank ^ 1
+    x = torch.ones(1_000_000)
+    alive = weakref.ref(x)
+    sent = comm.send([x, torch.ones(2), torch.empty(0)], other, "x")
+    del x
+    comm.recv([torch.empty(1_000_000), torch.empty(2), torch.empty(0)], other, "x")
+    comm.send([torch.zeros(1)], other, "answer")
+    comm.recv([torch.empty(1)], other, "answer")
+    assert alive() is not None
+    comm.settle(sent)
+    del sent
+    assert alive() is None
     comm.flush()
     comm.close()
 
@@ -262,6 +282,7 @@ CHECKS = [
     messages,
     layouts,
     large_messages_cross,
+    what_has_arrived_is_let_go,
     unprepared_axes,
     two_communicators,
     a_rank_raises,
