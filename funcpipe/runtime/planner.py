@@ -50,7 +50,7 @@ from funcpipe.schedule.checker import check
 from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.costs import Costs
 from funcpipe.schedule.library import one_f_one_b
-from funcpipe.schedule.search import Fitting
+from funcpipe.schedule.search import Auto
 from funcpipe.sequence.examine import Findings, examine
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.rewrite import rewriting
@@ -116,7 +116,7 @@ class Planner:
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
         r = self.resolved
         splits = plan_splits(r, call.batch)
-        search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Fitting) else None
+        search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Auto) else None
         schedule = None if search else self._schedule(splits.count)
         split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]

@@ -16,7 +16,7 @@ from funcpipe.schedule.library import (
     zb_h1,
     zb_v,
 )
-from funcpipe.schedule.search import Auto, Fitted, Fitting, auto
+from funcpipe.schedule.search import Auto, Fitted, auto
 from funcpipe.schedule.tables import from_csv, from_table, to_csv
 from funcpipe.schedule.timeline import Span, Timeline, timeline, unit_costs
 
@@ -26,7 +26,6 @@ __all__ = [
     "Costs",
     "Edge",
     "Fitted",
-    "Fitting",
     "Load",
     "Report",
     "Schedule",

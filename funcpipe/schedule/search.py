@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Protocol, runtime_checkable
 
 from funcpipe.errors import ScheduleError
 from funcpipe.graph.balance import group
@@ -48,24 +47,6 @@ class Fitted:
     time: float
     alone: float
     memory: float
-
-
-@runtime_checkable
-class Fitting(Protocol):
-    """A schedule that is laid out for given costs: what `auto` returns. Others are plain functions of two sizes."""
-
-    costs: Costs | None
-
-    def fit(
-        self,
-        ranks: int,
-        microbatches: int,
-        load: Load,
-        how: str | Sizes = "balanced",
-        placement: Sizes | None = None,
-        waits: bool = False,
-    ) -> Fitted:
-        """The table and the cut; see `Auto.fit`."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +183,7 @@ class _Search:
         self.least = min(self.least, memory)
         if memory > self.cap * (1 + 1e-9):
             return None
-        line = timeline(sending, load.cost(stages), load.transfer(stages))
+        line = timeline(sending, load.cost(stages), load.transfer(stages), load.edges(stages))
         return Fitted(schedule, stages, line.period, line.makespan, memory)
 
     def _named(self) -> Iterator[Fitted | None]:
