@@ -92,9 +92,9 @@ def _schedule(options: argparse.Namespace, console: Console) -> None:
         live, waiting = report.peak_live[rank], report.peak_waiting[rank]
         table.add_row(str(rank), ", ".join(stages), f"{busy:.1%}", str(live), str(waiting))
     console.print(table)
-    among = f", {line.period:g} among others" if line.period < line.makespan else ""
+    steady = f", {line.period:g} in steady state" if line.period < line.makespan else ""
     console.print(
-        f"step {line.makespan:g}{among}, bubble {line.bubble:.1%}, memory {_memory(schedule, report):.2f} of 1F1B's, "
+        f"step {line.makespan:g}{steady}, bubble {line.bubble:.1%}, memory {_memory(schedule, report):.2f} of 1F1B's, "
         f"{report.messages} messages"
     )
     if options.save:
@@ -116,7 +116,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     title = f"{options.pipe} ranks, {options.microbatches} microbatches, F I W = {_costs(options)}"
     table = Table(title=title, pad_edge=False)
     table.add_column("schedule", no_wrap=True)
-    for name in ("stages a rank", "step", "among others", "bubble", "memory", "messages"):
+    for name in ("stages a rank", "step", "steady state", "bubble", "memory", "messages"):
         table.add_column(name, justify="right")
     for schedule_fn in training(tuple(options.v)):
         schedule, report, line = _lay_out(schedule_fn, options)
@@ -124,7 +124,7 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         numbers = (*times, f"{_memory(schedule, report):.2f}")
         table.add_row(schedule.name, str(schedule.stages // options.pipe), *numbers, str(report.messages))
     console.print(table)
-    console.print("among others: the time of a step where ranks go from one to the next without waiting for each other")
+    console.print("steady state: of a step where ranks go from one to the next without waiting for each other")
     console.print("memory: what the fullest rank holds between forward and backward, in what 1F1B's fullest holds")
 
 

@@ -23,7 +23,7 @@ def test_schedule(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name in ("x.svg", "x.html", "x.json", "x.csv"):
         assert main(["schedule", "zb-v", *SIZES, "--save", str(tmp_path / name)]) == 0
     out = capsys.readouterr().out
-    assert "step 25.5, 24 among others, bubble 5.9%, memory 1.00 of 1F1B's, 96 messages" in out
+    assert "step 25.5, 24 in steady state, bubble 5.9%, memory 1.00 of 1F1B's, 96 messages" in out
     assert len([line for line in out.splitlines() if line.startswith("rank 3 |")]) == 4
     ET.parse(tmp_path / "x.svg")
     assert from_csv(tmp_path / "x.csv")(4, 8).placement == zb_v()(4, 8).placement

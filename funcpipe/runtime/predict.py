@@ -54,7 +54,7 @@ class Prediction:
 
     @property
     def period(self) -> float:
-        """What a step takes among others, where ranks do not wait for each other in between: see `Timeline.period`. Captured
+        """What a step takes in steady state, where ranks do not wait for each other between steps: see `Timeline.period`. Captured
         steps do not; where the step body sums over the pipe axis, as clipping does, and on CPUs they do."""
         return self.timeline.period
 
@@ -79,8 +79,8 @@ class Prediction:
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        among = f", {self.period:.4g}{unit} among others" if self.period < self.step_time else ""
-        out = [f"step {self.step_time:.4g}{unit}{among}, bubble {self.bubble:.1%}"]
+        steady = f", {self.period:.4g}{unit} in steady state" if self.period < self.step_time else ""
+        out = [f"step {self.step_time:.4g}{unit}{steady}, bubble {self.bubble:.1%}"]
         for place, (busy, peak) in enumerate(zip(self.busy, self.peak_memory, strict=True)):
             out.append(f"  rank {place} of the pipeline: busy {busy:.4g}{unit}, peak {bytes_text(peak)}")
         return "\n".join(out)

@@ -42,7 +42,7 @@ class Policy:
 
 
 class Drawn(NamedTuple):
-    """A table that a policy made; when it ends; what it takes among others (`Timeline.period`); how long its busiest rank
+    """A table that a policy made; when it ends; what it takes in steady state (`Timeline.period`); how long its busiest rank
     computes."""
 
     schedule: Schedule

@@ -37,8 +37,8 @@ class Fitted:
     Args:
         schedule: the table.
         stages: for every stage its segments.
-        time: that a step takes among others (`Timeline.period`), in the unit of the costs.
-        alone: that it takes alone (`Timeline.makespan`).
+        time: of a step in steady state (`Timeline.period`), in the unit of the costs.
+        alone: of a step alone (`Timeline.makespan`).
         memory: the most bytes that a rank holds.
     """
 
@@ -102,7 +102,7 @@ def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
 
     Returns:
         a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every schedule of the library
-        that keeps to the limit: these are among what it chooses from. What counts is a step among others (`Timeline.period`);
+        that keeps to the limit: these are among what it chooses from. What counts is a step in steady state (`Timeline.period`);
         where the step makes ranks wait for each other, as clipping does, a step alone (`Timeline.makespan`).
 
     Raises, when it is laid out:

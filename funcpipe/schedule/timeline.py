@@ -48,7 +48,7 @@ class Timeline:
 
     @cached_property
     def period(self) -> float:
-        """What each step takes where many follow one another: the longest that a rank needs from its first computation to its
+        """Of a step in steady state, where many follow one another: the longest that a rank needs from its first computation to its
         end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a rank
         idles before its first computation or after its last is then filled by the step before and the one behind."""
         first = [min((s.start for s in spans if s.action.kind in COMPUTE), default=0.0) for spans in self.spans]

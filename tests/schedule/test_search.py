@@ -58,7 +58,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("waits", [False, True], ids=["among others", "alone"])
+@pytest.mark.parametrize("waits", [False, True], ids=["steady state", "alone"])
 @pytest.mark.parametrize(("ranks", "microbatches", "kind", "share"), CASES)
 def test_at_least_as_good_as_the_best_named(
     ranks: int, microbatches: int, kind: str, share: float | None, waits: bool
@@ -87,7 +87,7 @@ def test_uneven_costs_are_where_the_search_wins() -> None:
 
 
 def test_known_bubbles() -> None:
-    """P=8, M=32, F=I=W: no more bubble than the best named at the memory of 1F1B, and than the best of all; among other steps
+    """P=8, M=32, F=I=W: no more bubble than the best named at the memory of 1F1B, and than the best of all; in steady state
     none at all."""
     load = even_load(32, 8)
     assert auto(8.0).fit(8, 32, load, waits=True).alone <= 99.5  # zb_v
