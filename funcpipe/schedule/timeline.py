@@ -51,11 +51,8 @@ class Timeline:
         """Of a step in steady state, where many follow one another: the longest that a rank needs from its first computation to its
         end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a rank
         idles before its first computation or after its last is then filled by the step before and the one behind."""
-        first = [min((s.start for s in spans if s.action.kind in COMPUTE), default=0.0) for spans in self.spans]
-        return max(
-            (max((s.end for s in spans), default=0.0) - a for a, spans in zip(first, self.spans, strict=True)),
-            default=0.0,
-        )
+        rows = [[s for s in spans if s.action.kind in COMPUTE] for spans in self.spans]
+        return max((row[-1].end - row[0].start for row in rows if row), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
