@@ -19,6 +19,7 @@ from funcpipe.schedule.communication import insert_communication
 from funcpipe.schedule.costs import even_load
 from funcpipe.schedule.greedy import Policy, greedy
 from funcpipe.schedule.search import Auto
+from funcpipe.testing import Layer, Model, assert_equivalent, models
 
 
 def uneven(segments: int, ranks: int, seed: int) -> Load:
@@ -151,8 +152,6 @@ def test_greedy_tables_pass_the_checker(
 @pytest.mark.parametrize("how", ["auto", auto(), auto(costs=Costs({"F": 1.0, "B": 2.0}))])
 def test_in_a_pipeline(how) -> None:
     """Schedule and cut are chosen together, and the step computes what it computes on one device."""
-    from funcpipe.testing import Layer, Model, assert_equivalent
-
     model = Model(tuple((Layer("linear", (k, k)),) for k in range(5)))
 
     def step(params, batch):
@@ -165,8 +164,6 @@ def test_in_a_pipeline(how) -> None:
 
 def test_a_memory_limit_in_a_pipeline() -> None:
     """Bytes: the plan's own prediction keeps to the limit; a limit too small is refused; another batch shape keeps the cut."""
-    from funcpipe.testing import Layer, Model
-
     model = Model(tuple((Layer("gated", (k, k + 1)),) for k in range(5)), width=6)
 
     def planned(limit, rows=8):
@@ -233,3 +230,25 @@ def test_names() -> None:
         by_name("zbv")
     with pytest.raises(ScheduleError, match="zb_v has a fixed number of stages a rank: leave out v"):
         by_name("zb_v", v=2)
+
+
+@given(models(max_segments=5), st.integers(2, 3), st.integers(1, 6), st.floats(0.4, 1.0))
+def test_what_a_plan_holds_keeps_to_the_limit(model: Model, ranks: int, microbatches: int, share: float) -> None:
+    """By the plan's own account, which knows what values share memory and when messages have arrived."""
+    ranks = min(ranks, len(model.segments) + 1)
+    params, batch = model.init(), model.batch(0, microbatches)
+
+    def planned(limit: float | None) -> fp.Plan:
+        step = lambda p, b: (p, {"out": fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(p, b)[0]})  # noqa: E731
+        schedule = auto(memory_limit=limit)
+        run = fp.simulate(
+            fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule), fp.Mesh(pipe=ranks)
+        )
+        return run.plan(run.init(lambda p: p, params, batch), batch)
+
+    limit = share * max(m["activations"] for m in planned(None).memory)
+    try:
+        found = planned(limit)
+    except ScheduleError:
+        return
+    assert max(m["activations"] for m in found.memory) <= limit
