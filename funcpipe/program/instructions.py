@@ -155,7 +155,7 @@ class Program:
         rows: the same, with names: what each slot holds.
         params, batch, constants: the slots of what comes in: by leaf, by (microbatch, leaf), by folded value.
         heads: the slots of the sums of total, weight and averaged aux tensors, by number; those of other ranks come here.
-        kept: the slots of aux tensors that are not summed, by (number, microbatch).
+        kept: the slots of aux tensors that are not summed, by (number, microbatch), those of other ranks too.
         partials: the slots of partial gradients, by (leaf of params, number of the partial).
         slots: the length of the list.
         usage: the bytes that it is predicted to take.

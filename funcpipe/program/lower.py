@@ -13,7 +13,7 @@ from funcpipe.collectives import collectives_of
 from funcpipe.errors import CutError
 from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, Unit
-from funcpipe.program.heads import share
+from funcpipe.program.heads import Head, share
 from funcpipe.program.instructions import ADD, GATHER, RECV, REDUCE, RUN, SEND, Name, Program, Row
 from funcpipe.program.shards import Sharding, shard
 from funcpipe.program.slots import allocate
@@ -165,12 +165,17 @@ class _Lowering:
             else:
                 self._run(action)
         placement = self.schedule.placement
-        made_at = {h: placement[self.stage_of[self.made[0][v].segment]] for h, v in self._heads()}
         firsts = [placement.index(p) for p in range(len(self.schedule.ranks))]
-        return share(self.rows, self.place, made_at, self.cuts[0].heads, firsts)
+        return share(self.rows, self.place, self._heads(), firsts)
 
-    def _heads(self) -> list[tuple[int, Value]]:
-        return [(h, v) for h, v in enumerate(self.cuts[0].heads) if h in self.summed]
+    def _heads(self) -> dict[Name, Head]:
+        """What all ranks need: sums over microbatches, and rows of each."""
+        out: dict[Name, Head] = {}
+        for m, cut in enumerate(self.cuts):
+            for h, v in enumerate(cut.heads):
+                place = self.schedule.placement[self.stage_of[self.made[m][v].segment]]
+                out[("head", h) if h in self.summed else ("row", h, m)] = Head(place, v)
+        return out
 
     def _run(self, action: Action) -> None:
         cut, m = self.cuts[action.microbatch], action.microbatch

@@ -389,9 +389,9 @@ def _check_aux(aux: Any) -> None:
 
 
 def _waits(dyed: Dyed, c: Cut) -> bool:
-    """Whether ranks wait for each other behind the last backward: a step takes a global sum, as clipping does, or hands out
-    rows, or parts of a leaf's gradient come from several segments."""
-    return bool(dyed.sums) or len(_summed(c)) < len(c.heads) or any(len(set(s)) > 1 for s in partial_segments(c))
+    """Whether ranks wait for each other behind the last backward: a step takes a global sum, as clipping does, or parts of a
+    leaf's gradient come from several segments."""
+    return bool(dyed.sums) or any(len(set(s)) > 1 for s in partial_segments(c))
 
 
 def _summed(c: Cut) -> frozenset[int]:

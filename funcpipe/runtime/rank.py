@@ -66,7 +66,7 @@ class Rank:
 
     def prepare(self) -> None:
         """Make the communicator ready for the collectives of this plan; all ranks call it alike."""
-        used = {self.split_axes, tuple(self.comm.mesh.axes), self._pipe_axes}
+        used = {self.split_axes, tuple(self.comm.mesh.axes)}
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
@@ -89,11 +89,6 @@ class Rank:
                         out.add((rank, ranks[i.peer], call.name + i.action.kind[-1]))
                 out |= {(rank, ranks[b], call.name + "tied") for a, b in call.tied_moves() if a == place}
         return out
-
-    @property
-    def _pipe_axes(self) -> Axes:
-        axis = self.plan.resolved.pipe_axis
-        return (axis,) if axis else ()
 
 
 _PASS = "Pass the state that run.init, run.place or the last step returned"
@@ -212,19 +207,15 @@ class _BoundCall:
 
     def _rows(self, h: int, dim: int | None, slots: Slots) -> torch.Tensor:
         """The rows of every microbatch, shard by shard, on every rank."""
-        comm, cuts = self.rank.comm, self.planned.cuts
-        place = next(p for p, program in enumerate(self.planned.programs) if (h, 0) in program.kept)
-        if place == self.rank.place:
-            pieces = [slots[self.program.kept[h, m]] for m in range(len(cuts))]
-        else:
-            pieces = [torch.empty(c.heads[h].shape, dtype=c.heads[h].dtype, device=c.heads[h].device) for c in cuts]
-        out = pieces[0] if dim is None else torch.cat(pieces, dim)
+        comm = self.rank.comm
+        pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
+        out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)  # a message must not change
         row_axes = self.rank.plan.resolved.row_axes
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
         if row_axes and dim is not None:
             out = torch.cat(list(comm.all_gather(out.contiguous(), row_axes)), dim)
-        return comm.broadcast(out.contiguous(), place, self.rank._pipe_axes) if len(self.rank.ranks) > 1 else out
+        return out
 
     # ---- gradients
 

@@ -189,7 +189,7 @@ def test_a_memory_limit_in_a_pipeline() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "alone"), [("plain", False), ("clipping", True), ("rows", True), ("tied", True), ("means", False)]
+    ("kind", "alone"), [("plain", False), ("clipping", True), ("rows", False), ("tied", True), ("means", False)]
 )
 def test_a_step_alone_counts_where_ranks_wait_for_each_other(
     kind: str, alone: bool, monkeypatch: pytest.MonkeyPatch
