@@ -13,7 +13,7 @@ from funcpipe.collectives import collectives_of
 from funcpipe.errors import CutError
 from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, Unit
-from funcpipe.program.heads import Head, share
+from funcpipe.program.heads import Head, messages
 from funcpipe.program.instructions import ADD, GATHER, RECV, REDUCE, RUN, SEND, Name, Program, Row
 from funcpipe.program.shards import Sharding, shard
 from funcpipe.program.slots import allocate
@@ -149,7 +149,7 @@ class _Lowering:
     rows: list[Row] = field(default_factory=list)
     turns: dict[Name, int] = field(default_factory=lambda: defaultdict(int))
     early: dict[Name, dict[int, tuple[Name, Action]]] = field(default_factory=lambda: defaultdict(dict))
-    messages: dict[tuple, tuple[Value, ...]] = field(default_factory=dict)
+    moved: dict[tuple, tuple[Value, ...]] = field(default_factory=dict)
 
     def lower(self) -> list[Row]:
         self.stage_of = {segment: s for s, segments in enumerate(self.stages) for segment in segments}
@@ -159,22 +159,23 @@ class _Lowering:
         self.finals = [finals[id(cut)] for cut in self.cuts]
         self.arrivals = arrivals(self.schedule, self.place)
         self.told = {send for sends in self.arrivals.values() for send in sends}
-        for action in self.schedule.ranks[self.place]:
+        actions = self.schedule.ranks[self.place]
+        told = messages(self.schedule, self.place, self._heads())
+        for k, action in enumerate(actions):
+            self.rows += told.get(k, ())
             if action.kind.startswith(("SEND", "RECV")):
                 self._move(action)
             else:
                 self._run(action)
-        placement = self.schedule.placement
-        firsts = [placement.index(p) for p in range(len(self.schedule.ranks))]
-        return share(self.rows, self.place, self._heads(), firsts)
+        return [*self.rows, *told.get(len(actions), ())]
 
     def _heads(self) -> dict[Name, Head]:
         """What all ranks need: sums over microbatches, and rows of each."""
         out: dict[Name, Head] = {}
         for m, cut in enumerate(self.cuts):
             for h, v in enumerate(cut.heads):
-                place = self.schedule.placement[self.stage_of[self.made[m][v].segment]]
-                out[("head", h) if h in self.summed else ("row", h, m)] = Head(place, v)
+                stage = self.stage_of[self.made[m][v].segment]
+                out[("head", h) if h in self.summed else ("row", h, m)] = Head(stage, v)
         return out
 
     def _run(self, action: Action) -> None:
@@ -227,13 +228,13 @@ class _Lowering:
     def _message(self, half: str, source: int, target: int, m: int) -> tuple[Value, ...]:
         """What a stage makes that any stage at a place reads: the same on both ends, in the same order."""
         key = (id(self.cuts[m]), half, source, target)
-        if key not in self.messages:
+        if key not in self.moved:
             values: dict[Value, None] = {}
             for u in self.cuts[m].units.values():
                 if self.schedule.placement[self.stage_of[u.segment]] == target:
                     values.update((v, None) for v in u.inputs if self._made_by(v, m) == (half, source))
-            self.messages[key] = tuple(values)
-        return self.messages[key]
+            self.moved[key] = tuple(values)
+        return self.moved[key]
 
     def _made_by(self, v: Value, m: int) -> tuple[str, int] | None:
         maker = self.made[m].get(v)

@@ -3,7 +3,8 @@
 python tests/benchmarks/schedules.py [--pipe 2] [--microbatches 8] [--unit 0.02] [--names one_f_one_b zb_v]
 
 Units compute nothing and sleep: F, I and W of a segment for ``--unit`` seconds each, B for two of them; so that what is
-measured is the order of the actions, the wire and the runtime. *Error* is measured over predicted.
+measured is the order of the actions, the wire and the runtime. *Error* is measured over predicted. *Steady state* is what each
+further step takes where ranks go from one to the next without waiting for each other, as captured steps on GPUs do.
 """
 
 from __future__ import annotations
@@ -58,7 +59,21 @@ class _Sleeper:
         return self.ready
 
 
-def worker(names: list[str], microbatches: int, unit: float, rounds: int) -> list[tuple[str, float, float]]:
+def in_a_row(run: Any, state: Any, batch: Any, steps: int) -> float:
+    """Seconds that the slowest rank takes for so many steps, with nothing between them that ranks agree on."""
+    (rank,) = run._bound.values()
+    rank.comm.exchange(None)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(steps):
+            rank.step(state, batch)
+            rank.comm.flush()
+    return max(rank.comm.exchange(time.perf_counter() - start))
+
+
+def worker(
+    names: list[str], microbatches: int, unit: float, rounds: int
+) -> list[tuple[str, float, float, float, float]]:
     torch.set_num_threads(1)
     ranks = int(os.environ["WORLD_SIZE"])
     seconds = {"F": unit, "I": unit, "W": unit, "B": 2 * unit}
@@ -79,10 +94,11 @@ def worker(names: list[str], microbatches: int, unit: float, rounds: int) -> lis
             start = time.perf_counter()
             run(state, batch)
             times.append(time.perf_counter() - start)
-        predicted = run.plan(state, batch).predict(seconds).step_time
+        predicted = run.plan(state, batch).predict(seconds)
+        steady = (in_a_row(run, state, batch, 1 + rounds) - in_a_row(run, state, batch, 1)) / rounds
         laid_out = run.plan(state, batch).calls[0].schedule.name
         shown = f"auto, found {laid_out}" if name == "auto" else laid_out
-        out.append((shown, predicted, statistics.median(times[1:])))
+        out.append((shown, predicted.step_time, statistics.median(times[1:]), predicted.period, steady))
         run.close()
     return out
 
@@ -95,11 +111,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--names", nargs="+", default=[*(n for n in NAMES if n != "forward_only"), "auto"])
     o = parser.parse_args()
-    table = Table(
-        "schedule", "predicted ms", "measured ms", "error", title=f"{o.pipe} ranks, {o.microbatches} microbatches"
-    )
-    for name, predicted, measured in fp.launch(worker, o.pipe, o.names, o.microbatches, o.unit, o.rounds)[0]:
-        table.add_row(name, f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}", f"{measured / predicted - 1:+.1%}")
+    titles = ("predicted ms", "measured ms", "error")
+    table = Table("schedule", *titles, "steady state: predicted", *titles[1:])
+    table.title = f"{o.pipe} ranks, {o.microbatches} microbatches"
+    for name, *times in fp.launch(worker, o.pipe, o.names, o.microbatches, o.unit, o.rounds)[0]:
+        cells = []
+        for predicted, measured in zip(times[::2], times[1::2], strict=True):
+            cells += [f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}", f"{measured / predicted - 1:+.1%}"]
+        table.add_row(name, *cells)
     Console().print(table)
 
 
