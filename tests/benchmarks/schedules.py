@@ -31,7 +31,7 @@ def loss_fn(params: list[torch.Tensor], batch: torch.Tensor) -> fp.Mean:
     x = batch
     for p in params:
         x = fp.stage_boundary(torch.sin(x @ p))
-    return fp.Mean(x.sum(), torch.tensor(float(x.shape[0])))
+    return fp.Mean(x.square().sum(), torch.tensor(float(x.shape[0])))
 
 
 def step(state: list[torch.Tensor], batch: torch.Tensor) -> tuple:
