@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from functools import lru_cache
 
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.communication import Channel, Message, channel_of, message_of
@@ -28,6 +29,7 @@ class Walk:
     stands: tuple[int, ...]
 
 
+@lru_cache(maxsize=8)  # the checker, the timeline and every place's program ask for the same one
 def walk(schedule: Schedule) -> Walk:
     """Run the transfers of a table, every rank as far as it gets.
 
