@@ -335,6 +335,59 @@ def test_halves_into_float32_accumulators() -> None:
     assert (sums - 2 * exact).norm() <= 1e-6 * exact.norm()
 
 
+# ---- ranks in different steps
+
+
+def squares(params: dict, batch: dict) -> fp.Mean:
+    x = F.embedding(batch["tokens"], params["embed"])
+    for w in params["blocks"]:
+        x = fp.stage_boundary(x + torch.tanh(F.linear(x, w)))
+    return fp.Mean((x.square() * batch["weight"][..., None]).sum(), batch["weight"].sum())
+
+
+def descent(params: dict, batch: dict, slow: str = "") -> tuple[dict, dict]:
+    """Nothing in it makes ranks wait for each other. One of them may be slow: it does nothing for a second or two."""
+    loss, grads = fp.value_and_grad(squares)(params, batch)
+    if slow and os.environ["RANK"] == slow:
+        torch.cuda._sleep(2_000_000_000)
+    return tree.map(lambda p, g: p - 0.1 * g, params, grads), {"loss": loss}
+
+
+def ahead(slow: str) -> tuple[float, bool]:
+    """How far off the params are after some steps, and whether this rank was done when the other one was."""
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    fast = functools.partial(descent, slow=slow)
+    piped = fp.pipelined(fast, axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())
+    run = fp.spmd(piped, fp.Mesh(pipe=2), cuda_graph=True)
+    params, batch = example()
+    state = run.init(lambda p: p, params, batch)
+    for _ in range(2):  # as it is, and captured
+        state, _ = run(state, batch)
+        torch.cuda.synchronize()
+        run._comm.exchange(None)
+    state, _ = run(state, batch)
+    done = torch.cuda.Event()
+    done.record()
+    if os.environ["RANK"] != slow:
+        done.synchronize()
+    run._comm.exchange(None)
+    was_done = done.query()
+    got, want = run.unplace(state), params
+    for _ in range(3):
+        want, _ = descent(want, batch)
+    found = error(got, want)
+    run.close()
+    return found, was_done
+
+
+@two_gpus
+@pytest.mark.parametrize("slow", [0, 1])
+def test_no_rank_waits_for_another_to_end_its_step(slow: int) -> None:
+    found = fp.launch(ahead, 2, str(slow), timeout=300)
+    assert max(far for far, _ in found) <= TIGHT
+    assert [was_done for _, was_done in found] == [rank != slow for rank in (0, 1)]
+
+
 # ---- failures
 
 
