@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch.utils.dlpack import to_dlpack
 
 from funcpipe.comm import Done, Pending, wire
 from funcpipe.comm.groups import Groups
@@ -135,6 +136,10 @@ class NcclMail:
     Both ends only enqueue: a receive makes the current stream wait, not the host, and so does who waits for a
     send; what is then freed may be used again. At the latest ``flush`` does so, which joins the communicators'
     streams to the current one, as a capture of the step into a CUDA graph needs.
+
+    torch marks what travels as used by the communicator's stream (``record_stream``), and what is marked while a
+    graph is captured is not used again before its end: every message would keep memory of its own. Here the program
+    proves how long each lives, so they travel under names that the allocator does not know.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -147,8 +152,11 @@ class NcclMail:
 
         out: list[Pending] = []
         for x in xs:
-            flat = wire.flat(x).view(torch.uint8)
-            out.append(self._outbox.put(group.send([flat], there, 0), flat) if x.numel() else Done(x))
+            if x.numel():
+                flat = unmarked(wire.flat(x).view(torch.uint8))
+                out.append(self._outbox.put(group.send([flat], there, 0), flat))
+            else:
+                out.append(Done(x))
         return out
 
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
@@ -157,13 +165,18 @@ class NcclMail:
         for out in outs:
             if out.numel():
                 flat = wire.flat(out)
-                group.recv([flat.view(torch.uint8)], there, 0).wait()
+                group.recv([unmarked(flat.view(torch.uint8))], there, 0).wait()
                 if flat.data_ptr() != out.data_ptr():
                     out.copy_(flat.view(out.shape))
         return outs
 
     def flush(self) -> None:
         self._outbox.flush()
+
+
+def unmarked(x: torch.Tensor) -> torch.Tensor:
+    """The same memory, which lives as long as this does, in a tensor that torch's allocator takes for somebody else's."""
+    return torch.from_dlpack(to_dlpack(x))
 
 
 def mail(groups: Groups, store: dist.Store, key: str) -> GlooMail | NcclMail:

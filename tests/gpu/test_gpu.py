@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import funcpipe as fp
 from funcpipe import tree
+from funcpipe.comm.mail import unmarked
 
 GPUS = torch.cuda.device_count()
 one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
@@ -333,6 +334,23 @@ def test_halves_into_float32_accumulators() -> None:
     assert (sums - exact).norm() <= 1e-6 * exact.norm()
     assert product.onto(sums) is sums
     assert (sums - 2 * exact).norm() <= 1e-6 * exact.norm()
+
+
+# ---- memory of messages
+
+
+@one_gpu
+def test_memory_of_what_has_travelled_is_used_again_within_a_graph() -> None:
+    """Though torch marks it as used by another stream."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        x = torch.empty(1 << 22, dtype=torch.uint8, device="cuda")
+        where = x.data_ptr()
+        sent = unmarked(x)
+        sent.record_stream(aside)
+        del x, sent
+        again = torch.empty(1 << 22, dtype=torch.uint8, device="cuda").data_ptr()
+    assert again == where
 
 
 # ---- ranks in different steps
