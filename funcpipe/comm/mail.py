@@ -176,7 +176,7 @@ class NcclMail:
 
 def unmarked(x: torch.Tensor) -> torch.Tensor:
     """The same memory, which lives as long as this does, in a tensor that torch's allocator takes for somebody else's."""
-    return torch.from_dlpack(to_dlpack(x))
+    return torch.from_dlpack(to_dlpack(x.detach()))
 
 
 def mail(groups: Groups, store: dist.Store, key: str) -> GlooMail | NcclMail:
