@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bodies_for_tests import FLOAT64, PARTS, B, Body, D, H, V, attend, count, data, heads, loss_of
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from programs_for_tests import Program, inputs, programs
@@ -22,69 +20,10 @@ import funcpipe as fp
 from funcpipe import tree
 from funcpipe.errors import FuncpipeError, SequenceError
 from funcpipe.graph.fakes import fake
-from funcpipe.sequence import states
 from funcpipe.sequence.examine import Task, prove
-from funcpipe.sequence.hook import Held, Spec
-from funcpipe.sequence.parts import Part
+from funcpipe.sequence.hook import Held
 
-# Sums over positions, and matrix products over them, are taken rank by rank.
-FLOAT64 = 1e-12
-B, D, H, V = 2, 4, 2, 5
-Body = Callable[[Any, Any, torch.Tensor], Any]
 MODULE = torch.nn.Linear(D, D)
-
-PARTS = {
-    "two": a_part(8, 2),
-    "uneven": a_part(7, 3),
-    "one position each": a_part(4, 4),
-    "more ranks than positions": a_part(2, 3),
-    "ring": a_part(9, 1, 2, zigzag=True),
-    "ring of heads": a_part(10, 2, 2, zigzag=True),
-    "as long as the batch": a_part(2 * B, 2),
-}
-
-
-def data(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Splits]:
-    g = torch.Generator().manual_seed(part.size)
-    rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
-    ints = lambda n, *s: torch.randint(0, n, s, generator=g)  # noqa: E731
-    n = part.size
-    params = {"w": rand(D, D), "a": rand(D), "table": rand(V, D), "places": rand(16, D), "up": rand(D, 3 * D)}
-    params |= {"conv": rand(D, D, 1), "norm": 1 + 0.1 * rand(D), "one": rand(1)}
-    batch = {"x": rand(B, n, D), "tokens": ints(V, B, n), "labels": ints(V, B, n), "all": rand(B, n, D), "row": rand(B)}
-    batch |= {
-        "keep": ints(2, B, n) > 0,
-        "short": rand(B, 3, D),
-        "pairs": ints(2, B, 1, n, n) > 0,
-        "turned": rand(n, B, D),
-    }
-    batch["key"] = fp.random.keys(fp.random.key(0), B)
-    batch["labels"][0, 0] = -100
-    batch["pairs"] |= torch.eye(n, dtype=torch.bool)
-    batch["keep"][:, 0] = True
-    split: Splits = {k: (1, part) for k in ("x", "tokens", "labels", "keep")}
-    return params, batch, split | {"turned": (0, part)}
-
-
-def count(x: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(float(x.shape[0] * x.shape[1]))
-
-
-def loss_of(body: Body) -> Callable:
-    def loss(p: Any, b: Any) -> fp.Mean:
-        out = body(p, b, torch.tanh(b["x"] * p["a"]))
-        return out if isinstance(out, fp.Mean) else fp.Mean(out, count(b["x"]))
-
-    return loss
-
-
-def heads(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(2, (H, -1)).transpose(1, 2)
-
-
-def attend(x: torch.Tensor, y: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-    y = x if y is None else y
-    return F.scaled_dot_product_attention(heads(x), heads(y), heads(y.sin()), **options).transpose(1, 2).flatten(2)
 
 
 def logits(p: Any, x: torch.Tensor) -> torch.Tensor:
@@ -406,104 +345,7 @@ def test_a_random_program_is_refused_or_equal(program: Program, draw: st.DataObj
     assert far(one, on_ranks(found, program, params, batch, splits)) < 1e-9  # of random quotients and powers
 
 
-# ---- states
-
-UNEVEN = a_part(7, 3)
-
-
-def tensors_of(state: Any, seed: int) -> tuple[list[float], float]:
-    """Numbers of every rank, and of one device, for which a state holds."""
-    g = torch.Generator().manual_seed(seed)
-    each = [UNEVEN.length(m) for m in range(UNEVEN.members)]
-    values = torch.randn(UNEVEN.members, generator=g, dtype=torch.float64).tolist()
-    if isinstance(state, states.Partial):
-        return values, sum(values)
-    if isinstance(state, states.Average):
-        return values, sum(v * n for v, n in zip(values, each, strict=True)) / UNEVEN.size
-    if isinstance(state, states.Number) and not state.constant:
-        return [3.0 * n for n in each], 3.0 * UNEVEN.size
-    one = state.b if isinstance(state, states.Number) else values[0]
-    return [one] * UNEVEN.members, one
-
-
-def holds(state: Any, each: list[float], one: float) -> bool:
-    """Whether a state is true of numbers."""
-    if isinstance(state, states.Partial):
-        return abs(sum(each) - one) < 1e-9
-    if isinstance(state, states.Average):
-        return abs(sum(v * UNEVEN.length(m) for m, v in enumerate(each)) / UNEVEN.size - one) < 1e-9
-    if isinstance(state, states.Number):
-        return (each[0], one) == (state.a, state.b)
-    return all(abs(v - one) < 1e-9 for v in each)
-
-
-@pytest.mark.parametrize("op", ["add", "mul", "div"])
-def test_what_sums_and_products_of_states_say_is_true(op: str) -> None:
-    length = UNEVEN.length(0)
-    world = states.World({UNEVEN: (length, UNEVEN.size)}, ("seq",))
-    known: list[Any] = [
-        states.Whole(),
-        states.Partial(("seq",)),
-        states.Average(UNEVEN),
-        states.Number(2.0, 2.0),
-        states.ZERO,
-    ]
-    known.append(states.Number(3.0 * length, 3.0 * UNEVEN.size))
-    said = 0
-    for (i, s), (j, t) in itertools.product(enumerate(known), repeat=2):
-        if op == "div" and t == states.ZERO:
-            continue
-        try:
-            state = getattr(states, op)(world, s, t)
-        except states.Refusal:
-            continue
-        (xs, x), (ys, y) = tensors_of(s, i), tensors_of(t, 10 + j)
-        compute = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}[op]
-        assert holds(state, [compute(a, b) for a, b in zip(xs, ys, strict=True)], compute(x, y)), (s, t, state)
-        said += 1
-    assert said >= 10
-
-
-# ---- findings
-
-
-def findings(body: Body, part: Part = PARTS["two"], **more: Any) -> Any:
-    params, batch, splits = data(part)
-    return proven(loss_of(body), params, batch | more, splits, attention=True)[0]
-
-
-HELD: dict[str, tuple[Body, list[Held]]] = {
-    "self": (lambda p, b, x: attend(x).sum(), [Held(PARTS["two"], PARTS["two"])]),
-    "context": (lambda p, b, x: attend(x, b["short"]).sum(), [Held(PARTS["two"], None)]),
-    "bias": (
-        lambda p, b, x: attend(x, attn_mask=(x @ p["a"])[:, None, :, None]).sum(),
-        [Held(PARTS["two"], PARTS["two"], bias_query=True)],
-    ),
-    "padding": (
-        lambda p, b, x: attend(x, attn_mask=b["keep"][:, None, None]).sum(),
-        [Held(PARTS["two"], PARTS["two"], bias_key=True)],
-    ),
-    "whole mask": (lambda p, b, x: attend(x, attn_mask=b["pairs"]).sum(), [Held(PARTS["two"], PARTS["two"])]),
-    "another": (
-        lambda p, b, x: attend(x).sum() + (attend(b["all"])[:, 0] * x.sum((1, 2))[:, None]).sum(),
-        [Held(PARTS["two"], PARTS["two"]), Held()],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HELD)
-def test_how_operands_lie_on_ranks(name: str) -> None:
-    body, held = HELD[name]
-    assert list(findings(body).calls.values()) == held
-
-
-def test_findings_are_looked_up_by_shape() -> None:
-    found = findings(lambda p, b, x: attend(x).sum() + fp.positions(x).sum() + (fp.positions(x, 2) * x).sum())
-    q = torch.zeros(B, H, 4, D // H)
-    assert found.attention(q, q, q, Spec()) == Held(PARTS["two"], PARTS["two"])
-    assert found.positions(torch.zeros(B, 4, D), 1) == PARTS["two"] and found.positions(torch.zeros(B, 4, D), 2) is None
-    with pytest.raises(SequenceError, match=r"fp.attention .* was not called when the loss function was examined"):
-        found.attention(q, q, q, Spec(causal=True))
+# ---- other sequences, losses and axes
 
 
 def test_a_sequence_for_queries_and_another_for_keys() -> None:
@@ -549,23 +391,6 @@ def test_sums_over_ranks(kind: str) -> None:
         loss = loss_of(body)
         found = proven(loss, params, batch, splits)
         assert far(on_one(loss, params, batch), on_ranks(found, loss, params, batch, splits)) < FLOAT64, name
-
-
-def test_rows_and_means_of_aux() -> None:
-    params, batch, splits = data(PARTS["two"])
-
-    def loss(p: Any, b: Any) -> Any:
-        x = torch.tanh(b["x"] * p["a"])
-        aux = {
-            "a": fp.Rows(x),
-            "b": fp.Rows(b["row"]),
-            "c": fp.Mean(x.sum(), count(x)),
-            "d": fp.Rows(x.transpose(0, 1), 1),
-        }
-        return fp.Mean(x.sum(), count(x)), aux
-
-    (found, _) = proven(loss, params, batch, splits, has_aux=True)
-    assert found.rows == ((1, PARTS["two"]), None, (0, PARTS["two"]))
 
 
 def test_collectives_over_rows() -> None:

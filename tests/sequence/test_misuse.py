@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bodies_for_tests import B, Body, D, V, count, loss_of
 from slices_for_tests import Splits, a_part, on_one, proven
 
 import funcpipe as fp
 from funcpipe.errors import BatchError, SequenceError, TraceError
 
-B, L, D, V = 2, 8, 4, 5
-Body = Callable[[Any, Any, torch.Tensor], Any]  # (params, batch, features of every position) -> the total, or a Mean
+L = 8
 
 
 @contextlib.contextmanager
@@ -45,18 +45,6 @@ def inputs(length: int = L) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 def splits(length: int = L, **how: Any) -> Splits:
     part = a_part(length, **how)
     return {"x": (1, part), "tokens": (1, part), "labels": (1, part)}
-
-
-def count(x: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(float(x.shape[0] * x.shape[1]))
-
-
-def loss_of(body: Body) -> Callable:
-    def loss(p: Any, b: Any) -> fp.Mean:
-        out = body(p, b, torch.tanh(b["x"] * p["a"]))
-        return out if isinstance(out, fp.Mean) else fp.Mean(out, count(b["x"]))
-
-    return loss
 
 
 def heads(x: torch.Tensor) -> torch.Tensor:
