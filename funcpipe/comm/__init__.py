@@ -75,9 +75,6 @@ class Communicator(Protocol):
         """``x`` has shape ``(n, *s)``: piece ``i`` goes to member ``i``; returns what came from each,
         ``(n, *s)``."""
 
-    def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
-        """The ``x`` of the member with index ``src``; the others' ``x`` gives shape and dtype."""
-
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Pending]:
         """Send tensors to rank ``dst``. Returns at once; the tensors must not be changed until they have left."""
 

@@ -69,11 +69,6 @@ class InProcessCommunicator:
             "all_to_all", x, axes, lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))]
         )
 
-    def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
-        wire.check_src(src, axes, self.mesh.axis_size(axes))
-        kind = f"broadcast(src={src})"
-        return self._collective(kind, x, axes, lambda xs: _copies(wire.fresh(xs[src]), len(xs)))
-
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Done]:
         world = self._world
         if world.error is not None:

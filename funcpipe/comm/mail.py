@@ -23,7 +23,7 @@ from funcpipe.comm.groups import Groups
 
 _NUMBERS = 1 << 16  # tag = channel number * _NUMBERS + running number of the tensor on its lane
 _CHANNELS = 1 << 14  # tags stay below 2**30
-_SMALL = 1 << 16  # bytes
+_SMALL = 1 << 16  # bytes of a tensor that is not worth waiting for
 
 
 class _Outbox:
@@ -87,7 +87,6 @@ class GlooMail:
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         lane = self._outgoing.get((dst, channel)) or self._open(self._outgoing, dst, channel)
-
         out: list[Pending] = []
         for x in xs:
             sent: Pending = Done(x)
@@ -149,7 +148,6 @@ class NcclMail:
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         group = self._groups.lane(self._groups.rank, dst, channel)
         there = int(self._groups.rank < dst)  # the two ranks of a group are counted in ascending order
-
         out: list[Pending] = []
         for x in xs:
             if x.numel():

@@ -108,10 +108,6 @@ class ProcessGroupCommunicator:
         wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
         return self._collective("all_to_all", x, axes, lambda team: teams.all_to_all(x, team))
 
-    def broadcast(self, x: torch.Tensor, src: int, axes: Axes) -> torch.Tensor:
-        wire.check_src(src, axes, self.mesh.axis_size(axes))
-        return self._collective(f"broadcast(src={src})", x, axes, lambda team: teams.broadcast(x, src, team))
-
     # --- messages and host objects --------------------------------------------------------------------
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Pending]:

@@ -108,14 +108,6 @@ def _by_rank(x: torch.Tensor, team: Team) -> torch.Tensor:
     return x[[team.places.index(i) for i in range(len(team.places))]].contiguous()
 
 
-def broadcast(x: torch.Tensor, src: int, team: Team) -> torch.Tensor:
-    """Member ``src``'s ``x``."""
-    out = wire.fresh(x)
-    if team.group is not None and x.numel():
-        dist.broadcast(_bytes(out), team.ranks[src], group=team.group)
-    return out
-
-
 def reduce_scatter(x: torch.Tensor, team: Team) -> torch.Tensor:
     """The sum over members of their ``x[i]``, where ``i`` is the own place."""
     if x.device.type == "cpu" or team.group is None or x.dtype not in _REDUCED_BY_NCCL or x.numel() == 0:

@@ -125,9 +125,3 @@ def check_pieces(kind: str, x: torch.Tensor, axes: Axes, n: int) -> None:
     if x.dim() == 0 or x.shape[0] != n:
         what = spec(x.shape, x.dtype)
         raise ValueError(f"{kind} over {axes} takes one piece for each of {n} ranks along dim 0, not {what}")
-
-
-def check_src(src: int, axes: Axes, n: int) -> None:
-    """ValueError unless ``src`` is an index into the group."""
-    if not 0 <= src < n:
-        raise ValueError(f"broadcast over {axes} takes as src an index into its {n} ranks, not {src}")

@@ -8,7 +8,7 @@ from funcpipe.mesh import Axes, Mesh
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64]
-KINDS = ["all_reduce", "all_reduce_max", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
+KINDS = ["all_reduce", "all_reduce_max", "all_gather", "reduce_scatter", "all_to_all"]
 KINDS += ["start_all_gather", "start_reduce_scatter"]
 
 
@@ -34,10 +34,8 @@ def _result(kind: str, members: list[torch.Tensor], i: int) -> torch.Tensor:
         return torch.stack(members)
     if kind == "reduce_scatter":
         return _sum([x[i] for x in members])
-    if kind == "all_to_all":
-        return torch.stack([x[i] for x in members])
-    assert kind == "broadcast"
-    return members[-1]
+    assert kind == "all_to_all"
+    return torch.stack([x[i] for x in members])
 
 
 def _sum(xs: list[torch.Tensor]) -> torch.Tensor:
@@ -61,8 +59,6 @@ def call(comm, kind: str, x: torch.Tensor, axes: Axes) -> torch.Tensor:
     """The collective that ``expected`` describes."""
     if kind == "all_reduce_max":
         return comm.all_reduce(x, axes, op="max")
-    if kind == "broadcast":
-        return comm.broadcast(x, comm.mesh.axis_size(axes) - 1, axes)
     out = getattr(comm, kind)(x, axes)
     return out.wait() if kind.startswith("start_") else out
 

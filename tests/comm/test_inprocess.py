@@ -93,10 +93,6 @@ def test_exchange_is_in_rank_order():
             "reduce_scatter over ('pipe',) takes one piece for each of 2 ranks along dim 0, not float32[1]",
         ),
         (lambda comm: comm.all_to_all(torch.tensor(1), ("pipe",)), "not int64[]"),
-        (
-            lambda comm: comm.broadcast(ZEROS, 2, ("pipe",)),
-            "broadcast over ('pipe',) takes as src an index into its 2 ranks, not 2",
-        ),
     ],
 )
 def test_wrong_arguments(wrong, text):
@@ -223,10 +219,10 @@ def test_a_deadlock_of_two_receivers():
             "but rank 1 called all_reduce(max) of float32[2] over ('pipe',)",
         ),
         (
-            lambda comm: comm.broadcast(ZEROS, 0, ("pipe",)),
-            lambda comm: comm.broadcast(ZEROS.double(), 0, ("pipe",)),
-            "rank 0 called broadcast(src=0) of float32[2] over ('pipe',), "
-            "but rank 1 called broadcast(src=0) of float64[2] over ('pipe',)",
+            lambda comm: comm.all_gather(ZEROS, ("pipe",)),
+            lambda comm: comm.all_gather(ZEROS.double(), ("pipe",)),
+            "rank 0 called all_gather of float32[2] over ('pipe',), "
+            "but rank 1 called all_gather of float64[2] over ('pipe',)",
         ),
         (
             lambda comm: comm.all_gather(ZEROS, ("pipe",)),

@@ -99,8 +99,8 @@ def layouts():
         lambda x: x[:, :, :0],
         lambda x: x[0, 0, 0],
     ]:
-        xs = [make(operand("broadcast", comm.rank, (2, 3, 4), dtype, 4)) for dtype in DTYPES]
-        want = [make(operand("broadcast", other, (2, 3, 4), dtype, 4)) for dtype in DTYPES]
+        xs = [make(operand("all_gather", comm.rank, (2, 3, 4), dtype, 4)) for dtype in DTYPES]
+        want = [make(operand("all_gather", other, (2, 3, 4), dtype, 4)) for dtype in DTYPES]
         outs = [torch.zeros_like(make(torch.empty(2, 3, 4, dtype=dtype))) for dtype in DTYPES]
         comm.send(xs, other, "layouts")
         got = comm.recv(outs, other, "layouts")
