@@ -5,6 +5,8 @@ been sent; at the end of its program where nothing does. So no rank waits for an
 optimizer and to the next step while others still work on this one. Where steps follow one another, what a rank idles at the end
 of one and at the beginning of the next is then filled, unless all idle there (`Timeline.period`).
 
+Their actions, ``SEND_H`` and ``RECV_H``, stand in programs alone: no schedule has them.
+
 In: a schedule, and which stage makes which head. Out: rows, and where among the actions of a place they stand.
 """
 

@@ -82,10 +82,12 @@ def greedy(
     if ranks is None:
         return None
     schedule = Schedule(name, tuple(tuple(rank.row) for rank in ranks), tuple(placement), microbatches)
-    end, period, busy = (
-        max(f(rank) for rank in ranks) for f in (lambda r: r.free, lambda r: r.free - r.start, lambda r: r.busy)
+    return Drawn(
+        schedule,
+        end=max(rank.free for rank in ranks),
+        period=max(rank.free - rank.start for rank in ranks),
+        busy=max(rank.busy for rank in ranks),
     )
-    return Drawn(schedule, end, period, busy)
 
 
 _Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch

@@ -250,5 +250,6 @@ def test_what_a_plan_holds_keeps_to_the_limit(model: Model, ranks: int, microbat
     try:
         found = planned(limit)
     except ScheduleError:
+        assert share < 1  # what needs the whole limit is found again
         return
     assert max(m["activations"] for m in found.memory) <= limit
