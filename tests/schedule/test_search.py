@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -230,6 +231,18 @@ def test_names() -> None:
         by_name("zbv")
     with pytest.raises(ScheduleError, match="zb_v has a fixed number of stages a rank: leave out v"):
         by_name("zb_v", v=2)
+
+
+def test_memory_counts_what_is_on_its_way() -> None:
+    """Of 1F1B on two ranks: two microbatches are held on the first, and the activations of both are sent when the gradients of
+    the first come back; on the second, when it has no microbatch, the gradients of two: what arrives between them was sent before
+    the first was there."""
+    load = even_load(2, 2)
+    heavy = replace(load, flows=dict.fromkeys(load.flows, 10.0))
+    table = by_name("one_f_one_b")(2, 4)
+    sending = insert_communication(table, heavy.edges([(0,), (1,)]))
+    assert [heavy.memory(table, rank, [(0,), (1,)]) for rank in (0, 1)] == [2, 1]
+    assert [heavy.memory(sending, rank, [(0,), (1,)]) for rank in (0, 1)] == [2 + 2 * 10, 2 * 10]
 
 
 @given(models(max_segments=5), st.integers(2, 3), st.integers(1, 6), st.floats(0.4, 1.0))
