@@ -67,6 +67,7 @@ class ProcessGroupCommunicator:
         store = dist.distributed_c10d._get_default_store()
         self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
         self._mail = mail(groups, store, key)
+        self._begun: dict[_Guarded, None] = {}  # collectives under way
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
@@ -102,7 +103,7 @@ class ProcessGroupCommunicator:
 
     def _start(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], Pending]) -> Pending:
         begun = self._collective(kind, x, axes, run)
-        return _Guarded(lambda: self._collective(kind, x, axes, lambda _: begun.wait()))
+        return _Guarded(lambda: self._collective(kind, x, axes, lambda _: begun.wait()), self._begun)
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
@@ -130,6 +131,8 @@ class ProcessGroupCommunicator:
 
     def flush(self) -> None:
         self._attempt(self._mail.flush, lambda: "while messages left")
+        for x in list(self._begun):
+            x.wait()
         if self._alarm.failure is not None:
             raise self._alarm.failure.error()
 
@@ -201,8 +204,13 @@ def _late(error: RuntimeError) -> bool:
 class _Guarded:
     """A collective under way, whose failure is explained like any other's."""
 
-    def __init__(self, wait: Callable[[], torch.Tensor]) -> None:
-        self.wait = wait
+    def __init__(self, wait: Callable[[], torch.Tensor], begun: dict[_Guarded, None]) -> None:
+        self._wait, self._begun = wait, begun
+        begun[self] = None
+
+    def wait(self) -> torch.Tensor:
+        self._begun.pop(self, None)
+        return self._wait()
 
 
 def _reason(error: RuntimeError) -> str:

@@ -4,6 +4,11 @@ Terms. The graph works on tensors of its own: the *home* of the state (`home.py`
 batch. Graphs for other shapes of batch share the home and one pool of memory.
 
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
+
+How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost nothing: ranks tell each
+other, and all of them are where they were. But then the capture has to end as a valid one. A graph that CUDA gives up in the
+middle keeps hold of the NCCL operations in it, and whoever closes their communicator waits for ever. So an op that needs the
+host is refused before it runs (`HostOps`), and what is on its way is joined first (``comm.flush``).
 """
 
 from __future__ import annotations
@@ -22,12 +27,14 @@ from funcpipe.lines import user_line
 from funcpipe.runtime.home import Given, Home, write
 from funcpipe.runtime.rank import Rank
 
+_ATEN = torch.ops.aten
 _SHAPED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_COPIES = (_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN._foreach_copy_.default)
 
 
 class CapturedStep:
-    """A step that is captured when it is called for the second time, and replayed from then on. The first time it runs as it is:
-    allocators, workspaces and communicators settle.
+    """A step that runs as it is when it is called for the first time (allocators, workspaces and communicators settle), is then
+    captured, and replayed from then on.
 
     Args:
         rank: what runs it.
@@ -39,24 +46,26 @@ class CapturedStep:
         self.rank, self.home, self.pool = rank, home, pool
         self.free = rank.plan.placement.free(rank.comm.rank)
         self.stream = torch.cuda.Stream()
-        self.host = HostOps()
         self.batch: Any = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has run once, and is not captured."""
+        return self.batch is not None and self.graph is None
+
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        """One step; metrics are new tensors.
+        """One step, the first or of the graph; metrics are new tensors.
 
         Raises:
-            TraceError: the step cannot be captured: it waits for the host, or a leaf is not on the GPU.
+            TraceError: a leaf is not on the GPU.
             StateError: the state has another structure than ``init_state`` made.
         """
         if self.batch is None:
             return self._first(given, batch)
+        assert self.graph is not None
         self.home.enter(given)
         write(tree.leaves(self.batch), tree.leaves(batch))
-        if self.graph is None:
-            self._capture()
-            assert self.graph is not None
         self.graph.replay()
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
 
@@ -68,23 +77,33 @@ class CapturedStep:
         self.batch = tree.map_tensors(torch.clone, batch)
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
-        with torch.cuda.stream(self.stream), self.host:
+        with torch.cuda.stream(self.stream):
             metrics = update(self.rank, self.home, self.batch, self.free)
         now.wait_stream(self.stream)
         tree.map_tensors(lambda x: x.record_stream(now), metrics)
         return self.home.leave(), metrics
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
+        """Capture the step that ran first.
+
+        Raises:
+            TraceError: it waits for the host.
+        """
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                self.metrics = update(self.rank, self.home, self.batch, self.free)
-        except torch.OutOfMemoryError:
+                try:
+                    with HostOps("cuda"):
+                        self.metrics = update(self.rank, self.home, self.batch, self.free)
+                except BaseException:
+                    self.rank.comm.flush()
+                    raise
+        except (TraceError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            raise TraceError(cannot_capture(self.host.found, error)) from error
+            raise TraceError(cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)) from error
         self.graph = graph
 
     def release(self) -> None:
@@ -92,50 +111,67 @@ class CapturedStep:
         for end in (torch.cuda.synchronize, *([self.graph.reset] if self.graph else [])):
             with contextlib.suppress(RuntimeError):
                 end()
+        self.graph = None
 
 
 class HostOps(TorchDispatchMode):
-    """Notes the first op inside, with its line, that a CUDA graph cannot hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.found is None:
-            why = _why_host(func, tree.leaves((args, kwargs or {}, out)))
-            self.found = why and f"{func}{user_line() or ''} {why}"
-        return out
-
-
-def _why_host(func: Any, used: list[Any]) -> str | None:
-    """Why an op that reads and makes these tensors needs the host, if it does."""
-    copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-    # Elsewhere a number on the CPU becomes an argument of a kernel.
-    devices = {x.device.type for x in used if isinstance(x, torch.Tensor) and (copies or x.dim() or not x.is_cpu)}
-    if len(devices) > 1:
-        return f"copies between {' and '.join(sorted(devices))}"
-    if any(tag in func.tags for tag in _SHAPED_BY_DATA):
-        return "waits for a value that the host reads"
-    return None
-
-
-def cannot_capture(host: str | None, error: BaseException) -> str:
-    """Why a step could not be captured.
+    """Refuses the ops inside that a CUDA graph cannot hold, with their lines, before they run.
 
     Args:
-        host: what `HostOps` found.
-        error: that the capture ended with.
+        device: the type of device whose values the host is not to wait for.
+
+    Raises:
+        TraceError: from the op.
     """
-    what = str(error).strip().splitlines()[0].rstrip(".")
-    remedy = "Keep it out of the step: return what the host wants to see as a metric, make tensors on the GPU"
-    if host is None:
-        return (
-            f"the step cannot be captured into a CUDA graph: {what}. Something in it waits for the host (.item(), print, a copy "
-            f"to the CPU) or makes a tensor on the CPU, only while it is captured. {remedy}"
-        )
-    return f"the step cannot be captured into a CUDA graph: {host} ({what}). {remedy}; or use cuda_graph=False"
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        why = self._why_host(func, args, kwargs)
+        if why is not None:
+            raise TraceError(cannot_capture(f"{func}{user_line() or ''} {why}"))
+        return func(*args, **kwargs)
+
+    def _why_host(self, func: Any, args: Any, kwargs: Any) -> str | None:
+        """Why an op with these arguments needs the host, if it does."""
+        used = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        # Elsewhere a number on the CPU becomes an argument of a kernel.
+        devices = {x.device.type for x in used if func in _COPIES or x.dim() or not x.is_cpu}
+        if func in _COPIES and kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]).type)
+        if len(devices) > 1 and self.device in devices:
+            return f"copies between {' and '.join(sorted(devices))}"
+        if any(x.device.type == self.device for x in used) and _reads(func, args, kwargs):
+            return "waits for a value that the host reads"
+        return None
+
+
+def _reads(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an op reads what its arguments hold before it is done: a number, or how large its result is."""
+    if func is _ATEN.index.Tensor:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    if func is _ATEN.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    return func is _ATEN.equal.default or any(tag in func.tags for tag in _SHAPED_BY_DATA)
+
+
+_REMEDY = "Keep it out of the step: return what the host wants to see as a metric, make tensors on the GPU"
+_UNSEEN = "Something in it waits for the host (torch.cuda.synchronize, an op of your own), only while it is captured"
+
+
+def cannot_capture(what: str, why: str = "") -> str:
+    """What a step is told that cannot be captured.
+
+    >>> cannot_capture("aten.equal.default at train.py:7 waits for a value that the host reads")[:47]
+    'the step cannot be captured into a CUDA graph: '
+    """
+    return (
+        ". ".join(filter(None, (f"the step cannot be captured into a CUDA graph: {what}", why, _REMEDY)))
+        + "; or use cuda_graph=False"
+    )
 
 
 def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:

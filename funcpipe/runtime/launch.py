@@ -51,7 +51,8 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
 
     Raises:
         RankError: a rank failed; the message names the first one and its error, a note has the traceback. The
-            other processes were stopped.
+            other processes were stopped. Or this process got a signal, and has a handler of its own for it that returned.
+        KeyboardInterrupt: by Ctrl-C, after the processes were stopped.
 
     Example::
 
@@ -67,6 +68,7 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
 
     if nprocs < 1:
         raise ValueError(f"launch starts 1 process or more, not {nprocs}")
+    stopped: signal.Signals | None = None
     with tempfile.TemporaryDirectory(prefix="funcpipe-") as logs, _undisturbed():
         config = LaunchConfig(
             min_nodes=1,
@@ -86,9 +88,10 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
         except ChildFailedError as error:
             raise _cause(error.failures, Path(logs)) from None
         except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise
+            stopped = signal.Signals(error.sigval)
+    if stopped is not None:  # now that the workers are gone, it does to this process what it does without a launch
+        signal.raise_signal(stopped)
+        raise RankError(f"the ranks were stopped: their launcher got {stopped.name}")
     return [pickle.loads(results[rank]) for rank in range(nprocs)]
 
 

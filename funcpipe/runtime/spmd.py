@@ -22,7 +22,7 @@ import torch
 from funcpipe.batch import signature
 from funcpipe.comm import Communicator
 from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError
+from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError, TraceError
 from funcpipe.mesh import Mesh
 from funcpipe.runtime import sizes
 from funcpipe.runtime.backend import NAMES, Backend
@@ -160,12 +160,9 @@ class Spmd(Runner):
             step = self._captured.get(id(rank))
             if step is None:
                 step = self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
-            captured, out = step.graph is not None, step(given, batch)
-            if step.graph is not None and not captured:
-                pools = self._by_place(rank, self.graph_memory, max)
-                for plan in self._made.plans.values():  # whose graphs share one pool
-                    plan.graphs.update(pools)
-            return out
+            if step.ready:
+                self._capture(step, given)
+            return step(given, batch)
         if self._donate and not self._cuda_graph:
             if id(rank) not in self._donated:
                 self._donated[id(rank)] = DonatedStep(rank, self._home)
@@ -173,6 +170,24 @@ class Spmd(Runner):
         out = rank.step(given.state, batch)
         self._comm.flush()
         return out
+
+    def _capture(self, step: CapturedStep, given: Given) -> None:
+        """Every rank captures its step, or none does: then all are where they were, and may go on."""
+        problem: FuncpipeError | None = None
+        try:
+            step.capture()
+        except torch.OutOfMemoryError as error:
+            problem = DeviceMemoryError(too_large(step.rank, given.state, error))
+        except TraceError as error:
+            problem = error
+        texts = self._comm.exchange(None if problem is None else str(problem))
+        failed = [r for r, text in enumerate(texts) if text is not None]
+        if failed:
+            step.release()
+            raise _Known(problem or MismatchError(f"rank {failed[0]} failed to capture its step: {texts[failed[0]]}"))
+        pools = self._by_place(step.rank, self.graph_memory, max)
+        for plan in self._made.plans.values():  # whose graphs share one pool
+            plan.graphs.update(pools)
 
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
         found: dict[int, Any] = {}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -31,6 +32,25 @@ def test_results_in_rank_order():
         assert (word, r, size, x.tolist(), t) == ("a", rank, 2, [1, 2, 3], threads)
     assert signal.getsignal(signal.SIGINT) is handler
     assert "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
+
+
+def sleep():
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("name, error", [("SIGTERM", "launcher got SIGTERM"), ("SIGINT", "")])
+def test_a_signal_acts_as_it_does_without_a_launch(name, error):
+    got = []
+    number = getattr(signal, name)
+    handler = signal.signal(number, lambda n, _: got.append(n)) if error else signal.default_int_handler
+    timer = threading.Timer(3, os.kill, (os.getpid(), number))
+    timer.start()
+    try:
+        with pytest.raises(RankError if error else KeyboardInterrupt, match=error or None):
+            launch(sleep, 2)
+    finally:
+        signal.signal(number, handler)
+    assert got == ([number] if error else [])
 
 
 def fail(how):
