@@ -50,9 +50,12 @@ class Communicator(Protocol):
     rank: int
     device: torch.device
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
+    def prepare(
+        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = (), aside: Iterable[Axes] = ()
+    ) -> None:
         """Make ready for collectives over these axes and for messages on these lanes ``(src, dst, channel)``.
-        All ranks call it alike, with the lanes of all ranks, before the first use; what is ready stays so."""
+        All ranks call it alike, with the lanes of all ranks, before the first use; what is ready stays so.
+        ``aside``: those over which collectives are started that run beside units for long."""
 
     def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
         """The sum (or ``"max"``) of ``x`` over the group: same shape, same on every member. The sum of

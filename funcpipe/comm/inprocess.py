@@ -109,8 +109,10 @@ class InProcessCommunicator:
         everyone = tuple(range(self.mesh.size))
         return self._world.meet(self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs])
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
-        for axes in axes_sets:
+    def prepare(
+        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = (), aside: Iterable[Axes] = ()
+    ) -> None:
+        for axes in (*axes_sets, *aside):
             self.mesh.check(axes, "prepare")
 
     def flush(self) -> None:

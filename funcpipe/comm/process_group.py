@@ -70,13 +70,13 @@ class ProcessGroupCommunicator:
         self._begun: dict[_Guarded, None] = {}  # collectives under way
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
-        self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = (), aside: Iterable[Axes] = ()) -> None:
+        self._attempt(lambda: self._groups.prepare(axes_sets, lanes, aside), lambda: "while making process groups")
 
     # --- collectives ----------------------------------------------------------------------------------
 
-    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T]) -> T:
-        team = self._groups.team(axes)
+    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T], aside: bool = False) -> T:
+        team = self._groups.team(axes, aside)
 
         def what() -> str:
             return f"in {kind} of {wire.spec(x.shape, x.dtype)} over {axes}"
@@ -102,7 +102,7 @@ class ProcessGroupCommunicator:
         return self._start("reduce_scatter", x, axes, lambda team: teams.start_reduce_scatter(x, team))
 
     def _start(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], Pending]) -> Pending:
-        begun = self._collective(kind, x, axes, run)
+        begun = self._collective(kind, x, axes, run, aside=True)
         return _Guarded(lambda: self._collective(kind, x, axes, lambda _: begun.wait()), self._begun)
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:

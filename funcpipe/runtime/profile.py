@@ -2,8 +2,8 @@
 
 In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they would among others, with what
 the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`fuse.py`). They run
-alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step;
-equal ones are measured once.
+alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step,
+and then in turn, as long as it takes a GPU to reach the clock that it holds; equal ones are measured once.
 
 Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from funcpipe.runtime.runner import Runner
 
 _REPEATS = 8  # of a piece in one graph, so that it is timed as it runs among others
+_WARM = 1.0  # seconds of work before a GPU's clock is that of a step in the midst of others
 # The third of four microbatches is timed: its gradients are neither the first nor the last ones of their sums.
 _MICROBATCHES, _TIMED = 4, 2
 
@@ -83,16 +85,17 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
 
     def measure(comm: Communicator, backend: Backend) -> list[float]:
-        timed = _replayed if backend.captured and not together else _median
-        known: dict[tuple, float] = {}
+        ready: dict[tuple, Callable[[], None]] = {}
         with bind_rank(comm), torch.no_grad():
             given = known_of(comm)
+            made: dict[tuple, torch.Tensor] = {}
             for program in programs:
                 bound = bind(program, (comm.rank,), "profile", comm, backend)
                 for piece in _pieces(program, backend):
-                    if piece.key not in known:
-                        known[piece.key] = timed(_ready(piece, program, bound, comm, given), comm.device, rounds)
-        return list(known.values())
+                    if piece.key not in ready:
+                        ready[piece.key] = _ready(piece, program, bound, comm, given, made)
+            timed = _replayed if backend.captured and not together else _median
+            return timed(list(ready.values()), comm.device, rounds)
 
     found = run._everywhere(measure, together)
     pieces = [piece for program in programs for piece in _pieces(program, run._backend)]
@@ -137,9 +140,25 @@ def _pieces(program: Program, backend: Backend) -> Iterator[_Piece]:
 
 
 def _ready(
-    piece: _Piece, program: Program, bound: list[Bound], comm: Communicator, given: dict[Name, torch.Tensor]
+    piece: _Piece,
+    program: Program,
+    bound: list[Bound],
+    comm: Communicator,
+    given: dict[Name, torch.Tensor],
+    alike: dict[tuple, torch.Tensor],
 ) -> Callable[[], None]:
-    """A function that runs a piece, on tensors that are there."""
+    """A function that runs a piece, on tensors that are there. Pieces share those that are ``alike``: all of them fit together."""
+    count: Counter[tuple] = Counter()
+
+    def like(v: Value, known: torch.Tensor | None) -> torch.Tensor:
+        if known is not None and tuple(known.shape) == v.shape:
+            return known.to(comm.device)
+        kind = (v.shape, v.stride, v.dtype)
+        count[kind] += 1
+        if (*kind, count[kind]) not in alike:
+            alike[*kind, count[kind]] = _like(v, comm.device)
+        return alike[*kind, count[kind]]
+
     values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
     first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
     slots: Slots = [None] * program.slots
@@ -150,7 +169,7 @@ def _ready(
         for name, slot in zip(row.reads, i.reads, strict=True) if row.op == RUN else ():
             if name not in made:
                 known = given.get(("batch", name[2]) if name[0] == "batch" else name)
-                slots[slot] = _like(values[name], known, comm.device)
+                slots[slot] = like(values[name], known)
         made.update(row.writes)
     sums = list(slots)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
@@ -176,7 +195,11 @@ def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
         out[rest[0]] = took - out[first]
 
 
-def _median(run: Callable[[], None], device: torch.device, rounds: int) -> float:
+def _median(pieces: list[Callable[[], None]], device: torch.device, rounds: int) -> list[float]:
+    return [_median_of(run, device, rounds) for run in pieces]
+
+
+def _median_of(run: Callable[[], None], device: torch.device, rounds: int) -> float:
     times = []
     for _ in range(rounds + 1):
         _finish(device)
@@ -187,30 +210,35 @@ def _median(run: Callable[[], None], device: torch.device, rounds: int) -> float
     return statistics.median(times[1:])
 
 
-def _replayed(run: Callable[[], None], device: torch.device, rounds: int) -> float:
-    """The time of a piece in a CUDA graph, which the host does not slow down."""
-    graph = torch.cuda.CUDAGraph()
-    run()  # compiles kernels, makes workspaces
-    _finish(device)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(_REPEATS):
-            run()
-    times = []
-    for _ in range(rounds + 1):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
+def _replayed(pieces: list[Callable[[], None]], device: torch.device, rounds: int) -> list[float]:
+    """The times of pieces in CUDA graphs, which the host does not slow down. They run in turn and without a break, as in a step: a
+    GPU that has been idle, or that does the same thing all the time, has another clock."""
+    graphs, pool = [], torch.cuda.graph_pool_handle()  # shared: what a piece makes is gone when the next one runs
+    for run in pieces:
+        run()  # compiles kernels, makes workspaces
         _finish(device)
-        times.append(start.elapsed_time(end) / 1e3 / _REPEATS)
-    graph.reset()
-    return statistics.median(times[1:])
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode="thread_local"):
+            for _ in range(_REPEATS):
+                run()
+    times: list[list[float]] = [[] for _ in pieces]
+    warm = time.perf_counter() + _WARM
+    while len(times[0]) < rounds:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(graphs) + 1)]
+        events[0].record()
+        for graph, event in zip(graphs, events[1:], strict=True):
+            graph.replay()
+            event.record()
+        _finish(device)
+        for k, some in enumerate(times) if time.perf_counter() > warm else ():
+            some.append(events[k].elapsed_time(events[k + 1]) / 1e3 / _REPEATS)
+    for graph in graphs:
+        graph.reset()
+    return [statistics.median(some) for some in times]
 
 
-def _like(v: Value, known: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index."""
-    if known is not None and tuple(known.shape) == v.shape:
-        return known.to(device)
+def _like(v: Value, device: torch.device) -> torch.Tensor:
+    """A tensor of a value's shape: small random numbers, or zeros where it may be an index."""
     out = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=device)
     return out.normal_(std=0.02) if v.dtype.is_floating_point else out.zero_()
 
