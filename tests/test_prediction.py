@@ -102,8 +102,8 @@ def test_profiles_are_costs() -> None:
 def test_profiles_look_up_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one row again and again, whose gradients all wait for each other."""
     seen = []
-    like = profile._like
-    monkeypatch.setattr(profile, "_like", lambda v, known, device: seen.append((v, known)) or like(v, known, device))
+    make = profile._input
+    monkeypatch.setattr(profile, "_input", lambda v, known, *rest: seen.append((v, known)) or make(v, known, *rest))
     run, state, batch = start()
     fp.profile_units(run, state, batch, rounds=1)
     rows = [known for v, known in seen if v.kind == "batch" and v.dtype == torch.int64]

@@ -27,17 +27,17 @@ class Pending(Protocol):
     """A collective under way, or a tensor."""
 
     def wait(self) -> torch.Tensor:
-        """The collective's result, once; the tensor, when it has left."""
+        """The collective's result, once; the tensor, when it has left or arrived."""
 
 
 class Done:
     """What was over when it began."""
 
-    def __init__(self, out: torch.Tensor) -> None:
-        self.out = out
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
 
     def wait(self) -> torch.Tensor:
-        return self.out
+        return self.x
 
 
 class Communicator(Protocol):
@@ -84,9 +84,15 @@ class Communicator(Protocol):
     def settle(self, sent: Sequence[Pending]) -> None:
         """Wait until tensors have left, and let them go."""
 
+    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[Pending]:
+        """Begin to receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
+        order; they are filled, or left alone where the message is handed over as it is."""
+
+    def arrive(self, begun: Sequence[Pending], src: int, channel: str) -> Sequence[torch.Tensor]:
+        """Wait for the message that ``start_recv`` began to receive there; its tensors. In the order of the channel."""
+
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
-        """Receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
-        order; they are filled and returned, or left alone where the message is handed over as it is."""
+        """Receive the next message of a channel: ``start_recv`` and ``arrive``."""
 
     def exchange(self, what: Any) -> list[Any]:
         """Every rank's picklable object, in rank order (host side, over the whole mesh)."""

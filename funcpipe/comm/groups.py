@@ -10,6 +10,7 @@ In: a mesh, a device, the environment that torchrun sets. Out: process groups.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import weakref
@@ -195,12 +196,12 @@ def _sever_gloo(group: dist.ProcessGroup) -> None:
     # abort() and shutdown() of a gloo group end nothing (torch 2.13). A receive that times out does: gloo
     # then closes every connection of the group (gloo/transport/tcp/unbound_buffer.cc, waitRecv), which ends
     # what waits here and makes the peers see "connection closed".
+    # One from a peer whose connection is closed already ends at once, and closes nothing: so from all of them.
     nothing = torch.empty(1, dtype=torch.uint8)
-    try:
-        work = group.recv([nothing], (group.rank() + 1) % group.size(), _SEVER_TAG)
-        work.wait(timedelta(milliseconds=1))
-    except RuntimeError:
-        pass
+    for peer in range(group.size()):
+        if peer != group.rank():
+            with contextlib.suppress(RuntimeError):
+                group.recv([nothing], peer, _SEVER_TAG).wait(timedelta(milliseconds=1))
 
 
 def _abort(group: dist.ProcessGroup) -> None:

@@ -118,12 +118,20 @@ class ProcessGroupCommunicator:
             what = f"sending {wire.specs(xs)} on channel {channel!r}"
             raise self._lost(error, what, (dst,)) from error
 
-    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
+    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[Pending]:
         try:
-            return self._mail.recv(outs, src, channel)
+            return self._mail.start_recv(outs, src, channel)
         except RuntimeError as error:
-            what = f"receiving {wire.specs(outs)} on channel {channel!r}"
-            raise self._lost(error, what, (src,)) from error
+            raise self._lost(error, _receiving(outs, channel), (src,)) from error
+
+    def arrive(self, begun: Sequence[Any], src: int, channel: str) -> Sequence[torch.Tensor]:
+        try:
+            return [p.wait() for p in begun]
+        except RuntimeError as error:
+            raise self._lost(error, _receiving([p.x for p in begun], channel), (src,)) from error
+
+    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
+        return self.arrive(self.start_recv(outs, src, channel), src, channel)
 
     def settle(self, sent: Sequence[Pending]) -> None:
         if sent:
@@ -191,6 +199,10 @@ class ProcessGroupCommunicator:
 
     def close(self) -> None:
         self._closer()
+
+
+def _receiving(xs: Sequence[torch.Tensor], channel: str) -> str:
+    return f"receiving {wire.specs(xs)} on channel {channel!r}"
 
 
 def _is_loss(error: RuntimeError) -> bool:

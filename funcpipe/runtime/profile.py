@@ -149,16 +149,6 @@ def _ready(
 ) -> Callable[[], None]:
     """A function that runs a piece, on tensors that are there. Pieces share those that are ``alike``: all of them fit together."""
     count: Counter[tuple] = Counter()
-
-    def like(v: Value, known: torch.Tensor | None) -> torch.Tensor:
-        if known is not None and tuple(known.shape) == v.shape:
-            return known.to(comm.device)
-        kind = (v.shape, v.stride, v.dtype)
-        count[kind] += 1
-        if (*kind, count[kind]) not in alike:
-            alike[*kind, count[kind]] = _like(v, comm.device)
-        return alike[*kind, count[kind]]
-
     values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
     first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
     slots: Slots = [None] * program.slots
@@ -169,7 +159,7 @@ def _ready(
         for name, slot in zip(row.reads, i.reads, strict=True) if row.op == RUN else ():
             if name not in made:
                 known = given.get(("batch", name[2]) if name[0] == "batch" else name)
-                slots[slot] = like(values[name], known)
+                slots[slot] = _input(values[name], known, comm.device, alike, count)
         made.update(row.writes)
     sums = list(slots)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
@@ -237,10 +227,20 @@ def _replayed(pieces: list[Callable[[], None]], device: torch.device, rounds: in
     return [statistics.median(some) for some in times]
 
 
-def _like(v: Value, device: torch.device) -> torch.Tensor:
-    """A tensor of a value's shape: small random numbers, or zeros where it may be an index."""
-    out = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=device)
-    return out.normal_(std=0.02) if v.dtype.is_floating_point else out.zero_()
+def _input(
+    v: Value, known: torch.Tensor | None, device: torch.device, alike: dict[tuple, torch.Tensor], count: Counter[tuple]
+) -> torch.Tensor:
+    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index.
+    ``count``: how many of each kind the piece has so far; no two of them are the same tensor."""
+    if known is not None and tuple(known.shape) == v.shape:
+        return known.to(device)
+    kind = (v.shape, v.stride, v.dtype)
+    count[kind] += 1
+    key = (*kind, count[kind])
+    if key not in alike:
+        out = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device=device)
+        alike[key] = out.normal_(std=0.02) if v.dtype.is_floating_point else out.zero_()
+    return alike[key]
 
 
 def _finish(device: torch.device) -> None:
