@@ -202,10 +202,7 @@ def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
     maker, some = plan.calls[0].schedule.placement[-1], programs(plan)
     sent = next(k for k, row in enumerate(some[maker].rows) if row.action.kind == "SEND_H")
     reached = run_until(some, (maker, sent))
-    received = {
-        p: [k for k, row in enumerate(some[p].rows) if row.op == "recv" and row.action.kind == "RECV_H"]
-        for p in range(ranks)
-    }
+    received = {p: [k for k, row in enumerate(some[p].rows) if row.action.kind == "RECV_H"] for p in range(ranks)}
     for p in set(range(ranks)) - {maker}:
         (k,) = received[p]
         assert reached[p] < k or k == len(some[p].rows) - 1
@@ -235,9 +232,8 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
                 k for k, a in enumerate(there) if a.kind[:4] == "SEND" and message_of(a) == message_of(row.action)
             )
             got = {message_of(a) for a in there[:answer] if a.kind in ("RECV_F", "RECV_B")}
-            sent = [n for n in row.reads if n[0] == "sent"]
-            assert {message_of(held[n]) for n in sent} <= got
-            for n in sent:
+            assert {message_of(held[n]) for n in row.reads} <= got
+            for n in row.reads:
                 del held[n]
                 let_go += 1
             assert not {message_of(a) for n, a in held.items() if n[3] == peer} & got

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe.comm import Done
-from funcpipe.comm.inprocess import InProcessCommunicator, Part
+from funcpipe.comm.inprocess import InProcessCommunicator
 from funcpipe.runtime import divide, rank, shards
 from funcpipe.testing import Layer, Model, models
 
@@ -195,7 +195,7 @@ class Watched(list):
         if x is not None:
             for name, places in (("values", self.values), ("sums", self.taken)):
                 if i in places:  # what is there before is let go after
-                    alive = [y.x if isinstance(y, Done | Part) else y for y in (*(self[k] for k in places), x)]
+                    alive = [y.out if isinstance(y, Done) else y for y in (*(self[k] for k in places), x)]
                     self.peaks[name] = max(self.peaks[name], held([y for y in alive if torch.is_tensor(y)]))
         super().__setitem__(i, x)
 

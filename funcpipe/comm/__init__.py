@@ -27,17 +27,17 @@ class Pending(Protocol):
     """A collective under way, or a tensor."""
 
     def wait(self) -> torch.Tensor:
-        """The collective's result, once; the tensor, when it has left or arrived."""
+        """The collective's result, once; the tensor, when it has left."""
 
 
 class Done:
     """What was over when it began."""
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
+    def __init__(self, out: torch.Tensor) -> None:
+        self.out = out
 
     def wait(self) -> torch.Tensor:
-        return self.x
+        return self.out
 
 
 class Communicator(Protocol):
@@ -50,12 +50,9 @@ class Communicator(Protocol):
     rank: int
     device: torch.device
 
-    def prepare(
-        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = (), aside: Iterable[Axes] = ()
-    ) -> None:
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
         """Make ready for collectives over these axes and for messages on these lanes ``(src, dst, channel)``.
-        All ranks call it alike, with the lanes of all ranks, before the first use; what is ready stays so.
-        ``aside``: those over which collectives are started that run beside units for long."""
+        All ranks call it alike, with the lanes of all ranks, before the first use; what is ready stays so."""
 
     def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
         """The sum (or ``"max"``) of ``x`` over the group: same shape, same on every member. The sum of
@@ -84,15 +81,9 @@ class Communicator(Protocol):
     def settle(self, sent: Sequence[Pending]) -> None:
         """Wait until tensors have left, and let them go."""
 
-    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[Pending]:
-        """Begin to receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
-        order; they are filled, or left alone where the message is handed over as it is."""
-
-    def arrive(self, begun: Sequence[Pending], src: int, channel: str) -> Sequence[torch.Tensor]:
-        """Wait for the message that ``start_recv`` began to receive there; its tensors. In the order of the channel."""
-
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
-        """Receive the next message of a channel: ``start_recv`` and ``arrive``."""
+        """Receive the next message of a channel. ``outs`` are buffers of the sender's shapes, dtypes and wire
+        order; they are filled and returned, or left alone where the message is handed over as it is."""
 
     def exchange(self, what: Any) -> list[Any]:
         """Every rank's picklable object, in rank order (host side, over the whole mesh)."""

@@ -1,8 +1,8 @@
 """The process groups of one mesh: made by all ranks alike, severed when a rank fails, given back at the end.
 
 Terms. A *team* is the process group of a rank over some axes. A process group counts its ranks in ascending
-order, a team in the order of the mesh; for axes that are not in mesh order the two differ. An *aside* team has the same ranks,
-and a communicator of its own on GPUs, for collectives that run beside units. A *lane* is a (source, destination, channel). To *sever* a group is to make every operation that waits on it end with an
+order, a team in the order of the mesh; for axes that are not in mesh order the two differ. A *lane* is a
+(source, destination, channel). To *sever* a group is to make every operation that waits on it end with an
 error, here and on the other ranks.
 
 In: a mesh, a device, the environment that torchrun sets. Out: process groups.
@@ -16,7 +16,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,6 @@ from funcpipe.errors import MeshError
 from funcpipe.mesh import Axes, Mesh
 
 Lane = tuple[int, int, str]
-# The most thread blocks that NCCL may take for a collective aside. Each takes a processor from the units that it is to run
-# beside, and keeps it while it waits for the other ranks; there is time enough for few of them to move a bucket.
-ASIDE_CTAS = 8
 _SEVER_TAG = 2**30  # no message has it: lanes count below it
 
 # torch.distributed has one default group in a process. Where funcpipe made it, the last communicator
@@ -59,8 +56,7 @@ class Groups:
             torch.cuda.set_device(self.device)
         self._made: list[tuple[dist.ProcessGroup, str]] = []  # with its backend
         self._teams: dict[Axes, dist.ProcessGroup | None] = {}
-        self._asides: dict[Axes, dist.ProcessGroup | None] = {}
-        self._views: dict[tuple[Axes, bool], Team] = {}
+        self._views: dict[Axes, Team] = {}
         self._lanes: dict[Lane, dist.ProcessGroup] = {}
         ours = bool(_tenants)
         if not dist.is_initialized():
@@ -84,11 +80,9 @@ class Groups:
         # On CPUs one group carries all messages, told apart by tags; NCCL knows no tags (see `prepare`).
         self.mail = self._new(everyone, "gloo", "mail") if self.device.type == "cpu" else None
 
-    def _new(self, ranks: Iterable[int], backend: str, what: str, options: Any = None) -> dist.ProcessGroup | None:
+    def _new(self, ranks: Iterable[int], backend: str, what: str) -> dist.ProcessGroup | None:
         """A process group of these ranks; None where this rank is not among them."""
-        group = dist.new_group(
-            sorted(ranks), timeout=self.timeout, backend=backend, pg_options=options, group_desc=f"funcpipe {what}"
-        )
+        group = dist.new_group(sorted(ranks), timeout=self.timeout, backend=backend, group_desc=f"funcpipe {what}")
         if not isinstance(group, dist.ProcessGroup):
             return None
         self._made.append((group, backend))
@@ -96,28 +90,26 @@ class Groups:
 
     # --- teams and lanes ------------------------------------------------------------------------------
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = (), aside: Iterable[Axes] = ()) -> None:
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
         """Make the groups that are still missing. Every rank calls it with the same arguments, since every
-        rank takes part in making every group. Lanes and asides matter to NCCL alone. Each lane gets a communicator
-        of its own: on a shared one, messages wait for each other."""
-        gpu = self.device.type != "cpu"
+        rank takes part in making every group. Lanes matter to NCCL alone, where each gets a communicator of
+        its own: on a shared one, messages wait for each other."""
         wanted = {self._canonical(axes) for axes in axes_sets}
         for axes in sorted(wanted - self._teams.keys()):
             self._teams[axes] = self._make_team(axes)
-        for axes in sorted({self._canonical(axes) for axes in aside} - self._asides.keys()) if gpu else ():
-            self._asides[axes] = self._make_team(axes, ASIDE_CTAS)
-        for lane in sorted(set(lanes) - self._lanes.keys()) if gpu else ():
-            self._make_lane(lane)
+        if self.device.type != "cpu":
+            for lane in sorted(set(lanes) - self._lanes.keys()):
+                self._make_lane(lane)
 
     def _canonical(self, axes: Axes) -> Axes:
         sizes = self.mesh.axes
         return tuple(a for a in self.mesh.ordered(self.mesh.check(axes, "prepare")) if sizes[a] > 1)
 
-    def _make_team(self, axes: Axes, ctas: int | None = None) -> dist.ProcessGroup | None:
+    def _make_team(self, axes: Axes) -> dist.ProcessGroup | None:
         mine = None
         for ranks in dict.fromkeys(self.mesh.group(r, axes) for r in range(self.mesh.size)):
             if len(ranks) > 1:
-                mine = self._new(ranks, _backend(self.device), f"axes {axes}", _limited(ctas)) or mine
+                mine = self._new(ranks, _backend(self.device), f"axes {axes}") or mine
         if mine is not None and self.device.type != "cpu":
             self._warm_up(mine)
         return mine
@@ -143,17 +135,16 @@ class Groups:
         dist.all_reduce(torch.zeros(1, device=self.device), group=group)
         torch.cuda.synchronize(self.device)
 
-    def team(self, axes: Axes, aside: bool = False) -> Team:
-        """The team of this rank over ``axes``, or the aside one where there is one; MeshError where neither was prepared."""
-        team = self._views.get((axes, aside))
+    def team(self, axes: Axes) -> Team:
+        """The team of this rank over ``axes``; MeshError where it was not prepared."""
+        team = self._views.get(axes)
         if team is None:
-            ranks, key = self.mesh.group(self.rank, axes), self._canonical(axes)
-            made = self._asides if aside and key in self._asides else self._teams
-            if len(ranks) > 1 and key not in made:
+            ranks = self.mesh.group(self.rank, axes)
+            if len(ranks) > 1 and self._canonical(axes) not in self._teams:
                 raise MeshError(f"no process groups over {axes}: every rank must call prepare([{axes}]) first")
             places = [sorted(ranks).index(r) for r in ranks]
-            team = self._views[axes, aside] = Team(
-                made[key] if len(ranks) > 1 else None,
+            team = self._views[axes] = Team(
+                self._teams[self._canonical(axes)] if len(ranks) > 1 else None,
                 ranks,
                 places if places != sorted(places) else None,
             )
@@ -207,15 +198,6 @@ def _sever_gloo(group: dist.ProcessGroup) -> None:
 def _abort(group: dist.ProcessGroup) -> None:
     if hasattr(group, "abort"):
         group.abort()
-
-
-def _limited(ctas: int | None) -> Any:
-    """Options for an NCCL group that takes so many thread blocks at most."""
-    if ctas is None:
-        return None
-    options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = ctas
-    return options
 
 
 def _backend(device: torch.device) -> str:

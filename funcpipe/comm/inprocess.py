@@ -24,31 +24,6 @@ T = TypeVar("T")
 _CPU = torch.device("cpu")
 
 
-class _Message:
-    """A message that is received when the first of its tensors is waited for."""
-
-    __slots__ = ("receive", "xs")
-
-    def __init__(self, receive: Callable[[], Sequence[torch.Tensor]]) -> None:
-        self.receive = receive
-        self.xs: Sequence[torch.Tensor] | None = None
-
-
-class Part:
-    """A tensor of a message; until it is received, the buffer for it."""
-
-    __slots__ = ("i", "message", "x")
-
-    def __init__(self, message: _Message, i: int, x: torch.Tensor) -> None:
-        self.message, self.i, self.x = message, i, x
-
-    def wait(self) -> torch.Tensor:
-        if self.message.xs is None:
-            self.message.xs = self.message.receive()
-        self.x = self.message.xs[self.i]
-        return self.x
-
-
 class InProcessCommunicator:
     """One rank's way to the others, as ``funcpipe.comm.Communicator`` describes it. ``Ranks`` makes them.
 
@@ -107,13 +82,6 @@ class InProcessCommunicator:
     def settle(self, sent: Sequence[Pending]) -> None:
         pass
 
-    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[Pending]:
-        message = _Message(lambda: self.recv(outs, src, channel))
-        return [Part(message, i, x) for i, x in enumerate(outs)]
-
-    def arrive(self, begun: Sequence[Pending], src: int, channel: str) -> Sequence[torch.Tensor]:
-        return [x.wait() for x in begun]
-
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         world = self._world
         if world.error is not None:
@@ -141,10 +109,8 @@ class InProcessCommunicator:
         everyone = tuple(range(self.mesh.size))
         return self._world.meet(self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs])
 
-    def prepare(
-        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = (), aside: Iterable[Axes] = ()
-    ) -> None:
-        for axes in (*axes_sets, *aside):
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
+        for axes in axes_sets:
             self.mesh.check(axes, "prepare")
 
     def flush(self) -> None:

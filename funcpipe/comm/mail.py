@@ -2,7 +2,7 @@
 
 Terms. A *lane* is a (source, destination, channel). A message is a sequence of tensors; each travels as the
 flat elements in its wire order (`wire.py`), and one without elements does not travel at all. A *pending*
-send is one that may not have left yet, a pending receive one that may not have arrived: its tensor must live until then.
+send is one that may not have left yet: its tensor must live until then.
 
 In: tensors, peers, channels. Out: filled tensors, pending sends. Errors are those of torch.distributed.
 
@@ -26,47 +26,34 @@ _CHANNELS = 1 << 14  # tags stay below 2**30
 _SMALL = 1 << 16  # bytes of a tensor that is not worth waiting for
 
 
-class _Travelling:
-    """Sends and receives that may not be over yet, with their tensors, in order."""
+class _Outbox:
+    """Sends that may not have left yet, with their tensors, in order."""
 
     def __init__(self) -> None:
-        self.some: dict[_Way, None] = {}
+        self.sends: dict[_Send, None] = {}
 
-    def put(self, work: dist.Work, dense: torch.Tensor, x: torch.Tensor, kind: type[_Way] | None = None) -> _Way:
-        way = (kind or _Way)(self, work, dense, x)
-        self.some[way] = None
-        return way
+    def put(self, work: dist.Work, x: torch.Tensor) -> _Send:
+        send = _Send(self, work, x)
+        self.sends[send] = None
+        return send
 
     def flush(self) -> None:
-        for way in list(self.some):
-            way.wait()
+        for x in list(self.sends):
+            x.wait()
 
 
-class _Way:
-    """A tensor on its way as dense elements, of which it may be a view or a copy."""
+class _Send:
+    """A tensor on its way."""
 
-    __slots__ = ("dense", "travelling", "work", "x")
+    __slots__ = ("outbox", "work", "x")
 
-    def __init__(self, travelling: _Travelling, work: dist.Work, dense: torch.Tensor, x: torch.Tensor) -> None:
-        self.travelling, self.work, self.dense, self.x = travelling, work, dense, x
+    def __init__(self, outbox: _Outbox, work: dist.Work, x: torch.Tensor) -> None:
+        self.outbox, self.work, self.x = outbox, work, x
 
     def wait(self) -> torch.Tensor:
-        if self in self.travelling.some:
-            del self.travelling.some[self]  # also where it fails: whoever holds it holds the connection
+        if self in self.outbox.sends:
             self.work.wait()
-        return self.x
-
-
-class _Arrival(_Way):
-    """A tensor that is to be filled."""
-
-    __slots__ = ()
-
-    def wait(self) -> torch.Tensor:
-        if self in self.travelling.some:
-            super().wait()
-            if self.dense.data_ptr() != self.x.data_ptr():
-                self.x.copy_(self.dense.view(self.x.shape))
+            del self.outbox.sends[self]
         return self.x
 
 
@@ -96,7 +83,7 @@ class GlooMail:
         self._channels: dict[str, int] = {}
         self._outgoing: dict[tuple[int, str], _Lane] = {}
         self._incoming: dict[tuple[int, str], _Lane] = {}
-        self._travelling = _Travelling()
+        self._outbox = _Outbox()
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         lane = self._outgoing.get((dst, channel)) or self._open(self._outgoing, dst, channel)
@@ -105,26 +92,27 @@ class GlooMail:
             sent: Pending = Done(x)
             if x.numel():
                 dense = x if x.is_contiguous() else wire.flat(x)
-                send = self._travelling.put(self._group.send([dense], lane.peer, lane.tag()), dense, dense)
+                send = self._outbox.put(self._group.send([dense], lane.peer, lane.tag()), dense)
                 sent = send if x.nbytes >= _SMALL else sent
             out.append(sent)
         return out
 
-    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> list[Pending]:
+    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         lane = self._incoming.get((src, channel)) or self._open(self._incoming, src, channel)
-        arriving: list[Pending] = []
+        works = []
         for out in outs:
             if out.numel():
-                # A view or copy where `out` is not contiguous; the elements of a copy are put in place when they are here.
+                # A view or copy where `out` is not contiguous; the elements of a copy are put in place below.
                 dense = out if out.is_contiguous() else wire.flat(out)
-                work = self._group.recv([dense], lane.peer, lane.tag())
-                arriving.append(self._travelling.put(work, dense, out, _Arrival))
-            else:
-                arriving.append(Done(out))
-        return arriving
+                works.append((self._group.recv([dense], lane.peer, lane.tag()), dense, out))
+        for work, dense, out in works:
+            work.wait()
+            if dense is not out and dense.data_ptr() != out.data_ptr():
+                out.copy_(dense.view(out.shape))
+        return outs
 
     def flush(self) -> None:
-        self._travelling.flush()
+        self._outbox.flush()
 
     def _open(self, lanes: dict[tuple[int, str], _Lane], peer: int, channel: str) -> _Lane:
         lane = lanes[peer, channel] = _Lane(peer, self._number(channel))
@@ -144,8 +132,8 @@ class GlooMail:
 class NcclMail:
     """Messages between GPUs, one communicator for each lane (`Groups.prepare`).
 
-    Both ends only enqueue: who waits for a receive or a send makes the current stream wait, not the host; what is then freed may
-    be used again. At the latest ``flush`` does so, which joins the communicators'
+    Both ends only enqueue: a receive makes the current stream wait, not the host, and so does who waits for a
+    send; what is then freed may be used again. At the latest ``flush`` does so, which joins the communicators'
     streams to the current one, as a capture of the step into a CUDA graph needs.
 
     torch marks what travels as used by the communicator's stream (``record_stream``), and what is marked while a
@@ -155,7 +143,7 @@ class NcclMail:
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-        self._travelling = _Travelling()
+        self._outbox = _Outbox()
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         group = self._groups.lane(self._groups.rank, dst, channel)
@@ -164,26 +152,24 @@ class NcclMail:
         for x in xs:
             if x.numel():
                 flat = unmarked(wire.flat(x).view(torch.uint8))
-                out.append(self._travelling.put(group.send([flat], there, 0), flat, flat))
+                out.append(self._outbox.put(group.send([flat], there, 0), flat))
             else:
                 out.append(Done(x))
         return out
 
-    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> list[Pending]:
+    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
         group = self._groups.lane(src, self._groups.rank, channel)
         there = int(self._groups.rank < src)
-        arriving: list[Pending] = []
         for out in outs:
             if out.numel():
                 flat = wire.flat(out)
-                work = group.recv([unmarked(flat.view(torch.uint8))], there, 0)
-                arriving.append(self._travelling.put(work, flat, out, _Arrival))
-            else:
-                arriving.append(Done(out))
-        return arriving
+                group.recv([unmarked(flat.view(torch.uint8))], there, 0).wait()
+                if flat.data_ptr() != out.data_ptr():
+                    out.copy_(flat.view(out.shape))
+        return outs
 
     def flush(self) -> None:
-        self._travelling.flush()
+        self._outbox.flush()
 
 
 def unmarked(x: torch.Tensor) -> torch.Tensor:

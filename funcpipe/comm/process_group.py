@@ -70,13 +70,13 @@ class ProcessGroupCommunicator:
         self._begun: dict[_Guarded, None] = {}  # collectives under way
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = (), aside: Iterable[Axes] = ()) -> None:
-        self._attempt(lambda: self._groups.prepare(axes_sets, lanes, aside), lambda: "while making process groups")
+    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
+        self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
 
     # --- collectives ----------------------------------------------------------------------------------
 
-    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T], aside: bool = False) -> T:
-        team = self._groups.team(axes, aside)
+    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], T]) -> T:
+        team = self._groups.team(axes)
 
         def what() -> str:
             return f"in {kind} of {wire.spec(x.shape, x.dtype)} over {axes}"
@@ -102,7 +102,7 @@ class ProcessGroupCommunicator:
         return self._start("reduce_scatter", x, axes, lambda team: teams.start_reduce_scatter(x, team))
 
     def _start(self, kind: str, x: torch.Tensor, axes: Axes, run: Callable[[Team], Pending]) -> Pending:
-        begun = self._collective(kind, x, axes, run, aside=True)
+        begun = self._collective(kind, x, axes, run)
         return _Guarded(lambda: self._collective(kind, x, axes, lambda _: begun.wait()), self._begun)
 
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
@@ -118,20 +118,12 @@ class ProcessGroupCommunicator:
             what = f"sending {wire.specs(xs)} on channel {channel!r}"
             raise self._lost(error, what, (dst,)) from error
 
-    def start_recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[Pending]:
-        try:
-            return self._mail.start_recv(outs, src, channel)
-        except RuntimeError as error:
-            raise self._lost(error, _receiving(outs, channel), (src,)) from error
-
-    def arrive(self, begun: Sequence[Any], src: int, channel: str) -> Sequence[torch.Tensor]:
-        try:
-            return [p.wait() for p in begun]
-        except RuntimeError as error:
-            raise self._lost(error, _receiving([p.x for p in begun], channel), (src,)) from error
-
     def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
-        return self.arrive(self.start_recv(outs, src, channel), src, channel)
+        try:
+            return self._mail.recv(outs, src, channel)
+        except RuntimeError as error:
+            what = f"receiving {wire.specs(outs)} on channel {channel!r}"
+            raise self._lost(error, what, (src,)) from error
 
     def settle(self, sent: Sequence[Pending]) -> None:
         if sent:
@@ -199,10 +191,6 @@ class ProcessGroupCommunicator:
 
     def close(self) -> None:
         self._closer()
-
-
-def _receiving(xs: Sequence[torch.Tensor], channel: str) -> str:
-    return f"receiving {wire.specs(xs)} on channel {channel!r}"
 
 
 def _is_loss(error: RuntimeError) -> bool:

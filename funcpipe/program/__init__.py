@@ -22,7 +22,6 @@ leaves are sharded, and a place on the pipe axis. Out: `Program`.
 from funcpipe.program.instructions import (
     ADD,
     GATHER,
-    POST,
     RECV,
     REDUCE,
     RUN,
@@ -41,7 +40,6 @@ from funcpipe.program.shards import Sharded, Sharding
 __all__ = [
     "ADD",
     "GATHER",
-    "POST",
     "RECV",
     "REDUCE",
     "RUN",

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from funcpipe.graph.code import Value
-from funcpipe.program.instructions import POST, RECV, SEND, Name, Row
+from funcpipe.program.instructions import RECV, SEND, Name, Row
 from funcpipe.schedule.actions import COMPUTE, Action, Schedule
 from funcpipe.schedule.communication import message_of
 from funcpipe.schedule.walk import walk
@@ -46,19 +46,17 @@ def messages(schedule: Schedule, place: int, heads: Mapping[Name, Head]) -> dict
         at = _ready(schedule.ranks[maker], {head.stage for head in some.values()})
         if maker == place:
             others = [p for p in range(len(schedule.ranks)) if p != place]
-            out[at] += [row for other in others for row in _rows([SEND], schedule, place, other, some)]
+            out[at] += [_message(SEND, schedule, place, other, some) for other in others]
         else:
-            out[_known(schedule, maker, at)[place]] += _rows([POST, RECV], schedule, place, maker, some)
+            out[_known(schedule, maker, at)[place]].append(_message(RECV, schedule, place, maker, some))
     return out
 
 
-def _rows(ops: Sequence[str], schedule: Schedule, place: int, other: int, heads: Mapping[Name, Head]) -> list[Row]:
+def _message(op: str, schedule: Schedule, place: int, other: int, heads: Mapping[Name, Head]) -> Row:
     here, there = (schedule.placement.index(p) for p in (place, other))
-    action = Action("SEND_H" if SEND in ops else "RECV_H", here, 0, peer=there)
-    names, arriving = tuple(heads), tuple(("arriving", n) for n in heads)
-    moved = {SEND: (names, ()), POST: ((), arriving), RECV: (arriving, names)}
-    values = tuple(h.value for h in heads.values())
-    return [Row(op, action, *moved[op], values=values, peer=other) for op in ops]
+    reads, writes = (tuple(heads), ()) if op == SEND else ((), tuple(heads))
+    action = Action(f"{op.upper()}_H", here, 0, peer=there)
+    return Row(op, action, reads, writes, values=tuple(h.value for h in heads.values()), peer=other)
 
 
 def _ready(row: Sequence[Action], stages: Set[int]) -> int:

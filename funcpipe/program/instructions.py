@@ -12,11 +12,10 @@ from funcpipe.graph.cut import Unit
 from funcpipe.mesh import Axes
 from funcpipe.schedule.actions import Action
 
-RUN, SEND, POST, RECV, ADD, GATHER, REDUCE, WAIT = "run", "send", "post", "recv", "add", "gather", "reduce", "wait"
+RUN, SEND, RECV, ADD, GATHER, REDUCE, WAIT = "run", "send", "recv", "add", "gather", "reduce", "wait"
 
 # What a slot holds while a program is being written: ("param", leaf), ("full", leaf, n), ("batch", m, leaf),
-# ("const", value), ("value", value, m), ("sent", value, m, place), ("arriving", name), ("pending", n), ("shard", leaf, partial, m),
-# or a sum: ("head", number),
+# ("const", value), ("value", value, m), ("sent", value, m, place), ("pending", n), ("shard", leaf, partial, m), or a sum: ("head", number),
 # ("row", number, m), ("grad", leaf, partial), ("whole", leaf, partial).
 Name = tuple
 
@@ -94,16 +93,15 @@ class Instruction:
     """One thing a rank does.
 
     Args:
-        op: RUN, SEND, POST, RECV, GATHER, REDUCE, WAIT or ADD.
+        op: RUN, SEND, RECV, GATHER, REDUCE, WAIT or ADD.
         action: the action of the schedule that it belongs to.
         reads, writes: slots, in the order of the unit's inputs and outputs, of the values, or of the bucket's pieces.
-            GATHER and REDUCE write one slot, which WAIT reads. ADD adds ``reads[0]`` to ``writes[0]``. POST begins
-            to receive; RECV waits for that, reads what POST wrote, and writes the values. SEND writes what holds
-            its values until a RECV reads it too, by which the other end has them; those of the last sends it does not write.
+            GATHER and REDUCE write one slot, which WAIT reads. ADD adds ``reads[0]`` to ``writes[0]``. SEND writes what holds
+            its values until a RECV reads it, by which the other end has them; those of the last sends it does not write.
         frees: slots that no later instruction reads.
         unit: for RUN: what runs.
-        values: for SEND, POST and RECV: what is moved, in order.
-        peer: for SEND, POST and RECV: the place on the pipe axis at the other end.
+        values: for SEND and RECV: what is moved, in order.
+        peer: for SEND and RECV: the place on the pipe axis at the other end.
         bucket: for GATHER, REDUCE and WAIT.
         turn: for ADD: how many summands the accumulator holds already.
         dtype: for ADD: of the accumulator, where it is not the summand's.

@@ -14,13 +14,12 @@ from funcpipe.errors import CutError
 from funcpipe.graph.code import Value
 from funcpipe.graph.cut import Cut, Unit
 from funcpipe.program.heads import Head, messages
-from funcpipe.program.instructions import ADD, GATHER, POST, RECV, REDUCE, RUN, SEND, Name, Program, Row
+from funcpipe.program.instructions import ADD, GATHER, RECV, REDUCE, RUN, SEND, Name, Program, Row
 from funcpipe.program.shards import Sharding, shard
 from funcpipe.program.slots import allocate
 from funcpipe.program.verify import verify
 from funcpipe.schedule.actions import Action, Edge, Schedule
 from funcpipe.schedule.communication import arrivals
-from funcpipe.schedule.early import Early
 
 
 def stage_edges(cuts: Sequence[Cut], stages: Sequence[Sequence[int]]) -> frozenset[Edge]:
@@ -121,7 +120,6 @@ def lower(
     summed: frozenset[int],
     sharding: Sharding,
     dtypes: Mapping[int, torch.dtype] | None = None,
-    early: Early | None = None,
 ) -> Program:
     """The program of the ranks at one place on the pipe axis.
 
@@ -133,9 +131,8 @@ def lower(
         summed: the numbers of the heads that are summed over microbatches; the others are kept as rows.
         sharding: the leaves that are sharded.
         dtypes: for other leaves, the dtype in which their gradients are added up where that is not the units' own.
-        early: the receives of the place that begin before their use.
     """
-    rows = _Lowering(cuts, stages, schedule, place, summed, dtypes or {}, early or {}).lower()
+    rows = _Lowering(cuts, stages, schedule, place, summed, dtypes or {}).lower()
     program = allocate(place, shard(rows, sharding))
     verify(program)
     return program
@@ -149,7 +146,6 @@ class _Lowering:
     place: int
     summed: frozenset[int]
     dtypes: Mapping[int, torch.dtype]
-    posts: Early
     rows: list[Row] = field(default_factory=list)
     turns: dict[Name, int] = field(default_factory=lambda: defaultdict(int))
     early: dict[Name, dict[int, tuple[Name, Action]]] = field(default_factory=lambda: defaultdict(dict))
@@ -165,12 +161,8 @@ class _Lowering:
         self.told = {send for sends in self.arrivals.values() for send in sends}
         actions = self.schedule.ranks[self.place]
         told = messages(self.schedule, self.place, self._heads())
-        posted = {receive for some in self.posts.values() for receive in some}
         for k, action in enumerate(actions):
             self.rows += told.get(k, ())
-            now = [action] if action.kind.startswith("RECV") and action not in posted else []
-            for receive in (*self.posts.get(k, ()), *now):
-                self._post(receive)
             if action.kind.startswith(("SEND", "RECV")):
                 self._move(action)
             else:
@@ -220,22 +212,11 @@ class _Lowering:
             kept = self._sent(action) if action in self.told else ()
             self.rows.append(Row(SEND, action, tuple(("value", v, m) for v in values), kept, values=values, peer=peer))
         else:
-            values, names = self._received(action)
-            arriving = tuple(("arriving", n) for n in names)
+            values = self._message(action.kind[-1], action.peer, self.place, m)
             arrived = tuple(name for send in self.arrivals[action] for name in self._sent(send))
-            self.rows.append(Row(RECV, action, arriving + arrived, names, values=values, peer=peer))
-
-    def _post(self, receive: Action) -> None:
-        assert receive.peer is not None
-        values, names = self._received(receive)
-        arriving = tuple(("arriving", n) for n in names)
-        self.rows.append(Row(POST, receive, (), arriving, values=values, peer=self.schedule.placement[receive.peer]))
-
-    def _received(self, receive: Action) -> tuple[tuple[Value, ...], tuple[Name, ...]]:
-        """The values of a message, and what they are called here."""
-        assert receive.peer is not None
-        values = self._message(receive.kind[-1], receive.peer, self.place, receive.microbatch)
-        return values, tuple(("value", v, receive.microbatch) for v in values)
+            self.rows.append(
+                Row(RECV, action, arrived, tuple(("value", v, m) for v in values), values=values, peer=peer)
+            )
 
     def _sent(self, send: Action) -> tuple[Name, ...]:
         """What holds the values of a message until it has arrived."""

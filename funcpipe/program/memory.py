@@ -113,12 +113,11 @@ class _Memory:
             own = row.unit.code.peak if change is None else change.peak
             self.peak = max(self.peak, self.values.now + own)
             self._all(own)
-        for n in row.reads if row.op == RECV else ():  # what has arrived is where it was to arrive
-            if n[0] == "arriving":
-                self.values.drop(n)
         for n in row.writes if change is None or row.unit is None else change.writes:
             self._write(row, n, change)
         self._all()
+        if row.op == RECV:  # what arrives lies beside what has left until it is here
+            self._between()
         for n in dead if change is None or row.unit is None else change.dead:
             for live in (self.values, self.gathered, self.sums):
                 live.drop(n)
@@ -134,9 +133,7 @@ class _Memory:
         self.step_peak = max(self.step_peak, self.values.now + own + self.gathered.now + self.sums.now)
 
     def _write(self, row: Row, n: Name, change: Change | None) -> None:
-        if n[0] == "arriving":
-            self.values.hold(n, n, row.values[row.writes.index(n)].nbytes)
-        elif n[0] == "value":
+        if n[0] == "value":
             self.values.hold(n, (n[1].storage, n[2]), 0 if n in self.products else n[1].nbytes)
         elif n[0] == "sent":
             self.values.hold(n, (n[1].storage, n[2]), n[1].nbytes)

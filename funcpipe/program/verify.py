@@ -1,13 +1,13 @@
 """Verify: run a program on names alone, before it runs on tensors.
 
 Proves that every slot that an instruction reads holds what its row says, that nothing is read after it was freed, that
-every message, gather and reduction is waited for once, and that every sum gets its summands in order.
+every gather and reduction is waited for once, and that every sum gets its summands in order.
 """
 
 from __future__ import annotations
 
 from funcpipe.errors import ScheduleError
-from funcpipe.program.instructions import ADD, GATHER, POST, RECV, REDUCE, WAIT, Name, Program
+from funcpipe.program.instructions import ADD, GATHER, REDUCE, WAIT, Name, Program
 from funcpipe.program.slots import FIXED
 
 
@@ -24,9 +24,9 @@ def verify(program: Program) -> None:
             if turns.get(row.writes[0], 0) != row.turn:
                 raise _wrong(program, place, f"adds summand {row.turn} to {row.writes[0]} out of turn")
             turns[row.writes[0]] = row.turn + 1
-        if row.op in (POST, GATHER, REDUCE):
+        if row.op in (GATHER, REDUCE):
             pending.update(row.writes)
-        if row.op in (RECV, WAIT):
+        if row.op == WAIT:
             pending.difference_update(row.reads)
         for slot in i.frees:
             held.pop(slot, None)

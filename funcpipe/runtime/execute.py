@@ -15,7 +15,7 @@ import torch
 from funcpipe.comm import Communicator
 from funcpipe.comm.wire import is_dense, wire_strides
 from funcpipe.graph.code import Value
-from funcpipe.program import ADD, GATHER, POST, RECV, REDUCE, SEND, Instruction, Program
+from funcpipe.program import ADD, GATHER, RECV, REDUCE, SEND, Instruction, Program
 from funcpipe.runtime import shards
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.fuse import Work, fused
@@ -60,9 +60,7 @@ def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator
 
 def _runner(i: Instruction, comm: Communicator) -> Callable[[list[Any]], Any]:
     """What an instruction that moves values does with what it reads."""
-    if i.op == RECV:
-        return list  # is not called: what arrives needs nothing done to it
-    if i.op in (SEND, POST):
+    if i.op in (SEND, RECV):
         wires = [_Wire(v) for v in i.values]
         if i.op == SEND:
             return lambda xs: [w.dense(x) for w, x in zip(wires, xs, strict=True)]
@@ -100,18 +98,19 @@ def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
             for i in frees:
                 slots[i] = None
             continue
+        if op is RECV:
+            made = comm.recv(run([]), peer, channel)
+            for k, i in enumerate(writes):
+                slots[i] = made[k]
+            comm.settle([slots[i] for i in reads])  # messages that have arrived, as this one tells
+            for i in frees:
+                slots[i] = None
+            del made
+            continue
         args = [slots[i] for i in reads]
         for i in frees:
             slots[i] = None
-        if op is SEND:
-            made = comm.send(run(args), peer, channel)
-        elif op is POST:
-            made = comm.start_recv(run(args), peer, channel)
-        elif op is RECV:
-            made = comm.arrive(args[: len(writes)], peer, channel)
-            comm.settle(args[len(writes) :])  # messages that have arrived, as this one tells
-        else:
-            made = run(args)
+        made = comm.send(run(args), peer, channel) if op is SEND else run(args)
         for k, i in enumerate(writes):
             slots[i] = made[k]
         del made

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from funcpipe.graph.code import Code, compile_unit
-from funcpipe.program import ADD, GATHER, POST, REDUCE, RUN, Change, Changes, Program, ended
+from funcpipe.program import ADD, GATHER, REDUCE, RUN, Change, Changes, Program, ended
 from funcpipe.program.instructions import Name, Row
 from funcpipe.runtime.backend import Backend, Run
 from funcpipe.runtime.products import form_of, outputs_of
@@ -215,11 +215,11 @@ def _both(run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]) 
 
 
 def pairs(program: Program) -> Iterator[tuple[int, int]]:
-    """The places of F and B, or I, of one segment and microbatch with nothing between them but sums, and gathers and receives
-    for later units, which then start a little later."""
+    """The places of F and B, or I, of one segment and microbatch with nothing between them but sums, and gathers for
+    later units, which then start a little later."""
     rows = program.rows
     for k, row in enumerate(rows):
-        j = next((j for j in range(k + 1, len(rows)) if rows[j].op not in (ADD, GATHER, POST)), k)
+        j = next((j for j in range(k + 1, len(rows)) if rows[j].op not in (ADD, GATHER)), k)
         a, b = row.unit, rows[j].unit
         if a is None or b is None or a.kind != "F" or b.kind not in "BI":
             continue

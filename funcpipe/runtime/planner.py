@@ -44,7 +44,7 @@ from funcpipe.program import (
 )
 from funcpipe.records import Resolved
 from funcpipe.runtime.plan import Plan, PlannedCall, Stages
-from funcpipe.runtime.predict import as_costs, early_receives, load_of
+from funcpipe.runtime.predict import as_costs, load_of
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import check
 from funcpipe.schedule.communication import insert_communication
@@ -113,16 +113,10 @@ class Planner:
                 raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
         return self.placement
 
-    @property
-    def _auto(self) -> Auto | None:
-        """The schedule, if it is to be searched for."""
-        pipe = self.resolved.pipe
-        return pipe.schedule if pipe and isinstance(pipe.schedule, Auto) else None
-
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
         r = self.resolved
         splits = plan_splits(r, call.batch)
-        search = self._auto
+        search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Auto) else None
         schedule = None if search else self._schedule(splits.count)
         split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
@@ -167,9 +161,8 @@ class Planner:
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
         masters = {i: call.dtypes[i] for i in casts}
-        posts = early_receives(cuts[0], schedule, stages, self._auto.costs if self._auto else None)
         programs = tuple(
-            lower(cuts, stages, schedule, p, summed, sharding, masters, some) for p, some in enumerate(posts)
+            lower(cuts, stages, schedule, p, summed, sharding, masters) for p in range(self.resolved.ranks)
         )
         return PlannedCall(
             call, splits, cuts, moving, stages, schedule, report, programs,

@@ -18,9 +18,8 @@ from funcpipe.graph.code import bytes_text
 from funcpipe.graph.cut import Cut, Unit
 from funcpipe.program import RECV, RUN, SEND, Program
 from funcpipe.program.memory import held
-from funcpipe.schedule.actions import Action, Schedule
+from funcpipe.schedule.actions import Action
 from funcpipe.schedule.costs import Costs, Flow, Load
-from funcpipe.schedule.early import Early, early
 from funcpipe.schedule.timeline import Span, Timeline, timeline
 
 if TYPE_CHECKING:
@@ -121,15 +120,6 @@ def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
             now += costs.of(i.unit.kind, i.unit.segment)
         out.append((now, after))
     return tuple(out)
-
-
-def early_receives(
-    cut: Cut, schedule: Schedule, stages: Sequence[Sequence[int]], costs: Costs | None
-) -> Sequence[Early]:
-    """For every place the receives that begin before their use: see `funcpipe.schedule.early`."""
-    load = load_of(cut, as_costs(costs, cut))
-    transfer = load.transfer(stages)
-    return early(timeline(schedule, load.cost(stages), transfer, edges=()), transfer)
 
 
 def as_costs(costs: Given, cut: Cut) -> Costs:

@@ -74,13 +74,8 @@ class Rank:
         graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
         used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
-        instructions = [
-            i for c in self.plan.calls for v in c.variants.values() for p in v.programs for i in p.instructions
-        ]
-        buckets = {i.bucket for i in instructions if i.bucket is not None}
-        aside = {b.axes for b in buckets} | {b.summed for b in buckets}
         lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
-        self.comm.prepare(sorted(a for a in used if a), sorted(lanes), sorted(a for a in aside if a))
+        self.comm.prepare(sorted(a for a in used if a), sorted(lanes))
 
     def _lanes(self) -> set[tuple[int, int, str]]:
         """Every (source, destination, channel) of the mesh: all ranks make communicators for them alike."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from funcpipe.graph.code import bytes_text
-from funcpipe.program import GATHER, POST, RECV, REDUCE, RUN, SEND, Program
+from funcpipe.program import GATHER, RECV, REDUCE, RUN, SEND, Program
 from funcpipe.runtime import tradeoff
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _span(segments: Sequence[int]) -> str:
 
 def _program_text(c: PlannedCall, program: Program) -> list[str]:
     out = []
-    for i, behind in zip(program.instructions, (*program.instructions[1:], None), strict=True):
+    for i in program.instructions:
         if i.op == RUN:
             assert i.unit is not None
             made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
@@ -104,7 +104,7 @@ def _program_text(c: PlannedCall, program: Program) -> list[str]:
         elif i.op in (GATHER, REDUCE):
             assert i.bucket is not None
             out.append(f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank")
-        elif i.op in (SEND, RECV) or (i.op == POST and behind and behind.op != RECV):
+        elif i.op in (SEND, RECV):
             size = bytes_text(sum(v.nbytes for v in i.values))
             way = "to" if i.op == SEND else "from"
             names = ", ".join(map(str, i.values)) or "nothing"

@@ -7,8 +7,8 @@ gets one message for all. A *channel* is everything of one kind that one rank se
 arrive in the order they were sent.
 
 In: a schedule without transfers, and the edges between its stages. Out: the schedule with ``SEND`` right
-after what makes the values and ``RECV`` right before what first reads them, or earlier where the order of a channel asks
-for it. When a rank begins to receive is another matter: see `early.py`.
+after what makes the values and ``RECV`` right before what first reads them (a receive posted early costs time
+on a GPU: the waiting kernel holds processors), or earlier where the order of a channel asks for it.
 """
 
 from __future__ import annotations

@@ -121,19 +121,6 @@ def test_messages_of_a_channel_arrive_in_order():
     assert run_ranks(PIPE, body)[1] == ([0, 1, 2, 3, 4], [[-i, i] for i in range(5)])
 
 
-def test_messages_that_are_begun_early_wait_for_nobody_until_they_are_needed():
-    """In the order of their channel."""
-
-    def body(comm):
-        other = 1 - comm.rank
-        begun = [comm.start_recv([number(0), number(0)], other, "F") for _ in range(3)]
-        for i in range(3):
-            comm.send([number(10 * comm.rank + i), number(i)], other, "F")
-        return [[x.item() for x in comm.arrive(some, other, "F")] for some in begun]
-
-    assert run_ranks(PIPE, body) == [[[10 * r + i, i] for i in range(3)] for r in (1, 0)]
-
-
 def test_two_ranks_may_send_to_each_other_at_once():
     def body(comm):
         other = 1 - comm.rank

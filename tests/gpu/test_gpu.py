@@ -360,7 +360,7 @@ def test_memory_of_what_has_travelled_is_used_again_within_a_graph() -> None:
     """Though torch marks it as used by another stream."""
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph):
-        x = torch.empty(1 << 22, dtype=torch.uint8, device="cuda")
+        x = torch.zeros(1 << 22, dtype=torch.uint8, device="cuda")
         where = x.data_ptr()
         sent = unmarked(x)
         sent.record_stream(aside)
