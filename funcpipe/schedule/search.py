@@ -26,8 +26,9 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# So many greedy tables are timed in full, and so many cuts tried for the best of them.
-_FINALISTS, _MOVES = 4, 24
+# So many greedy tables are timed in full. For these, other cuts are tried: so many at most, and fewer where a table is large, which
+# is so many stages times microbatches.
+_FINALISTS, _MOVES, _CELLS = 4, 240, 25_000
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,16 @@ class _Search:
     waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
+    tries: int = 0  # that are left
 
     def best(self) -> Fitted | None:
         found = [fitted for fitted in self._named() if fitted is not None]
         drafts = sorted(self._drafts(), key=lambda draft: draft[0])[:_FINALISTS]
         chosen = [(sizes, placement, policy) for _, sizes, placement, policy in drafts]
-        if drafts and self.how == "balanced":
-            chosen.append(self._moved(*drafts[0]))
-        found += [fitted for draft in chosen if (fitted := self._greedy(*draft)) is not None]
+        self.tries = _MOVES
+        for draft in drafts if self.how == "balanced" else ():
+            chosen.append(self._moved(*draft))
+        found += [fitted for draft in dict.fromkeys(chosen) if (fitted := self._greedy(*draft)) is not None]
         return min(found, key=self._counts, default=None)
 
     def _counts(self, fitted: Fitted) -> tuple[float, float]:
@@ -222,16 +225,17 @@ class _Search:
         return (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
 
     def _moved(self, time: float, sizes: Sizes, placement: Sizes, policy: Policy) -> tuple[Sizes, Sizes, Policy]:
-        """The cut after moving single segments between neighbouring stages, while that helps."""
-        tries, better = 0, True
-        while better and tries < _MOVES:
+        """The cut after moving single segments between stages, while that helps."""
+        price = max(1, _MOVES * len(sizes) * min(self.microbatches, 2 * self.ranks) // _CELLS)
+        better = True
+        while better:
             better = False
-            for other in _neighbours(sizes):
-                tries += 1
+            for other in _neighbours(sizes) if self.tries > 0 else ():
+                self.tries -= price
                 if (moved := self._draft(other, placement, policy)) < time * (1 - 1e-9):
                     time, sizes, better = moved, other, True
                     break
-                if tries >= _MOVES:
+                if self.tries <= 0:
                     break
         return sizes, placement, policy
 
@@ -246,9 +250,11 @@ def _grouped(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
 
 
 def _neighbours(sizes: Sizes) -> Iterator[Sizes]:
-    """The cuts with one segment moved, from the largest stages first."""
-    pairs = [(a, b) for a in range(len(sizes)) for b in (a - 1, a + 1) if 0 <= b < len(sizes) and sizes[a] > 1]
-    for a, b in sorted(pairs, key=lambda pair: (sizes[pair[1]] - sizes[pair[0]], pair)):
+    """The cuts with one segment moved, from the largest stages first: to the next stage, then to the one behind, by which the stage
+    between slides along."""
+    stages = range(len(sizes))
+    pairs = [(a, b) for a in stages for b in (a - 1, a + 1, a - 2, a + 2) if b in stages and sizes[a] > 1]
+    for a, b in sorted(pairs, key=lambda pair: (abs(pair[0] - pair[1]), sizes[pair[1]] - sizes[pair[0]], pair)):
         moved = list(sizes)
         moved[a] -= 1
         moved[b] += 1
