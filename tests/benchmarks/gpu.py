@@ -6,7 +6,7 @@ A step is forward, backward and AdamW over all microbatches. Contenders are buil
 steps go through all of them in turn, and the median of rounds counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
 steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
-a sustained run. Peak memory is what a contender allocates beyond what is there before it is built.
+a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond what is there before it is built.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Ours:
     def __init__(self, size: Size, transformed: Callable, mesh: fp.Mesh, dtype: torch.dtype, options: dict) -> None:
         self.run, self.batch = fp.spmd(transformed, mesh, **options), data(size)
         self.state = self.run.init(init_state, init(size, dtype), self.batch)
+        self.predicted: float | None = None  # seconds, where costs were measured
 
     def __call__(self) -> Any:
         self.state, metrics = self.run(self.state, self.batch)
@@ -106,7 +107,9 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
             ours.run.close()
         costs, most = found[step]
         costs = dataclasses.replace(costs, **link)
-        return piped(size, fp.schedules.auto(most if limit else None, costs), step)
+        ours = piped(size, fp.schedules.auto(most if limit else None, costs), step)
+        ours.predicted = ours.run.plan(ours.state, ours.batch).predict(costs).period
+        return ours
 
     def room(ours: Ours) -> float:
         """Bytes of activations within 1.25 times the peak of torch's 1F1B: params, moments and sums lie beside them."""
@@ -204,7 +207,7 @@ def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go | None]:
         return {"name": name, "error": repr(error)[:600]}, None
     row["losses"] = [whole(x) for x in (go(), go())]
     if isinstance(go, Ours):
-        row["graph"] = go.run.graph_memory / 2**30
+        row["graph"], row["predicted"] = go.run.graph_memory / 2**30, go.predicted and 1e3 * go.predicted
         row["plan"] = [{k: v / 2**30 for k, v in m.items()} for m in go.run.plan(go.state, go.batch).memory]
     return row | {"ready": time.perf_counter() - start}, go
 
@@ -237,9 +240,10 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
             running[name], peaks[name] = go, row["peak"]
         say(row, flush=True)
     times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
+    for k in range(rounds):
         for name, go in running.items():
             times[name].append(seconds(go))
+        say(f"round {k}:", *(f"{1e3 * some[-1]:.1f}" for some in times.values()), flush=True)
     for row in rows:
         if row["name"] in running:
             row["ms"] = 1e3 * statistics.median(times[row["name"]])
@@ -249,7 +253,7 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
             if profile and isinstance(running[row["name"]], Ours):
                 row["kernels"] = breakdown(running[row["name"]])
                 say(row["name"], f"{row['ms']:.2f}", json.dumps(row["kernels"]), flush=True)
-    if which == "alone":
+    if which == "alone" and rows:
         rows[0]["rate"] = matrix_rate()
     for go in running.values():
         if isinstance(go, Ours):
@@ -276,13 +280,14 @@ def best(rows: list[dict], start: str) -> float:
 
 
 def show(model: str, rows: list[dict]) -> None:
-    size, rate = SIZES[model], rows[0].get("rate", float("nan"))
+    size, rate = SIZES[model], next((r["rate"] for r in rows if "rate" in r), float("nan"))
     bound = best(rows, "funcpipe, one GPU") / 2
     pipeline = min(best(rows, f"torch {name}") for name in ("1F1B", "interleaved", "ZB"))
     table = Table(title=f"{model}: {size}; bound {bound:.1f} ms; matrix products {rate / 1e12:.0f} TFLOP/s")
     for column in (
         "step",
         "ms",
+        "predicted",
         "torch / this",
         "bound / this",
         "k tokens/s",
@@ -306,6 +311,7 @@ def show(model: str, rows: list[dict]) -> None:
             r["name"],
             *(
                 f"{r['ms']:.1f}",
+                f"{r['predicted']:.1f}" if r.get("predicted") else "",
                 f"{peer / r['ms']:.2f}",
                 f"{bound / r['ms']:.2f}",
                 f"{size.tokens / seconds_ / 1e3:.0f}",
