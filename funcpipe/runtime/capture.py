@@ -90,7 +90,14 @@ class CapturedStep:
             TraceError: it waits for the host.
         """
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            self._record(self.graph)
+        except BaseException:
+            self.release()  # an error may be kept for long, and what its frames hold with it
+            raise
+
+    def _record(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -104,7 +111,6 @@ class CapturedStep:
             raise
         except RuntimeError as error:
             raise TraceError(cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)) from error
-        self.graph = graph
 
     def release(self) -> None:
         """Give back the graph, also where the GPU says that its work was ended, as after another rank's failure."""

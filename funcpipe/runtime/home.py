@@ -33,6 +33,7 @@ class Given(NamedTuple):
     state: Any
     leaves: list[Any]
     spec: Any
+    last: bool  # whether it is what the last step returned, all of it
 
 
 class Home:
@@ -41,7 +42,9 @@ class Home:
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []  # what a graph has taken in
         self._spec: Any = None
-        self._names: list[Any] = []  # the leaves as the last step returned them; weak references to tensors
+        self._names: list[
+            Any
+        ] = []  # the leaves as the last step returned them; weak references, unless they name the home's memory
 
     @property
     def state(self) -> Any:
@@ -54,7 +57,8 @@ class Home:
 
     @_named.setter
     def _named(self, leaves: list[Any]) -> None:
-        self._names = [weakref.ref(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        weak = not self.leaves
+        self._names = [weakref.ref(x) if weak and isinstance(x, torch.Tensor) else x for x in leaves]
 
     def read(self, state: Any) -> Given:
         """A state that a step may use.
@@ -62,8 +66,9 @@ class Home:
         Raises:
             StateError: it was donated, or does not fit a graph that was captured.
         """
-        given = Given(state, *tree.flatten(state))
-        if not self._is_last(given.leaves):
+        leaves, spec = tree.flatten(state)
+        given = Given(state, leaves, spec, self._is_last(leaves))
+        if not given.last:
             self._check_names(given)
             if self.leaves:
                 self._check_alike(given)
@@ -133,7 +138,7 @@ class Home:
         leaves = given.leaves
         if not self.leaves:
             self.leaves, self._spec, self._named = unshared(leaves), given.spec, leaves
-        elif not self._is_last(leaves):
+        elif not given.last:
             mine = {memory(x) for x in self.leaves} - {0}
             moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
             write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
