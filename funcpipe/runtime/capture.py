@@ -6,9 +6,9 @@ batch. Graphs for other shapes of batch share the home and one pool of memory.
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 
 How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost nothing: ranks tell each
-other, and all of them are where they were. But then the capture has to end as a valid one. A graph that CUDA gives up in the
-middle keeps hold of the NCCL operations in it, and whoever closes their communicator waits for ever. So an op that needs the
-host is refused before it runs (`HostOps`), and what is on its way is joined first (``comm.flush``).
+other, and all of them are where they were. Nobody gives up a communicator for that: NCCL was seen to hang in it, after a capture
+with its operations that CUDA had given up half-way. So that a capture ends as a valid one, an op that needs the host is refused
+before it runs (`HostOps`), and what is on its way is joined first (``comm.flush``).
 """
 
 from __future__ import annotations
