@@ -1,80 +1,32 @@
-"""Loss functions that mix positions, or take a slice of the sequence for all of it: each is refused, by op, line and reason.
+"""Loss functions that take a slice of the sequence for all of it: its length, its positions, its sums and gradients for those of the
+whole. Each is refused, by op, line and reason.
 
 On one device every one of them is a fine program. Run on slices as it is, each would give other numbers without a word.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import B, Body, D, V, count, loss_of
-from slices_for_tests import Splits, a_part, on_one, proven
+from bodies_for_tests import B, D, count, loss_of
+from misuses_for_tests import (
+    UNEVEN,
+    Misuses,
+    attend,
+    check_refused,
+    check_refused_on,
+    inputs,
+    refused,
+    splits,
+)
+from slices_for_tests import proven
 
 import funcpipe as fp
 from funcpipe.errors import BatchError, SequenceError, TraceError
-
-L = 8
-
-
-@contextlib.contextmanager
-def refused(kind: type[Exception], *words: str) -> Iterator[None]:
-    """Expect an error whose text, without the line of code that it quotes, has all these words, in this order."""
-    with pytest.raises(kind) as found:
-        yield
-    text = re.sub("`[^`]*`", "", str(found.value))
-    assert re.search(".*".join(map(re.escape, words)), text, re.DOTALL), text
-
-
-def inputs(length: int = L) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    g = torch.Generator().manual_seed(0)
-    rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
-    ints = lambda *s: torch.randint(0, V, s, generator=g)  # noqa: E731
-    params = {"w": rand(D, D), "a": rand(D), "table": rand(V, D), "places": rand(length, D), "token": rand(D)}
-    params |= {"conv": rand(D, D, 3), "scores": rand(length, length)}
-    batch = {"x": rand(B, length, D), "tokens": ints(B, length), "labels": ints(B, length), "all": rand(B, length, D)}
-    return params, batch
-
-
-def splits(length: int = L, **how: Any) -> Splits:
-    part = a_part(length, **how)
-    return {"x": (1, part), "tokens": (1, part), "labels": (1, part)}
-
-
-def heads(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(2, (2, 2)).transpose(1, 2)
-
-
-def attend(x: torch.Tensor, **options: Any) -> torch.Tensor:
-    return F.scaled_dot_product_attention(heads(x), heads(x), heads(x), **options).sum()
-
-
-def by_hand(x: torch.Tensor) -> torch.Tensor:
-    return ((x @ x.transpose(1, 2)).softmax(-1) @ x).sum()
-
-
-def written(x: torch.Tensor, at: Any, value: Any) -> torch.Tensor:
-    out = x.clone()
-    out[at] = value
-    return out.sum()
-
-
-def scaled_part(x: torch.Tensor) -> torch.Tensor:
-    out = x.clone()
-    out[:, 0].mul_(3.0)
-    return out.sum()
-
-
-def set_in_fill(x: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros_like(x)
-    out[:, 0] = 1.0
-    return (out * x).sum()
 
 
 def one_by_one(x: torch.Tensor) -> torch.Tensor:
@@ -137,23 +89,13 @@ def hooked_module(x: torch.Tensor) -> torch.Tensor:
     return module(x).sum()
 
 
-def set_in_repeat(p: Any, x: torch.Tensor) -> torch.Tensor:
-    out = torch.zeros(x.shape[1], dtype=x.dtype) + p["a"][0]
-    out[0] = p["a"][1]
-    return (x * out[:, None]).sum()
-
-
-ALONG = "along dim 1 of a tensor of shape (2, 4, 4), along which a rank has 4 of 8 positions"
-MIXES = "Only attention may mix positions"
-SHIFT = "labels come shifted in the batch"
-
-MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
+MISUSES: Misuses = {
     # positions counted from a slice's first
     "arange as positions": (
         lambda p, b, x: (x + p["places"][torch.arange(x.shape[1])]).sum(),
         (
             "Mean.total",
-            "aten.arange at test_misuse.py",
+            "aten.arange at test_slices_taken_for_wholes.py",
             "its end is 4 on a rank and 8 on one device",
             "fp.positions(x, dim)",
         ),
@@ -176,7 +118,10 @@ MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
     ),
     "table of the whole length": (
         lambda p, b, x: (x + p["places"]).sum(),
-        ("fails on a rank, with its slice of the sequence at test_misuse.py", "It has to work for every length"),
+        (
+            "fails on a rank, with its slice of the sequence at test_slices_taken_for_wholes.py",
+            "It has to work for every length",
+        ),
     ),
     "a batch leaf that is not split": (
         lambda p, b, x: (x * b["all"][:, : x.shape[1]]).sum(),
@@ -184,176 +129,11 @@ MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
     ),
     "list of positions": (
         lambda p, b, x: (x + p["places"][torch.tensor(list(range(x.shape[1])))]).sum(),
-        ("constant at test_misuse.py", "a tensor of shape (4,)", "made from the length of a rank's slice"),
-    ),
-    # entries by their place
-    "label shift": (
-        lambda p, b, x: F.cross_entropy(
-            (x @ p["table"].T)[:, :-1].flatten(0, 1), b["labels"][:, 1:].flatten(), reduction="sum"
-        ),
-        ("aten.slice", "entries 0:3 along dim 1", "a rank has 4 of 8 positions", SHIFT),
-    ),
-    "last token": (lambda p, b, x: (x[:, -1] @ p["w"]).sum(), ("aten.select", "entries -1", ALONG, SHIFT)),
-    "first token": (lambda p, b, x: x[:, 0].sum(), ("aten.select", "entries 0", ALONG)),
-    "every second token": (lambda p, b, x: x[:, ::2].sum(), ("aten.slice", "entries 0:4:2", ALONG)),
-    "halves": (
-        lambda p, b, x: (x.chunk(2, 1)[0] - x.chunk(2, 1)[1]).pow(2).sum(),
-        ("aten.split", "it cuts pieces", ALONG),
-    ),
-    "by number": (lambda p, b, x: x[:, [0, 1]].sum(), ("aten.index", "by number", ALONG)),
-    "index_select": (
-        lambda p, b, x: x.index_select(1, torch.tensor([1, 0])).sum(),
-        ("aten.index_select", "by number", ALONG),
-    ),
-    "gather along positions": (
-        lambda p, b, x: x.gather(1, b["tokens"][..., None] % 2).sum(),
-        ("aten.gather", "by number", ALONG),
-    ),
-    "scatter along positions": (
-        lambda p, b, x: torch.zeros_like(x).scatter(1, b["tokens"][..., None].expand_as(x) % 2, x).sum(),
-        ("aten.scatter", "writes entries by number"),
-    ),
-    "table of positions by token": (
-        lambda p, b, x: F.embedding(b["tokens"] % 2, x[0]).sum(),
-        ("aten.embedding", "it looks up rows along dim 0"),
-    ),
-    "diagonal": (lambda p, b, x: x[:, :4].diagonal(dim1=1, dim2=2).sum(), ("aten.", "positions")),
-    "a part overwritten": (lambda p, b, x: written(x, (slice(None), 0), 0.0), ("aten.select", "entries 0", ALONG)),
-    "a part scaled in place": (lambda p, b, x: scaled_part(x), ("aten.select", "entries 0", ALONG)),
-    "a part of zeros overwritten": (lambda p, b, x: set_in_fill(x), ("aten.fill_", "writes the number 1", "torch.cat")),
-    "a part of a repeat overwritten": (
-        lambda p, b, x: set_in_repeat(p, x),
-        ("aten.copy_", "the same on every rank", "torch.cat"),
-    ),
-    # neighbours
-    "roll": (lambda p, b, x: (x * x.roll(1, 1)).sum(), ("aten.roll", "it rolls", ALONG, MIXES)),
-    "flip": (lambda p, b, x: (x * x.flip(1)).sum(), ("aten.flip", "turns around", ALONG)),
-    "convolution": (
-        lambda p, b, x: F.conv1d(x.transpose(1, 2), p["conv"], padding=1).pow(2).sum(),
-        ("aten.convolution", "moves a window of 3 along dim 2"),
-    ),
-    "windows": (lambda p, b, x: x.unfold(1, 2, 1).prod(-1).sum(), ("aten.unfold", "takes windows", ALONG)),
-    "pooling": (
-        lambda p, b, x: F.avg_pool1d(x.transpose(1, 2), 2).pow(2).sum(),
-        ("aten.avg_pool", "nothing is known of this op"),
-    ),
-    "interpolation": (
-        lambda p, b, x: F.interpolate(x.transpose(1, 2), scale_factor=2.0, mode="linear").pow(2).sum(),
-        ("aten.upsample_linear1d",),
-    ),
-    "padding": (lambda p, b, x: F.pad(x, (0, 0, 1, 0)).cos().sum(), ("aten.constant_pad_nd", "puts padding", ALONG)),
-    "diff": (lambda p, b, x: x.diff(dim=1).pow(2).sum(), ("aten.", "along dim 1")),
-    # along positions
-    "cumsum": (lambda p, b, x: x.cumsum(1).pow(2).sum(), ("aten.cumsum", "running sum", ALONG, MIXES)),
-    "softmax": (lambda p, b, x: (x.softmax(1) * x).sum(), ("aten._softmax", "takes a softmax", ALONG)),
-    "log_softmax": (lambda p, b, x: x.log_softmax(1).sum(), ("aten._log_softmax", ALONG)),
-    "logsumexp": (lambda p, b, x: x.logsumexp(1).sum(), ("aten.logsumexp", "takes the log-sum-exp", ALONG)),
-    "maximum": (lambda p, b, x: x.amax(1).sum(), ("aten.amax", "takes the maximum", ALONG)),
-    "max with places": (lambda p, b, x: x.max(1).values.sum(), ("aten.max", "takes the maximum", ALONG)),
-    "argmax": (lambda p, b, x: x.argmax(1).sum() * x.sum(), ("aten.argmax", "looks for the largest", ALONG)),
-    "variance": (lambda p, b, x: x.var(1).sum(), ("aten.var", "takes the variance", ALONG)),
-    "norm": (lambda p, b, x: x.norm(dim=1).sum(), ("aten.linalg_vector_norm", "takes the norm", ALONG)),
-    "norm of all": (lambda p, b, x: x.norm(), ("aten.linalg_vector_norm", "takes the norm", ALONG)),
-    "product": (lambda p, b, x: x.prod(1).sum(), ("aten.prod", "takes the product", ALONG)),
-    "any": (lambda p, b, x: (x * (x > 1.0).any(1, keepdim=True)).sum(), ("aten.any", "asks for any", ALONG)),
-    "sort": (lambda p, b, x: (x.sort(1).values * x).sum(), ("aten.sort", "it sorts", ALONG)),
-    "topk": (lambda p, b, x: x.topk(2, 1).values.sum(), ("aten.topk", "takes the largest", ALONG)),
-    "layer_norm over positions": (
-        lambda p, b, x: F.layer_norm(x, x.shape[1:]).pow(3).sum(),
-        ("aten.native_layer_norm", "it normalises", ALONG),
-    ),
-    "layer_norm over positions, turned": (
-        lambda p, b, x: F.layer_norm(x.transpose(1, 2), x.shape[1:2]).pow(3).sum(),
-        ("aten.native_layer_norm", "it normalises along dim 2"),
-    ),
-    "batch_norm": (
-        lambda p, b, x: F.batch_norm(x.transpose(1, 2), None, None, training=True).pow(3).sum(),
-        ("batch_norm", "takes the mean and variance"),
-    ),
-    "group_norm": (
-        lambda p, b, x: F.group_norm(x.transpose(1, 2), 2).pow(3).sum(),
-        ("group_norm", "normalises along dim 2"),
-    ),
-    "centred": (
-        lambda p, b, x: (x - x.mean(1, keepdim=True)).pow(2).sum(),
-        ("aten.sub", "a mean over one rank's positions", "beside a rank's slice", "fp.psum(x, axis)"),
-    ),
-    "over the sum": (
-        lambda p, b, x: (x.exp() / x.exp().sum(1, keepdim=True)).pow(2).sum(),
-        ("aten.div", "a sum over one rank's"),
-    ),
-    "a sum for every position": (
-        lambda p, b, x: x.sum(1, keepdim=True).expand_as(x).sum(),
-        ("aten.expand", "it repeats a sum over one rank's positions along dim 1"),
-    ),
-    "square of the sum": (lambda p, b, x: x.sum(1).pow(2).sum(), ("aten.pow", "it is not linear", "fp.psum(x, axis)")),
-    "product of sums": (
-        lambda p, b, x: x.sum() * x.cos().sum(),
-        ("aten.mul", "a product of sums is not the sum of products", "fp.psum(x, axis)"),
-    ),
-    # attention
-    "attention by hand": (
-        lambda p, b, x: by_hand(x),
-        ("aten.bmm", "every position of a rank's slice with every other one", MIXES),
-    ),
-    "attention by einsum": (
-        lambda p, b, x: torch.einsum("bid,bjd->bij", x, x).softmax(-1).pow(2).sum(),
-        ("aten.bmm", "none with another rank's", "fp.attention"),
-    ),
-    "scores by broadcasting": (
-        lambda p, b, x: (x[:, :, None] * x[:, None]).sum(-1).exp().sum(),
-        ("aten.mul", "positions along dim 1 beside positions along dim 2"),
-    ),
-    "mixing by a weight": (
-        lambda p, b, x: (p["scores"][: x.shape[1], : x.shape[1]] @ x).sum(),
-        ("aten.slice", "it takes entries 0:4 of a tensor of shape (8, 8)"),
-    ),
-    "outer product of positions": (
-        lambda p, b, x: torch.outer(x[0, :, 0], x[0, :, 1]).exp().sum(),
-        ("aten.mul", "positions along dim 0 beside positions along dim 1"),
-    ),
-    "causal mask of the local length": (
-        lambda p, b, x: attend(x, attn_mask=torch.ones(x.shape[1], x.shape[1]).tril().bool()),
-        ("an operand of attention at test_misuse.py", "aten.tril", "takes a triangle", "made from a slice's length"),
-    ),
-    "mask of the local length": (
-        lambda p, b, x: attend(x, attn_mask=torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)),
         (
-            "attention at test_misuse.py",
-            "the bias, or mask, is a tensor of shape (1, 1, 4, 4)",
-            "built from the length of",
-            "causal=True",
+            "constant at test_slices_taken_for_wholes.py",
+            "a tensor of shape (4,)",
+            "made from the length of a rank's slice",
         ),
-    ),
-    "mask of two slices": (
-        lambda p, b, x: attend(x, attn_mask=(b["tokens"][:, :, None] == b["tokens"][:, None])[:, None]),
-        ("an operand of attention", "aten.eq", "positions along dim 1 beside positions along dim 2"),
-    ),
-    "padding mask repeated for every query": (
-        lambda p, b, x: attend(x, attn_mask=(b["tokens"] > 0)[:, None, None].expand(-1, 1, x.shape[1], -1)),
-        ("dim 2 is as long as a rank's slice", "with size 1 along queries"),
-    ),
-    "whole queries, split keys": (
-        lambda p, b, x: F.scaled_dot_product_attention(heads(b["all"]), heads(x), heads(x)).sum(),
-        ("attention at", "queries are", "the same on every rank", "but keys are", "split the queries too"),
-    ),
-    "split queries, whole keys, causal": (
-        lambda p, b, x: F.scaled_dot_product_attention(
-            heads(x), heads(b["all"]), heads(b["all"]), is_causal=True
-        ).sum(),
-        ("every rank has all keys", "causal", "bias that has rows for queries"),
-    ),
-    "keys without their values": (
-        lambda p, b, x: F.scaled_dot_product_attention(heads(x), heads(x), heads(b["all"])[:, :, : x.shape[1]]).sum(),
-        ("an operand of attention", "aten.slice"),
-    ),
-    "attention scaled by the length": (
-        lambda p, b, x: attend(x, scale=1 / math.sqrt(x.shape[1])),
-        ("attention at", "its scale is 0.5 on a rank and 0.3535", "made from a slice's length"),
-    ),
-    "attention of positions with the batch": (
-        lambda p, b, x: F.scaled_dot_product_attention(x[None], x[None], x[None].flip(2)).sum(),
-        ("an operand of attention", "aten.flip"),
     ),
     # the length as a number
     "division by the length": (
@@ -450,7 +230,11 @@ MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
     ),
     "mean of sums": (
         lambda p, b, x: (x - fp.pmean(x.sum(), "seq")).pow(2).sum(),
-        ("fp.pmean at test_misuse.py", "unequal numbers of positions", "fp.psum of a sum over fp.psum of a count"),
+        (
+            "fp.pmean at test_slices_taken_for_wholes.py",
+            "unequal numbers of positions",
+            "fp.psum of a sum over fp.psum of a count",
+        ),
     ),
     "sum over ranks of a slice": (
         lambda p, b, x: fp.psum(x, "seq").pow(2).sum(),
@@ -486,12 +270,12 @@ MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
     ),
     "hook on a gradient": (
         lambda p, b, x: hooked(x),
-        ("hook on a gradient", "at test_misuse.py", "after fp.value_and_grad"),
+        ("hook on a gradient", "at test_slices_taken_for_wholes.py", "after fp.value_and_grad"),
     ),
     "hook on a node": (lambda p, b, x: hooked_node(x), ("hook on a gradient",)),
     "hooks on what is saved": (
         lambda p, b, x: hooked_saves(x),
-        ("on tensors that are saved for one at test_misuse.py",),
+        ("on tensors that are saved for one at test_slices_taken_for_wholes.py",),
     ),
     "hook of a module": (lambda p, b, x: hooked_module(x), ("hook on a gradient",)),
     "gradient through attention": (
@@ -510,22 +294,13 @@ MISUSES: dict[str, tuple[Body, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("name", MISUSES)
 def test_it_is_refused(name: str) -> None:
-    body, words = MISUSES[name]
-    params, batch = inputs()
-    on_one(loss_of(body), params, batch)
-    with refused(SequenceError, *words):
-        proven(loss_of(body), params, batch, splits())
+    check_refused(*MISUSES[name])
 
 
-@pytest.mark.parametrize(
-    "how", [{"heads": 3}, {"heads": 2, "ring": 2, "zigzag": True}, {"heads": 8}, {"heads": 9}], ids=str
-)
+@pytest.mark.parametrize("how", UNEVEN, ids=str)
 @pytest.mark.parametrize("name", MISUSES)
 def test_it_is_refused_on_any_ranks(name: str, how: dict[str, Any]) -> None:
-    """With slices of unequal length, of one position, or of none."""
-    params, batch = inputs()
-    with pytest.raises(SequenceError):
-        proven(loss_of(MISUSES[name][0]), params, batch, splits(**how))
+    check_refused_on(MISUSES[name][0], how)
 
 
 def test_memory_that_is_shared_for_one_length_alone() -> None:
@@ -615,7 +390,7 @@ def test_operands_of_equal_shapes_that_lie_otherwise() -> None:
 
 def test_what_is_wrong_on_one_device_is_told_as_there() -> None:
     params, batch = inputs()
-    with refused(TraceError, "decides by the value of a tensor at test_misuse.py", "torch.where"):
+    with refused(TraceError, "decides by the value of a tensor at test_slices_taken_for_wholes.py", "torch.where"):
         proven(loss_of(lambda p, b, x: x.sum() if x.sum() > 0 else -x.sum()), params, batch, splits())
     with pytest.raises(RuntimeError, match="reduction dim"):
         proven(loss_of(lambda p, b, x: (x @ p["table"]).sum()), params, batch, splits())
