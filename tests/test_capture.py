@@ -49,6 +49,10 @@ def test_leaves_elsewhere_are_refused() -> None:
             lambda x: torch.empty(3, device="meta").copy_(x),
             r"aten\.copy_\.default at test_capture.py:\d+ `.*` copies between cpu and meta",
         ),
+        (
+            lambda x: torch._foreach_copy_([torch.empty(3, device="meta")], [x]),
+            r"aten\._foreach_copy_\.default at test_capture.py:\d+ `.*` copies between cpu and meta",
+        ),
     ],
 )
 def test_what_cannot_be_captured_is_refused(body: Callable, found: str) -> None:

@@ -92,7 +92,8 @@ class Communicator(Protocol):
         """Every rank's 64-bit integer, in rank order: an ``exchange`` that is cheap enough for every step."""
 
     def flush(self) -> None:
-        """Wait until every tensor that was sent has left; called at the end of a step."""
+        """Wait until every tensor that was sent has left, and for collectives that were started; called at the end of a step, and
+        where one ends in the middle of being captured."""
 
     def fail(self, error: BaseException) -> BaseException:
         """Tell every rank that this one failed, so that none waits for it. Returns the error to raise here:

@@ -67,7 +67,7 @@ class ProcessGroupCommunicator:
         store = dist.distributed_c10d._get_default_store()
         self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
         self._mail = mail(groups, store, key)
-        self._begun: dict[_Guarded, None] = {}  # collectives under way
+        self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:

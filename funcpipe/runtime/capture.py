@@ -98,6 +98,7 @@ class CapturedStep:
             raise
 
     def _record(self, graph: torch.cuda.CUDAGraph) -> None:
+        """The step into a graph; see above for how it ends where the step fails."""
         try:
             # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -165,19 +166,21 @@ def _reads(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 _REMEDY = "Keep it out of the step: return what the host wants to see as a metric, make tensors on the GPU"
-_UNSEEN = "Something in it waits for the host (torch.cuda.synchronize, an op of your own), only while it is captured"
+_UNSEEN = "Something in it waits for the host: torch.cuda.synchronize, or an op of your own"
 
 
 def cannot_capture(what: str, why: str = "") -> str:
-    """What a step is told that cannot be captured.
+    """What is said of a step that cannot be captured.
+
+    Args:
+        what: the op, its line and its fault; or what CUDA said.
+        why: where CUDA alone said something: what it may come from.
 
     >>> cannot_capture("aten.equal.default at train.py:7 waits for a value that the host reads")[:47]
     'the step cannot be captured into a CUDA graph: '
     """
-    return (
-        ". ".join(filter(None, (f"the step cannot be captured into a CUDA graph: {what}", why, _REMEDY)))
-        + "; or use cuda_graph=False"
-    )
+    reasons = filter(None, (f"the step cannot be captured into a CUDA graph: {what}", why, _REMEDY))
+    return ". ".join(reasons) + "; or use cuda_graph=False"
 
 
 def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:

@@ -42,9 +42,8 @@ class Home:
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []  # what a graph has taken in
         self._spec: Any = None
-        self._names: list[
-            Any
-        ] = []  # the leaves as the last step returned them; weak references, unless they name the home's memory
+        # The leaves as the last step returned them; weak references, unless what they name is the home's own.
+        self._names: list[Any] = []
 
     @property
     def state(self) -> Any:

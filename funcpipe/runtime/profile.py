@@ -47,7 +47,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     Args:
         run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this alike.
         state, batch: what ``run`` would be called with; the step is not run.
-        rounds: how often each unit is timed, after one run that is not; the median counts.
+        rounds: how often each unit is timed, after one run that is not, or in CUDA graphs a second of them; the median counts.
         call: which ``value_and_grad`` of the step.
 
     Returns:
@@ -88,12 +88,12 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         ready: dict[tuple, Callable[[], None]] = {}
         with bind_rank(comm), torch.no_grad():
             given = known_of(comm)
-            made: dict[tuple, torch.Tensor] = {}
+            alike: dict[tuple, torch.Tensor] = {}
             for program in programs:
                 bound = bind(program, (comm.rank,), "profile", comm, backend)
                 for piece in _pieces(program, backend):
                     if piece.key not in ready:
-                        ready[piece.key] = _ready(piece, program, bound, comm, given, made)
+                        ready[piece.key] = _ready(piece, program, bound, comm, given, alike)
             timed = _replayed if backend.captured and not together else _median
             return timed(list(ready.values()), comm.device, rounds)
 

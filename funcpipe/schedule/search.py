@@ -26,8 +26,8 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# So many greedy tables are timed in full. For these, other cuts are tried: so many at most, and fewer where a table is large, which
-# is so many stages times microbatches.
+# So many greedy tables are timed in full. For these, other cuts are tried: so many in all; where a table is large, as many as make
+# up so many cells (stages times microbatches) together.
 _FINALISTS, _MOVES, _CELLS = 4, 240, 25_000
 
 
@@ -228,9 +228,9 @@ class _Search:
         """The cut after moving single segments between stages, while that helps."""
         price = max(1, _MOVES * len(sizes) * min(self.microbatches, 2 * self.ranks) // _CELLS)
         better = True
-        while better:
+        while better and self.tries > 0:
             better = False
-            for other in _neighbours(sizes) if self.tries > 0 else ():
+            for other in _neighbours(sizes):
                 self.tries -= price
                 if (moved := self._draft(other, placement, policy)) < time * (1 - 1e-9):
                     time, sizes, better = moved, other, True

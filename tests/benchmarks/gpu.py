@@ -6,7 +6,8 @@ A step is forward, backward and AdamW over all microbatches. Contenders are buil
 steps go through all of them in turn, and the median of rounds counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
 steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
-a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond what is there before it is built.
+a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond
+what is there before it is built.
 """
 
 from __future__ import annotations

@@ -53,6 +53,19 @@ def test_a_signal_acts_as_it_does_without_a_launch(name, error):
     assert got == ([number] if error else [])
 
 
+def test_a_script_that_is_told_to_end_does(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\nimport funcpipe as fp\n"
+        "if __name__ == '__main__':\n    print('here', flush=True)\n    fp.launch(time.sleep, 2, 60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"here\n"
+        time.sleep(3)  # the launcher listens
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+
+
 def fail(how):
     """Rank 1 fails; rank 0 waits for it, in a communicator or without one."""
     if how == "late":

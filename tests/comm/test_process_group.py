@@ -146,6 +146,17 @@ def what_has_arrived_is_let_go():
     comm.close()
 
 
+def flush_waits_for_what_was_started():
+    comm = communicator()
+    comm.prepare([("pipe",)])
+    begun = [comm.start_all_gather(torch.ones(2), ("pipe",)), comm.start_reduce_scatter(torch.ones(2, 2), ("pipe",))]
+    assert list(comm._begun) == begun
+    begun[0].wait()
+    comm.flush()
+    assert not comm._begun
+    comm.close()
+
+
 def unprepared_axes():
     comm = communicator()
     comm.prepare([("pipe",)])
@@ -298,6 +309,7 @@ CHECKS = [
     layouts,
     large_messages_cross,
     what_has_arrived_is_let_go,
+    flush_waits_for_what_was_started,
     unprepared_axes,
     two_communicators,
     a_rank_raises,

@@ -241,6 +241,13 @@ def once(state: State, batch: dict) -> tuple[State, dict]:
 SEEN: list[bool] = []
 
 
+def synchronizing(state: State, batch: dict) -> tuple[State, dict]:
+    """What no op tells."""
+    state, metrics = step(state, batch)
+    torch.cuda.synchronize()
+    return state, metrics
+
+
 def not_captured(bad: Any) -> tuple[str, float]:
     """What is said of a step that cannot be captured, and how far off the state is after it: nothing is lost."""
     run, state, params, batch = captured({}, bad)
@@ -260,7 +267,7 @@ def not_captured(bad: Any) -> tuple[str, float]:
 def all_of_capture() -> dict[str, Any]:
     out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu)}
     out["old_state"] = [old_state("step"), old_state("unplace")]
-    return out | {bad.__name__: not_captured(bad) for bad in (waiting, copying, once)}
+    return out | {bad.__name__: not_captured(bad) for bad in (waiting, copying, once, synchronizing)}
 
 
 @functools.cache
@@ -292,6 +299,7 @@ def test_an_old_state_is_refused(ranks: int) -> None:
         ("waiting", "aten._local_scalar_dense.default at test_gpu.py"),
         ("copying", "aten._to_copy.default at test_gpu.py"),
         ("once", "aten._local_scalar_dense.default at test_gpu.py"),
+        ("synchronizing", "Something in it waits for the host: torch.cuda.synchronize"),
     ],
 )
 def test_a_step_that_cannot_be_captured_is_refused(ranks: int, step: str, what: str) -> None:
