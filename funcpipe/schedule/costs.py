@@ -29,7 +29,7 @@ class Costs:
         units: seconds (or any unit of time) by ``(kind, segment)``, or by kind alone where all segments cost the same; or a
             function of kind and segment. What is missing follows from the rest: ``B = I + W``, ``I = W = B / 2``.
         bandwidth: bytes that a link moves in a unit of time.
-        latency: time that a message takes, whatever its size.
+        latency: time that a message takes, whatever its size. A rank does nothing else while it receives.
         unit: of time, for pictures: ``"s"``, or ``""`` where it means nothing.
 
     >>> costs = Costs({"F": 1.0, "B": 2.0, ("F", 3): 5.0}, bandwidth=100.0, latency=0.5)
@@ -68,7 +68,7 @@ class Costs:
         return None if found is None else float(found)
 
     def message(self, nbytes: float) -> float:
-        """How long so many bytes are under way."""
+        """How long so many bytes take to move."""
         return self.latency + nbytes / self.bandwidth
 
 
@@ -116,7 +116,7 @@ class Load:
         return frozenset(self._between(stages))
 
     def transfer(self, stages: Stages) -> Callable[[Action], float]:
-        """The time that the message of a ``SEND`` is under way."""
+        """The time that the message of a ``SEND`` takes to move."""
         times = {key: self.link(nbytes) for key, nbytes in self.messages(stages).items()}
         nothing = self.link(0.0)
         return lambda send: times.get((send.kind[-1], send.stage, send.peer or 0), nothing)

@@ -1,6 +1,7 @@
 """Greedy list scheduling: a table made by running it, every rank doing at any moment the best that it can.
 
-A rank that is free runs a ready I, else a ready F, else one segment's W; W also comes first when its memory is needed.
+A rank that is free runs a ready I, else a ready F, else one segment's W; W also comes first when its memory is needed. Ahead
+of what it runs it receives what that reads, as `timeline` has it.
 F waits while it would exceed the rank's memory. Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3,
 https://arxiv.org/abs/2401.10241, with W by segment.
 
@@ -43,7 +44,7 @@ class Policy:
 
 class Drawn(NamedTuple):
     """A table that a policy made; when it ends; what it takes in steady state (`Timeline.period`); how long its busiest rank
-    computes."""
+    computes and receives."""
 
     schedule: Schedule
     end: float
@@ -91,11 +92,12 @@ def greedy(
 
 
 _Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch
+_Mail = tuple[_Cell, float, float]  # what made a message, when it was sent, how long it takes to move
 
 
 @dataclass
 class _Rank:
-    start: float = 0.0  # of its first action
+    start: float = 0.0  # of its first action, or of the message ahead of it
     free: float = 0.0
     busy: float = 0.0
     held: float = 0.0
@@ -133,12 +135,14 @@ class _List:
         reads = sources(edges)
         own: dict[tuple[str, int], list[tuple[str, int]]] = {("B", s): [("F", s)] for s in range(count)}
         self.needs = {(h, s): [*reads.get((h, s), ()), *own.get((h, s), ())] for h in "FB" for s in range(count)}
-        self.readers: dict[tuple[str, int], list[tuple[str, int, float]]] = defaultdict(list)
+        self.readers: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+        self.sends: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # how long to which rank
         for (half, s), makers in self.needs.items():
             for maker, m in makers:
-                remote = placement[m] != placement[s]
-                delay = transfer(Action(f"SEND_{maker}", m, 0, peer=s)) if remote else 0.0
-                self.readers[maker, m].append((half, s, delay))
+                self.readers[maker, m].append((half, s))
+                if placement[m] != placement[s]:
+                    self.sends[maker, m].setdefault(placement[s], transfer(Action(f"SEND_{maker}", m, 0, peer=s)))
+        self.mail: dict[tuple[int, int, str], deque[_Mail]] = defaultdict(deque)  # by source, target and half, in order
         self.missing = {(h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)}
         self.at: dict[_Cell, float] = {}
         ranks = max(placement) + 1
@@ -173,7 +177,7 @@ class _List:
                     heapq.heappush(self.events, (rank.coming[0][0], r))
                 continue
             todo -= action.kind != "W"
-            self._do(rank, now, action)
+            self._do(r, rank, now, action)
             heapq.heappush(self.events, (rank.free, r))
         if todo or any(rank.waiting for rank in self.ranks):
             return None
@@ -215,12 +219,16 @@ class _List:
             need += rank.promised + self.entry[stage] if enters else 0.0
         return need <= rank.room
 
-    def _do(self, rank: _Rank, now: float, action: Action) -> None:
+    def _do(self, r: int, rank: _Rank, now: float, action: Action) -> None:
         kind, s, m = action.kind, action.stage, action.microbatch
-        rank.start = rank.start if rank.row else now
+        half = "F" if kind == "F" else "B"
+        if kind != "W":
+            for maker, stage in sorted(self.needs[half, s], key=lambda need: (self.placement[need[1]], need)):
+                self._receive(r, rank, (maker, stage, m))
+        rank.start = rank.start if rank.row or rank.busy else now
         rank.row.append(action)
         time = self.cost(action)
-        rank.free, rank.busy = now + time, rank.busy + time
+        rank.free, rank.busy = max(rank.free, now) + time, rank.busy + time
         if kind == "F":
             rank.held += self.held[s]
             rank.promised += self.entry[s] if s in self.entry else -self.held[s]
@@ -232,13 +240,25 @@ class _List:
         else:
             rank.held -= sum(self.late[s]) if action.segment is None else self.late[s][action.segment]
             return
-        half = "F" if kind == "F" else "B"
-        for reader, stage, delay in self.readers[half, s]:
+        for target, takes in self.sends[half, s].items():
+            self.mail[r, target, half].append(((half, s, m), rank.free, takes))
+        for reader, stage in self.readers[half, s]:
             cell = (reader, stage, m)
             self.missing[cell] -= 1
-            self.at[cell] = max(self.at.get(cell, 0.0), rank.free + delay)
+            # A message is not asked for before it could be there, had its receiver waited for it.
+            takes = self.sends[half, s].get(self.placement[stage], 0.0)
+            self.at[cell] = max(self.at.get(cell, 0.0), rank.free + takes)
             if not self.missing[cell]:
                 self._come(self.at[cell], cell)
+
+    def _receive(self, r: int, rank: _Rank, maker: _Cell) -> None:
+        """Receive a message, unless that was done, and those ahead of it on its way."""
+        queue = self.mail[self.placement[maker[1]], r, maker[0]]
+        while any(message[0] == maker for message in queue):
+            _, sent, takes = queue.popleft()
+            begin = max(rank.free, sent)
+            rank.start = rank.start if rank.row or rank.busy else begin
+            rank.free, rank.busy = begin + takes, rank.busy + takes
 
     def _weights(self, stage: int, microbatch: int) -> list[Action]:
         whole = Action("W", stage, microbatch)

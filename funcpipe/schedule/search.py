@@ -26,9 +26,11 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# So many greedy tables are timed in full. For these, other cuts are tried: so many in all; where a table is large, as many as make
-# up so many cells (stages times microbatches) together.
-_FINALISTS, _MOVES, _CELLS = 4, 240, 25_000
+# For each placement the best policies are gone on with: they are timed in full, on other cuts too, of which there are as many in all
+# as make up so many cells (stages times microbatches) together.
+_FINALISTS, _CELLS = 3, 25_000
+# Policies are compared with as many microbatches as fill and empty the pipeline, and at least so many.
+_LEAST = 8
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,11 @@ class _Search:
 
     def best(self) -> Fitted | None:
         found = [fitted for fitted in self._named() if fitted is not None]
-        drafts = sorted(self._drafts(), key=lambda draft: draft[0])[:_FINALISTS]
+        ranked = sorted(self._drafts(), key=lambda draft: draft[0])
+        drafts = [d for k, d in enumerate(ranked) if sum(d[2] == e[2] for e in ranked[:k]) < _FINALISTS]
         chosen = [(sizes, placement, policy) for _, sizes, placement, policy in drafts]
-        self.tries = _MOVES
         for draft in drafts if self.how == "balanced" else ():
+            self.tries = _CELLS // len(drafts) // (len(draft[1]) * self._some)
             chosen.append(self._moved(*draft))
         found += [fitted for draft in dict.fromkeys(chosen) if (fitted := self._greedy(*draft)) is not None]
         return min(found, key=self._counts, default=None)
@@ -215,10 +218,13 @@ class _Search:
                 if reserve or self.cap < math.inf:
                     yield Policy(forward_first, old_first, reserve, flying, not self.whole)
 
+    @property
+    def _some(self) -> int:
+        return min(self.microbatches, max(2 * self.ranks, _LEAST))
+
     def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy) -> float:
         """About how long a step would take: the time with fewer microbatches, and the busiest rank's for the rest."""
-        some = min(self.microbatches, 2 * self.ranks)
-        stages = _grouped(sizes)
+        some, stages = self._some, _grouped(sizes)
         drawn = greedy("auto", self.load, stages, placement, some, self.cap, policy)
         if drawn is None:
             return math.inf
@@ -226,12 +232,11 @@ class _Search:
 
     def _moved(self, time: float, sizes: Sizes, placement: Sizes, policy: Policy) -> tuple[Sizes, Sizes, Policy]:
         """The cut after moving single segments between stages, while that helps."""
-        price = max(1, _MOVES * len(sizes) * min(self.microbatches, 2 * self.ranks) // _CELLS)
         better = True
         while better and self.tries > 0:
             better = False
             for other in _neighbours(sizes):
-                self.tries -= price
+                self.tries -= 1
                 if (moved := self._draft(other, placement, policy)) < time * (1 - 1e-9):
                     time, sizes, better = moved, other, True
                     break

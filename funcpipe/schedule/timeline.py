@@ -1,8 +1,9 @@
 """The cost model: when every action of a table starts and ends, given what each costs.
 
-In: a schedule, the time of every compute action, and how long a message is under way. Out: a ``Timeline``.
-Sends take no time of their rank; a receive takes what its rank waits for the message. Messages of a channel
-arrive in order. The times are the caller's own unit, whatever the costs are given in.
+In: a schedule, the time of every compute action, and how long a message takes to move. Out: a ``Timeline``.
+A message moves once it was sent and its receiver has come to its receive, which does nothing else meanwhile: so it is with
+messages that are received at their use (gloo's, and NCCL's kernels). Sends take no time of their rank. The times are the caller's
+own unit, whatever the costs are given in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from funcpipe.errors import ScheduleError
 from funcpipe.schedule.actions import COMPUTE, Action, Edge, Schedule, chain
-from funcpipe.schedule.communication import Channel, Message, channel_of, insert_communication, message_of
+from funcpipe.schedule.communication import Message, insert_communication, message_of
 from funcpipe.schedule.walk import walk
 
 # What an action costs, in the caller's unit of time
@@ -22,7 +23,7 @@ Cost = Callable[[Action], float]
 
 
 class Span(NamedTuple):
-    """When an action runs; a receive runs while its rank waits for it."""
+    """When an action runs; a receive runs from when its rank comes to it until the message is there."""
 
     action: Action
     start: float
@@ -48,11 +49,15 @@ class Timeline:
 
     @cached_property
     def period(self) -> float:
-        """Of a step in steady state, where many follow one another: the longest that a rank needs from its first computation to its
-        end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a rank
-        idles before its first computation or after its last is then filled by the step before and the one behind."""
-        rows = [[s for s in spans if s.action.kind in COMPUTE] for spans in self.spans]
-        return max((row[-1].end - row[0].start for row in rows if row), default=0.0)
+        """Of a step in steady state, where many follow one another: the longest that a rank needs from where it has something to
+        do to its end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a
+        rank idles before its first action or after its last is then filled by the step before and the one behind."""
+        sent = {message_of(s.action): s.start for row in self.spans for s in row if s.action.kind.startswith("SEND")}
+
+        def begin(first: Span) -> float:
+            return first.start if first.action.kind in COMPUTE else max(first.start, sent[message_of(first.action)])
+
+        return max((row[-1].end - begin(row[0]) for row in self.spans if row), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
@@ -83,8 +88,8 @@ def timeline(
     Args:
         schedule: the table; transfers are put in if it has none.
         cost: the time of a compute action.
-        transfer: how long the message of a ``SEND`` action is under way, from its sender's last action until
-            the receiver can use it: one number, or a function of that action.
+        transfer: how long the message of a ``SEND`` action takes to move, when both its ends are there: one number, or a
+            function of that action.
         edges: what depends on what, to put transfers in; a plain chain by default.
 
     Raises: ScheduleError for a table that never ends.
@@ -105,8 +110,7 @@ def timeline(
         raise ScheduleError(f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why")
 
     free = [0.0] * len(schedule.ranks)
-    arrives: dict[Message, float] = {}
-    last: dict[Channel, float] = {}
+    sent: dict[Message, tuple[float, float]] = {}  # when, and how long it takes to move
     spans: list[list[Span]] = [[] for _ in schedule.ranks]
     for rank, position in found.order:
         action, start = schedule.ranks[rank][position], free[rank]
@@ -115,11 +119,10 @@ def timeline(
         else:
             message = message_of(action)
             if action.kind.startswith("SEND"):
-                channel = channel_of(message, schedule.placement)
-                under_way = transfer(action) if callable(transfer) else transfer
-                arrives[message] = last[channel] = max(start + under_way, last.get(channel, 0.0))
+                sent[message] = start, transfer(action) if callable(transfer) else transfer
             else:
-                free[rank] = max(start, arrives[message])
+                since, takes = sent[message]
+                free[rank] = max(start, since) + takes
         spans[rank].append(Span(action, start, free[rank]))
     return Timeline(schedule, tuple(map(tuple, spans)))
 

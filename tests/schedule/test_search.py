@@ -61,9 +61,10 @@ def language_model() -> Load:
     return Load(f, both, i, w, held, waiting, work, dict.fromkeys(flows, 4.0), lambda nbytes: 0.032)
 
 
-@pytest.mark.parametrize(("cap", "bubble"), [(2752.0, 0.017), (2446.0, 0.027)])
-def test_stages_slide_along_under_a_cap(cap: float, bubble: float) -> None:
-    """Ranks stay balanced while what they hold moves; a single segment to a neighbour would not do."""
+@pytest.mark.parametrize(("cap", "bubble"), [(2752.0, 0.026), (3500.0, 0.024), (4000.0, 0.017)])
+def test_a_language_model_under_a_cap(cap: float, bubble: float) -> None:
+    """Of which 0.0088 are the receives of two stages, eight, and twice as much those of four; ranks stay balanced while stages
+    slide along so that what they hold moves."""
     load = language_model()
     work = 8 * (sum(load.F) + sum(load.B)) / 2
     assert auto(cap).fit(2, 8, load).time <= work * (1 + bubble)
@@ -101,8 +102,8 @@ def test_at_least_as_good_as_the_best_named(
 
 def test_uneven_costs_are_where_the_search_wins() -> None:
     """A dear head and uneven blocks: faster than everything named, at the memory of 1F1B."""
-    load = uneven(13, 4, seed=0)
-    assert auto(4.5).fit(4, 16, load).time < best_named(load, 4, 16, 4.5)
+    load = uneven(13, 4, seed=4)
+    assert auto(4.5).fit(4, 16, load).time < 0.96 * best_named(load, 4, 16, 4.5)
 
 
 def test_known_bubbles() -> None:
