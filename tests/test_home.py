@@ -263,6 +263,21 @@ def test_an_old_state_is_refused_where_it_is_only_read() -> None:
         home.read(first)
 
 
+def test_names_that_are_made_ahead_of_a_step() -> None:
+    home = Home()
+    home.make_names()  # nothing was captured
+    home.enter(home.read({"x": torch.ones(2)}))
+    first = home.leave()
+    home.make_names()
+    home.read(first)  # no step has run since
+    home.leaves[0].add_(1)
+    second = home.leave()
+    assert second["x"].tolist() == [2, 2]
+    home.read(second)
+    with pytest.raises(StateError, match="updated it in place"):
+        home.read(first)
+
+
 @given(replaced=st.sets(st.sampled_from(["a", "b", "c"])))
 def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
     home = Home()

@@ -15,7 +15,7 @@ collectives are always new, contiguous tensors; their operands may have any stri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +88,9 @@ class Communicator(Protocol):
     def exchange(self, what: Any) -> list[Any]:
         """Every rank's picklable object, in rank order (host side, over the whole mesh)."""
 
-    def exchange_digest(self, n: int) -> list[int]:
-        """Every rank's 64-bit integer, in rank order: an ``exchange`` that is cheap enough for every step."""
+    def exchange_digest(self, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+        """Every rank's 64-bit integer, in rank order: an ``exchange`` that is cheap enough for every step. ``meanwhile`` runs
+        while the others' numbers are on their way."""
 
     def flush(self) -> None:
         """Wait until every tensor that was sent has left, and for collectives that were started; called at the end of a step, and

@@ -102,7 +102,8 @@ class InProcessCommunicator:
     def exchange(self, what: Any) -> list[Any]:
         return self._exchange("exchange", what)
 
-    def exchange_digest(self, n: int) -> list[int]:
+    def exchange_digest(self, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+        meanwhile()
         return self._exchange("exchange_digest", n)
 
     def _exchange(self, kind: str, what: Any) -> list[Any]:

@@ -141,13 +141,20 @@ class ProcessGroupCommunicator:
         self._attempt(lambda: dist.all_gather_object(out, what, group=self._groups.control), lambda: "in exchange")
         return out
 
-    def exchange_digest(self, n: int) -> list[int]:
+    def exchange_digest(self, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
         if self.mesh.size == 1:
+            meanwhile()
             return [n]
         # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
         out = torch.zeros(self.mesh.size, dtype=torch.int64)
         out[self.rank] = n
-        self._attempt(lambda: dist.all_reduce(out, group=self._groups.control), lambda: "in exchange_digest")
+
+        def reduce() -> None:
+            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
+            meanwhile()
+            work.wait()
+
+        self._attempt(reduce, lambda: "in exchange_digest")
         return out.tolist()
 
     # --- errors ---------------------------------------------------------------------------------------

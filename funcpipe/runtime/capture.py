@@ -25,6 +25,7 @@ from funcpipe.donation import donate, memory
 from funcpipe.errors import TraceError
 from funcpipe.lines import user_line
 from funcpipe.runtime.home import Given, Home, write
+from funcpipe.runtime.memsets import as_kernels
 from funcpipe.runtime.rank import Rank
 
 _ATEN = torch.ops.aten
@@ -90,7 +91,7 @@ class CapturedStep:
             TraceError: it waits for the host.
         """
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             self._record(self.graph)
         except BaseException:
@@ -112,6 +113,8 @@ class CapturedStep:
             raise
         except RuntimeError as error:
             raise TraceError(cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)) from error
+        as_kernels(graph)
+        graph.instantiate()
 
     def release(self) -> None:
         """Give back the graph, also where the GPU says that its work was ended, as after another rank's failure."""
@@ -197,6 +200,11 @@ def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:
     # What lies in the memory of another leaf is read before that is written.
     write([x for x, _ in moved], [y.clone() if memory(y) in mine else y for _, y in moved])
     return metrics
+
+
+def new_pool() -> Any:
+    """A memory pool for graphs, where there are GPUs."""
+    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
 
 def pool_bytes(pool: Any) -> int:

@@ -44,6 +44,7 @@ class Home:
         self._spec: Any = None
         # The leaves as the last step returned them; weak references, unless what they name is the home's own.
         self._names: list[Any] = []
+        self._next: list[torch.Tensor] = []  # names for the leaves as the next step leaves them
 
     @property
     def state(self) -> Any:
@@ -142,10 +143,15 @@ class Home:
             moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
             write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
 
+    def make_names(self) -> None:
+        """Make the names of the state after the next step ahead of time."""
+        self._next = self._next or [x.detach() for x in self.leaves]
+
     def leave(self) -> Any:
         """The state after a step, under names of its own."""
-        self._named = new = [x.detach() for x in self.leaves]
-        return tree.unflatten(self._spec, new)
+        self.make_names()
+        self._named, self._next = self._next, []
+        return tree.unflatten(self._spec, self._named)
 
 
 class DonatedStep:

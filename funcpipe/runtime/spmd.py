@@ -26,7 +26,7 @@ from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, Sta
 from funcpipe.mesh import Mesh
 from funcpipe.runtime import sizes
 from funcpipe.runtime.backend import NAMES, Backend
-from funcpipe.runtime.capture import CapturedStep, feeder, pool_bytes
+from funcpipe.runtime.capture import CapturedStep, feeder, new_pool, pool_bytes
 from funcpipe.runtime.home import DonatedStep, Given, Home
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
@@ -80,7 +80,7 @@ class Spmd(Runner):
         self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
         self._donated: dict[int, DonatedStep] = {}
-        self._home, self._pool = Home(), torch.cuda.graph_pool_handle() if cuda_graph else None
+        self._home, self._pool = Home(), new_pool() if cuda_graph else None
         self._feed = feeder(self._comm.device)
         # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
         self._release = weakref.finalize(self, _release, self._captured)
@@ -146,7 +146,7 @@ class Spmd(Runner):
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         batch = self._feed(batch)
-        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state))
+        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_names)
         rank = self._rank_of(batch)
         self._watch([rank])
         try:
@@ -184,6 +184,10 @@ class Spmd(Runner):
         failed = [r for r, text in enumerate(texts) if text is not None]
         if failed:
             step.release()
+            if not any(other.graph for other in self._captured.values()):
+                self._pool = new_pool()  # torch does not take up a pool again that no graph has any more
+                for other in self._captured.values():
+                    other.pool = self._pool
             raise _Known(problem or MismatchError(f"rank {failed[0]} failed to capture its step: {texts[failed[0]]}"))
         pools = self._by_place(step.rank, self.graph_memory, max)
         for plan in self._made.plans.values():  # whose graphs share one pool
@@ -222,8 +226,15 @@ class Spmd(Runner):
         found = self._comm.exchange((rank.place, mine))
         return {place: most([x for p, x in found if p == place]) for place, _ in found}
 
-    def _agree(self, trees: dict[str, Any], what: str, read: Callable[[], Any] = lambda: None) -> Any:
+    def _agree(
+        self,
+        trees: dict[str, Any],
+        what: str,
+        read: Callable[[], Any] = lambda: None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> Any:
         """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
+        ``meanwhile`` runs while they tell each other.
 
         Raises:
             MismatchError, on every rank: they are not.
@@ -235,7 +246,7 @@ class Spmd(Runner):
             self._comm.exchange_digest(_REFUSED)
             self._comm.exchange(str(error))
             raise _Known(error) from None
-        digests = self._comm.exchange_digest(digest)
+        digests = self._comm.exchange_digest(digest, meanwhile)
         if _REFUSED in digests:
             texts = self._comm.exchange(None)
             rank = digests.index(_REFUSED)

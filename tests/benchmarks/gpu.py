@@ -267,14 +267,16 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
 
 
 def host_time(go: Go) -> float:
-    """How long the host takes to start a step, while the GPU has nothing to do."""
+    """How long the host takes to start a step, while the GPU has nothing to do; the median of some."""
+    taken = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        go()
+        taken.append(time.perf_counter() - start)
     torch.cuda.synchronize()
-    dist.barrier()
-    start = time.perf_counter()
-    go()
-    taken = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return taken
+    return statistics.median(taken)
 
 
 # ---- the table

@@ -79,9 +79,11 @@ def test_operands_may_change_once_a_collective_returns():
 
 def test_exchange_is_in_rank_order():
     def body(comm):
-        return comm.exchange({"rank": comm.rank})[1]["rank"], comm.exchange_digest(comm.rank - 2**62)
+        done = []
+        digests = comm.exchange_digest(comm.rank - 2**62, lambda: done.append(True))
+        return comm.exchange({"rank": comm.rank})[1]["rank"], digests, done
 
-    assert run_ranks(GRID, body) == [(1, [r - 2**62 for r in range(4)])] * 4
+    assert run_ranks(GRID, body) == [(1, [r - 2**62 for r in range(4)], [True])] * 4
 
 
 @pytest.mark.parametrize(

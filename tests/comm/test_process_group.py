@@ -70,9 +70,10 @@ def collectives_equal_plain_loops():
 def exchange():
     comm = communicator()
     objects = comm.exchange({"rank": comm.rank, "x": torch.full((2,), comm.rank)})
-    digests = comm.exchange_digest((comm.rank - 2) * 2**61)
+    done = []
+    digests = comm.exchange_digest((comm.rank - 2) * 2**61, lambda: done.append(True))
     comm.close()
-    return [o["rank"] for o in objects], [o["x"].tolist() for o in objects], digests
+    return [o["rank"] for o in objects], [o["x"].tolist() for o in objects], digests, done
 
 
 def messages():
@@ -363,7 +364,7 @@ def test_check_passes_on_every_rank(check, results):
 
 def test_exchange(results):
     digests = [(r - 2) * 2**61 for r in range(4)]
-    assert result(results, exchange) == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests)] * 4
+    assert result(results, exchange) == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests, [True])] * 4
 
 
 def test_error_texts(results):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import funcpipe as fp
 from funcpipe import tree
 from funcpipe.comm.mail import unmarked
+from funcpipe.runtime.memsets import as_kernels
 
 GPUS = torch.cuda.device_count()
 one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
@@ -375,6 +376,29 @@ def test_memory_of_what_has_travelled_is_used_again_within_a_graph() -> None:
         del x, sent
         again = torch.empty(1 << 22, dtype=torch.uint8, device="cuda").data_ptr()
     assert again == where
+
+
+# ---- the launch
+
+
+@one_gpu
+def test_small_memsets_become_kernels() -> None:
+    """Where they stood; not one of another value, nor a large one, which the driver runs as a kernel by itself."""
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream()
+    x, large = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.ones(1 << 14, dtype=torch.uint8, device="cuda")
+    with torch.cuda.graph(graph, stream=stream):
+        x.add_(1)
+        for start, value, nbytes in ((x.data_ptr(), 0, 4), (x[1:].data_ptr(), 1, 4), (large.data_ptr(), 0, 1 << 14)):
+            (failed,) = runtime.cudaMemsetAsync(start, value, nbytes, stream.cuda_stream)
+            assert not int(failed)
+        x.add_(2)
+    assert (as_kernels(graph), as_kernels(graph)) == (1, 0)
+    graph.instantiate()
+    for n in (1, 2):
+        graph.replay()
+        assert x.tolist() == [2, 0x01010101 + 2, 3 * n, 3 * n]
+        assert not large.any()
 
 
 # ---- ranks in different steps
