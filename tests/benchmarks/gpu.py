@@ -2,8 +2,9 @@
 
 python tests/benchmarks/gpu.py [--models small medium] [--all] [--only TEXT ...] [--rounds 10] [--json gpu.json] [--profile]
 
-A step is forward, backward and AdamW over all microbatches. Contenders are built one after another and stay; then rounds of four
-steps go through all of them in turn, and the median of rounds counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
+A step is forward, backward and AdamW over all microbatches. Contenders are built one after another and stay (with --all, those of
+"medium" are more than a GPU holds: name some); then rounds of four steps go through all of them in turn, and the median of rounds
+counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
 steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
 a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond
@@ -157,9 +158,13 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
             "torch ZB-V, compiled blocks": lambda: peers.pipeline(size, "ScheduleZBVZeroBubble", True),
             "FSDP2, 4 microbatches": lambda: peers.fsdp(size, 4, False),
             "FSDP2, compiled blocks, 1 microbatch": lambda: peers.fsdp(size, 1, True),
+            "FSDP2, compiled blocks, 1 microbatch, bf16 reductions": lambda: peers.fsdp(size, 1, True, torch.bfloat16),
             "funcpipe sharded, gathered for each unit, one graph": lambda: sharded(size, 0.75, regather="microbatch"),
             "funcpipe sharded, summed whole, one graph": lambda: sharded(size, 0.5, reduce="last"),
             "funcpipe sharded, 1 microbatch, one graph": lambda: sharded(size, 0.5, 1),
+            "funcpipe sharded, 1 microbatch, bf16 reductions, nothing recomputed, one graph": lambda: sharded(
+                size, 1.0, 1, reduce_dtype=torch.bfloat16
+            ),
             "funcpipe 1F1B, eager": lambda: piped(size, fp.schedules.one_f_one_b(), backend="eager"),
         }
     return out
@@ -208,6 +213,8 @@ def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go | None]:
     try:
         go = make()
         row = {"name": name, "peak": peak(go, before)}
+    except torch.OutOfMemoryError as error:  # other ranks may wait for this one for ever
+        raise MemoryError(f"no memory is left for {name}: leave some contenders out by --only. {error}") from error
     except Exception as error:
         return {"name": name, "error": repr(error)[:600]}, None
     row["losses"] = [whole(x) for x in (go(), go())]
