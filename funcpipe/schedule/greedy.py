@@ -11,6 +11,7 @@ In: a `Load`, its stages, where they lie, a cap on memory, and a `Policy`. Out: 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class Policy:
         reserve: F of a rank's first stage waits until there is room for the microbatch's other stages on the rank too.
         in_flight: how many microbatches may be on a rank at most, for each rank behind it on the axis and itself.
         by_segment: whether W is run by segment.
+        apart: of how many microbatches, the last ones, W may wait. For the others it runs right behind I. The last ones, since
+            gradients are added up in the order of microbatches.
     """
 
     forward_first: bool = False
@@ -40,6 +43,7 @@ class Policy:
     reserve: bool = True
     in_flight: float | None = None
     by_segment: bool = True
+    apart: float = math.inf
 
 
 class Drawn(NamedTuple):
@@ -107,6 +111,7 @@ class _Rank:
     coming: list[tuple[float, _Cell]] = field(default_factory=list)
     ready: dict[str, dict[int, list[int]]] = field(default_factory=lambda: {"F": {}, "B": {}})
     waiting: deque[Action] = field(default_factory=deque)
+    behind: deque[Action] = field(default_factory=deque)  # W that run right behind their I
     row: list[Action] = field(default_factory=list)
 
 
@@ -191,6 +196,8 @@ class _List:
 
     def _choose(self, r: int, rank: _Rank) -> Action | None:
         """What a rank does now, taken off its lists."""
+        if rank.behind:
+            return rank.behind.popleft()
         forward = self._first(rank.ready["F"], lambda stage: self._fits(r, rank, stage))
         back = self._first(rank.ready["B"], lambda stage: True)
         if back is not None and not (self.policy.forward_first and forward is not None):
@@ -236,7 +243,8 @@ class _List:
         elif kind == "I":
             rank.held += sum(self.late[s]) - self.held[s]
             rank.flying -= s in self.entry
-            rank.waiting.extend(self._weights(s, m))
+            wait = m >= self.microbatches - self.policy.apart
+            (rank.waiting if wait else rank.behind).extend(self._weights(s, m))
         else:
             rank.held -= sum(self.late[s]) if action.segment is None else self.late[s][action.segment]
             return

@@ -29,6 +29,8 @@ Sizes = tuple[int, ...]
 # For each placement the best policies are gone on with: they are timed in full, on other cuts too, of which there are as many in all
 # as make up so many cells (stages times microbatches) together.
 _FINALISTS, _CELLS = 3, 25_000
+# Ranks times microbatches up to which a search with a cap looks at more: what there is without one, and under these parts of it.
+_SMALL, _PARTS = 32, (0.97, 0.94, 0.91)
 # Policies are compared with as many microbatches as fill and empty the pipeline, and at least so many.
 _LEAST = 8
 
@@ -132,8 +134,15 @@ def _search(
     waits: bool,
     whole: bool,
 ) -> Fitted:
-    search = _Search(ranks, microbatches, load, auto.memory_limit or math.inf, how, placement, waits, whole)
-    found = search.best()
+    cap = auto.memory_limit or math.inf
+    search = _Search(ranks, microbatches, load, cap, how, placement, waits, whole)
+    small = cap < math.inf and ranks * microbatches <= _SMALL
+    free = replace(search, cap=math.inf).best() if small else None
+    if free is not None and search.fits(free.memory):
+        return free
+    # A policy does better under one cap than under another, by chance: so lower ones have their turn too.
+    lower = [replace(search, cap=part * cap).best() for part in _PARTS] if small else []
+    found = min(filter(None, (search.best(), *lower)), key=search.counts, default=None)
     if found is None:
         least = f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
         raise ScheduleError(
@@ -157,19 +166,25 @@ class _Search:
     tries: int = 0  # that are left
 
     def best(self) -> Fitted | None:
-        found = [fitted for fitted in self._named() if fitted is not None]
+        named = [fitted for fitted in self._named() if fitted is not None]
         ranked = sorted(self._drafts(), key=lambda draft: draft[0])
         drafts = [d for k, d in enumerate(ranked) if sum(d[2] == e[2] for e in ranked[:k]) < _FINALISTS]
         chosen = [(sizes, placement, policy) for _, sizes, placement, policy in drafts]
         for draft in drafts if self.how == "balanced" else ():
             self.tries = _CELLS // len(drafts) // (len(draft[1]) * self._some)
             chosen.append(self._moved(*draft))
-        found += [fitted for draft in dict.fromkeys(chosen) if (fitted := self._greedy(*draft)) is not None]
-        return min(found, key=self._counts, default=None)
+        made = [(f, draft) for draft in dict.fromkeys(chosen) if (f := self._greedy(*draft)) is not None]
+        made.sort(key=lambda pair: self.counts(pair[0]))
+        eased = [f for _, draft in made[:_FINALISTS] for f in self._eased(*draft)]
+        return min([*named, *(f for f, _ in made), *eased], key=self.counts, default=None)
 
-    def _counts(self, fitted: Fitted) -> tuple[float, float]:
-        """What is least for the best. Among equals, which sums of floats do not quite show, the time alone decides."""
-        return (fitted.alone if self.waits else float(f"{fitted.time:.9g}")), fitted.alone
+    def fits(self, memory: float) -> bool:
+        """Whether that keeps to the cap."""
+        return memory <= self.cap * (1 + 1e-9)
+
+    def counts(self, fitted: Fitted) -> tuple[float, float, float]:
+        """What is least for the best. Among equals, which sums of floats do not quite show, memory decides, then the time alone."""
+        return float(f"{fitted.alone if self.waits else fitted.time:.9g}"), fitted.memory, fitted.alone
 
     def _stages(self, count: int) -> tuple[tuple[int, ...], ...] | None:
         """The segments of so many stages, unless that is not what was asked for."""
@@ -187,7 +202,7 @@ class _Search:
         sending = insert_communication(schedule, load.edges(stages))
         memory = max(load.memory(sending, rank, stages) for rank in range(self.ranks))
         self.least = min(self.least, memory)
-        if memory > self.cap * (1 + 1e-9):
+        if not self.fits(memory):
             return None
         line = timeline(sending, load.cost(stages), load.transfer(stages), load.edges(stages))
         return Fitted(schedule, stages, line.period, line.makespan, memory)
@@ -243,6 +258,13 @@ class _Search:
                 if self.tries <= 0:
                     break
         return sizes, placement, policy
+
+    def _eased(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Iterator[Fitted]:
+        """With W right behind I for the first microbatches, for how many ever: what is held is less, and B costs less than I and W."""
+        tries = max(1, _CELLS // _FINALISTS // (len(sizes) * self.microbatches))
+        for apart in range(0, self.microbatches, max(1, self.microbatches // tries)):
+            if (fitted := self._greedy(sizes, placement, replace(policy, apart=apart))) is not None:
+                yield fitted
 
     def _greedy(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Fitted | None:
         stages = _grouped(sizes)
