@@ -53,7 +53,7 @@ class Home:
 
     @property
     def _named(self) -> list[Any]:
-        return [x() if isinstance(x, weakref.ref) else x for x in self._names]
+        return self._names if self.leaves else [x() if isinstance(x, weakref.ref) else x for x in self._names]
 
     @_named.setter
     def _named(self, leaves: list[Any]) -> None:
