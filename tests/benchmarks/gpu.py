@@ -143,10 +143,6 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
         "funcpipe sharded, bf16 sums, nothing large recomputed, one graph": lambda: sharded(
             size, 0.58, reduce="last", reduce_dtype=torch.bfloat16
         ),
-        # Whole weights are held to the end of the step in any case: NCCL is done with them in its first milliseconds.
-        "funcpipe sharded, bf16 sums, all gathered ahead, one graph": lambda: sharded(
-            size, 0.58, reduce="last", reduce_dtype=torch.bfloat16, prefetch=1 << 10
-        ),
     }
     if everything:
         out |= {
