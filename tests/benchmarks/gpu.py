@@ -100,15 +100,17 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
     """Two GPUs; ``peaks`` are those of the contenders that were built before."""
     found: dict[str, Any] = {}
 
-    def searched(limit: bool, step: Callable = step, **link: float) -> Go:
-        """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under."""
+    def searched(limit: bool, step: Callable = step, apart: float = 1.0, **link: float) -> Go:
+        """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under.
+        ``apart``: how much dearer I and W are in a step, where what they read has left the cache, than measured."""
         if step not in found:
             ours = piped(size, fp.schedules.one_f_one_b(), step)
             costs = dataclasses.replace(fp.profile_units(ours.run, ours.state, ours.batch), **LINK)
             found[step] = costs, room(ours)
             ours.run.close()
         costs, most = found[step]
-        costs = dataclasses.replace(costs, **link)
+        units = {key: t * (apart if key[0] in "IW" else 1.0) for key, t in costs.units.items()}
+        costs = dataclasses.replace(costs, units=units, **link)
         ours = piped(size, fp.schedules.auto(most if limit else None, costs), step)
         ours.predicted = ours.run.plan(ours.state, ours.batch).predict(costs).period
         return ours
@@ -148,6 +150,10 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
         out |= {
             # Ranks that are slower than measured make each other wait; a schedule for late messages leaves room for that.
             "funcpipe auto, 1.25 x memory, late messages, one graph": lambda: searched(limit=True, latency=1e-4),
+            # Two halves of a backward read more than one; a schedule for that runs fewer of them apart.
+            "funcpipe auto by half blocks, 1.25 x memory, dear halves, one graph": lambda: searched(
+                limit=True, step=step_by_halves, apart=1.05
+            ),
             "torch 1F1B": lambda: peers.pipeline(size, "Schedule1F1B", False),
             "torch interleaved, compiled blocks": lambda: peers.pipeline(size, "ScheduleInterleaved1F1B", True),
             "torch ZB-V": lambda: peers.pipeline(size, "ScheduleZBVZeroBubble", False),
