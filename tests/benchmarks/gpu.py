@@ -36,7 +36,6 @@ from funcpipe.transforms import remat
 
 # Gradients are added up in bfloat16, as those of the peers' params are.
 GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True, "sums": torch.bfloat16}
-LINK = {"latency": 2e-5, "bandwidth": 3.5e11}  # of NCCL messages in a graph, between two H200s
 STEPS = 4  # that are timed together: ranks may be in different ones
 Go = Callable[[], Any]
 
@@ -105,8 +104,7 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
         ``apart``: how much dearer I and W are in a step, where what they read has left the cache, than measured."""
         if step not in found:
             ours = piped(size, fp.schedules.one_f_one_b(), step)
-            costs = dataclasses.replace(fp.profile_units(ours.run, ours.state, ours.batch), **LINK)
-            found[step] = costs, room(ours)
+            found[step] = fp.profile_units(ours.run, ours.state, ours.batch), room(ours)
             ours.run.close()
         costs, most = found[step]
         units = {key: t * (apart if key[0] in "IW" else 1.0) for key, t in costs.units.items()}
@@ -166,6 +164,9 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
             "funcpipe sharded, 1 microbatch, one graph": lambda: sharded(size, 0.5, 1),
             "funcpipe sharded, 1 microbatch, bf16 reductions, nothing recomputed, one graph": lambda: sharded(
                 size, 1.0, 1, reduce_dtype=torch.bfloat16
+            ),
+            "funcpipe sharded, 1 microbatch, bf16 reductions, elementwise ops computed again, one graph": lambda: (
+                sharded(size, 0.85, 1, reduce_dtype=torch.bfloat16)
             ),
             "funcpipe 1F1B, eager": lambda: piped(size, fp.schedules.one_f_one_b(), backend="eager"),
         }
