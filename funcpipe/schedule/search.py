@@ -260,7 +260,7 @@ class _Search:
         return sizes, placement, policy
 
     def _eased(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Iterator[Fitted]:
-        """With W right behind I for the first microbatches, for how many ever: what is held is less, and B costs less than I and W."""
+        """With W right behind I for more and fewer of the first microbatches: less is held, and B costs no more than I and W."""
         tries = max(1, _CELLS // _FINALISTS // (len(sizes) * self.microbatches))
         for apart in range(0, self.microbatches, max(1, self.microbatches // tries)):
             if (fitted := self._greedy(sizes, placement, replace(policy, apart=apart))) is not None:
