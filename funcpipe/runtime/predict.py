@@ -161,8 +161,11 @@ def load_of(cut: Cut, costs: Costs) -> Load:
         out = {v.storage: v.nbytes for v in unit.outputs if kind == "F" and v in later}
         strange = (v for v in unit.inputs if v in made and made[v].segment != s)
         arrived = {v.storage: v.nbytes for v in strange if made[v].kind != "F" or v not in later}
-        return float(unit.code.peak - sum(out.values()) + sum(arrived.values()))
+        return float(unit.code.peak - sum(out.values()) + sum(arrived.values()) + sums)
 
+    read = {v for u in cut.units.values() for v in u.inputs}
+    # Of numbers that no unit reads, such as the loss: they are added up over microbatches.
+    sums = sum(v.nbytes for v in made if made[v].kind == "F" and not v.shape and v not in read)
     later = {v for u in cut.units.values() if u.kind != "F" for v in u.inputs}
     times = {k: tuple(costs.of(k, s) for s in segments) for k in "FBIW"}
     return Load(

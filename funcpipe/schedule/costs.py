@@ -8,6 +8,7 @@ what its halves exchange. A *flow* is the bytes that one half of a segment hands
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,11 +116,18 @@ class Load:
         """What depends on what between stages."""
         return frozenset(self._between(stages))
 
-    def transfer(self, stages: Stages) -> Callable[[Action], float]:
-        """The time that the message of a ``SEND`` takes to move."""
-        times = {key: self.link(nbytes) for key, nbytes in self.messages(stages).items()}
+    def transfer(self, stages: Stages, placement: Sequence[int]) -> Callable[[Action], float]:
+        """The time that the message of a ``SEND`` takes to move, with all that is read on the rank where it goes."""
+        times = {key: self.link(sum(some.values())) for key, some in self.mail(stages, placement).items()}
         nothing = self.link(0.0)
-        return lambda send: times.get((send.kind[-1], send.stage, send.peer or 0), nothing)
+        return lambda send: times.get((send.kind[-1], send.stage, placement[send.peer or 0]), nothing)
+
+    def mail(self, stages: Stages, placement: Sequence[int]) -> dict[tuple[str, int, int], dict[int, float]]:
+        """What goes from a stage to a rank: by ("F" | "B", stage that makes it, rank), the bytes that other stages there read."""
+        out: dict[tuple[str, int, int], dict[int, float]] = {}
+        for (half, a, b), nbytes in self.messages(stages).items():
+            out.setdefault((half, a, placement[b]), {})[b] = nbytes
+        return out
 
     def messages(self, stages: Stages) -> dict[tuple[str, int, int], float]:
         """Bytes by ("F" | "B", stage that makes them, stage that reads them)."""
@@ -138,21 +146,37 @@ class Load:
         return out
 
     def memory(self, schedule: Schedule, rank: int, stages: Stages) -> float:
-        """The most bytes that a rank holds. Where the table has transfers, what it sends is held until it has surely arrived."""
+        """The most bytes that a rank holds. What a stage hands to another one of its rank is held until that reads it. Where the table
+        has transfers, what a rank sends is held until it has surely arrived, and what it receives until it is read: some messages come
+        before their turn, since those behind them are read earlier."""
         told = arrivals(schedule, rank)
         sent = {send for sends in told.values() for send in sends}
-        messages = self.messages(stages)
-        nbytes = lambda send: messages.get((send.kind[-1], send.stage, send.peer or 0), 0.0)  # noqa: E731
+        mail = self.mail(stages, schedule.placement)
+        weigh = {key: sum(some.values()) for key, some in mail.items()}
+        nbytes = lambda a: weigh.get((a.kind[-1], a.stage, schedule.placement[a.peer or 0]), 0.0)  # noqa: E731
+        # By what reads it, which counts it among its `work`.
+        got: dict[tuple[str, int, int], float] = defaultdict(float)
+
+        def get(half: str, maker: int, microbatch: int) -> None:
+            for reader, some in mail.get((half, maker, rank), {}).items():
+                got[half, reader, microbatch] += some
+
         now = peak = 0.0
         held = [sum(self.held[x] for x in segments) for segments in stages]
         late = [sum(self.waiting[x] for x in segments) for segments in stages]
         work = [max(self.work[x] for x in segments) for segments in stages]
         most = 0.0
         for a in schedule.ranks[rank]:
+            if a in told:
+                now -= sum(map(nbytes, told[a]))
+                get(a.kind[-1], a.peer or 0, a.microbatch)
+                continue
+            if a.kind in "FBI":
+                for half in "F" if a.kind == "F" else "FB":
+                    got.pop((half, a.stage, a.microbatch), None)
+                get("F" if a.kind == "F" else "B", a.stage, a.microbatch)
             if a in sent:
                 now += nbytes(a)
-            elif a in told:
-                now -= sum(map(nbytes, told[a]))
             elif a.kind == "F":
                 now += held[a.stage]
             elif a.kind == "B":
@@ -161,7 +185,7 @@ class Load:
                 now += late[a.stage] - held[a.stage]
             elif a.kind == "W":
                 now -= late[a.stage] if a.segment is None else self.waiting[stages[a.stage][a.segment]]
-            peak, most = max(peak, now), max(most, work[a.stage])
+            peak, most = max(peak, now + sum(got.values())), max(most, work[a.stage])
         return peak + most
 
 

@@ -129,7 +129,7 @@ class _List:
     ) -> None:
         self.stages, self.placement, self.microbatches, self.policy = stages, placement, microbatches, policy
         count = len(stages)
-        self.cost, transfer, edges = load.cost(stages), load.transfer(stages), load.edges(stages)
+        self.cost, transfer, edges = load.cost(stages), load.transfer(stages, placement), load.edges(stages)
         away = {k: n for k, n in load.messages(stages).items() if placement[k[1]] != placement[k[2]]}
         # What F sends has arrived when its gradient comes back.
         self.held = [

@@ -204,7 +204,7 @@ class _Search:
         self.least = min(self.least, memory)
         if not self.fits(memory):
             return None
-        line = timeline(sending, load.cost(stages), load.transfer(stages), load.edges(stages))
+        line = timeline(sending, load.cost(stages), load.transfer(stages, schedule.placement), load.edges(stages))
         return Fitted(schedule, stages, line.period, line.makespan, memory)
 
     def _named(self) -> Iterator[Fitted | None]:
