@@ -19,7 +19,7 @@ class Driver:
     """Graphs as sets of edges, asked as the CUDA driver is: how many first, then for so many."""
 
     def __init__(self, edges: set[tuple[str, str]]) -> None:
-        self.edges, self.made = edges, 0
+        self.edges = edges
 
     def _some(self, found: set[str], count: int | None, *more: Any) -> tuple:
         names = sorted(found)

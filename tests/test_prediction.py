@@ -100,6 +100,14 @@ def test_profiles_are_costs() -> None:
         fp.profile_units(run, state, batch, call=1)
 
 
+def test_profiles_assume_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the type of the devices; none on CPUs."""
+    run, state, batch = start()
+    assert fp.profile_units(run, state, batch, rounds=1).message(1e9) == 0
+    monkeypatch.setattr(profile, "_LINKS", {"cpu": (8.0, 2.0)})
+    assert fp.profile_units(run, state, batch, rounds=1).message(16) == 4
+
+
 def test_profiles_look_up_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one row again and again, whose gradients all wait for each other."""
     seen = []

@@ -87,7 +87,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         moving = [leaves[i] for i in planned.moving[0]]
         return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
 
-    def measure(comm: Communicator, backend: Backend) -> tuple[str, list[float]]:
+    def measure(comm: Communicator, backend: Backend) -> list[float]:
         ready: dict[tuple, Callable[[], None]] = {}
         with bind_rank(comm), torch.no_grad():
             given = known_of(comm)
@@ -98,16 +98,16 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
                     if piece.key not in ready:
                         ready[piece.key] = _ready(piece, program, bound, comm, given, alike)
             timed = _replayed if backend.captured and not together else _median
-            return comm.device.type, timed(list(ready.values()), comm.device, rounds)
+            return timed(list(ready.values()), comm.device, rounds)
 
     found = run._everywhere(measure, together)
     pieces = [piece for program in programs for piece in _pieces(program, run._backend)]
-    times = map(statistics.median, zip(*(times for _, times in found), strict=True))
+    times = map(statistics.median, zip(*found, strict=True))
     known = dict(zip(dict.fromkeys(piece.key for piece in pieces), times, strict=True))
     out: dict[Key, float] = {}
     for piece in pieces:
         _share(known[piece.key], piece, cut, out)
-    bandwidth, latency = _LINKS.get(found[0][0], (math.inf, 0.0))
+    bandwidth, latency = _LINKS.get(run.device.type, (math.inf, 0.0))
     return Costs(out, bandwidth, latency)
 
 

@@ -109,7 +109,7 @@ class Spmd(Runner):
         self._bound.clear()
         self._captured.clear()
         self._donated.clear()
-        self._home = Home()
+        self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
         self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
         self._plan_first(batch)
         self._rank_of(batch)

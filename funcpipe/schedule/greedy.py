@@ -101,7 +101,7 @@ _Mail = tuple[_Cell, float, float]  # what made a message, when it was sent, how
 
 @dataclass
 class _Rank:
-    start: float = 0.0  # of its first action, or of the message ahead of it
+    start: float = math.inf  # of its first action, or of the message ahead of it
     free: float = 0.0
     busy: float = 0.0
     held: float = 0.0
@@ -232,7 +232,7 @@ class _List:
         if kind != "W":
             for maker, stage in sorted(self.needs[half, s], key=lambda need: (self.placement[need[1]], need)):
                 self._receive(r, rank, (maker, stage, m))
-        rank.start = rank.start if rank.row or rank.busy else now
+        rank.start = min(rank.start, now)
         rank.row.append(action)
         time = self.cost(action)
         rank.free, rank.busy = max(rank.free, now) + time, rank.busy + time
@@ -265,7 +265,7 @@ class _List:
         while any(message[0] == maker for message in queue):
             _, sent, takes = queue.popleft()
             begin = max(rank.free, sent)
-            rank.start = rank.start if rank.row or rank.busy else begin
+            rank.start = min(rank.start, begin)
             rank.free, rank.busy = begin + takes, rank.busy + takes
 
     def _weights(self, stage: int, microbatch: int) -> list[Action]:

@@ -107,7 +107,8 @@ def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
 
     Returns:
         a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every schedule of the library
-        that keeps to the limit: these are among what it chooses from. What counts is a step in steady state (`Timeline.period`);
+        that keeps to the limit: these are among what it chooses from; among equally fast ones it holds
+        the least. What counts is a step in steady state (`Timeline.period`);
         where the step makes ranks wait for each other, as clipping does, a step alone (`Timeline.makespan`).
 
     Raises, when it is laid out:

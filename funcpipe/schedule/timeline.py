@@ -2,8 +2,8 @@
 
 In: a schedule, the time of every compute action, and how long a message takes to move. Out: a ``Timeline``.
 A message moves once it was sent and its receiver has come to its receive, which does nothing else meanwhile: so it is with
-messages that are received at their use (gloo's, and NCCL's kernels). Sends take no time of their rank. The times are the caller's
-own unit, whatever the costs are given in.
+NCCL's, which ranks receive at their use. Sends take no time of their rank. The times are the caller's own unit, whatever the costs
+are given in.
 """
 
 from __future__ import annotations

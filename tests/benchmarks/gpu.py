@@ -99,16 +99,16 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
     """Two GPUs; ``peaks`` are those of the contenders that were built before."""
     found: dict[str, Any] = {}
 
-    def searched(limit: bool, step: Callable = step, apart: float = 1.0, **link: float) -> Go:
+    def searched(limit: bool, step: Callable = step, dearer: float = 1.0) -> Go:
         """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under.
-        ``apart``: how much dearer I and W are in a step, where what they read has left the cache, than measured."""
+        ``dearer``: how much dearer I and W are in a step, where what they read has left the cache, than measured."""
         if step not in found:
             ours = piped(size, fp.schedules.one_f_one_b(), step)
             found[step] = fp.profile_units(ours.run, ours.state, ours.batch), room(ours)
             ours.run.close()
         costs, most = found[step]
-        units = {key: t * (apart if key[0] in "IW" else 1.0) for key, t in costs.units.items()}
-        costs = dataclasses.replace(costs, units=units, **link)
+        units = {key: t * (dearer if key[0] in "IW" else 1.0) for key, t in costs.units.items()}
+        costs = dataclasses.replace(costs, units=units)
         ours = piped(size, fp.schedules.auto(most if limit else None, costs), step)
         ours.predicted = ours.run.plan(ours.state, ours.batch).predict(costs).period
         return ours
@@ -146,11 +146,9 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
     }
     if everything:
         out |= {
-            # Ranks that are slower than measured make each other wait; a schedule for late messages leaves room for that.
-            "funcpipe auto, 1.25 x memory, late messages, one graph": lambda: searched(limit=True, latency=1e-4),
             # Two halves of a backward read more than one; a schedule for that runs fewer of them apart.
             "funcpipe auto by half blocks, 1.25 x memory, dear halves, one graph": lambda: searched(
-                limit=True, step=step_by_halves, apart=1.05
+                limit=True, step=step_by_halves, dearer=1.05
             ),
             "torch 1F1B": lambda: peers.pipeline(size, "Schedule1F1B", False),
             "torch interleaved, compiled blocks": lambda: peers.pipeline(size, "ScheduleInterleaved1F1B", True),
