@@ -3,7 +3,8 @@
 In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they would among others, with what
 the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`fuse.py`). They run
 alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step,
-and then in turn, as long as it takes a GPU to reach the clock that it holds; equal ones are measured once.
+and then in turn, as long as it takes a GPU to reach the clock that it holds, on several *sets* of tensors: within a step, what a unit
+reads has left the caches, and two halves of a backward read more than one whole. Equal units are measured once.
 
 Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
     from funcpipe.runtime.plan import PlannedCall
     from funcpipe.runtime.runner import Runner
 
-_REPEATS = 8  # of a piece in one graph, so that it is timed as it runs among others
+_REPEATS = 9  # of a piece in one graph, so that it is timed as it runs among others
+_SETS = 3  # of tensors in turn: more than a cache holds
 _LINKS = {"cuda": (3.5e11, 2e-5)}  # bandwidth and latency: of NCCL over NVLink, in a CUDA graph
 _WARM = 1.0  # seconds of work before a GPU's clock is that of a step in the midst of others
 # The third of four microbatches is timed: its gradients are neither the first nor the last ones of their sums.
@@ -88,7 +91,8 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
 
     def measure(comm: Communicator, backend: Backend) -> list[float]:
-        ready: dict[tuple, Callable[[], None]] = {}
+        ready: dict[tuple, list[Callable[[], None]]] = {}
+        captured = backend.captured and not together
         with bind_rank(comm), torch.no_grad():
             given = known_of(comm)
             alike: dict[tuple, torch.Tensor] = {}
@@ -96,8 +100,12 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
                 bound = bind(program, (comm.rank,), "profile", comm, backend)
                 for piece in _pieces(program, backend):
                     if piece.key not in ready:
-                        ready[piece.key] = _ready(piece, program, bound, comm, given, alike)
-            timed = _replayed if backend.captured and not together else _median
+                        count: Counter[tuple] = Counter()
+                        ready[piece.key] = [
+                            _ready(piece, program, bound, comm, given, alike, count)
+                            for _ in range(_SETS if captured else 1)
+                        ]
+            timed = _replayed if captured else _median
             return timed(list(ready.values()), comm.device, rounds)
 
     found = run._everywhere(measure, together)
@@ -150,9 +158,10 @@ def _ready(
     comm: Communicator,
     given: dict[Name, torch.Tensor],
     alike: dict[tuple, torch.Tensor],
+    count: Counter[tuple],
 ) -> Callable[[], None]:
-    """A function that runs a piece, on tensors that are there. Pieces share those that are ``alike``: all of them fit together."""
-    count: Counter[tuple] = Counter()
+    """A function that runs a piece, on tensors that are there. Pieces share those that are ``alike``: all of them fit together.
+    ``count``: how many of each kind the piece has so far; no two of them are the same tensor."""
     values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
     first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
     slots: Slots = [None] * program.slots
@@ -189,8 +198,8 @@ def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
         out[rest[0]] = took - out[first]
 
 
-def _median(pieces: list[Callable[[], None]], device: torch.device, rounds: int) -> list[float]:
-    return [_median_of(run, device, rounds) for run in pieces]
+def _median(pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int) -> list[float]:
+    return [_median_of(run, device, rounds) for run, *_ in pieces]
 
 
 def _median_of(run: Callable[[], None], device: torch.device, rounds: int) -> float:
@@ -204,16 +213,16 @@ def _median_of(run: Callable[[], None], device: torch.device, rounds: int) -> fl
     return statistics.median(times[1:])
 
 
-def _replayed(pieces: list[Callable[[], None]], device: torch.device, rounds: int) -> list[float]:
+def _replayed(pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int) -> list[float]:
     """The times of pieces in CUDA graphs, which the host does not slow down. They run in turn and without a break, as in a step: a
     GPU that has been idle, or that does the same thing all the time, has another clock."""
     graphs, pool = [], torch.cuda.graph_pool_handle()  # shared: what a piece makes is gone when the next one runs
-    for run in pieces:
-        run()  # compiles kernels, makes workspaces
+    for sets in pieces:
+        sets[0]()  # compiles kernels, makes workspaces
         _finish(device)
         graphs.append(torch.cuda.CUDAGraph())
         with torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode="thread_local"):
-            for _ in range(_REPEATS):
+            for run in islice(cycle(sets), _REPEATS):
                 run()
     times: list[list[float]] = [[] for _ in pieces]
     warm = time.perf_counter() + _WARM
@@ -234,8 +243,7 @@ def _replayed(pieces: list[Callable[[], None]], device: torch.device, rounds: in
 def _input(
     v: Value, known: torch.Tensor | None, device: torch.device, alike: dict[tuple, torch.Tensor], count: Counter[tuple]
 ) -> torch.Tensor:
-    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index.
-    ``count``: how many of each kind the piece has so far; no two of them are the same tensor."""
+    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index."""
     if known is not None and tuple(known.shape) == v.shape:
         return known.to(device)
     kind = (v.shape, v.stride, v.dtype)

@@ -34,8 +34,8 @@ class Policy:
         reserve: F of a rank's first stage waits until there is room for the microbatch's other stages on the rank too.
         in_flight: how many microbatches may be on a rank at most, for each rank behind it on the axis and itself.
         by_segment: whether W is run by segment.
-        apart: of how many microbatches, the last ones, W may wait. For the others it runs right behind I. The last ones, since
-            gradients are added up in the order of microbatches.
+        apart: for every stage of how many microbatches, the last ones, I and W are apart; the others have B, which holds less. The
+            last ones, since gradients are added up in the order of microbatches. By default all.
     """
 
     forward_first: bool = False
@@ -43,17 +43,18 @@ class Policy:
     reserve: bool = True
     in_flight: float | None = None
     by_segment: bool = True
-    apart: float = math.inf
+    apart: tuple[int, ...] | None = None
 
 
 class Drawn(NamedTuple):
     """A table that a policy made; when it ends; what it takes in steady state (`Timeline.period`); how long its busiest rank
-    computes and receives."""
+    computes and receives; about how many bytes a rank holds at most."""
 
     schedule: Schedule
     end: float
     period: float
     busy: float
+    memory: float
 
 
 def greedy(
@@ -92,6 +93,7 @@ def greedy(
         end=max(rank.free for rank in ranks),
         period=max(rank.free - rank.start for rank in ranks),
         busy=max(rank.busy for rank in ranks),
+        memory=max(rank.peak + rank.work for rank in ranks),
     )
 
 
@@ -105,13 +107,14 @@ class _Rank:
     free: float = 0.0
     busy: float = 0.0
     held: float = 0.0
+    peak: float = 0.0
+    work: float = 0.0
     room: float = 0.0
     promised: float = 0.0  # for F of later stages of microbatches that are here already
     flying: int = 0
     coming: list[tuple[float, _Cell]] = field(default_factory=list)
     ready: dict[str, dict[int, list[int]]] = field(default_factory=lambda: {"F": {}, "B": {}})
     waiting: deque[Action] = field(default_factory=deque)
-    behind: deque[Action] = field(default_factory=deque)  # W that run right behind their I
     row: list[Action] = field(default_factory=list)
 
 
@@ -139,7 +142,11 @@ class _List:
         self.late = [[load.waiting[x] for x in segments] for segments in stages]
         reads = sources(edges)
         own: dict[tuple[str, int], list[tuple[str, int]]] = {("B", s): [("F", s)] for s in range(count)}
-        self.needs = {(h, s): [*reads.get((h, s), ()), *own.get((h, s), ())] for h in "FB" for s in range(count)}
+        self.needs = {
+            (h, s): sorted([*reads.get((h, s), ()), *own.get((h, s), ())], key=lambda need: (placement[need[1]], need))
+            for h in "FB"
+            for s in range(count)
+        }
         self.readers: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
         self.sends: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # how long to which rank
         for (half, s), makers in self.needs.items():
@@ -150,6 +157,7 @@ class _List:
         self.mail: dict[tuple[int, int, str], deque[_Mail]] = defaultdict(deque)  # by source, target and half, in order
         self.missing = {(h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)}
         self.at: dict[_Cell, float] = {}
+        self.times: dict[tuple[str, int, int | None], float] = {}
         ranks = max(placement) + 1
         self.ranks = [_Rank() for _ in range(ranks)]
         self.entry: dict[int, float] = {}  # a rank's first stage -> what its other stages hold
@@ -157,6 +165,7 @@ class _List:
             mine = [s for s in range(count) if placement[s] == r]
             work = max((load.work[x] for s in mine for x in stages[s]), default=0.0)
             work += max((n for (half, a, _), n in away.items() if half == "B" and a in mine), default=0.0)
+            rank.work = work
             rank.room = cap - work + _SLACK * max(cap, 1.0) if cap != float("inf") else cap
             self.entry[mine[0]] = sum(self.held[s] for s in mine[1:])
         self.events: list[tuple[float, int]] = []
@@ -196,22 +205,23 @@ class _List:
 
     def _choose(self, r: int, rank: _Rank) -> Action | None:
         """What a rank does now, taken off its lists."""
-        if rank.behind:
-            return rank.behind.popleft()
         forward = self._first(rank.ready["F"], lambda stage: self._fits(r, rank, stage))
         back = self._first(rank.ready["B"], lambda stage: True)
         if back is not None and not (self.policy.forward_first and forward is not None):
+            apart = self._apart(back, rank.ready["B"][back][0])
             more = sum(self.late[back]) - self.held[back]
-            if more > 0 and rank.held + more > rank.room and rank.waiting:
+            if apart and more > 0 and rank.held + more > rank.room and rank.waiting:
                 return rank.waiting.popleft()
-            return Action("I", back, heapq.heappop(rank.ready["B"][back]))
+            return Action("I" if apart else "B", back, _taken(rank.ready["B"], back))
         if forward is not None:
-            return Action("F", forward, heapq.heappop(rank.ready["F"][forward]))
+            return Action("F", forward, _taken(rank.ready["F"], forward))
         return rank.waiting.popleft() if rank.waiting else None
 
     def _first(self, ready: dict[int, list[int]], fits: Callable[[int], bool]) -> int | None:
         """The stage whose turn it is."""
-        some = [stage for stage, microbatches in ready.items() if microbatches and fits(stage)]
+        if not ready:
+            return None
+        some = [stage for stage in ready if fits(stage)]
         if self.policy.old_first:
             return min(some, key=lambda stage: (ready[stage][0], -stage), default=None)
         return max(some, default=None)
@@ -227,27 +237,31 @@ class _List:
         return need <= rank.room
 
     def _do(self, r: int, rank: _Rank, now: float, action: Action) -> None:
-        kind, s, m = action.kind, action.stage, action.microbatch
+        kind, s, m, segment, _ = action
         half = "F" if kind == "F" else "B"
         if kind != "W":
-            for maker, stage in sorted(self.needs[half, s], key=lambda need: (self.placement[need[1]], need)):
+            for maker, stage in self.needs[half, s]:
                 self._receive(r, rank, (maker, stage, m))
         rank.start = min(rank.start, now)
         rank.row.append(action)
-        time = self.cost(action)
+        key = kind, s, segment
+        if (time := self.times.get(key)) is None:
+            time = self.times[key] = self.cost(action)
         rank.free, rank.busy = max(rank.free, now) + time, rank.busy + time
         if kind == "F":
             rank.held += self.held[s]
             rank.promised += self.entry[s] if s in self.entry else -self.held[s]
             rank.flying += s in self.entry
-        elif kind == "I":
-            rank.held += sum(self.late[s]) - self.held[s]
+        elif kind != "W":
+            rank.held -= self.held[s]
             rank.flying -= s in self.entry
-            wait = m >= self.microbatches - self.policy.apart
-            (rank.waiting if wait else rank.behind).extend(self._weights(s, m))
+            if kind == "I":
+                rank.held += sum(self.late[s])
+                rank.waiting.extend(self._weights(s, m))
         else:
-            rank.held -= sum(self.late[s]) if action.segment is None else self.late[s][action.segment]
+            rank.held -= sum(self.late[s]) if segment is None else self.late[s][segment]
             return
+        rank.peak = max(rank.peak, rank.held)
         for target, takes in self.sends[half, s].items():
             self.mail[r, target, half].append(((half, s, m), rank.free, takes))
         for reader, stage in self.readers[half, s]:
@@ -268,9 +282,21 @@ class _List:
             rank.start = min(rank.start, begin)
             rank.free, rank.busy = begin + takes, rank.busy + takes
 
+    def _apart(self, stage: int, microbatch: int) -> bool:
+        """Whether I and W are."""
+        apart = self.policy.apart
+        return apart is None or microbatch >= self.microbatches - apart[stage]
+
     def _weights(self, stage: int, microbatch: int) -> list[Action]:
-        whole = Action("W", stage, microbatch)
         count = len(self.stages[stage])
         if not self.policy.by_segment or count == 1:
-            return [whole]
-        return [whole._replace(segment=k) for k in reversed(range(count))]
+            return [Action("W", stage, microbatch)]
+        return [Action("W", stage, microbatch, k) for k in reversed(range(count))]
+
+
+def _taken(ready: dict[int, list[int]], stage: int) -> int:
+    """A stage's first microbatch that is ready, which no longer is."""
+    microbatch = heapq.heappop(ready[stage])
+    if not ready[stage]:
+        del ready[stage]
+    return microbatch

@@ -1,8 +1,9 @@
 """Search: the fastest schedule, and the cut that goes with it, for given costs and memory.
 
 Terms. A *candidate* is a table with its stages. Every named schedule that fits the memory is one, so that what is found
-is as fast as the best of them; the others are made by `greedy.py`, over cuts, placements and policies. All are timed by
-the same `timeline`. Nothing is random: the same costs give the same schedule everywhere.
+is as fast as the best of them; the others are made by `greedy.py`, over cuts, placements and policies, from *drafts*: tables with
+few microbatches, of which the best are varied a step at a time. All candidates are timed by the same `timeline`. Nothing is random:
+the same costs give the same schedule everywhere.
 
 In: a `Load` (times and bytes of every segment) and a cap. Out: `Fitted`.
 """
@@ -13,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from funcpipe.errors import ScheduleError
 from funcpipe.graph.balance import group
@@ -26,12 +28,11 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# For each placement the best policies are gone on with: they are timed in full, on other cuts too, of which there are as many in all
-# as make up so many cells (stages times microbatches) together.
-_FINALISTS, _CELLS = 3, 25_000
-# Ranks times microbatches up to which a search with a cap looks at more: what there is without one, and under these parts of it.
-_SMALL, _PARTS = 32, (0.97, 0.94, 0.91)
-# Policies are compared with as many microbatches as fill and empty the pipeline, and at least so many.
+# So many times the best third of drafts is gone on with; together they are varied as long as their tables make up so many actions.
+_ROUNDS, _ACTIONS = 3, 300_000
+# Parts of the cap that policies keep to: they do better with one than with another. The smaller the table, the more of them.
+_ROOMS, _CELLS = (1.0, 1.15, 0.94, 1.5), 128
+# Drafts have as many microbatches as fill and empty the pipeline, and at least so many.
 _LEAST = 8
 
 
@@ -137,13 +138,7 @@ def _search(
 ) -> Fitted:
     cap = auto.memory_limit or math.inf
     search = _Search(ranks, microbatches, load, cap, how, placement, waits, whole)
-    small = cap < math.inf and ranks * microbatches <= _SMALL
-    free = replace(search, cap=math.inf).best() if small else None
-    if free is not None and search.fits(free.memory):
-        return free
-    # A policy does better under one cap than under another, by chance: so lower ones have their turn too.
-    lower = [replace(search, cap=part * cap).best() for part in _PARTS] if small else []
-    found = min(filter(None, (search.best(), *lower)), key=search.counts, default=None)
+    found = search.best()
     if found is None:
         least = f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
         raise ScheduleError(
@@ -151,6 +146,27 @@ def _search(
             f"{auto.memory_limit:.4g}{least}. Raise it, use more microbatches or smaller ones, or checkpoint the blocks"
         )
     return found
+
+
+class _Draft(NamedTuple):
+    """A greedy table with few microbatches. What is least for the best comes first.
+
+    Args:
+        over: the part of the cap by which it is exceeded.
+        time: about what a step with all microbatches takes.
+        memory: about what a rank holds at most.
+        actions: how many the table has.
+        sizes, placement, policy, room: what it is made of. The table may hold less than the room that the policy keeps to.
+    """
+
+    over: float
+    time: float
+    memory: float
+    actions: int
+    sizes: Sizes
+    placement: Sizes
+    policy: Policy
+    room: float
 
 
 @dataclass
@@ -164,20 +180,17 @@ class _Search:
     waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
-    tries: int = 0  # that are left
 
     def best(self) -> Fitted | None:
         named = [fitted for fitted in self._named() if fitted is not None]
-        ranked = sorted(self._drafts(), key=lambda draft: draft[0])
-        drafts = [d for k, d in enumerate(ranked) if sum(d[2] == e[2] for e in ranked[:k]) < _FINALISTS]
-        chosen = [(sizes, placement, policy) for _, sizes, placement, policy in drafts]
-        for draft in drafts if self.how == "balanced" else ():
-            self.tries = _CELLS // len(drafts) // (len(draft[1]) * self._some)
-            chosen.append(self._moved(*draft))
-        made = [(f, draft) for draft in dict.fromkeys(chosen) if (f := self._greedy(*draft)) is not None]
-        made.sort(key=lambda pair: self.counts(pair[0]))
-        eased = [f for _, draft in made[:_FINALISTS] for f in self._eased(*draft)]
-        return min([*named, *(f for f, _ in made), *eased], key=self.counts, default=None)
+        if any(self.counts(fitted)[0] <= self._bound for fitted in named):
+            return min(named, key=self.counts)
+        drafts = list(self._drafts())
+        for _ in range(_ROUNDS):
+            drafts = _best_third(drafts)
+            drafts = [self._varied(draft, _ACTIONS // _ROUNDS // len(drafts)) for draft in drafts]
+        made = [self._greedy(draft) for draft in drafts]
+        return min([*named, *filter(None, made)], key=self.counts, default=None)
 
     def fits(self, memory: float) -> bool:
         """Whether that keeps to the cap."""
@@ -185,7 +198,7 @@ class _Search:
 
     def counts(self, fitted: Fitted) -> tuple[float, float, float]:
         """What is least for the best. Among equals, which sums of floats do not quite show, memory decides, then the time alone."""
-        return float(f"{fitted.alone if self.waits else fitted.time:.9g}"), fitted.memory, fitted.alone
+        return _rounded(fitted.alone if self.waits else fitted.time), fitted.memory, fitted.alone
 
     def _stages(self, count: int) -> tuple[tuple[int, ...], ...] | None:
         """The segments of so many stages, unless that is not what was asked for."""
@@ -217,16 +230,16 @@ class _Search:
                 schedule = schedule_fn(self.ranks, self.microbatches)
                 yield self._timed(schedule, stages) if self._placed(schedule.placement) else None
 
-    def _drafts(self) -> Iterator[tuple[float, Sizes, Sizes, Policy]]:
-        """Policies on the plain cuts, timed with fewer microbatches: enough to fill and empty the pipeline."""
+    def _drafts(self) -> Iterator[_Draft]:
+        """Policies on the plain cuts, with B whole and with I and W apart."""
+        rooms = [part * self.cap for part in _ROOMS[: max(1, _CELLS // (self.ranks * self.microbatches))]]
         for placement in [loop(1)(self.ranks), vee()(self.ranks), loop(2)(self.ranks)]:
             stages = self._stages(len(placement))
             if stages is None or not self._placed(placement):
                 continue
             sizes = tuple(map(len, stages))
-            for policy in self._policies():
-                if (time := self._draft(sizes, placement, policy)) < math.inf:
-                    yield time, sizes, placement, policy
+            for policy, apart, room in product(self._policies(), (0, self.microbatches), dict.fromkeys(rooms)):
+                yield from self._draft(sizes, placement, replace(policy, apart=(apart,) * len(sizes)), room)
 
     def _policies(self) -> Iterator[Policy]:
         for forward_first, old_first, reserve in product((False, True), repeat=3):
@@ -235,42 +248,74 @@ class _Search:
                     yield Policy(forward_first, old_first, reserve, flying, not self.whole)
 
     @property
+    def _bound(self) -> float:
+        """What no step is faster than."""
+        load = self.load
+        back = [min(b, i + w) for b, i, w in zip(load.B, load.I, load.W, strict=True)]
+        return _rounded(self.microbatches * (sum(load.F) + sum(back)) / self.ranks)
+
+    @property
     def _some(self) -> int:
         return min(self.microbatches, max(2 * self.ranks, _LEAST))
 
-    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy) -> float:
-        """About how long a step would take: the time with fewer microbatches, and the busiest rank's for the rest."""
-        some, stages = self._some, _grouped(sizes)
-        drawn = greedy("auto", self.load, stages, placement, some, self.cap, policy)
-        if drawn is None:
-            return math.inf
-        return (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
+    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> Iterator[_Draft]:
+        """One draft, or none. Its time is that with few microbatches, and the busiest rank's for the rest."""
+        some = self._some
+        drawn = greedy("auto", self.load, _grouped(sizes), placement, some, room, policy)
+        if drawn is not None:
+            time = (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
+            over = 0.0 if self.fits(drawn.memory) else drawn.memory / self.cap - 1
+            actions = sum(map(len, drawn.schedule.ranks))
+            yield _Draft(over, _rounded(time), drawn.memory, actions, sizes, placement, policy, room)
 
-    def _moved(self, time: float, sizes: Sizes, placement: Sizes, policy: Policy) -> tuple[Sizes, Sizes, Policy]:
-        """The cut after moving single segments between stages, while that helps."""
-        better = True
-        while better and self.tries > 0:
-            better = False
-            for other in _neighbours(sizes):
-                self.tries -= 1
-                if (moved := self._draft(other, placement, policy)) < time * (1 - 1e-9):
-                    time, sizes, better = moved, other, True
+    def _varied(self, draft: _Draft, actions: int) -> _Draft:
+        """A draft after steps that made it better, as many as tables of so many actions show."""
+        better: _Draft | None = draft
+        while better is not None:
+            draft, better = better, None
+            for sizes, policy, room in self._steps(draft):
+                for other in self._draft(sizes, draft.placement, policy, room) if actions > 0 else ():
+                    actions -= other.actions
+                    better = other if other[:3] < draft[:3] else None
+                if better is not None:
                     break
-                if self.tries <= 0:
-                    break
-        return sizes, placement, policy
+        return draft
 
-    def _eased(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Iterator[Fitted]:
-        """With W right behind I for more and fewer of the first microbatches: less is held, and B costs no more than I and W."""
-        tries = max(1, _CELLS // _FINALISTS // (len(sizes) * self.microbatches))
-        for apart in range(0, self.microbatches, max(1, self.microbatches // tries)):
-            if (fitted := self._greedy(sizes, placement, replace(policy, apart=apart))) is not None:
-                yield fitted
+    def _steps(self, draft: _Draft) -> Iterator[tuple[Sizes, Policy, float]]:
+        """What is a step away from a draft: a segment is elsewhere, I and W of a stage are apart for more microbatches or for fewer,
+        more or fewer of them are under way, there is more room or less."""
+        _, _, memory, _, sizes, _, policy, room = draft
+        for other in _neighbours(sizes) if self.how == "balanced" else ():
+            yield other, policy, room
+        apart, most = policy.apart or (), self.microbatches
+        for s, k in enumerate(apart):
+            for n in dict.fromkeys((k - 1, k + 1, k - 2, k + 2, 0, most)):
+                if n in range(most + 1) and n != k:
+                    yield sizes, replace(policy, apart=(*apart[:s], n, *apart[s + 1 :])), room
+        if policy.in_flight is not None:
+            for more in (-0.5, 0.5):
+                yield sizes, replace(policy, in_flight=policy.in_flight + more), room
+        for part in (0.85, 1.15):
+            yield sizes, policy, part * min(room, memory)
 
-    def _greedy(self, sizes: Sizes, placement: Sizes, policy: Policy) -> Fitted | None:
-        stages = _grouped(sizes)
-        drawn = greedy("auto", self.load, stages, placement, self.microbatches, self.cap, policy)
+    def _greedy(self, draft: _Draft) -> Fitted | None:
+        stages = _grouped(draft.sizes)
+        drawn = greedy("auto", self.load, stages, draft.placement, self.microbatches, draft.room, draft.policy)
         return None if drawn is None else self._timed(_joined(drawn.schedule, stages, self.load), stages)
+
+
+def _best_third(drafts: list[_Draft]) -> list[_Draft]:
+    """As many of every placement: which is best shows late."""
+    out: list[_Draft] = []
+    for draft in sorted(drafts, key=lambda draft: draft[:3]):
+        if sum(draft.placement == other.placement for other in out) < max(2, len(drafts) // 9):
+            out.append(draft)
+    return out
+
+
+def _rounded(time: float) -> float:
+    """Without what the order of a sum makes of it."""
+    return float(f"{time:.9g}")
 
 
 def _grouped(sizes: Sizes) -> tuple[tuple[int, ...], ...]:

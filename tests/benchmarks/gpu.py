@@ -14,7 +14,6 @@ what is there before it is built.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -50,6 +49,7 @@ class Ours:
         self.run, self.batch = fp.spmd(transformed, mesh, **options), data(size)
         self.state = self.run.init(init_state, init(size, dtype), self.batch)
         self.predicted: float | None = None  # seconds, where costs were measured
+        self.costs: fp.Costs | None = None
 
     def __call__(self) -> Any:
         self.state, metrics = self.run(self.state, self.batch)
@@ -99,18 +99,16 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
     """Two GPUs; ``peaks`` are those of the contenders that were built before."""
     found: dict[str, Any] = {}
 
-    def searched(limit: bool, step: Callable = step, dearer: float = 1.0) -> Go:
-        """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under.
-        ``dearer``: how much dearer I and W are in a step, where what they read has left the cache, than measured."""
+    def searched(limit: bool, step: Callable = step) -> Go:
+        """A schedule for measured costs. What units cost does not depend on the schedule that they are measured under."""
         if step not in found:
             ours = piped(size, fp.schedules.one_f_one_b(), step)
             found[step] = fp.profile_units(ours.run, ours.state, ours.batch), room(ours)
             ours.run.close()
         costs, most = found[step]
-        units = {key: t * (dearer if key[0] in "IW" else 1.0) for key, t in costs.units.items()}
-        costs = dataclasses.replace(costs, units=units)
         ours = piped(size, fp.schedules.auto(most if limit else None, costs), step)
         ours.predicted = ours.run.plan(ours.state, ours.batch).predict(costs).period
+        ours.costs = costs
         return ours
 
     def room(ours: Ours) -> float:
@@ -146,10 +144,6 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
     }
     if everything:
         out |= {
-            # Two halves of a backward read more than one; a schedule for that runs fewer of them apart.
-            "funcpipe auto by half blocks, 1.25 x memory, dear halves, one graph": lambda: searched(
-                limit=True, step=step_by_halves, dearer=1.05
-            ),
             "torch 1F1B": lambda: peers.pipeline(size, "Schedule1F1B", False),
             "torch interleaved, compiled blocks": lambda: peers.pipeline(size, "ScheduleInterleaved1F1B", True),
             "torch ZB-V": lambda: peers.pipeline(size, "ScheduleZBVZeroBubble", False),
@@ -208,19 +202,20 @@ def matrix_rate() -> float:
     return n * 2 * 8192**3 / (time.perf_counter() - start)
 
 
-def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go | None]:
+def build(name: str, make: Callable[[], Go]) -> tuple[dict, Go]:
     torch.cuda.empty_cache()
     before, start = torch.cuda.memory_allocated(), time.perf_counter()
     try:
         go = make()
         row = {"name": name, "peak": peak(go, before)}
-    except torch.OutOfMemoryError as error:  # other ranks may wait for this one for ever
-        raise MemoryError(f"no memory is left for {name}: leave some contenders out by --only. {error}") from error
-    except Exception as error:
-        return {"name": name, "error": repr(error)[:600]}, None
+    except Exception as error:  # other ranks may wait for this one for ever
+        raise RuntimeError(f"{name} failed: leave it out by --only. {error!r}"[:600]) from error
     row["losses"] = [whole(x) for x in (go(), go())]
     if isinstance(go, Ours):
         row["graph"], row["predicted"] = go.run.graph_memory / 2**30, go.predicted and 1e3 * go.predicted
+        if go.costs is not None:  # ms of a microbatch, all segments together
+            units = {key: 1e3 * t for key, t in go.costs.units.items()}
+            row["costs"] = {kind: sum(t for key, t in units.items() if key[0] == kind) for kind in "FBIW"}
         row["plan"] = [{k: v / 2**30 for k, v in m.items()} for m in go.run.plan(go.state, go.batch).memory]
     return row | {"ready": time.perf_counter() - start}, go
 
@@ -249,8 +244,7 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
             continue
         row, go = build(name, make)
         rows.append(row)
-        if go is not None:
-            running[name], peaks[name] = go, row["peak"]
+        running[name], peaks[name] = go, row["peak"]
         say(row, flush=True)
     times: dict[str, list[float]] = {name: [] for name in running}
     for k in range(rounds):
@@ -258,14 +252,13 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
             times[name].append(seconds(go))
         say(f"round {k}:", *(f"{1e3 * some[-1]:.1f}" for some in times.values()), flush=True)
     for row in rows:
-        if row["name"] in running:
-            row["ms"] = 1e3 * statistics.median(times[row["name"]])
-            row["host"] = 1e3 * host_time(running[row["name"]])
-            if isinstance(running[row["name"]], Ours):
-                row["launch"] = 1e3 * host_time(next(iter(running[row["name"]].run._captured.values())).graph.replay)
-            if profile and isinstance(running[row["name"]], Ours):
-                row["kernels"] = breakdown(running[row["name"]])
-                say(row["name"], f"{row['ms']:.2f}", json.dumps(row["kernels"]), flush=True)
+        row["ms"] = 1e3 * statistics.median(times[row["name"]])
+        row["host"] = 1e3 * host_time(running[row["name"]])
+        if isinstance(running[row["name"]], Ours):
+            row["launch"] = 1e3 * host_time(next(iter(running[row["name"]].run._captured.values())).graph.replay)
+        if profile and isinstance(running[row["name"]], Ours):
+            row["kernels"] = breakdown(running[row["name"]])
+            say(row["name"], f"{row['ms']:.2f}", json.dumps(row["kernels"]), flush=True)
     if which == "alone" and rows:
         rows[0]["rate"] = matrix_rate()
     for go in running.values():
@@ -291,7 +284,7 @@ def host_time(go: Go) -> float:
 
 
 def best(rows: list[dict], start: str) -> float:
-    return min((r["ms"] for r in rows if r["name"].startswith(start) and "ms" in r), default=float("nan"))
+    return min((r["ms"] for r in rows if r["name"].startswith(start)), default=float("nan"))
 
 
 def show(model: str, rows: list[dict]) -> None:
@@ -315,9 +308,6 @@ def show(model: str, rows: list[dict]) -> None:
     ):
         table.add_column(column)
     for r in rows:
-        if "ms" not in r:
-            table.add_row(r["name"], r.get("error"))
-            continue
         gpus = 1 if "one GPU" in r["name"] else 2
         peer = best(rows, "FSDP2, compiled blocks, 4") if "sharded" in r["name"] or "FSDP2" in r["name"] else pipeline
         peer = best(rows, "torch, one GPU") if gpus == 1 else peer

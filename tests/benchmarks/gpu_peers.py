@@ -26,14 +26,22 @@ class Block(nn.Module):
         return block(self.p, x)
 
 
+class BlockInHalves(Block):
+    """A block whose backward runs twice, once for each half: compiled, it must keep what it reads. Its code is another one, since
+    what is compiled for a code is used for all modules that have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return block(self.p, x)
+
+
 class Chunk(nn.Module):
     """A stage of the model."""
 
-    def __init__(self, params: dict, stage: int = 0, stages: int = 1) -> None:
+    def __init__(self, params: dict, stage: int = 0, stages: int = 1, of: type[Block] = Block) -> None:
         super().__init__()
         n = len(params["blocks"]) // stages
         blocks = params["blocks"][stage * n : (stage + 1) * n]
-        self.blocks = nn.ModuleList(Block(p) for p in blocks)
+        self.blocks = nn.ModuleList(of(p) for p in blocks)
         self.embed = nn.Parameter(params["embed"]) if stage == 0 else None
         self.head = nn.Parameter(params["head"]) if stage == stages - 1 else None
 
@@ -99,6 +107,7 @@ def captured(go: Go) -> Go:
 
 def pipeline(size: Size, name: str, compiled: bool) -> Go:
     """``torch.distributed.pipelining``."""
+    from torch._functorch import config
     from torch.distributed import pipelining
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -108,7 +117,8 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
         "ScheduleZBVZeroBubble": [rank, 2 * ranks - 1 - rank],
     }[name]
     params, stages = init(size), ranks * len(numbers)
-    chunks = [Chunk(params, s, stages).cuda() for s in numbers]
+    halves = name == "ScheduleZBVZeroBubble"
+    chunks = [Chunk(params, s, stages, BlockInHalves if halves else Block).cuda() for s in numbers]
     for chunk in chunks:
         compile_blocks(chunk, compiled)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -120,6 +130,7 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
 
     def go() -> Any:
         losses: list = []
+        config.donated_buffer = not halves  # which counts when a block is compiled: in the first step
         kwargs = {"target": batch["labels"], "losses": losses} if stages - 1 in numbers else {}
         schedule.step(*([batch["tokens"]] if 0 in numbers else []), **kwargs)
         optimizer.step()

@@ -162,18 +162,13 @@ def test_caps_that_nothing_keeps_to() -> None:
     v=st.integers(1, 3),
     seed=st.integers(0, 99),
     policy=st.builds(
-        Policy,
-        st.booleans(),
-        st.booleans(),
-        st.booleans(),
-        st.sampled_from([None, 1.0, 2.0]),
-        st.booleans(),
-        st.sampled_from([0, 1, 3, float("inf")]),
+        Policy, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 1.0, 2.5]), st.booleans()
     ),
+    apart=st.none() | st.tuples(*[st.sampled_from([0, 1, 3, 8])] * 12),
     cap=st.floats(0.5, 9),
 )
 def test_greedy_tables_pass_the_checker(
-    ranks: int, microbatches: int, v: int, seed: int, policy: Policy, cap: float
+    ranks: int, microbatches: int, v: int, seed: int, policy: Policy, apart: tuple[int, ...] | None, cap: float
 ) -> None:
     """Whatever the policy, the cut and where stages lie: a right table within the cap, or none."""
     rng = random.Random(seed)
@@ -181,10 +176,10 @@ def test_greedy_tables_pass_the_checker(
     rng.shuffle(placement)
     load = uneven(ranks * v + rng.randint(1, 5), ranks, seed)
     stages = group([1] * load.segments, ranks * v, "even")
-    drawn = greedy("mine", load, stages, placement, microbatches, cap, policy)
+    drawn = greedy("mine", load, stages, placement, microbatches, cap, replace(policy, apart=apart))
     if drawn is not None:
         check(drawn.schedule, load.edges(stages), [len(s) for s in stages])
-        assert _most(load, drawn.schedule, stages) <= cap * (1 + 1e-6)
+        assert _most(load, drawn.schedule, stages) <= drawn.memory * (1 + 1e-6) <= cap * (1 + 2e-6)
         assert drawn.end >= drawn.period >= drawn.busy * (1 - 1e-9)
         line = timeline(drawn.schedule, load.cost(stages), load.transfer(stages, placement), load.edges(stages))
         assert (line.makespan, line.period) == pytest.approx((drawn.end, drawn.period))
