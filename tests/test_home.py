@@ -162,6 +162,41 @@ def test_memory_stays_where_it_is(kind: type) -> None:
         assert where(state) == before
 
 
+@pytest.mark.parametrize("kept", ["nothing", "a state", "a leaf", "a leaf that wants gradients"])
+def test_names_serve_again_once_nobody_knows_them(kept: str) -> None:
+    """Those of the step before the last one; of which nobody can then pass a leaf, or see that it is another one's."""
+    steps = Again(plain, init_state, params(), batch())
+    state = steps.first
+    seen: list[list[int]] = []
+    keep: list[Any] = []
+    for _ in range(4):
+        state, _ = steps(state, batch())
+        seen.append([id(x) for x in tree.leaves(state)])
+        if kept == "a leaf that wants gradients":
+            state.params["b"].requires_grad_()
+        elif kept != "nothing":
+            keep.append(state if kept == "a state" else state.params["b"])
+    assert (seen[2] == seen[0], seen[3] == seen[1]) == ((True, True) if kept == "nothing" else (False, False))
+    assert not set(seen[0]) & set(seen[1])
+    for old in keep[:-1]:
+        with pytest.raises(StateError, match=r"state\.params\['.'\] was given to an earlier step"):
+            steps(old if kept == "a state" else state._replace(params=state.params | {"b": old}), batch())
+
+
+def test_a_state_that_was_taken_apart_and_put_together_is_the_last_one() -> None:
+    """Whatever it is made of, as long as the same leaves are where they were; elsewhere they are copied."""
+    steps, want = Again(plain, init_state, params(), batch()), init_state(params())
+    state, _ = steps(steps.first, batch())
+    assert steps.home.read(State(dict(reversed(state.params.items())), state.opt)).last
+    assert not steps.home.read(state._replace(params=state.params | {"a": state.params["a"].clone()})).last
+    with pytest.raises(StateError, match="another structure than when the step was captured"):
+        steps(state._replace(more=torch.ones(2)), batch())
+    for _ in range(2):
+        want, _ = fp.accumulated(plain, microbatches=2)(want, batch())
+    state, _ = steps(state, batch())
+    assert torch.allclose(state.params["a"], want.params["a"], rtol=1e-12, atol=1e-12)
+
+
 def test_what_the_runner_did_not_make_is_left_alone_where_the_home_moves() -> None:
     moving = Moving(plain, init_state, params(), batch())
     state, _ = moving(moving.first, batch())

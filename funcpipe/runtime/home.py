@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from operator import is_
+from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ class Home:
         # The leaves as the last step returned them; weak references, unless what they name is the home's own.
         self._names: list[Any] = []
         self._next: list[torch.Tensor] = []  # names for the leaves as the next step leaves them
+        self._past: list[torch.Tensor] = []  # those before the last ones
 
     @property
     def state(self) -> Any:
@@ -66,13 +68,25 @@ class Home:
         Raises:
             StateError: it was donated, or does not fit a graph that was captured.
         """
-        leaves, spec = tree.flatten(state)
-        given = Given(state, leaves, spec, self._is_last(leaves))
+        given = self._read_last(state)
+        if given is None:
+            leaves, spec = tree.flatten(state)
+            given = Given(state, leaves, spec, self._is_last(leaves))
         if not given.last:
             self._check_names(given)
             if self.leaves:
                 self._check_alike(given)
         return given
+
+    def _read_last(self, state: Any) -> Given | None:
+        """A state that is what the last captured step returned: to look where its leaves were takes an eighth of flattening."""
+        if self._spec is None:
+            return None
+        try:
+            leaves = self._spec.flatten_up_to(state)
+        except ValueError:
+            return None
+        return Given(state, leaves, self._spec, last=True) if self._is_last(leaves) else None
 
     def _check_names(self, given: Given) -> None:
         named = [x for x in self._named if isinstance(x, torch.Tensor)]
@@ -144,13 +158,15 @@ class Home:
             write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
 
     def make_names(self) -> None:
-        """Make the names of the state after the next step ahead of time."""
-        self._next = self._next or [x.detach() for x in self.leaves]
+        """Make the names of the state after the next step ahead of time. Those that nobody knows any more serve again."""
+        if not self._next:
+            past, self._past = self._past, []
+            self._next = past if _forgotten(past) else [x.detach() for x in self.leaves]
 
     def leave(self) -> Any:
         """The state after a step, under names of its own."""
         self.make_names()
-        self._named, self._next = self._next, []
+        self._past, self._named, self._next = self._names, self._next, []
         return tree.unflatten(self._spec, self._named)
 
 
@@ -173,6 +189,14 @@ class DonatedStep:
             new, metrics = self.rank.step(given.state, batch)
         self.rank.comm.flush()
         return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
+
+
+_ALONE = max(map(getrefcount, [object()]))  # what is in one list only
+
+
+def _forgotten(names: list[torch.Tensor]) -> bool:
+    """Whether nobody but their list has any of these tensors, and they are as they were made."""
+    return bool(names) and max(map(getrefcount, names)) <= _ALONE and not any(x.requires_grad for x in names)
 
 
 def unshared(leaves: list[Any]) -> list[Any]:
