@@ -145,12 +145,13 @@ class ProcessGroupCommunicator:
         if self.mesh.size == 1:
             meanwhile()
             return [n]
-        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
+        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather; the group's own method
+        # less than ``dist.all_reduce``, which logs.
         out = torch.zeros(self.mesh.size, dtype=torch.int64)
         out[self.rank] = n
 
         def reduce() -> None:
-            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
+            work = self._groups.control.allreduce([out])
             meanwhile()
             work.wait()
 

@@ -1,10 +1,12 @@
 """Where the time of a step goes on each rank, by kind of kernel.
 
-In: a function that runs a step. Out: for every rank, ms of a step by kind, and when nothing ran.
+In: a function that runs a step. Out: for every rank, ms of a step by kind, when nothing ran, and at which clock and power.
 """
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +27,7 @@ KINDS = (
 )
 _STEPS = 2
 _LONG = 30.0  # us: longer than between two kernels of a graph
+_BUSY = 1.5  # seconds of steps, in the midst of which clock and power are read
 
 
 def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
@@ -49,7 +52,7 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
             others[event.name[:80]] += took if kind in ("other", "triton", "copy") else 0.0
             if kind != "nccl":
                 spans.append((event.time_range.start, event.time_range.end))
-    mine: dict[str, Any] = {kind: round(x, 2) for kind, x in ms.most_common()}
+    mine: dict[str, Any] = {kind: round(x, 2) for kind, x in ms.most_common()} | _clock(go)
     gaps = _gaps(spans)
     mine["idle or waiting for messages"] = round(sum(length for _, length in gaps) / 1e3 / _STEPS, 2)
     longest = sorted((x for x in gaps if x[1] > _LONG), key=lambda gap: -gap[1])[: 10 * _STEPS]
@@ -57,6 +60,27 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
     mine["longest others"] = {name: round(x, 2) for name, x in others.most_common(6)}
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
+    return found
+
+
+def _clock(go: Callable[[], Any]) -> dict[str, float]:
+    """MHz and W of this GPU while steps run; nothing where ``nvidia-smi`` is missing."""
+    start = time.perf_counter()
+    go()
+    torch.cuda.synchronize()
+    took: list = [None] * dist.get_world_size()
+    dist.all_gather_object(took, time.perf_counter() - start)
+    for _ in range(int(_BUSY / max(took)) + 1):
+        go()
+    where = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    ask = ["nvidia-smi", where, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
+    time.sleep(_BUSY / 3)
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
+        found = dict(zip(("MHz", "W"), map(float, told), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError):
+        found = {}
+    torch.cuda.synchronize()
     return found
 
 
