@@ -305,12 +305,12 @@ class _Search:
 
 
 def _best_third(drafts: list[_Draft]) -> list[_Draft]:
-    """As many of every placement: which is best shows late."""
-    out: list[_Draft] = []
+    """As many of every placement: which is best shows late. Of those that look the same, one."""
+    out: dict[tuple, _Draft] = {}
     for draft in sorted(drafts, key=lambda draft: draft[:3]):
-        if sum(draft.placement == other.placement for other in out) < max(2, len(drafts) // 9):
-            out.append(draft)
-    return out
+        if sum(draft.placement == other.placement for other in out.values()) < max(2, len(drafts) // 9):
+            out.setdefault((*draft[:6], draft.policy.apart), draft)
+    return list(out.values())
 
 
 def _rounded(time: float) -> float:
