@@ -72,7 +72,8 @@ def _clock(go: Callable[[], Any]) -> dict[str, float]:
     dist.all_gather_object(took, time.perf_counter() - start)
     for _ in range(int(_BUSY / max(took)) + 1):
         go()
-    where = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix("GPU-")
+    where = f"--id=GPU-{uuid}"
     ask = ["nvidia-smi", where, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
     time.sleep(_BUSY / 3)
     try:
