@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -28,8 +28,9 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# So many times the best third of drafts is gone on with; together they are varied as long as their tables make up so many actions.
-_ROUNDS, _ACTIONS = 3, 300_000
+# So many times the best third of drafts is gone on with. Together they are varied as long as their tables make up so many actions, and
+# at most as many as so many tables have in which all segments are apart.
+_ROUNDS, _ACTIONS, _TABLES = 3, 300_000, 700
 # Parts of the cap that policies keep to: they do better with one than with another. The smaller the table, the more of them.
 _ROOMS, _CELLS = (1.0, 1.15, 0.94, 1.5), 128
 # Drafts have as many microbatches as fill and empty the pipeline, and at least so many.
@@ -180,15 +181,17 @@ class _Search:
     waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
+    known: dict[tuple, list[_Draft]] = field(default_factory=dict)
 
     def best(self) -> Fitted | None:
         named = [fitted for fitted in self._named() if fitted is not None]
         if any(self.counts(fitted)[0] <= self._bound for fitted in named):
             return min(named, key=self.counts)
         drafts = list(self._drafts())
+        most = min(_ACTIONS, _TABLES * 2 * self._some * self.load.segments)
         for _ in range(_ROUNDS):
             drafts = _best_third(drafts)
-            drafts = [self._varied(draft, _ACTIONS // _ROUNDS // len(drafts)) for draft in drafts]
+            drafts = [self._varied(draft, most // _ROUNDS // len(drafts)) for draft in drafts]
         made = [self._greedy(draft) for draft in drafts]
         return min([*named, *filter(None, made)], key=self.counts, default=None)
 
@@ -258,8 +261,15 @@ class _Search:
     def _some(self) -> int:
         return min(self.microbatches, max(2 * self.ranks, _LEAST))
 
-    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> Iterator[_Draft]:
-        """One draft, or none. Its time is that with few microbatches, and the busiest rank's for the rest."""
+    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> list[_Draft]:
+        """One draft, or none, from what is known already if it is there."""
+        key = (sizes, placement, policy, room)
+        if key not in self.known:
+            self.known[key] = list(self._drawn(*key))
+        return self.known[key]
+
+    def _drawn(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> Iterator[_Draft]:
+        """Its time is that with few microbatches, and the busiest rank's for the rest."""
         some = self._some
         drawn = greedy("auto", self.load, _grouped(sizes), placement, some, room, policy)
         if drawn is not None:
@@ -274,8 +284,9 @@ class _Search:
         while better is not None:
             draft, better = better, None
             for sizes, policy, room in self._steps(draft):
-                for other in self._draft(sizes, draft.placement, policy, room) if actions > 0 else ():
-                    actions -= other.actions
+                fresh = (sizes, draft.placement, policy, room) not in self.known
+                for other in self._draft(sizes, draft.placement, policy, room) if actions > 0 or not fresh else ():
+                    actions -= other.actions if fresh else 0
                     better = other if other[:3] < draft[:3] else None
                 if better is not None:
                     break
