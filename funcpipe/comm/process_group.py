@@ -145,13 +145,12 @@ class ProcessGroupCommunicator:
         if self.mesh.size == 1:
             meanwhile()
             return [n]
-        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather; the group's own method
-        # less than ``dist.all_reduce``, which logs.
+        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
         out = torch.zeros(self.mesh.size, dtype=torch.int64)
         out[self.rank] = n
 
         def reduce() -> None:
-            work = self._groups.control.allreduce([out])
+            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
             meanwhile()
             work.wait()
 

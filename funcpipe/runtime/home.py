@@ -13,7 +13,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from operator import is_
-from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +45,6 @@ class Home:
         # The leaves as the last step returned them; weak references, unless what they name is the home's own.
         self._names: list[Any] = []
         self._next: list[torch.Tensor] = []  # names for the leaves as the next step leaves them
-        self._past: list[torch.Tensor] = []  # those before the last ones
 
     @property
     def state(self) -> Any:
@@ -158,15 +156,13 @@ class Home:
             write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
 
     def make_names(self) -> None:
-        """Make the names of the state after the next step ahead of time. Those that nobody knows any more serve again."""
-        if not self._next:
-            past, self._past = self._past, []
-            self._next = past if _forgotten(past) else [x.detach() for x in self.leaves]
+        """Make the names of the state after the next step ahead of time."""
+        self._next = self._next or [x.detach() for x in self.leaves]
 
     def leave(self) -> Any:
         """The state after a step, under names of its own."""
         self.make_names()
-        self._past, self._named, self._next = self._names, self._next, []
+        self._named, self._next = self._next, []
         return tree.unflatten(self._spec, self._named)
 
 
@@ -189,14 +185,6 @@ class DonatedStep:
             new, metrics = self.rank.step(given.state, batch)
         self.rank.comm.flush()
         return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
-
-
-_ALONE = max(map(getrefcount, [object()]))  # what is in one list only
-
-
-def _forgotten(names: list[torch.Tensor]) -> bool:
-    """Whether nobody but their list has any of these tensors, and they are as they were made."""
-    return bool(names) and max(map(getrefcount, names)) <= _ALONE and not any(x.requires_grad for x in names)
 
 
 def unshared(leaves: list[Any]) -> list[Any]:
