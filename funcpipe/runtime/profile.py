@@ -4,7 +4,7 @@ In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank
 the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`fuse.py`). They run
 alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step,
 and then in turn, as long as it takes a GPU to reach the clock that it holds, on several *sets* of tensors: within a step, what a unit
-reads has left the caches, and two halves of a backward read more than one whole. Equal units are measured once.
+reads has left the caches. Equal units are measured once.
 
 Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """

@@ -1,7 +1,7 @@
 """Greedy list scheduling: a table made by running it, every rank doing at any moment the best that it can.
 
-A rank that is free runs a ready I, else a ready F, else one segment's W; W also comes first when its memory is needed. Ahead
-of what it runs it receives what that reads, as `timeline` has it.
+A rank that is free runs a ready B, or I where a policy has I and W apart, else a ready F, else one segment's W; W also comes first
+when its memory is needed. Ahead of what it runs it receives what that reads, as `timeline` has it.
 F waits while it would exceed the rank's memory. Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3,
 https://arxiv.org/abs/2401.10241, with W by segment.
 
@@ -107,8 +107,8 @@ class _Rank:
     free: float = 0.0
     busy: float = 0.0
     held: float = 0.0
-    peak: float = 0.0
-    work: float = 0.0
+    peak: float = 0.0  # the most that was held
+    work: float = 0.0  # that is taken besides while a unit runs, at most
     room: float = 0.0
     promised: float = 0.0  # for F of later stages of microbatches that are here already
     flying: int = 0
@@ -157,7 +157,6 @@ class _List:
         self.mail: dict[tuple[int, int, str], deque[_Mail]] = defaultdict(deque)  # by source, target and half, in order
         self.missing = {(h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)}
         self.at: dict[_Cell, float] = {}
-        self.times: dict[tuple[str, int, int | None], float] = {}
         ranks = max(placement) + 1
         self.ranks = [_Rank() for _ in range(ranks)]
         self.entry: dict[int, float] = {}  # a rank's first stage -> what its other stages hold
@@ -244,9 +243,7 @@ class _List:
                 self._receive(r, rank, (maker, stage, m))
         rank.start = min(rank.start, now)
         rank.row.append(action)
-        key = kind, s, segment
-        if (time := self.times.get(key)) is None:
-            time = self.times[key] = self.cost(action)
+        time = self.cost(action)
         rank.free, rank.busy = max(rank.free, now) + time, rank.busy + time
         if kind == "F":
             rank.held += self.held[s]

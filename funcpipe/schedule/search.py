@@ -28,8 +28,8 @@ from funcpipe.schedule.timeline import timeline
 
 Sizes = tuple[int, ...]
 
-# So many times the best third of drafts is gone on with. Together they are varied as long as their tables make up so many actions, and
-# at most as many as so many tables have in which all segments are apart.
+# So many times the best third of drafts is gone on with. Together they are varied as long as their tables make up so many actions, but
+# no more than so many tables have in which every segment is a stage.
 _ROUNDS, _ACTIONS, _TABLES = 3, 300_000, 700
 # Parts of the cap that policies keep to: they do better with one than with another. The smaller the table, the more of them.
 _ROOMS, _CELLS = (1.0, 1.15, 0.94, 1.5), 128
@@ -181,7 +181,7 @@ class _Search:
     waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
-    known: dict[tuple, list[_Draft]] = field(default_factory=dict)
+    known: dict[tuple, _Draft | None] = field(default_factory=dict)  # what was drawn, by what it is made of
 
     def best(self) -> Fitted | None:
         named = [fitted for fitted in self._named() if fitted is not None]
@@ -242,7 +242,9 @@ class _Search:
                 continue
             sizes = tuple(map(len, stages))
             for policy, apart, room in product(self._policies(), (0, self.microbatches), dict.fromkeys(rooms)):
-                yield from self._draft(sizes, placement, replace(policy, apart=(apart,) * len(sizes)), room)
+                draft = self._draft(sizes, placement, replace(policy, apart=(apart,) * len(sizes)), room)
+                if draft is not None:
+                    yield draft
 
     def _policies(self) -> Iterator[Policy]:
         for forward_first, old_first, reserve in product((False, True), repeat=3):
@@ -261,34 +263,35 @@ class _Search:
     def _some(self) -> int:
         return min(self.microbatches, max(2 * self.ranks, _LEAST))
 
-    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> list[_Draft]:
-        """One draft, or none, from what is known already if it is there."""
+    def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> _Draft | None:
+        """A draft, unless the policy finds no way. Its time is that with few microbatches, and the busiest rank's for the rest."""
         key = (sizes, placement, policy, room)
-        if key not in self.known:
-            self.known[key] = list(self._drawn(*key))
-        return self.known[key]
-
-    def _drawn(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> Iterator[_Draft]:
-        """Its time is that with few microbatches, and the busiest rank's for the rest."""
-        some = self._some
+        if key in self.known:
+            return self.known[key]
+        some, found = self._some, None
         drawn = greedy("auto", self.load, _grouped(sizes), placement, some, room, policy)
         if drawn is not None:
             time = (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
             over = 0.0 if self.fits(drawn.memory) else drawn.memory / self.cap - 1
-            actions = sum(map(len, drawn.schedule.ranks))
-            yield _Draft(over, _rounded(time), drawn.memory, actions, sizes, placement, policy, room)
+            found = _Draft(over, _rounded(time), drawn.memory, sum(map(len, drawn.schedule.ranks)), *key)
+        self.known[key] = found
+        return found
 
     def _varied(self, draft: _Draft, actions: int) -> _Draft:
-        """A draft after steps that made it better, as many as tables of so many actions show."""
+        """A draft after steps that made it better, as many as new tables of so many actions show."""
         better: _Draft | None = draft
         while better is not None:
             draft, better = better, None
             for sizes, policy, room in self._steps(draft):
                 fresh = (sizes, draft.placement, policy, room) not in self.known
-                for other in self._draft(sizes, draft.placement, policy, room) if actions > 0 or not fresh else ():
-                    actions -= other.actions if fresh else 0
-                    better = other if other[:3] < draft[:3] else None
-                if better is not None:
+                if fresh and actions <= 0:
+                    continue
+                other = self._draft(sizes, draft.placement, policy, room)
+                if other is None:
+                    continue
+                actions -= other.actions if fresh else 0
+                if other[:3] < draft[:3]:
+                    better = other
                     break
         return draft
 

@@ -5,7 +5,7 @@ import torch
 
 import funcpipe as fp
 from funcpipe import tree
-from funcpipe.runtime import runner
+from funcpipe.runtime import profile, runner
 
 
 def loss_fn(params: list[torch.Tensor], x: torch.Tensor) -> fp.Mean:
@@ -41,3 +41,33 @@ def test_auto_by_flops_measures_nothing(params, monkeypatch):
     x = torch.randn(8, 6, dtype=torch.float64)
     fast = fp.pipelined(step, axis="pipe", microbatches=4, schedule=fp.schedules.auto())
     fp.simulate(fast, fp.Mesh(pipe=2)).init(lambda p: p, params, x)
+
+
+def test_captured_units_are_timed_on_several_sets_of_tensors(params, monkeypatch):
+    """No two sets of a unit share a tensor that is not of the batch, so that none is in a cache from the run before."""
+    sets: list[set[int]] = []
+    ready, make, counts = profile._ready, profile._input, []
+
+    def remembered(*args):
+        x = make(*args)
+        sets[-1].update([x.data_ptr()] if args[1] is None else [])
+        return x
+
+    def timed(pieces, device, rounds):
+        counts.extend(len(some) for some in pieces)
+        return [1.0 for some in pieces if all(run() is None for run in some)]
+
+    monkeypatch.setattr(profile, "_input", remembered)
+    monkeypatch.setattr(profile, "_ready", lambda *args: sets.append(set()) or ready(*args))
+    monkeypatch.setattr(profile, "_replayed", timed)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2))
+    state = run.init(lambda p: p, params, x)
+    monkeypatch.setattr(run._backend, "captured", True)
+    assert profile.profile_units(run, state, x).of("F", 0) > 0
+    assert set(counts) == {profile._SETS}
+    for k in range(0, len(sets), profile._SETS):
+        of_a_piece = sets[k : k + profile._SETS]
+        assert len({len(some) for some in of_a_piece}) == 1
+        assert len(set.union(*of_a_piece)) == sum(map(len, of_a_piece))
+    assert sum(map(bool, sets)) > len(sets) // 2  # the head's halves may read what is known alone
