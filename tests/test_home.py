@@ -294,10 +294,10 @@ def test_an_old_state_is_refused_where_it_is_only_read() -> None:
 
 def test_names_that_are_made_ahead_of_a_step() -> None:
     home = Home()
-    home.make_names()  # nothing was captured
+    home.make_next()  # nothing was captured
     home.enter(home.read({"x": torch.ones(2)}))
     first = home.leave()
-    home.make_names()
+    home.make_next()
     home.read(first)  # no step has run since
     home.leaves[0].add_(1)
     second = home.leave()

@@ -11,6 +11,7 @@ closes, which writes the note in its place.
 
 from __future__ import annotations
 
+import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,8 @@ _LOSS = re.compile(r"connect|peer|socket|pipe|timed out|timeout|nccl", re.IGNORE
 # Seconds to look for a note when a connection closes. A rank writes it before it severs its groups, so one that is
 # not there is most likely never written.
 _NOTE = 0.5
+# Of the messages of `exchange_digest`, in turn: a rank that goes ahead is at most one call ahead.
+_DIGEST_TAGS = (0, 1)
 
 
 class ProcessGroupCommunicator:
@@ -67,6 +70,7 @@ class ProcessGroupCommunicator:
         store = dist.distributed_c10d._get_default_store()
         self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
         self._mail = mail(groups, store, key)
+        self._digest_tags = itertools.cycle(_DIGEST_TAGS)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
@@ -145,17 +149,26 @@ class ProcessGroupCommunicator:
         if self.mesh.size == 1:
             meanwhile()
             return [n]
-        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
-        out = torch.zeros(self.mesh.size, dtype=torch.int64)
-        out[self.rank] = n
+        # Bruck's all-gather: numbers of this rank and the next ones, twice as many after each round. Over gloo, a message takes
+        # half the time of a collective, in which two more threads have a part.
+        group, tag = self._groups.control, next(self._digest_tags)
+        out = torch.empty(self.mesh.size, dtype=torch.int64)
+        out[0] = n
 
-        def reduce() -> None:
-            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
-            meanwhile()
-            work.wait()
+        def gather() -> None:
+            known, sent = 1, []
+            while known < self.mesh.size:
+                more = min(known, self.mesh.size - known)
+                sent.append(group.send([out[:more]], (self.rank - known) % self.mesh.size, tag))
+                if known == 1:
+                    meanwhile()
+                group.recv([out[known : known + more]], (self.rank + known) % self.mesh.size, tag).wait()
+                known += more
+            for work in sent:
+                work.wait()
 
-        self._attempt(reduce, lambda: "in exchange_digest")
-        return out.tolist()
+        self._attempt(gather, lambda: "in exchange_digest")
+        return out.roll(self.rank).tolist()
 
     # --- errors ---------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class Spmd(Runner):
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         batch = self._feed(batch)
-        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_names)
+        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next)
         rank = self._rank_of(batch)
         self._watch([rank])
         try:

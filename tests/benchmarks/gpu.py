@@ -8,7 +8,8 @@ counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
 steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
 a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond
-what is there before it is built.
+what is there before it is built. Host: how long the call of a step takes, in those rows of four; and after host and GPU have done
+nothing, of which the launch of a graph is a part.
 """
 
 from __future__ import annotations
@@ -180,15 +181,17 @@ def peak(go: Go, before: int) -> float:
     return max(found)
 
 
-def seconds(go: Go) -> float:
+def seconds(go: Go) -> tuple[float, float]:
+    """Of a step in a row of some, and of its host, which does not wait for the GPU."""
     torch.cuda.synchronize()
     dist.barrier()
     start = time.perf_counter()
     for _ in range(STEPS):
         go()
+    started = time.perf_counter()
     torch.cuda.synchronize()
     dist.barrier()
-    return (time.perf_counter() - start) / STEPS
+    return (time.perf_counter() - start) / STEPS, (started - start) / STEPS
 
 
 def matrix_rate() -> float:
@@ -247,17 +250,19 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
         rows.append(row)
         running[name], peaks[name] = go, row["peak"]
         say(row, flush=True)
-    times: dict[str, list[float]] = {name: [] for name in running}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     for k in range(rounds):
         for name, go in running.items():
             times[name].append(seconds(go))
-        say(f"round {k}:", *(f"{1e3 * some[-1]:.1f}" for some in times.values()), flush=True)
+        say(f"round {k}:", *(f"{1e3 * some[-1][0]:.1f}" for some in times.values()), flush=True)
     for row in rows:
-        row["ms"] = 1e3 * statistics.median(times[row["name"]])
-        row["host"] = 1e3 * host_time(running[row["name"]])
+        go = running[row["name"]]
+        row["ms"], row["host"] = (1e3 * statistics.median(x) for x in zip(*times[row["name"]], strict=True))
+        row["rest"] = 1e3 * from_rest(go)
+        if isinstance(go, Ours) and go.run._captured:
+            row["launch"] = 1e3 * from_rest(next(iter(go.run._captured.values())).graph.replay)
+    for row in rows if profile else ():  # last: after a profile, every launch of its process takes 1 to 2 ms more
         if isinstance(running[row["name"]], Ours):
-            row["launch"] = 1e3 * host_time(next(iter(running[row["name"]].run._captured.values())).graph.replay)
-        if profile and isinstance(running[row["name"]], Ours):
             row["kernels"] = breakdown(running[row["name"]])
             say(row["name"], f"{row['ms']:.2f}", json.dumps(row["kernels"]), flush=True)
     if which == "alone" and rows:
@@ -268,8 +273,8 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
     return rows
 
 
-def host_time(go: Go) -> float:
-    """How long the host takes to start a step, while the GPU has nothing to do; the median of some."""
+def from_rest(go: Go) -> float:
+    """How long the host takes to start something after both have done nothing; the median of some."""
     taken = []
     for _ in range(7):
         torch.cuda.synchronize()
@@ -303,7 +308,7 @@ def show(model: str, rows: list[dict]) -> None:
         "MFU",
         "peak GiB",
         "graph GiB",
-        "host ms (launch)",
+        "host ms (from rest, launch)",
         "ready s",
         "losses",
     ):
@@ -323,7 +328,8 @@ def show(model: str, rows: list[dict]) -> None:
                 f"{size.tokens / seconds_ / 1e3:.0f}",
             ),
             *(f"{size.flops / seconds_ / gpus / rate:.1%}", f"{r['peak']:.1f}", f"{r.get('graph', 0):.1f}"),
-            *(f"{r['host']:.1f} ({r.get('launch', 0):.1f})", f"{r['ready']:.0f}", str(r["losses"])),
+            f"{r['host']:.2f} ({r['rest']:.2f}, {r.get('launch', 0):.2f})",
+            *(f"{r['ready']:.0f}", str(r["losses"])),
         )
     Console(width=190).print(table)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from gpu_model import Size, block, data, init
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Go = Callable[[], Any]
 
@@ -42,6 +43,8 @@ class Chunk(nn.Module):
         n = len(params["blocks"]) // stages
         blocks = params["blocks"][stage * n : (stage + 1) * n]
         self.blocks = nn.ModuleList(of(p) for p in blocks)
+        # Of blocks in halves: before 2.13, torch forgets their backward after its first half, unless somebody holds it.
+        self.held: list[GradientEdge] | None = [] if of is BlockInHalves else None
         self.embed = nn.Parameter(params["embed"]) if stage == 0 else None
         self.head = nn.Parameter(params["head"]) if stage == stages - 1 else None
 
@@ -49,6 +52,8 @@ class Chunk(nn.Module):
         x = x if self.embed is None else F.embedding(x, self.embed)
         for b in self.blocks:
             x = b(x)
+            if self.held is not None and x.requires_grad:
+                self.held.append(get_gradient_edge(x))
         return x if self.head is None else F.linear(x, self.head)
 
 
@@ -133,6 +138,8 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
         config.donated_buffer = not halves  # which counts when a block is compiled: in the first step
         kwargs = {"target": batch["labels"], "losses": losses} if stages - 1 in numbers else {}
         schedule.step(*([batch["tokens"]] if 0 in numbers else []), **kwargs)
+        for chunk in chunks:
+            chunk.held = [] if halves else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean() if losses else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import signal
 import socket
@@ -74,6 +75,16 @@ def exchange():
     digests = comm.exchange_digest((comm.rank - 2) * 2**61, lambda: done.append(True))
     comm.close()
     return [o["rank"] for o in objects], [o["x"].tolist() for o in objects], digests, done
+
+
+def digests_of_ranks_ahead(mesh=LINE):
+    """Now one rank is ahead, now another."""
+    comm = communicator(mesh)
+    delays = random.Random(comm.rank)
+    for i in range(40):
+        time.sleep(delays.choice((0, 0, 0.003)))
+        assert comm.exchange_digest(100 * i + comm.rank) == [100 * i + r for r in range(mesh.size)]
+    comm.close()
 
 
 def messages():
@@ -251,6 +262,18 @@ def a_rank_raises_before_a_collective():
     return broken(body)
 
 
+def a_rank_raises_before_its_digest():
+    """Rank 2 waits for it, rank 1 for rank 2, and so on."""
+
+    def body(comm):
+        if comm.rank == 3:
+            time.sleep(0.2)
+            raise ValueError("boom")
+        comm.exchange_digest(1)
+
+    return broken(body)
+
+
 def a_rank_raises_while_all_else_is_busy():
     """Rank 0 waits for rank 2, which is far from any communication; neither talks to rank 1, which fails."""
 
@@ -303,9 +326,19 @@ def a_rank_is_late_for_a_collective():
     return broken(body, timeout=1.0)
 
 
+def a_rank_is_late_for_its_digest():
+    def body(comm):
+        if comm.rank == 3:
+            time.sleep(1.5)
+        comm.exchange_digest(1)
+
+    return broken(body, timeout=1.0)
+
+
 CHECKS = [
     collectives_equal_plain_loops,
     exchange,
+    digests_of_ranks_ahead,
     messages,
     layouts,
     large_messages_cross,
@@ -316,10 +349,12 @@ CHECKS = [
     a_rank_raises,
     a_rank_raises_while_messages_are_awaited,
     a_rank_raises_before_a_collective,
+    a_rank_raises_before_its_digest,
     a_rank_raises_while_all_else_is_busy,
     two_ranks_raise,
     a_rank_is_late,
     a_rank_is_late_for_a_collective,
+    a_rank_is_late_for_its_digest,
     a_rank_is_late_for_the_construction,
 ]
 
@@ -392,6 +427,7 @@ def test_two_communicators(results):
         (a_rank_raises, 1, "boom\n  in two lines", "ValueError: boom in two lines"),
         (a_rank_raises_while_messages_are_awaited, 1, "boom", "ValueError: boom"),
         (a_rank_raises_before_a_collective, 3, "'boom'", "KeyError: 'boom'"),
+        (a_rank_raises_before_its_digest, 3, "boom", "ValueError: boom"),
         (a_rank_raises_while_all_else_is_busy, 1, "boom", "ValueError: boom"),
         (two_ranks_raise, 1, "of rank 1", "ValueError: of rank 1"),
     ],
@@ -427,6 +463,17 @@ def test_a_rank_late_for_a_collective_ends_it(results):
         r"not all of ranks ., ., . answered within 1 s",
         texts[0],
     )
+
+
+def test_a_rank_late_for_its_digest_ends_the_exchange(results):
+    texts, seconds = zip(*result(results, a_rank_is_late_for_its_digest), strict=True)
+    assert max(seconds) < SOON
+    assert len(set(texts)) == 1
+    assert re.fullmatch(r"rank . was in exchange_digest; not all of ranks ., ., . answered within 1 s", texts[0])
+
+
+def test_digests_of_a_number_of_ranks_that_is_no_power_of_two():
+    launch(digests_of_ranks_ahead, 5, Mesh(pipe=5), timeout=90)
 
 
 # --- a process that is killed ---------------------------------------------------------------------------
