@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 import funcpipe as fp
-from funcpipe.errors import TraceError
-from funcpipe.runtime.capture import HostOps, check_on_gpu, feeder
+from funcpipe.errors import StackError, TraceError
+from funcpipe.runtime.capture import MIXING, HostOps, check_on_gpu, feeder
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.texts import too_large
 
@@ -138,6 +139,28 @@ def test_a_rank_that_cannot_capture_stops_no_other(problem: Exception, own: str,
     (said0, far0), (said1, far1) = fp.launch(capture_once, 2, problem, timeout=60)
     assert said0.startswith("MismatchError") and theirs in said0 and said1.startswith(own)
     assert far0 == far1 == 0
+
+
+# ---- events of NCCL in graphs
+
+
+def without_a_gpu() -> list[tuple[str, str]]:
+    """What is said, and what NCCL would read: where the user had set nothing, and something."""
+    out = []
+    for mine in (None, "1"):
+        os.environ.pop(MIXING, None)
+        if mine is not None:
+            os.environ[MIXING] = mine
+        with pytest.raises(StackError) as caught:
+            fp.spmd(step, fp.Mesh(), device="cpu", cuda_graph=True)
+        out.append((str(caught.value), os.environ[MIXING]))
+    return out
+
+
+def test_a_capture_turns_mixing_off_unless_the_user_has_set_it() -> None:
+    (said, unset), (_, own) = fp.launch(without_a_gpu, 1, timeout=60)[0]
+    assert said == "spmd: cuda_graph=True needs a GPU, but this rank computes on the cpu"
+    assert (unset, own) == ("0", "1")
 
 
 # ---- errors

@@ -5,6 +5,10 @@ batch. Graphs for other shapes of batch share the home and one pool of memory.
 
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 
+NCCL adds an event and an edge to a graph for every operation, so that others of the same communicator outside the graph may run
+beside it. 229 of them, those of a sharded step, took the host 0.6 ms at every launch. A runner turns that off (`MIXING`), and
+waits for its graphs before it runs a step that is not captured. Where NCCL was started earlier, all is right, and the launch as slow.
+
 How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost nothing: ranks tell each
 other, and all of them are where they were. Nobody gives up a communicator for that: NCCL was seen to hang in it, after a capture
 with its operations that CUDA had given up half-way. So that a capture ends as a valid one, an op that needs the host is refused
@@ -28,6 +32,7 @@ from funcpipe.runtime.home import Given, Home, write
 from funcpipe.runtime.memsets import as_kernels
 from funcpipe.runtime.rank import Rank
 
+MIXING = "NCCL_GRAPH_MIXING_SUPPORT"  # in the environment, which NCCL reads once
 _ATEN = torch.ops.aten
 _SHAPED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _COPIES = (_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN._foreach_copy_.default)

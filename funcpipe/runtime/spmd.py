@@ -10,6 +10,7 @@ rank's own.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, Sta
 from funcpipe.mesh import Mesh
 from funcpipe.runtime import sizes
 from funcpipe.runtime.backend import NAMES, Backend
-from funcpipe.runtime.capture import CapturedStep, feeder, new_pool, pool_bytes
+from funcpipe.runtime.capture import MIXING, CapturedStep, feeder, new_pool, pool_bytes
 from funcpipe.runtime.home import DonatedStep, Given, Home
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
@@ -72,6 +73,8 @@ class Spmd(Runner):
             )
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
+        if cuda_graph:
+            os.environ.setdefault(MIXING, "0")
         self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
         if cuda_graph and self._comm.device.type != "cuda":
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
@@ -107,7 +110,7 @@ class Spmd(Runner):
         init_state = self._scaled(init_state)
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
-        self._captured.clear()
+        _release(self._captured)
         self._donated.clear()
         self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
         self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
@@ -162,7 +165,10 @@ class Spmd(Runner):
                 step = self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
             if step.ready:
                 self._capture(step, given)
+            elif step.graph is None:
+                _wait_for(self._captured)
             return step(given, batch)
+        _wait_for(self._captured)
         if self._donate and not self._cuda_graph:
             if id(rank) not in self._donated:
                 self._donated[id(rank)] = DonatedStep(rank, self._home)
@@ -200,6 +206,7 @@ class Spmd(Runner):
         return found
 
     def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        _wait_for(self._captured)
         return self._guarded(lambda: self._comm.exchange(fn(self._comm, self._backend)))
 
     def _report(self, text: str) -> None:
@@ -305,6 +312,12 @@ class Spmd(Runner):
         """Give back the process groups."""
         self._release()
         self._comm.close()
+
+
+def _wait_for(captured: dict[int, CapturedStep]) -> None:
+    """Wait for graphs, before operations of NCCL outside of them: see `capture.py`."""
+    if captured:
+        torch.cuda.synchronize()
 
 
 def _release(captured: dict[int, CapturedStep]) -> None:

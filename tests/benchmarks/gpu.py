@@ -8,8 +8,8 @@ counts. Pipelines compute in bfloat16, with bfloat16 params; sharded
 steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: half of the best time of one GPU with our own
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
 a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond
-what is there before it is built. Host: how long the call of a step takes, in those rows of four; and after host and GPU have done
-nothing, of which the launch of a graph is a part.
+what is there before it is built. Host: how long a call of a step takes, the median one in those rows of four; and one after host and
+GPU have done nothing, of which the launch of a graph is a part.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import gpu_peers as peers
@@ -182,16 +183,16 @@ def peak(go: Go, before: int) -> float:
 
 
 def seconds(go: Go) -> tuple[float, float]:
-    """Of a step in a row of some, and of its host, which does not wait for the GPU."""
+    """Of a step in a row of some, and of the median call in that row."""
     torch.cuda.synchronize()
     dist.barrier()
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     for _ in range(STEPS):
         go()
-    started = time.perf_counter()
+        times.append(time.perf_counter())
     torch.cuda.synchronize()
     dist.barrier()
-    return (time.perf_counter() - start) / STEPS, (started - start) / STEPS
+    return (time.perf_counter() - times[0]) / STEPS, statistics.median(b - a for a, b in pairwise(times))
 
 
 def matrix_rate() -> float:
@@ -237,6 +238,7 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
     warnings.simplefilter("ignore")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # as fp.spmd does where NCCL was not started before it
         device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     say = print if dist.get_rank() == 0 else lambda *args, **kwargs: None

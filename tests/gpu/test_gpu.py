@@ -5,6 +5,7 @@ Skipped where there are not enough GPUs. Run with: pytest tests/gpu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 import funcpipe as fp
 from funcpipe import tree
 from funcpipe.comm.mail import unmarked
-from funcpipe.runtime.memsets import as_kernels
+from funcpipe.runtime import memsets
 
 GPUS = torch.cuda.device_count()
 one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
@@ -183,11 +184,13 @@ def captured(options: dict, step: Any = step) -> tuple[Any, Any, dict, dict]:
 
 
 def another_shape() -> float:
+    """Shapes in turn; then a step that is recorded, and so not of the graph, and one more."""
     run, state, params, small = captured({"backend": "inductor"})
     _, large = example(rows=16)
     want = init_state(params)
-    for batch in (small, large, small, large, small, large):
-        state, metrics = run(state, batch)
+    for k, batch in enumerate((small, large, small, large, small, large, small, large)):
+        with run.record() if k == 6 else contextlib.nullcontext():
+            state, metrics = run(state, batch)
         want, expected = step(want, batch)
     found = error((run.unplace(state), metrics), (want, expected))
     run.close()
@@ -217,6 +220,18 @@ def from_the_cpu() -> float:
     found = error((run.unplace(state), metrics), (want, expected))
     run.close()
     return found
+
+
+def events_in_the_graph() -> int:
+    run, state, _, batch = captured({})
+    for _ in range(2):
+        state, _ = run(state, batch)
+    (step_,) = run._captured.values()
+    driver = memsets._driver()
+    nodes = memsets._listed(driver.cuGraphGetNodes, driver.CUgraph(init_value=step_.graph.raw_cuda_graph()))
+    kinds = [memsets._asked(driver.cuGraphNodeGetType(node)).name for node in nodes]
+    run.close()
+    return sum("EVENT" in kind for kind in kinds)
 
 
 def waiting(state: State, batch: dict) -> tuple[State, dict]:
@@ -266,7 +281,7 @@ def not_captured(bad: Any) -> tuple[str, float]:
 
 
 def all_of_capture() -> dict[str, Any]:
-    out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu)}
+    out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu, events_in_the_graph)}
     out["old_state"] = [old_state("step"), old_state("unplace")]
     return out | {bad.__name__: not_captured(bad) for bad in (waiting, copying, once, synchronizing)}
 
@@ -279,6 +294,11 @@ def capture(ranks: int) -> list[dict]:
 @on_one_or_two
 def test_a_new_shape_is_captured_anew(ranks: int) -> None:
     assert max(rank["another_shape"] for rank in capture(ranks)) <= COMPILED
+
+
+@two_gpus
+def test_a_graph_has_no_events_of_nccl() -> None:
+    assert [rank["events_in_the_graph"] for rank in capture(2)] == [0, 0]
 
 
 @on_one_or_two
@@ -393,7 +413,7 @@ def test_small_memsets_become_kernels() -> None:
             (failed,) = runtime.cudaMemsetAsync(start, value, nbytes, stream.cuda_stream)
             assert not int(failed)
         x.add_(2)
-    assert (as_kernels(graph), as_kernels(graph)) == (1, 0)
+    assert (memsets.as_kernels(graph), memsets.as_kernels(graph)) == (1, 0)
     graph.instantiate()
     for n in (1, 2):
         graph.replay()
