@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 import funcpipe as fp
+from funcpipe import tree
 from funcpipe.errors import StackError, TraceError
-from funcpipe.runtime.capture import MIXING, HostOps, check_on_gpu, feeder
+from funcpipe.runtime import spmd as spmd_
+from funcpipe.runtime.capture import MIXING, CapturedStep, HostOps, check_on_gpu, feeder, update
+from funcpipe.runtime.home import Given, Home
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.texts import too_large
 
@@ -139,6 +143,78 @@ def test_a_rank_that_cannot_capture_stops_no_other(problem: Exception, own: str,
     (said0, far0), (said1, far1) = fp.launch(capture_once, 2, problem, timeout=60)
     assert said0.startswith("MismatchError") and theirs in said0 and said1.startswith(own)
     assert far0 == far1 == 0
+
+
+# ---- the steps of a runner, where what a graph holds is run again instead
+
+
+class Again(CapturedStep):
+    """Its own graph: a replay runs the step, on the graph's batch."""
+
+    def __init__(self, rank: Rank, home: Home, pool: Any) -> None:
+        self.rank, self.home = rank, home
+        self.free = rank.plan.placement.free(rank.comm.rank)
+        self.batch: Any = None
+        self.graph: Any = None
+
+    def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
+        self.home.enter(given)
+        self.batch = tree.map_tensors(torch.clone, batch)
+        self.replay()
+        return self.home.leave(), self.metrics
+
+    def capture(self) -> None:
+        self.graph = self
+
+    def replay(self) -> None:
+        self.metrics = update(self.rank, self.home, self.batch, self.free)
+
+    def reset(self) -> None:
+        """Nothing to give back."""
+
+
+def runner_of(step: Callable) -> Any:
+    run = fp.spmd(fp.data_parallel(step, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30)
+    run._cuda_graph = True
+    spmd_.CapturedStep, spmd_.pool_bytes, torch.cuda.synchronize = Again, lambda pool: 0, lambda: WAITED.append(True)  # type: ignore[misc, assignment]
+    return run
+
+
+WAITED: list[bool] = []
+
+
+def steps_of_all_kinds() -> tuple[float, list[str], list[int]]:
+    """How far off the state is, what was said, and how often graphs were waited for: two shapes in turn, with errors and a
+    recording in between."""
+    run, rank = runner_of(step), int(os.environ["RANK"])
+    p, said, waited = torch.ones(3, 2, dtype=torch.float64), [], []
+    batches = [torch.randn(4 + 2 * (k % 2), 3, generator=torch.Generator().manual_seed(k)).double() for k in range(12)]
+    state, want, far = run.init(lambda p: p, p, batches[0]), p, 0.0
+    old = state
+    for k, x in enumerate(batches):
+        if k == 6:
+            for bad in ((state, batches[k + rank]), (old if rank else state, x)):
+                try:
+                    run(*bad)
+                except fp.errors.FuncpipeError as error:
+                    said.append(str(error))
+        old = state
+        WAITED.clear()
+        with run.record() if k == 9 else contextlib.nullcontext():
+            state, metrics = run(state, x)
+        waited.append(len(WAITED))
+        want, expected = step(want, x)
+        far = max(far, float((metrics["loss"] - expected["loss"]).abs()), float((state - want).abs().max()))
+    run.close()
+    return far, said, waited
+
+
+def test_captured_steps_of_two_shapes_with_errors_in_between() -> None:
+    (far0, said0, waited0), (far1, said1, waited1) = fp.launch(steps_of_all_kinds, 2, timeout=60)
+    assert far0 <= 1e-12 and far1 <= 1e-12
+    assert said0[0] == said1[0] and "batch is float64[4, 3] on rank 0 and float64[6, 3] on rank 1" in said0[0]
+    assert "rank 1 cannot use the state that it was given" in said0[1] and "updated it in place" in said1[1]
+    assert waited0 == waited1 == [1, 1] + [0] * 7 + [1] + [0] * 2
 
 
 # ---- events of NCCL in graphs

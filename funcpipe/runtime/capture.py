@@ -61,7 +61,7 @@ class CapturedStep:
         return self.batch is not None and self.graph is None
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        """One step, the first or of the graph; metrics are new tensors.
+        """One step, the first or of the graph, which takes the batch that was loaded; metrics are new tensors.
 
         Raises:
             TraceError: a leaf is not on the GPU.
@@ -71,9 +71,12 @@ class CapturedStep:
             return self._first(given, batch)
         assert self.graph is not None
         self.home.enter(given)
-        write(tree.leaves(self.batch), tree.leaves(batch))
         self.graph.replay()
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
+
+    def load(self, batch: Any) -> None:
+        """Copy a batch into the one that the graph reads."""
+        write(tree.leaves(self.batch), tree.leaves(batch))
 
     def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
         self.rank.plan.placement.state_leaves(given.state, "step")  # refuses another structure
