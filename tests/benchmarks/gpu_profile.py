@@ -5,6 +5,7 @@ In: a function that runs a step. Out: for every rank, ms of a step by kind, when
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import time
 from collections import Counter
@@ -27,15 +28,14 @@ KINDS = (
 )
 _STEPS = 2
 _LONG = 30.0  # us: longer than between two kernels of a graph
-_BUSY = 1.5  # seconds of steps, in the midst of which clock and power are read
+_BUSY = 1.5  # seconds of steps, during which clock and power are read
 
 
 def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
     """By rank and kind, ms of a step; the longest others by name."""
     from torch.profiler import ProfilerActivity, profile
 
-    go()
-    torch.cuda.synchronize()
+    clock = _clock(go)  # first: kernels are then profiled as they are after some steps
     dist.barrier()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(_STEPS):
@@ -52,7 +52,7 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
             others[event.name[:80]] += took if kind in ("other", "triton", "copy") else 0.0
             if kind != "nccl":
                 spans.append((event.time_range.start, event.time_range.end))
-    mine: dict[str, Any] = {kind: round(x, 2) for kind, x in ms.most_common()} | _clock(go)
+    mine: dict[str, Any] = {kind: round(x, 2) for kind, x in ms.most_common()} | clock
     gaps = _gaps(spans)
     mine["idle or waiting for messages"] = round(sum(length for _, length in gaps) / 1e3 / _STEPS, 2)
     longest = sorted((x for x in gaps if x[1] > _LONG), key=lambda gap: -gap[1])[: 10 * _STEPS]
@@ -64,25 +64,32 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
 
 
 def _clock(go: Callable[[], Any]) -> dict[str, float]:
-    """MHz and W of this GPU while steps run; nothing where ``nvidia-smi`` is missing."""
+    """MHz and W of this GPU while steps run, medians; nothing where ``nvidia-smi`` does not tell."""
     start = time.perf_counter()
     go()
     torch.cuda.synchronize()
-    took: list = [None] * dist.get_world_size()
-    dist.all_gather_object(took, time.perf_counter() - start)
-    for _ in range(int(_BUSY / max(took)) + 1):
-        go()
+    took = time.perf_counter() - start
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix("GPU-")
-    where = f"--id=GPU-{uuid}"
-    ask = ["nvidia-smi", where, "--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits"]
-    time.sleep(_BUSY / 3)
+    what = ["--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "--loop-ms=50"]
     try:
-        told = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
-        found = dict(zip(("MHz", "W"), map(float, told), strict=True))
-    except (OSError, subprocess.SubprocessError, ValueError):
-        found = {}
+        asked = subprocess.Popen(["nvidia-smi", f"--id=GPU-{uuid}", *what], stdout=subprocess.PIPE, text=True)
+        asked.stdout.readline()  # it takes a while to start
+    except OSError:
+        asked = None
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, took)
+    for _ in range(int(_BUSY / max(found)) + 1):
+        go()
     torch.cuda.synchronize()
-    return found
+    if asked is None:
+        return {}
+    asked.terminate()
+    told = [line.split(",") for line in asked.communicate()[0].splitlines()]
+    try:
+        columns = zip(*[map(float, x) for x in told if len(x) == 2], strict=True)
+        return dict(zip(("MHz", "W"), map(statistics.median, columns), strict=True))
+    except ValueError:
+        return {}
 
 
 def _gaps(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
