@@ -113,9 +113,9 @@ class Spmd(Runner):
         _release(self._captured)
         self._donated.clear()
         self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
-        self._rank_of(batch, signature(batch))  # compares the plan, and makes ready what measuring needs
+        self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
         self._plan_first(batch)
-        self._rank_of(batch, signature(batch))
+        self._rank_of(batch)
         with torch.no_grad():
             return self._home.give(init_state(self._placement.params(leaf, self.rank)))
 
@@ -224,7 +224,8 @@ class Spmd(Runner):
         if self.rank == 0 and sys.stderr.isatty():
             print(f"\r{text} ", end="", file=sys.stderr, flush=True)
 
-    def _rank_of(self, batch: Any, key: tuple) -> Rank:
+    def _rank_of(self, batch: Any, key: tuple | None = None) -> Rank:
+        key = key or signature(batch)
         plan, rank = self._made.plan(batch, key), self._bound.get(key)
         if rank is None or rank.plan is not plan:
             digests = self._comm.exchange_digest(plan.digest())
