@@ -366,7 +366,8 @@ def spmd(
         sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches: by default
             ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16 params up as plain PyTorch does, in half the memory.
         cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph. The first step with a batch
-            of some shapes runs as it is; the second one is captured.
+            of some shapes runs as it is; the second one is captured. ``NCCL_GRAPH_MIXING_SUPPORT`` is set to 0 in the environment
+            unless it is set: graphs of your own in this process must then not run beside other operations of their communicators.
         donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
             step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
             want to keep. In a captured step always.
