@@ -11,7 +11,6 @@ closes, which writes the note in its place.
 
 from __future__ import annotations
 
-import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +32,6 @@ _LOSS = re.compile(r"connect|peer|socket|pipe|timed out|timeout|nccl", re.IGNORE
 # Seconds to look for a note when a connection closes. A rank writes it before it severs its groups, so one that is
 # not there is most likely never written.
 _NOTE = 0.5
-# Of the messages of `exchange_digest`, in turn: a rank that goes ahead is at most one call ahead.
-_DIGEST_TAGS = (0, 1)
 
 
 class ProcessGroupCommunicator:
@@ -70,7 +67,6 @@ class ProcessGroupCommunicator:
         store = dist.distributed_c10d._get_default_store()
         self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
         self._mail = mail(groups, store, key)
-        self._digest_tags = itertools.cycle(_DIGEST_TAGS)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
@@ -149,27 +145,17 @@ class ProcessGroupCommunicator:
         if self.mesh.size == 1:
             meanwhile()
             return [n]
-        # Bruck's all-gather: numbers of this rank and the next ones, twice as many after each round. Over gloo, such a message
-        # took half the time of a collective, which another thread runs; half, too, of one that is awaited before it is sent.
-        group, tag = self._groups.control, next(self._digest_tags)
-        out = torch.empty(self.mesh.size, dtype=torch.int64)
-        out[0] = n
+        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
+        out = torch.zeros(self.mesh.size, dtype=torch.int64)
+        out[self.rank] = n
 
-        def gather() -> None:
-            known, sent = 1, []
-            while known < self.mesh.size:
-                more = min(known, self.mesh.size - known)
-                sent.append(group.send([out[:more]], (self.rank - known) % self.mesh.size, tag))
-                come = group.recv([out[known : known + more]], (self.rank + known) % self.mesh.size, tag)
-                if known == 1:
-                    meanwhile()
-                come.wait()
-                known += more
-            for work in sent:
-                work.wait()
+        def reduce() -> None:
+            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
+            meanwhile()
+            work.wait()
 
-        self._attempt(gather, lambda: "in exchange_digest")
-        return out.roll(self.rank).tolist()
+        self._attempt(reduce, lambda: "in exchange_digest")
+        return out.tolist()
 
     # --- errors ---------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ batch. Graphs for other shapes of batch share the home and one pool of memory.
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 
 NCCL adds an event and an edge to a graph for every operation, so that others of the same communicator outside the graph may run
-beside it. 229 of them, those of a sharded step, took the host 0.6 ms at every launch. A runner turns that off (`MIXING`), and
+beside it. 229 of them, those of a sharded step, took the host 0.7 ms at every launch. A runner turns that off (`MIXING`), and
 waits for its graphs before it runs a step that is not captured. Where NCCL was started earlier, all is right, and the launch as slow.
 
 How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost nothing: ranks tell each
@@ -61,7 +61,7 @@ class CapturedStep:
         return self.batch is not None and self.graph is None
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        """One step, the first or of the graph, which takes the batch that was loaded; metrics are new tensors.
+        """One step, the first or of the graph; metrics are new tensors.
 
         Raises:
             TraceError: a leaf is not on the GPU.
@@ -71,12 +71,9 @@ class CapturedStep:
             return self._first(given, batch)
         assert self.graph is not None
         self.home.enter(given)
+        write(tree.leaves(self.batch), tree.leaves(batch))
         self.graph.replay()
         return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
-
-    def load(self, batch: Any) -> None:
-        """Copy a batch into the one that the graph reads."""
-        write(tree.leaves(self.batch), tree.leaves(batch))
 
     def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
         self.rank.plan.placement.state_leaves(given.state, "step")  # refuses another structure

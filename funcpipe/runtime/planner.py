@@ -83,9 +83,9 @@ class Planner:
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
 
-    def plan(self, batch: Any, key: tuple | None = None) -> Plan:
-        """The plan for batches like this one; ``key`` is its signature, where that is known."""
-        key = key or signature(batch)
+    def plan(self, batch: Any) -> Plan:
+        """The plan for batches like this one."""
+        key = signature(batch)
         if key not in self.plans:
             dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
             calls = tuple(self._call(k, self._computed(call), dyed) for k, call in enumerate(dyed.calls))

@@ -80,7 +80,7 @@ class Spmd(Runner):
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
         self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
         self._donate = donate
-        self._bound: dict[tuple, Rank] = {}  # by the signature of the batch
+        self._bound: dict[int, Rank] = {}
         self._captured: dict[int, CapturedStep] = {}
         self._donated: dict[int, DonatedStep] = {}
         self._home, self._pool = Home(), new_pool() if cuda_graph else None
@@ -149,24 +149,14 @@ class Spmd(Runner):
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         batch = self._feed(batch)
-        key = signature(batch)
-        read, meanwhile = (lambda: self._home.read(state)), (lambda: self._prepare(batch, key))
-        given = self._agree({"batch": batch}, "step", read, meanwhile, key)
-        rank = self._rank_of(batch, key)
+        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next)
+        rank = self._rank_of(batch)
         self._watch([rank])
         try:
             with torch.no_grad():
                 return self._run(rank, given, batch)
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(too_large(rank, state, error)) from error
-
-    def _prepare(self, batch: Any, key: tuple) -> None:
-        """What is the same whether ranks will agree or not."""
-        self._home.make_next()
-        rank = self._bound.get(key)
-        step = self._captured.get(id(rank))
-        if step is not None and step.graph is not None:
-            step.load(batch)
 
     def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
         if self._cuda_graph and not self._recording:  # a graph has no instructions to time
@@ -175,7 +165,6 @@ class Spmd(Runner):
                 step = self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
             if step.ready:
                 self._capture(step, given)
-                step.load(batch)
             elif step.graph is None:
                 _wait_for(self._captured)
             return step(given, batch)
@@ -224,10 +213,9 @@ class Spmd(Runner):
         if self.rank == 0 and sys.stderr.isatty():
             print(f"\r{text} ", end="", file=sys.stderr, flush=True)
 
-    def _rank_of(self, batch: Any, key: tuple | None = None) -> Rank:
-        key = key or signature(batch)
-        plan, rank = self._made.plan(batch, key), self._bound.get(key)
-        if rank is None or rank.plan is not plan:
+    def _rank_of(self, batch: Any) -> Rank:
+        plan = self._made.plan(batch)
+        if id(plan) not in self._bound:
             digests = self._comm.exchange_digest(plan.digest())
             if len(set(digests)) > 1:
                 odd = next(r for r, d in enumerate(digests) if d != digests[0])
@@ -237,8 +225,8 @@ class Spmd(Runner):
             rank.prepare()
             if self._backend.fuses:
                 plan.found.update(self._by_place(rank, rank.usage, sizes.most))
-            self._bound[key] = rank
-        return rank
+            self._bound[id(plan)] = rank
+        return self._bound[id(plan)]
 
     def _by_place(self, rank: Rank, mine: Any, most: Callable[[list], Any]) -> dict[int, Any]:
         """For every place on the pipe axis, the most that the ranks there say."""
@@ -251,20 +239,16 @@ class Spmd(Runner):
         what: str,
         read: Callable[[], Any] = lambda: None,
         meanwhile: Callable[[], object] = lambda: None,
-        key: tuple | None = None,
     ) -> Any:
         """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
-        ``meanwhile`` runs while they tell each other. ``key``: the signature of the trees, where it is known.
+        ``meanwhile`` runs while they tell each other.
 
         Raises:
             MismatchError, on every rank: they are not.
             StateError: this rank's state was given to an earlier step; the others get a MismatchError that says so.
         """
         try:
-            out, digest = (
-                read(),
-                self._digest(trees, what, key or tuple((name, signature(x)) for name, x in trees.items())),
-            )
+            out, digest = read(), self._digest(trees, what)
         except StateError as error:
             self._comm.exchange_digest(_REFUSED)
             self._comm.exchange(str(error))
@@ -278,11 +262,12 @@ class Spmd(Runner):
             raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
         return out
 
-    def _digest(self, trees: dict[str, Any], what: str, key: tuple) -> int:
-        if (what, key) not in self._digests:
+    def _digest(self, trees: dict[str, Any], what: str) -> int:
+        key = (what, *((name, signature(x)) for name, x in trees.items()))
+        if key not in self._digests:
             text = repr(described(trees)) + what
-            self._digests[what, key] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return self._digests[what, key]
+            self._digests[key] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return self._digests[key]
 
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
+from funcpipe.runtime.capture import MIXING
 from funcpipe.transforms import remat
 
 # Gradients are added up in bfloat16, as those of the peers' params are.
@@ -238,7 +239,7 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
     warnings.simplefilter("ignore")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")  # as fp.spmd does where NCCL was not started before it
+        os.environ.setdefault(MIXING, "0")  # as fp.spmd does where NCCL was not started before it
         device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     say = print if dist.get_rank() == 0 else lambda *args, **kwargs: None

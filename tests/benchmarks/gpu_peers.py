@@ -44,7 +44,7 @@ class Chunk(nn.Module):
         blocks = params["blocks"][stage * n : (stage + 1) * n]
         self.blocks = nn.ModuleList(of(p) for p in blocks)
         # Of blocks in halves: before 2.13, torch forgets their backward after its first half, unless somebody holds it.
-        self.held: list[GradientEdge] | None = [] if of is BlockInHalves else None
+        self.held: list[GradientEdge] = []
         self.embed = nn.Parameter(params["embed"]) if stage == 0 else None
         self.head = nn.Parameter(params["head"]) if stage == stages - 1 else None
 
@@ -52,7 +52,7 @@ class Chunk(nn.Module):
         x = x if self.embed is None else F.embedding(x, self.embed)
         for b in self.blocks:
             x = b(x)
-            if self.held is not None and x.requires_grad:
+            if isinstance(b, BlockInHalves) and x.requires_grad:
                 self.held.append(get_gradient_edge(x))
         return x if self.head is None else F.linear(x, self.head)
 
@@ -139,7 +139,7 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
         kwargs = {"target": batch["labels"], "losses": losses} if stages - 1 in numbers else {}
         schedule.step(*([batch["tokens"]] if 0 in numbers else []), **kwargs)
         for chunk in chunks:
-            chunk.held = [] if halves else None
+            chunk.held.clear()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean() if losses else None

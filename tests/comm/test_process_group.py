@@ -77,13 +77,13 @@ def exchange():
     return [o["rank"] for o in objects], [o["x"].tolist() for o in objects], digests, done
 
 
-def digests_of_ranks_ahead(mesh=LINE):
+def digests_of_ranks_ahead():
     """Now one rank is ahead, now another."""
-    comm = communicator(mesh)
+    comm = communicator()
     delays = random.Random(comm.rank)
     for i in range(40):
         time.sleep(delays.choice((0, 0, 0.003)))
-        assert comm.exchange_digest(100 * i + comm.rank) == [100 * i + r for r in range(mesh.size)]
+        assert comm.exchange_digest(100 * i + comm.rank) == [100 * i + r for r in range(4)]
     comm.close()
 
 
@@ -263,8 +263,6 @@ def a_rank_raises_before_a_collective():
 
 
 def a_rank_raises_before_its_digest():
-    """Rank 2 waits for it, rank 1 for rank 2, and so on."""
-
     def body(comm):
         if comm.rank == 3:
             time.sleep(0.2)
@@ -470,10 +468,6 @@ def test_a_rank_late_for_its_digest_ends_the_exchange(results):
     assert max(seconds) < SOON
     assert len(set(texts)) == 1
     assert re.fullmatch(r"rank . was in exchange_digest; not all of ranks ., ., . answered within 1 s", texts[0])
-
-
-def test_digests_of_a_number_of_ranks_that_is_no_power_of_two():
-    launch(digests_of_ranks_ahead, 5, Mesh(pipe=5), timeout=90)
 
 
 # --- a process that is killed ---------------------------------------------------------------------------
