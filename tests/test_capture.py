@@ -170,7 +170,7 @@ class Again(CapturedStep):
         self.metrics = update(self.rank, self.home, self.batch, self.free)
 
     def reset(self) -> None:
-        """Nothing to give back."""
+        GIVEN_BACK.append(self)
 
 
 def runner_of(step: Callable) -> Any:
@@ -181,11 +181,12 @@ def runner_of(step: Callable) -> Any:
 
 
 WAITED: list[bool] = []
+GIVEN_BACK: list[Again] = []
 
 
-def steps_of_all_kinds() -> tuple[float, list[str], list[int]]:
-    """How far off the state is, what was said, and how often graphs were waited for: two shapes in turn, with errors and a
-    recording in between."""
+def steps_of_all_kinds() -> tuple[float, list[str], list[int], int]:
+    """How far off the state is, what was said, how often graphs were waited for (the last time for a search outside of them), and how
+    many a new init gave back: two shapes in turn, with errors and a recording in between."""
     run, rank = runner_of(step), int(os.environ["RANK"])
     p, said, waited = torch.ones(3, 2, dtype=torch.float64), [], []
     batches = [torch.randn(4 + 2 * (k % 2), 3, generator=torch.Generator().manual_seed(k)).double() for k in range(12)]
@@ -205,16 +206,22 @@ def steps_of_all_kinds() -> tuple[float, list[str], list[int]]:
         waited.append(len(WAITED))
         want, expected = step(want, x)
         far = max(far, float((metrics["loss"] - expected["loss"]).abs()), float((state - want).abs().max()))
+    WAITED.clear()
+    assert fp.find_nonfinite(run, state, batches[0]) is None
+    waited.append(len(WAITED))
+    run.init(lambda p: p, p, batches[0])
+    given_back = len(GIVEN_BACK)
     run.close()
-    return far, said, waited
+    return far, said, waited, given_back
 
 
 def test_captured_steps_of_two_shapes_with_errors_in_between() -> None:
-    (far0, said0, waited0), (far1, said1, waited1) = fp.launch(steps_of_all_kinds, 2, timeout=60)
+    (far0, said0, waited0, back0), (far1, said1, waited1, back1) = fp.launch(steps_of_all_kinds, 2, timeout=60)
     assert far0 <= 1e-12 and far1 <= 1e-12
     assert said0[0] == said1[0] and "batch is float64[4, 3] on rank 0 and float64[6, 3] on rank 1" in said0[0]
     assert "rank 1 cannot use the state that it was given" in said0[1] and "updated it in place" in said1[1]
-    assert waited0 == waited1 == [1, 1] + [0] * 7 + [1] + [0] * 2
+    assert waited0 == waited1 == [1, 1] + [0] * 7 + [1] + [0] * 2 + [1]
+    assert back0 == back1 == 2
 
 
 # ---- events of NCCL in graphs
