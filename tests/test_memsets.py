@@ -1,4 +1,4 @@
-"""A node of a CUDA graph changes places with a kernel. On GPUs: `tests/gpu/test_gpu.py`."""
+"""A node of a CUDA graph changes places with a kernel. On GPUs: `tests/gpu/test_gpu_capture.py`."""
 
 from __future__ import annotations
 

@@ -1,46 +1,22 @@
-"""Process groups over gloo, in four processes that are started once: every check runs in all of them.
-
-The checks below are functions of a rank; ``results`` starts the processes, runs all checks there and
-collects what they return; each test looks at one of them. Checks of failures make communicators of their
-own, and break them.
-"""
+"""What ranks say to each other over process groups, gloo's, in four processes. Failures: `test_process_group_failures.py`."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import re
-import signal
-import socket
-import sys
-import threading
 import time
-import traceback
-import warnings
 import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
+from checks_for_tests import GRID, LINE, ZEROS, communicator, launched, result
 from loops_for_tests import DTYPES, KINDS, call, expected, operand, same
 
 from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.errors import MeshError, RankError
+from funcpipe.errors import MeshError
 from funcpipe.mesh import Mesh
-from funcpipe.runtime.launch import launch
 
-GRID = Mesh(pipe=2, data=2)
-LINE = Mesh(pipe=4)
-SOON = 5.0  # seconds in which every rank must have stopped; one second is usual
-ZEROS = torch.zeros(2)
-
-
-def communicator(mesh=GRID, timeout=60.0):
-    return ProcessGroupCommunicator(mesh, "cpu", timeout=timeout)
-
-
-# --- checks: what ranks say ---------------------------------------------------------------------------
+# --- checks -------------------------------------------------------------------------------------------
 
 
 def collectives_equal_plain_loops():
@@ -202,138 +178,8 @@ def two_communicators():
     return sums, last
 
 
-# --- checks: a rank that fails ------------------------------------------------------------------------
-
-
-def broken(body, timeout=60.0):
-    """What a rank gets to know, and after how many seconds, when ``body`` breaks the communicator."""
-    comm = communicator(LINE, timeout)
-    comm.prepare([("pipe",)])
-    comm.exchange_digest(0)
-    start = time.monotonic()
-    try:
-        body(comm)
-        text = "nothing"
-    except Exception as error:
-        text = str(comm.fail(error))
-    seconds = time.monotonic() - start
-    comm.close()
-    return text, seconds
-
-
-def a_rank_raises():
-    """Rank 1 does; the others wait for it, for a rank that waits, and in an exchange."""
-
-    def body(comm):
-        if comm.rank == 0:
-            comm.recv([ZEROS], 1, "F")
-        if comm.rank == 1:
-            time.sleep(0.2)
-            raise ValueError("boom\n  in two lines")
-        if comm.rank == 2:
-            comm.recv([ZEROS], 0, "F")
-        comm.exchange("here")
-
-    return broken(body)
-
-
-def a_rank_raises_while_messages_are_awaited():
-    """Who holds a receive that was begun holds its connection, which then does not close when the rank gives up."""
-
-    def body(comm):
-        HELD.append(comm._groups.mail.recv([torch.empty(1)], (comm.rank + 1) % 4, 7))
-        if comm.rank == 1:
-            raise ValueError("boom")
-        comm.recv([ZEROS], 0 if comm.rank == 2 else 1, "F")
-
-    return broken(body)
-
-
-HELD = []
-
-
-def a_rank_raises_before_a_collective():
-    def body(comm):
-        if comm.rank == 3:
-            time.sleep(0.2)
-            raise KeyError("boom")
-        comm.all_reduce(ZEROS, ("pipe",))
-
-    return broken(body)
-
-
-def a_rank_raises_before_its_digest():
-    def body(comm):
-        if comm.rank == 3:
-            time.sleep(0.2)
-            raise ValueError("boom")
-        comm.exchange_digest(1)
-
-    return broken(body)
-
-
-def a_rank_raises_while_all_else_is_busy():
-    """Rank 0 waits for rank 2, which is far from any communication; neither talks to rank 1, which fails."""
-
-    def body(comm):
-        if comm.rank == 0:
-            comm.recv([ZEROS], 2, "F")
-        if comm.rank == 1:
-            raise ValueError("boom")
-        time.sleep(2)
-        comm.send([torch.zeros(1_000_000)], 0, "F")
-        comm.flush()
-
-    return broken(body)
-
-
-def two_ranks_raise():
-    def body(comm):
-        time.sleep(0.2 * comm.rank)
-        if comm.rank in (1, 2):
-            raise ValueError(f"of rank {comm.rank}")
-        comm.exchange(0)
-
-    return broken(body)
-
-
-def a_rank_is_late_for_the_construction():
-    if dist.get_rank() == 3:
-        time.sleep(1.5)
-    with pytest.raises(RankError) as caught:
-        communicator(LINE, timeout=1.0)
-    return str(caught.value)
-
-
-def a_rank_is_late():
-    def body(comm):
-        if comm.rank == 0:
-            comm.recv([ZEROS], 3, "F")
-        time.sleep(1.7 if comm.rank == 3 else 0.4)
-        comm.recv([ZEROS], 0, "F")
-
-    return broken(body, timeout=1.0)
-
-
-def a_rank_is_late_for_a_collective():
-    def body(comm):
-        if comm.rank == 3:
-            time.sleep(1.5)
-        comm.all_reduce(ZEROS, ("pipe",))
-
-    return broken(body, timeout=1.0)
-
-
-def a_rank_is_late_for_its_digest():
-    def body(comm):
-        if comm.rank == 3:
-            time.sleep(1.5)
-        comm.exchange_digest(1)
-
-    return broken(body, timeout=1.0)
-
-
 CHECKS = [
+    mesh_of_the_wrong_size,
     collectives_equal_plain_loops,
     exchange,
     digests_of_ranks_ahead,
@@ -344,47 +190,12 @@ CHECKS = [
     flush_waits_for_what_was_started,
     unprepared_axes,
     two_communicators,
-    a_rank_raises,
-    a_rank_raises_while_messages_are_awaited,
-    a_rank_raises_before_a_collective,
-    a_rank_raises_before_its_digest,
-    a_rank_raises_while_all_else_is_busy,
-    two_ranks_raise,
-    a_rank_is_late,
-    a_rank_is_late_for_a_collective,
-    a_rank_is_late_for_its_digest,
-    a_rank_is_late_for_the_construction,
 ]
-
-
-def run_checks():
-    """In each process: every check's result, or the text of its error."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    keeper = communicator()  # so that the default group lives from the first check to the last
-    out = {}
-    for check in [mesh_of_the_wrong_size, *CHECKS]:
-        try:
-            out[check.__name__] = True, check()
-        except Exception:
-            out[check.__name__] = False, traceback.format_exc()
-        keeper.exchange_digest(0)  # the next check's communicator may have a short timeout
-    keeper.close()
-    assert not dist.is_initialized()
-    assert not [t for t in threading.enumerate() if t.name == "funcpipe-alarm"]
-    return out
 
 
 @pytest.fixture(scope="module")
 def results():
-    return launch(run_checks, 4, timeout=90)
-
-
-def result(results, check):
-    """What each rank's check returned."""
-    for rank, (fine, value) in enumerate(r[check.__name__] for r in results):
-        assert fine, f"rank {rank}: {value}"
-    return [r[check.__name__][1] for r in results]
+    return launched(CHECKS)
 
 
 # --- the tests ----------------------------------------------------------------------------------------
@@ -417,100 +228,6 @@ def test_error_texts(results):
 
 def test_two_communicators(results):
     assert result(results, two_communicators) == [((s, 6.0), [7] * 4) for s in (1.0, 1.0, 5.0, 5.0)]
-
-
-@pytest.mark.parametrize(
-    "check, failed, own, told",
-    [
-        (a_rank_raises, 1, "boom\n  in two lines", "ValueError: boom in two lines"),
-        (a_rank_raises_while_messages_are_awaited, 1, "boom", "ValueError: boom"),
-        (a_rank_raises_before_a_collective, 3, "'boom'", "KeyError: 'boom'"),
-        (a_rank_raises_before_its_digest, 3, "boom", "ValueError: boom"),
-        (a_rank_raises_while_all_else_is_busy, 1, "boom", "ValueError: boom"),
-        (two_ranks_raise, 1, "of rank 1", "ValueError: of rank 1"),
-    ],
-)
-def test_every_rank_hears_who_failed_first(check, failed, own, told, results):
-    texts, seconds = zip(*result(results, check), strict=True)
-    assert texts == tuple(own if r == failed else f"rank {failed} failed: {told}" for r in range(4))
-    assert max(seconds) < SOON
-
-
-def test_a_rank_that_waits_for_a_busy_one_is_freed(results):
-    assert result(results, a_rank_raises_while_all_else_is_busy)[0][1] < 1.9
-
-
-def test_a_late_rank_is_named_with_what_waited_for_it(results):
-    texts, seconds = zip(*result(results, a_rank_is_late), strict=True)
-    assert max(seconds) < SOON
-    told = "it did not answer rank 0, which was receiving (float32[2]) on channel 'F' within 1 s"
-    assert set(texts) == {f"rank 3 failed: {told}"}
-
-
-def test_a_rank_late_for_the_construction(results):
-    texts = result(results, a_rank_is_late_for_the_construction)
-    assert texts[0].startswith("not every rank of Mesh(pipe=4) came to make process groups within 1 s: ")
-
-
-def test_a_rank_late_for_a_collective_ends_it(results):
-    texts, seconds = zip(*result(results, a_rank_is_late_for_a_collective), strict=True)
-    assert max(seconds) < SOON
-    assert len(set(texts)) == 1
-    assert re.fullmatch(
-        r"rank (.) was in all_reduce\(sum\) of float32\[2\] over \('pipe',\); "
-        r"not all of ranks ., ., . answered within 1 s",
-        texts[0],
-    )
-
-
-def test_a_rank_late_for_its_digest_ends_the_exchange(results):
-    texts, seconds = zip(*result(results, a_rank_is_late_for_its_digest), strict=True)
-    assert max(seconds) < SOON
-    assert len(set(texts)) == 1
-    assert re.fullmatch(r"rank . was in exchange_digest; not all of ranks ., ., . answered within 1 s", texts[0])
-
-
-# --- a process that is killed ---------------------------------------------------------------------------
-
-
-def beside_a_killed_rank(rank, port, answers):
-    """Rank 1 ends without a word; rank 0 waits for it, and rank 2 for rank 0."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    comm = communicator(Mesh(pipe=3))
-    comm.exchange_digest(0)
-    start = time.monotonic()
-    if rank == 1:
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(RankError) as caught:
-        comm.recv([ZEROS], 1 if rank == 0 else 0, "F")
-    answers.put((rank, str(caught.value), time.monotonic() - start))
-    time.sleep(1 if rank == 0 else 0)  # rank 0 keeps the store that the others read
-    comm.close()
-
-
-def test_a_killed_rank_stops_the_others():
-    context = torch.multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [context.Process(target=beside_a_killed_rank, args=(r, port, answers)) for r in range(3)]
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join(60)
-        assert [w.exitcode for w in workers] == [0, -signal.SIGKILL, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
-    told = "it lost contact with rank 0, which was receiving (float32[2]) on channel 'F': "
-    for _, text, seconds in [answers.get(), answers.get()]:
-        assert text.startswith(f"rank 1 failed: {told}")
-        assert seconds < SOON
 
 
 def test_a_process_that_is_not_one_of_several(monkeypatch):

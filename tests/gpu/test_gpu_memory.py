@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_for_tests import GPU_MARKS
 
 import funcpipe as fp
 
-GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.gpu
-GPU_MARKS = {n: pytest.mark.skipif(n > GPUS, reason=f"needs {n} GPUs") for n in (1, 2)}
 NEAR = 0.10  # beside what was predicted: libraries' workspaces, and sizes that are rounded up
 POOL = 0.25  # a graph's pool has gaps as well
 WIDTH, ROWS, LENGTH, VOCABULARY = 1024, 16, 512, 16000

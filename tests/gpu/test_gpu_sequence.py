@@ -9,13 +9,11 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_for_tests import one_gpu, two_gpus
 
 import funcpipe as fp
 
-GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.gpu
-one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
-two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 HALF = 3e-2  # bfloat16 beside float64, relative to the largest number
 SINGLE = 1e-4
 
