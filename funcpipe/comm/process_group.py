@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from funcpipe.comm import Pending, teams, wire
 from funcpipe.comm.alarm import Alarm, one_line
+from funcpipe.comm.digests import Digests
 from funcpipe.comm.groups import Groups, Lane, Team
 from funcpipe.comm.mail import mail
 from funcpipe.errors import RankError
@@ -67,8 +68,9 @@ class ProcessGroupCommunicator:
         store = dist.distributed_c10d._get_default_store()
         self._alarm = Alarm(store, f"{key}/failure", self.rank, groups.sever)
         self._mail = mail(groups, store, key)
+        self._digests = Digests(groups.control)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
-        self._closer = weakref.finalize(self, _close, self._alarm, groups)
+        self._closer = weakref.finalize(self, _close, self._alarm, self._digests, groups)
 
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
         self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
@@ -142,20 +144,7 @@ class ProcessGroupCommunicator:
         return out
 
     def exchange_digest(self, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
-        if self.mesh.size == 1:
-            meanwhile()
-            return [n]
-        # Everyone adds its number at its place. Over gloo this sum takes a third of the time of a gather.
-        out = torch.zeros(self.mesh.size, dtype=torch.int64)
-        out[self.rank] = n
-
-        def reduce() -> None:
-            work = dist.all_reduce(out, group=self._groups.control, async_op=True)
-            meanwhile()
-            work.wait()
-
-        self._attempt(reduce, lambda: "in exchange_digest")
-        return out.tolist()
+        return self._attempt(lambda: self._digests.exchange(n, meanwhile), lambda: "in exchange_digest")
 
     # --- errors ---------------------------------------------------------------------------------------
 
@@ -229,6 +218,7 @@ def _reason(error: RuntimeError) -> str:
     return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]
 
 
-def _close(alarm: Alarm, groups: Groups) -> None:
+def _close(alarm: Alarm, digests: Digests, groups: Groups) -> None:
     alarm.close()
+    digests.close()
     groups.close()

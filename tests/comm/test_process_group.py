@@ -15,6 +15,7 @@ from loops_for_tests import DTYPES, KINDS, call, expected, operand, same
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import MeshError
 from funcpipe.mesh import Mesh
+from funcpipe.runtime.launch import launch
 
 # --- checks -------------------------------------------------------------------------------------------
 
@@ -53,13 +54,13 @@ def exchange():
     return [o["rank"] for o in objects], [o["x"].tolist() for o in objects], digests, done
 
 
-def digests_of_ranks_ahead():
-    """Now one rank is ahead, now another."""
-    comm = communicator()
+def digests_of_ranks_ahead(mesh=LINE):
+    """Now one rank is ahead, now another; it closes while others are still in the last exchange."""
+    comm = communicator(mesh)
     delays = random.Random(comm.rank)
     for i in range(40):
         time.sleep(delays.choice((0, 0, 0.003)))
-        assert comm.exchange_digest(100 * i + comm.rank) == [100 * i + r for r in range(4)]
+        assert comm.exchange_digest(100 * i + comm.rank) == [100 * i + r for r in range(mesh.size)]
     comm.close()
 
 
@@ -209,6 +210,10 @@ def test_check_passes_on_every_rank(check, results):
 def test_exchange(results):
     digests = [(r - 2) * 2**61 for r in range(4)]
     assert result(results, exchange) == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests, [True])] * 4
+
+
+def test_digests_of_a_number_of_ranks_that_is_no_power_of_two():
+    launch(digests_of_ranks_ahead, 5, Mesh(pipe=5), timeout=90)
 
 
 def test_error_texts(results):
