@@ -9,7 +9,7 @@ steps with float32 shards, bfloat16 weights and float32 reductions. *Bound*: hal
 units in one CUDA graph: no bubble, no transfers. MFU: the model's FLOPs over what this GPU makes of a large matrix product in
 a sustained run. What is predicted is forward and backward alone, in steady state. Peak memory is what a contender allocates beyond
 what is there before it is built. Host: how long a call of a step takes, the median one in those rows of four; and one after host and
-GPU have done nothing, of which the launch of a graph is a part.
+GPU have done nothing. Parts of it are that ranks tell each other what they are about to run, and the launch of a graph.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_peers as peers
@@ -263,6 +264,7 @@ def contest(model: str, which: str, everything: bool, only: list[str], rounds: i
         row["ms"], row["host"] = (1e3 * statistics.median(x) for x in zip(*times[row["name"]], strict=True))
         row["rest"] = 1e3 * from_rest(go)
         if isinstance(go, Ours) and go.run._captured:
+            row["telling"], row["launching"] = (1e3 * x for x in parts(go))
             row["launch"] = 1e3 * from_rest(next(iter(go.run._captured.values())).graph.replay)
     for row in rows if profile else ():  # last: after a profile, every launch of its process takes 1 to 2 ms more
         if isinstance(running[row["name"]], Ours):
@@ -289,6 +291,32 @@ def from_rest(go: Go) -> float:
     return statistics.median(taken)
 
 
+class Timed:
+    """A function, and how long its calls took."""
+
+    def __init__(self, fn: Callable) -> None:
+        self.fn, self.times = fn, list[float]()
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        out = self.fn(*args)
+        self.times.append(time.perf_counter() - start)
+        return out
+
+
+def parts(ours: Ours) -> tuple[float, float]:
+    """Of calls in rows, how long ranks tell each other what they are about to run, and how long the launch of the graph takes."""
+    comm, step = ours.run._comm, next(iter(ours.run._captured.values()))
+    graph = step.graph
+    telling, launching = Timed(comm.exchange_digest), Timed(graph.replay)
+    comm.exchange_digest, step.graph = telling, SimpleNamespace(replay=launching)
+    for _ in range(7):
+        seconds(ours)
+    del comm.exchange_digest  # the method is there again
+    step.graph = graph
+    return statistics.median(telling.times), statistics.median(launching.times)
+
+
 # ---- the table
 
 
@@ -311,7 +339,7 @@ def show(model: str, rows: list[dict]) -> None:
         "MFU",
         "peak GiB",
         "graph GiB",
-        "host ms (from rest, launch)",
+        "host ms: in a row (telling, launch), from rest (launch)",
         "ready s",
         "losses",
     ):
@@ -331,7 +359,9 @@ def show(model: str, rows: list[dict]) -> None:
                 f"{size.tokens / seconds_ / 1e3:.0f}",
             ),
             *(f"{size.flops / seconds_ / gpus / rate:.1%}", f"{r['peak']:.1f}", f"{r.get('graph', 0):.1f}"),
-            f"{r['host']:.2f} ({r['rest']:.2f}, {r.get('launch', 0):.2f})",
+            "{:.2f} ({:.2f}, {:.2f}), {:.2f} ({:.2f})".format(
+                *(r.get(k, 0.0) for k in ("host", "telling", "launching", "rest", "launch"))
+            ),
             *(f"{r['ready']:.0f}", str(r["losses"])),
         )
     Console(width=190).print(table)
