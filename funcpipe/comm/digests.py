@@ -7,8 +7,8 @@ Message-Passing Systems", concatenation).
 In: a gloo group of all ranks, a number. Out: all numbers. Errors are those of torch.distributed.
 
 Why not a collective: the host of a captured step does little else, and each time that a thread of gloo is woken counts. A message
-that is expected (its receive has begun) arrives with one such, where it is else asked for first, and a collective takes a thread
-of its own too. So what the next call hears is expected from the end of this one on.
+whose receive has begun is sent at once, where gloo else asks the receiver first (gloo/transport/tcp/pair.cc), and a collective
+takes a thread of its own too. So what the next call hears is received from the end of this one on.
 """
 
 from __future__ import annotations
@@ -22,24 +22,15 @@ _TAG = 0
 
 
 class Digests:
-    """All ranks make it, and call it, alike.
-
-    >>> Digests.rounds(5)
-    [(1, 1), (2, 2), (4, 1)]
-    """
+    """The numbers of all ranks, again and again. All ranks make it, and call it, alike."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._size = group, group.rank(), group.size()
         self._expected: list[tuple[int, torch.Tensor, dist.Work]] = []  # how far the teller is, what it tells
         self._expect()
 
-    @staticmethod
-    def rounds(size: int) -> list[tuple[int, int]]:
-        """How far the teller of each round is, and how many numbers it tells."""
-        return [(far, min(far, size - far)) for far in (2**k for k in range((size - 1).bit_length()))]
-
     def _expect(self) -> None:
-        for far, count in self.rounds(self._size):
+        for far, count in _rounds(self._size):
             told = torch.empty(count, dtype=torch.int64)
             work = self._group.recv([told], (self._rank + far) % self._size, _TAG)
             self._expected.append((far, told, work))
@@ -62,6 +53,11 @@ class Digests:
         self._expect()
         return known[self._size - self._rank :] + known[: self._size - self._rank]
 
-    def close(self) -> None:
-        """Expect nothing more: who holds a receive that has begun keeps its connection open."""
-        self._expected = []
+
+def _rounds(size: int) -> list[tuple[int, int]]:
+    """How far the teller of each round is, and how many numbers it tells.
+
+    >>> _rounds(5)
+    [(1, 1), (2, 2), (4, 1)]
+    """
+    return [(far, min(far, size - far)) for far in (2**k for k in range((size - 1).bit_length()))]

@@ -1,6 +1,7 @@
 """The communicator of a process that is one rank of a mesh: gloo on CPUs, NCCL on GPUs.
 
-In: a mesh, and the environment that torchrun (or fp.launch) sets. Out: see `funcpipe.comm`.
+In: a mesh, and the environment that torchrun (or fp.launch) sets. Out: see `funcpipe.comm`. Collectives are in `teams.py`,
+messages in `mail.py`, what ranks tell each other before every step in `digests.py`.
 
 How errors spread. A rank that fails writes so into the store (`alarm.py`) and severs its process groups
 (`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and
@@ -70,7 +71,7 @@ class ProcessGroupCommunicator:
         self._mail = mail(groups, store, key)
         self._digests = Digests(groups.control)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
-        self._closer = weakref.finalize(self, _close, self._alarm, self._digests, groups)
+        self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
         self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
@@ -218,7 +219,6 @@ def _reason(error: RuntimeError) -> str:
     return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).split(". ")[0]
 
 
-def _close(alarm: Alarm, digests: Digests, groups: Groups) -> None:
+def _close(alarm: Alarm, groups: Groups) -> None:
     alarm.close()
-    digests.close()
     groups.close()
