@@ -73,6 +73,10 @@ class ProcessGroupCommunicator:
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
 
+    def beside(self, device: torch.device | str) -> ProcessGroupCommunicator:
+        """Another communicator of the same ranks, as patient as this one; all ranks make it alike."""
+        return ProcessGroupCommunicator(self.mesh, device, self._timeout)
+
     def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[Lane] = ()) -> None:
         self._attempt(lambda: self._groups.prepare(axes_sets, lanes), lambda: "while making process groups")
 
