@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import errno
 import functools
 import json
 import os
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import funcpipe as fp
 from funcpipe import checkpoint, tree
-from funcpipe.checkpoint import chunks, files
+from funcpipe.checkpoint import chunks, claims, files, pieces
 from funcpipe.errors import CheckpointError
 from funcpipe.testing import Model, models
 
@@ -168,24 +172,34 @@ def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(monkeypatch: pyte
     run, state = started("pipe=3")
     checkpoint.save(tmp_path, run, state, step=0)
     new, placed = started("pipe=2 data=2 sharded")
-    wanted, fetched, made = [], [], []
-    read, load = dcp.FileSystemReader.read_data, torch.load
+    wanted: dict[str, int] = {}
+    made: dict[str, int] = {}
+    fetched = []
+    fill, empty, load = pieces._read_file, pieces._empty, torch.load
 
-    def reading(self: Any, plan: Any, planner: Any) -> Any:
-        wanted.append(sum(item.lengths[0] for item in plan.items))
-        made.append(sum(x.numel() for x in planner.values.values()))
-        return read(self, plan, planner)
+    def rank() -> str:
+        return threading.current_thread().name
+
+    def filling(path: Path, found: list[pieces.Wanted], values: Any) -> None:
+        wanted[rank()] = wanted.get(rank(), 0) + sum(x.end - x.start for x in found if x.part.shape is not None)
+        fill(path, found, values)
+
+    def making(part: Any) -> torch.Tensor:
+        out = empty(part)
+        made[rank()] = made.get(rank(), 0) + out.numel()
+        return out
 
     def loading(*args: Any, **kwargs: Any) -> Any:
         out = load(*args, **kwargs)
         fetched.append(out.numel() if isinstance(out, torch.Tensor) else 0)
         return out
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_data", reading)
+    monkeypatch.setattr(pieces, "_read_file", filling)
+    monkeypatch.setattr(pieces, "_empty", making)
     monkeypatch.setattr(torch, "load", loading)
     loaded, _ = checkpoint.load(tmp_path, new)
     held = [sum(x.numel() for x in optree.tree_leaves(s) if isinstance(x, torch.Tensor)) for s in placed]
-    assert sorted(wanted) == sorted(made) == sorted(held) and max(fetched) == 4
+    assert sorted(wanted.values()) == sorted(made.values()) == sorted(held) and max(fetched) == 4
     for x in optree.tree_leaves(loaded):
         assert not isinstance(x, torch.Tensor) or x.untyped_storage().nbytes() == x.nbytes
 
@@ -280,6 +294,139 @@ def test_what_fails_in_the_background_is_raised_by_wait(monkeypatch: pytest.Monk
     assert checkpoint.steps(tmp_path) == []
 
 
+# ---- two saves of one step, and folders of saves that died
+
+
+@contextlib.contextmanager
+def held_up(save: Callable[[], checkpoint.Saving]) -> Iterator[checkpoint.Saving]:
+    """A save in the background that has begun, and ends after the block; other saves are not held up."""
+    go, begun, write = threading.Event(), threading.Event(), dcp.FileSystemWriter.write_data
+    folders: list[Path] = []
+
+    def writing(self: Any, *args: Any) -> Any:
+        folders.append(self.path)
+        begun.set()
+        assert self.path != folders[0] or go.wait(60)
+        return write(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", writing)
+        saving = save()
+        assert begun.wait(60)
+        yield saving
+        go.set()
+        concurrent.futures.wait([saving._future])
+
+
+def test_of_two_saves_of_a_step_the_one_that_is_complete_first_is_there(tmp_path: Path) -> None:
+    """The other one is refused, and what is there is of one state."""
+    run, state = started("data=4 sharded")
+    later, _ = run(run.place(run.unplace(state)), BATCHES[0])
+    for second in (checkpoint.save, lambda *args, **options: checkpoint.save_async(*args, **options).wait()):
+        root = tmp_path / second.__name__.strip("<>")
+        with held_up(lambda root=root: checkpoint.save_async(root, run, state, step=1)) as saving:
+            second(root, run, later, step=1)
+            assert checkpoint.steps(root) == [1] and len(os.listdir(root)) == 2
+        for _ in range(2):
+            with refused(CheckpointError, f"{root}/step-1 is there already: save into another directory, or"):
+                saving.wait()
+        assert os.listdir(root) == ["step-1"]
+        assert equal(checkpoint.load(root, run)[0], later)
+
+
+def test_two_runners_that_save_a_step_at_once(tmp_path: Path) -> None:
+    pairs = [started("pipe=3"), started("pipe=3")]
+    for trial in range(4):
+        root, said = tmp_path / str(trial), []
+
+        def save(pair: Any, root: Path = root, said: list = said) -> None:
+            try:
+                said.append(checkpoint.save(root, *pair, step=1))
+            except CheckpointError as error:
+                said.append(str(error))
+
+        threads = [threading.Thread(target=save, args=(pair,)) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        told = [text for text in said if isinstance(text, str)]
+        assert len(told) == 1 and told[0].startswith(f"{root}/step-1 is there already: ")
+        assert os.listdir(root) == ["step-1"]
+        assert equal(checkpoint.load(root, pairs[0][0])[0], pairs[0][1])
+
+
+def test_a_save_that_is_under_way_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
+    """Other saves meanwhile, with ``keep``, leave its folder alone, however old it is."""
+    run, state = started("plain")
+    with held_up(lambda: checkpoint.save_async(tmp_path, run, state, step=1)) as saving:
+        (folder,) = tmp_path.iterdir()
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (0, 0))
+        for step in (2, 3):
+            checkpoint.save(tmp_path, run, state, step=step, keep=2)
+        assert folder.exists()
+    assert saving.wait() == tmp_path / "step-1" and checkpoint.steps(tmp_path) == [1, 2, 3]
+    assert equal(checkpoint.load(tmp_path, run, step=1)[0], state)
+
+
+def left_by(root: Path, name: str, lock: str | None, age: float = 0) -> Path:
+    """What a save that died left: a data file, and a lock with what it says of its machine."""
+    folder = root / name
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_bytes(b"x" * 100)
+    if lock is not None:
+        (folder / "lock").write_text(lock)
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (time.time() - age,) * 2)
+    return folder
+
+
+def test_what_dead_saves_left_goes(tmp_path: Path) -> None:
+    """At once where it is known that they are dead, else when it has not changed for a day."""
+    here, day = claims._machine(), 24 * 3600.0
+    run, state = started("plain")
+    dead = [
+        left_by(tmp_path, "step-1.0a.tmp", here),
+        left_by(tmp_path, "step-2.0b.tmp", "another machine", age=day + 60),
+        left_by(tmp_path, "step-3.0c.tmp", None, age=day + 60),
+        left_by(tmp_path, "step-4.tmp", None, age=day + 60),
+    ]
+    others = [
+        left_by(tmp_path, "step-2.1b.tmp", "another machine", age=day - 600),
+        left_by(tmp_path, "step-3.1c.tmp", None),
+        left_by(tmp_path, "step-5.tmp", None),
+        left_by(tmp_path, "my-step-6.tmp", None, age=2 * day),
+        left_by(tmp_path, "step-7.notes.tmp", None, age=2 * day),
+    ]
+    checkpoint.save(tmp_path, run, state, step=5, keep=1)
+    assert not any(path.exists() for path in dead) and all(path.exists() for path in others)
+    assert checkpoint.steps(tmp_path) == [5]
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Saves work; what is left goes by its age."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claims.fcntl, "flock", none)
+    run, state = started("plain")
+    old = left_by(tmp_path, "step-1.0a.tmp", claims._machine(), age=25 * 3600.0)
+    new = left_by(tmp_path, "step-1.0b.tmp", claims._machine())
+    checkpoint.save(tmp_path, run, state, step=1)
+    assert not old.exists() and new.exists() and checkpoint.steps(tmp_path) == [1]
+
+
+def test_what_a_removal_left_of_a_step_is_no_hindrance(tmp_path: Path) -> None:
+    run, state = started("plain")
+    path = checkpoint.save(tmp_path, run, state, step=1)
+    (path / "checkpoint.json").unlink()
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.save(tmp_path, run, state, step=1)
+    assert os.listdir(tmp_path) == ["step-1"] and equal(checkpoint.load(tmp_path, run)[0], state)
+
+
 # ---- what is there survives
 
 
@@ -320,6 +467,7 @@ def test_a_save_that_fails_leaves_what_is_there(
         fail_in(patch, owner, name, calls + (name == "rename"))
         with refused(CheckpointError, "saving step 2 to", "failed on rank", "OSError: no space left"):
             checkpoint.save(tmp_path, run, state, step=2, keep=1)
+    assert not list(tmp_path.glob("*.tmp"))
     loaded, info = checkpoint.load(tmp_path, run)
     renamed = (name, calls) == ("_sync", 1)
     assert info.step == 1 + renamed and equal(loaded, state if renamed else first)

@@ -86,7 +86,22 @@ def failures(root: Path, run: Any, state: Any) -> dict[str, tuple[str, str]]:
         out["background"] = outcome(saving.wait)
     out["again"] = save()
     out["there"] = save()
+    out["damaged"] = damaged(root, run)
     steps(run, state, 0)
+    return out
+
+
+def damaged(root: Path, run: Any) -> tuple[str, str]:
+    """A load in which the file of rank 3 has a wrong byte. Rank 0 puts it there, before the load begins for anyone."""
+    file = root / "step-9" / "__3_0.distcp"
+    whole = file.read_bytes()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    out = outcome(lambda: checkpoint.load(root, run))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file.write_bytes(whole)
     return out
 
 
@@ -166,6 +181,9 @@ def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], roo
     said = [result["failures"] for result in ran]
     assert said == [said[0]] * 4
     there = root / "failures"
+    kind, text = said[0].pop("damaged")
+    assert kind == "CheckpointError"
+    assert text.startswith(f"{there}/step-9/__3_0.distcp is damaged, or belongs to another checkpoint: bytes 0 to ")
     assert said[0] == {
         "step": (
             "MismatchError",
@@ -226,7 +244,36 @@ def test_a_process_that_dies_in_a_save(background: bool, tmp_path: Path) -> None
     seconds, told = (tmp_path / "told").read_text().split(" ", 1)
     assert float(seconds) < SOON and told.startswith("rank 1 failed")
     assert checkpoint.steps(tmp_path) == [0]
-    assert sorted(os.listdir(tmp_path)) == ["step-0", "step-1.tmp", "told"]
+    (left,) = tmp_path.glob("step-1.*.tmp")
+    assert sorted(os.listdir(tmp_path)) == ["step-0", left.name, "told"]
+    run, state = started(fp.simulate, "data=4")
+    checkpoint.save(tmp_path, run, state, step=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-0", "step-2", "told"]
+
+
+def waits_in_vain(root: Path) -> str:
+    """Rank 1 does not come to make the process groups of a save in the background, until rank 0 has given it up."""
+    run = fp.spmd(data(clipped), fp.Mesh(data=2), device="cpu", timeout=5)
+    state = run.init(start, linear_params(), BATCHES[0])
+    new_group = dist.new_group
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        while not (root / "given up").exists():
+            time.sleep(0.05)
+        return new_group(*args, **kwargs)
+
+    if run.rank:
+        dist.new_group = late
+    kind, text = outcome(lambda: checkpoint.save_async(root, run, state, step=1).wait())
+    (root / "given up").touch()
+    return f"{kind}: {text}"
+
+
+def test_a_save_in_the_background_is_as_patient_as_its_runner(tmp_path: Path) -> None:
+    """By default ranks wait for ten minutes; the launcher does not."""
+    told = fp.launch(waits_in_vain, 2, tmp_path, timeout=60)
+    assert told[0].startswith("RankError: not every rank of Mesh(data=2) came to make process groups within 5 s: ")
+    assert told[1].startswith("RankError: ") and checkpoint.steps(tmp_path) == []
 
 
 OPTIONS = ["--short", "--blocks", "1", "--width", "32", "--length", "16", "--rows", "4", "--microbatches", "2"]
@@ -263,7 +310,7 @@ def arm_save(number: int) -> None:
 
     def dying(self: Any, *args: Any) -> Any:
         out = write(self, *args)
-        return kill() if Path(self.path).name == f"step-{number}.tmp" else out
+        return kill() if Path(self.path).name.startswith(f"step-{number}.") else out
 
     dcp.FileSystemWriter.write_data = dying
 
@@ -282,10 +329,10 @@ def test_a_training_that_is_killed_twice_goes_on_as_if_it_were_not(
     resumed = ["--resume", str(root)]
     with pytest.raises(RankError, match="rank 0 failed: ended by SIGKILL"):
         fp.launch(train, 2, [*OPTIONS, *saves, *resumed], (0, "save", 6), timeout=120)
-    assert checkpoint.steps(root) == [2, 4] and (root / "step-6.tmp").exists()
+    assert checkpoint.steps(root) == [2, 4] and len(list(root.glob("step-6.*.tmp"))) == 1
     for losses in fp.launch(train, 2, [*OPTIONS, *saves, *resumed], timeout=120):
         assert losses == wanted[4:]
-    assert checkpoint.steps(root) == [6, 8]
+    assert checkpoint.steps(root) == [6, 8] and sorted(os.listdir(root)) == ["step-6", "step-8"]
     shutil.rmtree(root / "step-8")
     other = ["--simulate", "--mesh", "pipe=2,data=2", "--shard", "data", "--schedule", "gpipe"]
     assert train([*OPTIONS, *resumed, *other]) == pytest.approx(wanted[6:], rel=FLOAT32)

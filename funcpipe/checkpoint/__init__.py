@@ -3,8 +3,9 @@
 Terms. A *root* is the directory that a user names; ``step-N`` in it is the checkpoint of step N (`files.py`). A *part* is
 what a rank holds of a leaf (`leaves.py`). *DCP* is torch.distributed.checkpoint, whose format, planners and files these
 are (`chunks.py`): every leaf is stored under its path as one flat tensor, in chunks, each written by one of the ranks that
-hold it. To load, a rank reads the chunks that overlap its own parts. So no rank ever holds the full state, and the mesh
-that loads need not be the one that saved.
+hold it. To load, a rank reads the chunks that overlap its own parts, and compares their bytes with the digests that were
+taken as they were written (`pieces.py`). So no rank ever holds the full state, and the mesh that loads need not be the one
+that saved.
 
 The steps of DCP's save are called here one by one, and not through ``dcp.save``: then ranks talk through funcpipe's own
 communicators, which name a rank that failed, and ranks of one process save just as processes do. An error of one rank is
@@ -13,7 +14,8 @@ a CheckpointError of all, after which they go on. A save in the background has a
 In: a runner after ``run.init``, its state, a root. Out: a directory that appears at once, when every rank has written;
 or a state and its `Info`.
 
-Load only checkpoints that you trust: DCP's own metadata is a pickle.
+Loading runs nothing that a file brings along: the manifest is JSON, values are read by ``torch.load(weights_only=True)``,
+and DCP's own metadata, a pickle, is there for plain DCP and is not unpickled here.
 """
 
 from __future__ import annotations
@@ -95,7 +97,12 @@ def save(dir: Dir, run: Run, state: Any, *, step: int, extra: Any = None, keep: 
     """Save a state; every rank calls it alike.
 
     The checkpoint appears in ``dir`` as a whole, when all ranks have written; whatever dies before that leaves the ones
-    that are there as they are.
+    that are there as they are. Each save writes in a folder of its own, so of two saves of one step in flight, the first to
+    be complete is there, and the other one raises. What a dead save left goes with the next save, if it died on this machine
+    since that started; else when nothing in it has changed for a day. The folder of a save that lives never goes.
+
+    Every piece is stored with a digest of its bytes (SHA-256), which `load` compares: about 0.6 s for each GB that a rank
+    writes, and again for each GB that it reads, on one core.
 
     Args:
         dir: a directory that all ranks see.
@@ -110,8 +117,9 @@ def save(dir: Dir, run: Run, state: Any, *, step: int, extra: Any = None, keep: 
         the directory of the checkpoint, ``dir/step-N``.
 
     Raises:
-        CheckpointError: there is a checkpoint of this step; a leaf cannot be stored, or has another shape or dtype than
-            ``init_state`` gave it; the state has another structure; a rank could not write.
+        CheckpointError: there is a checkpoint of this step, or another save of it was complete first; a leaf cannot be
+            stored, or has another shape or dtype than ``init_state`` gave it; the state has another structure; a rank could
+            not write.
         MismatchError: ranks do not save the same.
         RankError: a rank is gone.
         StateError: ``run.init`` was not called.
@@ -162,7 +170,12 @@ def save_async(dir: Dir, run: Run, state: Any, *, step: int, extra: Any = None, 
     if isinstance(run, Simulation):
         ranks = Ranks(run.mesh)
         return _background(lambda: ranks.run(lambda comm: write(comm, jobs[comm.rank]))[0], ranks.close)
-    comm = ProcessGroupCommunicator(run.mesh, "cpu")
+    assert isinstance(run._comm, ProcessGroupCommunicator)
+    try:
+        comm = run._guarded(run._comm.beside, "cpu")
+    except BaseException:
+        jobs[0].give_up()
+        raise
     return _background(lambda: write(comm, jobs[0]), comm.close)
 
 
@@ -188,8 +201,9 @@ def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
         the state as ``run`` holds it, with the bits that were saved, and what the checkpoint says beside it.
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is of a newer format, or it has other leaves, shapes or dtypes
-            than the state of this run.
+        CheckpointError, on every rank: there is no such checkpoint; it is of another format; it has other leaves, shapes
+            or dtypes than the state of this run; a file is missing, cut off, damaged, or of another checkpoint, in what
+            this run reads of it.
         StateError: ``run.init`` was not called.
 
     See `save` for an example.
@@ -219,13 +233,13 @@ def export(dir: Dir, path: Dir, *, step: int | None = None) -> Info:
     Traceback (most recent call last):
     funcpipe.errors.CheckpointError: no such directory holds no checkpoint: pass the directory that fp.checkpoint.save was given
     """
-    from funcpipe.checkpoint.chunks import read
+    from funcpipe.checkpoint.pieces import read
 
     where, manifest = files.find(Path(dir), step)
     parts = [whole(name, leaf) for name, leaf in manifest.leaves.items()]
     try:
-        values = read(where, parts, manifest.leaves)
-    except Exception as error:
+        values = read(where, parts, manifest)
+    except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {one_line(error)}") from error
     unfinished = Path(f"{os.fspath(path)}.tmp")
     torch.save({part.name: x for part, x in zip(parts, values, strict=True)}, unfinished)
@@ -248,7 +262,7 @@ def _of_rank(comm: Communicator, run: Run, state: Any) -> Any:
 
 
 def _load(comm: Communicator, wanted: Leaves, root: Path, step: int | None) -> tuple[Any, Info]:
-    from funcpipe.checkpoint.chunks import read
+    from funcpipe.checkpoint.pieces import read
 
     def find() -> tuple[Path, Manifest] | None:
         if comm.rank:
@@ -265,7 +279,7 @@ def _load(comm: Communicator, wanted: Leaves, root: Path, step: int | None) -> t
 
     def fetch() -> None:
         held = [part for part in parts if part is not None]
-        values.update(zip([part.name for part in held], read(where, held, manifest.leaves), strict=True))
+        values.update(zip([part.name for part in held], read(where, held, manifest), strict=True))
 
     agree(comm, f"loading {where}", fetch)
     return wanted.state([None if part is None else values[part.name] for part in parts]), _info(where, manifest)

@@ -1,45 +1,44 @@
-"""Reading and writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there, in *chunks*.
+"""Writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there, in *chunks*.
 
-DCP describes a stored tensor by its size and its chunks, boxes that tile it, and reads from whichever chunks overlap what
-is wanted. A shard of funcpipe is a range of the elements of its leaf, which is no box of the leaf's own shape; so a leaf
-is stored as its elements in row-major order, one dim, and a shard is an interval of them. Chunks are at most `CHUNK`
-elements, because DCP reads a chunk whole. So a rank needs memory for its own part of the state and for one chunk.
+DCP describes a stored tensor by its size and its chunks, boxes that tile it. A shard of funcpipe is a range of the elements
+of its leaf, which is no box of the leaf's own shape; so a leaf is stored as its elements in row-major order, one dim, and a
+shard is an interval of them. Chunks are at most `CHUNK` elements, because a chunk is read whole (`pieces.py`). So a rank
+needs memory for its own part of the state, and for one chunk twice: as bytes, and as a tensor.
 
-In: parts (`leaves.py`) and their values, a directory. Out: an ordinary DCP checkpoint, and values again.
+In: parts (`leaves.py`) and their values, a directory. Out: an ordinary DCP checkpoint, and the digest of every chunk.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
-    DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
-    LoadPlan,
-    Metadata,
-    ReadItem,
+    FileSystemWriter,
     SavePlan,
-    TensorStorageMetadata,
+    SavePlanner,
     WriteItem,
 )
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from funcpipe.checkpoint.files import Leaf
+from funcpipe.checkpoint.files import Piece, short
 from funcpipe.checkpoint.leaves import Part
 from funcpipe.errors import CheckpointError
 
 CHUNK = 1 << 24  # elements
 
 
-# ---- writing
+# ---- what a rank writes
 
 
 class Saver(DefaultSavePlanner):
@@ -107,60 +106,67 @@ def _chunk(start: int, end: int) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size([start]), torch.Size([end - start]))
 
 
-# ---- reading
+# ---- writing it
 
 
-def read(directory: Path, parts: Sequence[Part], saved: dict[str, Leaf]) -> list[Any]:
-    """The values of parts, in new tensors. Reads the chunks that they overlap, one after another.
+class Writer(FileSystemWriter):
+    """DCP's writer. It flushes file by file, and takes the digest of every chunk as it writes.
 
-    Args:
-        directory: a complete checkpoint.
-        parts: what is wanted.
-        saved: what the manifest says of every leaf.
+    With copies ahead, DCP would hold several chunks of a GPU's state at once.
     """
-    reader = FileSystemReader(directory)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, False)
-    loader = _Loader(parts)
-    items = [item for part in parts for item in _reads(part, metadata)]
-    reader.read_data(LoadPlan(items), loader).wait()
-    return [_shaped(part, loader.values[part.name], saved[part.name]) for part in parts]
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, per_thread_copy_ahead=0, overwrite=False)
+        self.transforms = self._digests = _Digests()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save says it so where its stream raised
+            raise self._digests.problem or error from None
+
+    def pieces(self, plan: SavePlan, results: list[WriteResult]) -> list[tuple[str, Piece]]:
+        """Where each chunk of a plan was written, with its digest, by the path of its leaf."""
+        data = {item.index: item.tensor_data for item in plan.items}
+        return [(result.index.fqn, self._piece(result, data[result.index])) for result in results]
+
+    def _piece(self, result: WriteResult, data: TensorWriteData | None) -> Piece:
+        start, end = 0, 1
+        if data is not None:
+            start = data.chunk.offsets[0]
+            end = start + data.chunk.sizes[0]
+        digest = short(self._digests.found[result.index])
+        where = result.storage_data
+        return Piece(start, end, where.relative_path, where.offset, where.length, digest)
 
 
-class _Loader(DefaultLoadPlanner):
-    """What is read, by name: flat tensors that DCP writes into, and other values."""
+class _Digests(_StorageWriterTransforms):
+    """The hook through which DCP sends every item on its way to the file."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.values: dict[str, Any] = {part.name: _empty(part) for part in parts if part.shape is not None}
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[MetadataIndex, Any] = {}
+        self.problem: OSError | None = None
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.values[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.values[index.fqn]
-
-
-def _empty(part: Part) -> torch.Tensor:
-    assert part.leaf.dtype is not None
-    return torch.empty(part.end - part.start, dtype=getattr(torch, part.leaf.dtype), device=part.device)
+    def transform_save_stream(self, write_item: WriteItem, raw_stream: io.IOBase) -> Any:
+        out, names = super().transform_save_stream(write_item, raw_stream)
+        self.found[write_item.index] = hashlib.sha256()
+        return _Digested(self, out, self.found[write_item.index]), names
 
 
-def _reads(part: Part, metadata: Metadata) -> list[ReadItem]:
-    stored = metadata.state_dict_metadata[part.name]
-    if isinstance(stored, TensorStorageMetadata):
-        items = create_read_items_for_chunk_list(part.name, stored, [_chunk(part.start, part.end)])
-        if sum(item.lengths[0] for item in items) != part.end - part.start:  # the rest would be whatever was in memory
-            raise CheckpointError(f"{part.name} is not stored whole: the checkpoint is damaged")
-        return items
-    index, nothing = MetadataIndex(part.name), torch.Size([0])
-    return [ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)]
+class _Digested(io.IOBase):
+    """A stream whose bytes also go into a digest, and whose errors are kept."""
 
+    def __init__(self, keeper: _Digests, out: IO[bytes], digest: Any) -> None:
+        self._keeper, self._out, self._digest = keeper, out, digest
 
-def _shaped(part: Part, x: Any, saved: Leaf) -> Any:
-    """A value in the shape that it has on its rank; a whole leaf with the strides that it had."""
-    if part.shape is None:
-        return x
-    if saved.strides is None or part.shape != saved.shape:
-        return x.view(part.shape)
-    return torch.empty_strided(part.shape, saved.strides, dtype=x.dtype, device=x.device).copy_(x.view(part.shape))
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        try:
+            return self._out.write(data)
+        except OSError as error:
+            self._keeper.problem = error
+            raise
+
+    def close(self) -> None:
+        self._out.close()

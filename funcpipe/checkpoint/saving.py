@@ -1,27 +1,34 @@
 """A save: first all ranks plan it together, then each writes its files, and rank 0 gives the checkpoint its name.
 
 In: a request, a rank's state. Out: the directory of a complete checkpoint. Between planning and writing a job may copy
-what it needs, so that steps go on while it writes, over another communicator.
+what it needs, so that steps go on while it writes, over another communicator. Rank 0 holds the folder (`claims.py`) from
+the beginning to the end; where all ranks have agreed that the save failed, it is removed.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
+from torch.distributed.checkpoint import Metadata, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from funcpipe.checkpoint import files
-from funcpipe.checkpoint.chunks import Saver
-from funcpipe.checkpoint.files import Leaf, Manifest, leaf_of
+from funcpipe.checkpoint.chunks import Saver, Writer
+from funcpipe.checkpoint.claims import Claim
+from funcpipe.checkpoint.files import Leaf, Manifest, Piece, digest_of, leaf_of
 from funcpipe.checkpoint.leaves import Leaves
 from funcpipe.checkpoint.together import Request, agree, check_alike
 from funcpipe.comm import Communicator
+from funcpipe.errors import CheckpointError
 
 Offer = tuple[SavePlan, dict[str, Leaf]]  # what a rank could write, and what the leaves are that it holds
+Written = tuple[list[WriteResult], list[tuple[str, Piece]]]  # for DCP, and for the manifest
 
 
 def plan(comm: Communicator, request: Request, leaves: Leaves, state: Any, staged: bool = False) -> Save:
@@ -33,18 +40,22 @@ def plan(comm: Communicator, request: Request, leaves: Leaves, state: Any, stage
     """
     check_alike(comm.exchange(request))
     job = Save(request, comm.rank)
-    agree(comm, job.what, job.begin)
-    offers = agree(comm, job.what, partial(job.offer, leaves, state))
-    job.finish_plan(agree(comm, job.what, partial(job.divide, leaves, offers))[0][comm.rank])
-    if staged:
-        agree(comm, job.what, job.stage)
+    with job.held():
+        job.enter(agree(comm, job.what, job.begin)[0])
+        offers = agree(comm, job.what, partial(job.offer, leaves, state))
+        job.finish_plan(agree(comm, job.what, partial(job.divide, leaves, offers))[0][comm.rank])
+        if staged:
+            agree(comm, job.what, job.stage)
     return job
 
 
 def write(comm: Communicator, job: Save) -> Path:
     """Write what was planned; returns when the checkpoint is complete."""
-    results = agree(comm, job.what, job.write)
-    return agree(comm, job.what, partial(job.publish, results))[0]
+    with job.held():
+        found = agree(comm, job.what, job.write)
+        path = agree(comm, job.what, partial(job.publish, found))[0]
+    job.give_up()
+    return path
 
 
 class Save:
@@ -53,14 +64,37 @@ class Save:
     def __init__(self, request: Request, rank: int) -> None:
         self.request, self.rank, self.root = request, rank, Path(request.dir)
         self.what = f"saving step {request.step} to {self.root}"
-        # Flushed to the disk file by file. With copies ahead, DCP would hold several chunks of a GPU's state at once.
-        unfinished = files.unfinished(self.root, request.step)
-        self.writer = FileSystemWriter(unfinished, per_thread_copy_ahead=0, overwrite=False)
+        self.folder: Path | None = None
+        self.claim: Claim | None = None  # of rank 0
 
-    def begin(self) -> None:
-        """Make the directory."""
-        if self.rank == 0:
-            files.begin(self.root, self.request.step)
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder while this goes well."""
+        try:
+            yield
+        except BaseException as error:
+            self.give_up()
+            agreed = isinstance(error, CheckpointError)  # all ranks have it: none writes any more
+            if agreed and self.folder is not None and self.folder.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)  # by the rank that is told first
+            raise
+
+    def give_up(self) -> None:
+        """Let go of the folder."""
+        if self.claim is not None:
+            self.claim.give_up()
+
+    def begin(self) -> Path | None:
+        """Make the folder in which all ranks write."""
+        if self.rank:
+            return None
+        self.claim = files.begin(self.root, self.request.step)
+        return self.claim.path
+
+    def enter(self, folder: Path | None) -> None:
+        """Take the folder that rank 0 made."""
+        assert folder is not None
+        self.folder, self.writer = folder, Writer(folder)
 
     def offer(self, leaves: Leaves, state: Any) -> Offer:
         """Every chunk that this rank holds."""
@@ -77,9 +111,8 @@ class Save:
         if self.rank:
             return []
         found = {name: leaf for _, held in offers for name, leaf in held.items()}
-        extra, mesh = json.loads(self.request.extra), dict(leaves.placement.mesh.axes)
-        in_order = {name: found[name] for name in leaves.names}
-        self.manifest = Manifest(files.FORMAT, self.request.step, extra, mesh, in_order)
+        self.mesh = dict(leaves.placement.mesh.axes)
+        self.leaves = {name: found[name] for name in leaves.names}
         self.metadata: Metadata
         plans, self.metadata = self.saver.create_global_plan([offered for offered, _ in offers])
         return self.writer.prepare_global_plan(plans)
@@ -92,16 +125,25 @@ class Save:
         """Copy this rank's share to the CPU."""
         self.saver.stage(self.plan)
 
-    def write(self) -> list[WriteResult]:
+    def write(self) -> Written:
         """Write this rank's share."""
-        return self.writer.write_data(self.plan, self.saver).wait()
+        results = self.writer.write_data(self.plan, self.saver).wait()
+        return results, self.writer.pieces(self.plan, results)
 
-    def publish(self, results: list[list[WriteResult]]) -> Path:
+    def publish(self, found: list[Written]) -> Path:
         """Give the checkpoint its name, and remove what is not to be kept."""
-        final = files.final(self.root, self.request.step)
-        if self.rank == 0:
-            self.writer.finish(self.metadata, results)
-            files.publish(self.root, self.manifest)
+        if self.claim is not None:
+            self.writer.finish(self.metadata, [results for results, _ in found])
+            files.publish(self.root, self.claim, self._manifest(found, self.claim.path))
             if self.request.keep is not None:
                 files.prune(self.root, self.request.keep)
-        return final
+        return files.final(self.root, self.request.step)
+
+    def _manifest(self, found: list[Written], folder: Path) -> Manifest:
+        pieces: dict[str, list[Piece]] = {name: [] for name in self.leaves}
+        for _, some in found:
+            for name, piece in some:
+                pieces[name].append(piece)
+        metadata = digest_of((folder / files.METADATA).read_bytes())
+        extra, step = json.loads(self.request.extra), self.request.step
+        return Manifest(files.FORMAT, step, extra, self.mesh, self.leaves, pieces, metadata)

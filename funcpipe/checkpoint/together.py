@@ -5,6 +5,7 @@ In: a communicator, what one rank found or was asked for. Out: the same of all r
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -28,12 +29,33 @@ def agree(comm: Communicator, what: str, fn: Callable[[], T]) -> list[T]:
     except Exception as error:
         cause, failure = error, str(error)
         if not isinstance(error, FuncpipeError):
-            failure = f"{what} failed on rank {comm.rank}: {one_line(error)}"
+            failure = f"{what} failed on rank {comm.rank}: {_plain(error)}"
     found = comm.exchange((mine, failure))
     for _, text in found:
         if text is not None:
             raise CheckpointError(text) from cause
     return [x for x, _ in found]
+
+
+_PLAIN = {
+    errno.ENOSPC: "no space is left on that disk: free some, or save into another directory",
+    errno.EDQUOT: "this user's quota of that disk is used up: free some, or use another directory",
+    errno.EROFS: "that file system is read-only: save into another directory",
+    errno.EACCES: "this user has no right to it: change its mode, or use another directory",
+    errno.EPERM: "this user has no right to it: change its mode, or use another directory",
+    errno.ENOTDIR: "a file is where a directory must be: use another directory",
+    errno.EEXIST: "a file is where a directory must be: use another directory",
+}
+
+
+def _plain(error: Exception) -> str:
+    """What happened, for what users meet in plain words first.
+
+    >>> _plain(OSError(errno.EROFS, "Read-only file system", "/mnt"))
+    "that file system is read-only: save into another directory (OSError: [Errno 30] Read-only file system: '/mnt')"
+    """
+    plain = _PLAIN.get(error.errno or 0) if isinstance(error, OSError) else None
+    return one_line(error) if plain is None else f"{plain} ({one_line(error)})"
 
 
 class Request(NamedTuple):
