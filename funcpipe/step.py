@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from funcpipe import scaling, tree
+from funcpipe.containers import check_containers
 from funcpipe.errors import BatchError, TraceError
 
 
@@ -31,6 +33,9 @@ class Mean(NamedTuple):
 
     The loss of a step is the sum of totals over the sum of weights, over every microbatch and every shard, so that
     gradients do not depend on how the batch was split.
+
+    A mean of nothing is 0, and so is its gradient: where the whole weight is 0, as in a batch whose labels are all ignored,
+    an optimizer gets zeros. It still lets its momentum run out and decays weights, as with any gradient of zeros.
     """
 
     total: torch.Tensor
@@ -63,8 +68,8 @@ _tap: ContextVar[list | None] = ContextVar("funcpipe_tap", default=None)
 
 
 @contextlib.contextmanager
-def bind(context: Context) -> Iterator[None]:
-    """Run a step under a context."""
+def bind(context: Context | None) -> Iterator[None]:
+    """Run a step under a context; None for plain PyTorch."""
     token = _context.set(context)
     try:
         yield
@@ -118,7 +123,7 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
     In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is torch.func's.
 
     Raises:
-        TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor.
+        TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor; it runs in torch.inference_mode.
 
     >>> w = torch.tensor([1.0, 2.0])
     >>> value_and_grad(lambda p, b: (p * b).sum())(w, torch.tensor([3.0, 4.0]))
@@ -127,6 +132,7 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
 
     @functools.wraps(loss_fn)
     def run(params: Any, batch: Any) -> Any:
+        refuse_inference_mode("value_and_grad")
         context = _context.get()
         out = (_plain if context is None else context.value_and_grad)(loss_fn, has_aux, params, batch)
         seen = _tap.get()
@@ -218,9 +224,31 @@ def differentiable(x: torch.Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def averaged(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A gradient of a total over the weight, in the dtype of the leaf: a quotient of two 0-d tensors may have another."""
-    return (grad / weight).to(grad.dtype) if differentiable(grad) else grad
+def divisor_of(weight: torch.Tensor) -> torch.Tensor:
+    """What totals are divided by: the weight, and infinity where that is 0. It is floating.
+
+    >>> divisor_of(torch.tensor([2, 0]))
+    tensor([2., inf], dtype=torch.float64)
+    """
+    weight = weight if differentiable(weight) else weight.double()
+    return weight.masked_fill(weight == 0, math.inf)
+
+
+def mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``total / weight``, in its dtype; 0 where the weight is 0.
+
+    >>> mean(torch.tensor([3, 0]), torch.tensor([2, 0]))
+    tensor([1.5000, 0.0000])
+    """
+    dtype = torch.result_type(total, weight)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        dtype = torch.get_default_dtype()
+    return (total / divisor_of(weight)).to(dtype)
+
+
+def averaged(grad: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """A gradient of a total over a divisor, in the dtype of the leaf: a quotient of two 0-d tensors may have another."""
+    return (grad / divisor).to(grad.dtype) if differentiable(grad) else grad
 
 
 def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
@@ -263,8 +291,10 @@ def _check_aux(aux: Any) -> None:
 
 
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
-    """The leaves and structure of params; TraceError when one is not a tensor."""
+    """The leaves and structure of params; TraceError when one is not a tensor, StateError when it holds some."""
     leaves, spec = tree.flatten(params)
+    if not all(map(torch.is_tensor, leaves)):
+        check_containers("params", params)
     for path, x in zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ():
         if not isinstance(x, torch.Tensor):
             raise TraceError(f"params{path} is {describe(x)}, not a tensor; pass settings through a closure instead")
@@ -284,11 +314,28 @@ def plain_aux(x: Any) -> Any:
 
 def _value(x: Any) -> Any:
     if isinstance(x, Mean):
-        return x.total / x.weight
+        return mean(x.total, x.weight)
     return x.x if isinstance(x, Rows) else x
 
 
+def refuse_inference_mode(who: str) -> None:
+    """TraceError in ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        raise TraceError(
+            f"{who} is called in torch.inference_mode(), in which PyTorch records nothing to take gradients of: leave it "
+            "before, or use torch.no_grad(), in which value_and_grad and runners work"
+        )
+
+
+def without_inference(x: Any) -> Any:
+    """A tree in which tensors made in inference mode, which autograd refuses, are copies."""
+    if not any(isinstance(leaf, torch.Tensor) and leaf.is_inference() for leaf in tree.leaves(x)):
+        return x
+    return tree.map_tensors(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, x)
+
+
 def _plain(loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+    params, batch = without_inference(params), without_inference(batch)
     if isinstance(batch, Microbatches):
         return _plain_microbatches(loss_fn, has_aux, params, batch)
     leaves, spec = check_params(params)
@@ -334,8 +381,10 @@ def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spe
 
 
 def _divide(total: Any, weight: Any, aux: Any, grads: list, spec: Any, has_aux: bool) -> Any:
-    loss = total if weight is None else total / weight
-    grads = grads if weight is None else [averaged(g, weight) for g in grads]
+    if weight is None:
+        return ((total, aux) if has_aux else total), tree.unflatten(spec, grads)
+    loss, divisor = mean(total, weight), divisor_of(weight)
+    grads = [averaged(g, divisor) for g in grads]
     return ((loss, aux) if has_aux else loss), tree.unflatten(spec, grads)
 
 

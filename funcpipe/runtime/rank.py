@@ -29,7 +29,7 @@ from funcpipe.runtime.fuse import changes
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.runtime.sizes import most
 from funcpipe.sequence.parts import Part
-from funcpipe.step import Mean, Rows, is_summary
+from funcpipe.step import Mean, Microbatches, Rows, is_summary
 
 
 class Rank:
@@ -116,7 +116,7 @@ class _BoundCall:
         divisor = self._divisor(weight)
         if divisor is not None:
             divide(grads, divisor, self.rank.backend)
-        loss = heads[0].clone() if weight is None else heads[0] / weight  # a copy: a message must not change
+        loss = heads[0].clone() if weight is None else step_.mean(heads[0], weight)  # a copy: a message must not change
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
             return loss, out
@@ -124,6 +124,7 @@ class _BoundCall:
 
     def _divisor(self, weight: torch.Tensor | None) -> torch.Tensor | None:
         """What sums of gradients are divided by: weight and loss scale. A power of two changes no bits."""
+        weight = None if weight is None else step_.divisor_of(weight)
         scaled, p = scaling.current(), self.rank.plan.resolved.precision
         scale = None if scaled is None else scaled.scale
         if scale is None and p is not None and p.constant != 1:
@@ -198,7 +199,7 @@ class _BoundCall:
 
         def finish(x: Any) -> Any:
             if isinstance(x, Mean):
-                return heads[first + int(x.total)] / heads[first + int(x.weight)]
+                return step_.mean(heads[first + int(x.total)], heads[first + int(x.weight)])
             if isinstance(x, Rows):
                 return self._rows(first + int(x.x), x.dim, slots)
             return fill_aux(x, lambda i: self._rows(first + i, None, slots))
@@ -206,7 +207,7 @@ class _BoundCall:
         return tree.map(finish, traced.aux, is_leaf=is_summary)
 
     def _rows(self, h: int, dim: int | None, slots: Slots) -> torch.Tensor:
-        """The rows of every microbatch, shard by shard, on every rank."""
+        """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches one after the other."""
         comm = self.rank.comm
         pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
         out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)  # a message must not change
@@ -214,7 +215,12 @@ class _BoundCall:
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
         if row_axes and dim is not None:
-            out = torch.cat(list(comm.all_gather(out.contiguous(), row_axes)), dim)
+            shards = list(comm.all_gather(out.contiguous(), row_axes))
+            if isinstance(self.planned.call.batch, Microbatches):
+                sizes = [x.shape[dim] for x in pieces]
+                parts = zip(*(x.split(sizes, dim) for x in shards), strict=True)
+                shards = [x for part in parts for x in part]
+            out = torch.cat(shards, dim)
         return out
 
     # ---- gradients
