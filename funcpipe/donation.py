@@ -22,9 +22,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import tree
+from funcpipe.errors import StateError
 
 _ledger: ContextVar[Ledger | None] = ContextVar("funcpipe_ledger", default=None)
-_writable: ContextVar[frozenset[int]] = ContextVar("funcpipe_writable", default=frozenset())
+_writable: ContextVar[Lent | None] = ContextVar("funcpipe_writable", default=None)
+_SPENT = (
+    "_funcpipe_spent"  # an attribute of the leaves of states that a runner has made: whether what they held is gone
+)
 
 
 def writable(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +39,7 @@ def writable(x: torch.Tensor) -> torch.Tensor:
     (False, set())
     """
     given = _writable.get()
-    if given and memory(x) in given:
+    if given is not None and given.take(x):
         return x
     out = x.clone()  # seen by the ledger where the same memory was offered before
     if (ledger := _ledger.get()) is not None:
@@ -48,15 +52,57 @@ def memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+class Lent:
+    """Leaves of a state that optimizers may write to. A leaf is spent before one does, so that a step which fails half-way
+    leaves nothing that passes as good."""
+
+    def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
+        self._leaves = {memory(x): x for x in leaves}
+
+    def take(self, x: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a leaf, which is spent then."""
+        leaf = self._leaves.get(memory(x)) if self._leaves else None
+        if leaf is None:
+            return False
+        spend([leaf])
+        return True
+
+
 @contextlib.contextmanager
 def donate(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
     """Inside, optimizers write to these leaves of a state, no two of which share memory; they lie at places that a ledger
     found to be ``free``."""
-    token = _writable.set(frozenset(memory(x) for x in leaves))
+    token = _writable.set(Lent(leaves))
     try:
         yield
     finally:
         _writable.reset(token)
+
+
+def spend(leaves: Iterable[Any], gone: bool = True) -> None:
+    """Note of leaves that a runner has made that what they held is gone, or is not."""
+    for x in leaves:
+        if isinstance(x, torch.Tensor):
+            setattr(x, _SPENT, gone)
+
+
+def spent(x: Any) -> bool | None:
+    """Whether what a tensor held is gone; None if no runner has made it."""
+    return getattr(x, _SPENT, None)
+
+
+SPENT_LEAF = (
+    "{path} was given to an earlier step, which has updated it in place, or is a view of such a leaf: it is used up (half, if "
+    "that step failed). Pass the state that the last step returned; clone what you want to keep, load a checkpoint, or let "
+    "steps leave old states alone: fp.spmd(..., donate=False), without a CUDA graph"
+)
+
+
+def refuse_spent(name: str, x: Any) -> None:
+    """StateError where a leaf of a tree is spent."""
+    for k, leaf in enumerate(tree.leaves(x)):
+        if spent(leaf):
+            raise StateError(SPENT_LEAF.format(path=f"{name}{tree.paths(x)[k]}"))
 
 
 class Ledger:

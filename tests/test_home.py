@@ -52,7 +52,8 @@ class Again(Steps):
 
     def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
         self.home.enter(given)
-        metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
+        with self.home.kept():
+            metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
         return self.home.leave(), metrics
 
 
@@ -385,3 +386,77 @@ def test_what_is_offered_twice_is_read() -> None:
         writable(x[:2])
         writable(x[2:])
     assert not ledger.free
+
+
+# ---- steps that fail half-way
+
+
+class Broken(BaseException):
+    """As Ctrl-C is."""
+
+
+def two_optimizers(fail: Callable[[], None]) -> Callable:
+    """A step that may fail before, between or after its optimizers."""
+
+    def step(state: State, x: torch.Tensor) -> tuple[State, dict]:
+        loss, grads = fp.value_and_grad(loss_fn)(state.params, x)
+        fail()
+        a, opt = ADAMW.update({"a": grads["a"]}, state.opt, {"a": state.params["a"]})
+        fail()
+        rest = [name for name in state.params if name != "a"]
+        b, more = ADAMW.update({k: grads[k] for k in rest}, state.more, {k: state.params[k] for k in rest})
+        fail()
+        return State({**a, **b}, opt, more), {"loss": loss}
+
+    return step
+
+
+def init_two(p: Any) -> State:
+    return State(p, ADAMW.init({"a": p["a"]}), ADAMW.init({k: v for k, v in p.items() if k != "a"}))
+
+
+class Failing:
+    """Fails at a call with a number, counted from 0; never before it is set."""
+
+    left = 0
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Broken
+
+    def arm(self, at: int) -> None:
+        self.left = at + 1
+
+
+@pytest.mark.parametrize("kind", [Moving, Again])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
+    """By the same runner and by a new one, also as params and as a single-device state. What was not written to stays; a home
+    whose leaves stay where they are does not know, once a step has been run."""
+    fail = Failing()
+    steps = kind(two_optimizers(fail), init_two, params(), batch())
+    state, _ = steps(steps.first, batch())
+    before = tree.map(torch.clone, state)
+    fail.arm(at)
+    with pytest.raises(Broken):
+        steps(state, batch())
+    kept = all(map(torch.equal, tree.leaves(state), tree.leaves(before)))
+    assert kept == (at == 0)
+    kept &= kind is Moving
+    other = kind(two_optimizers(fail), init_two, params(), batch())
+    for again in (steps, other):
+        if kept:
+            assert again.home.read(state) is not None
+            continue
+        with pytest.raises(StateError, match=OLD + "|used up"):
+            again(state, batch())
+    if not kept:
+        run = fp.simulate(fp.accumulated(two_optimizers(fail), microbatches=2), fp.Mesh())
+        run.init(init_two, params(), batch())
+        for use in (lambda: run([state], batch()), lambda: run.place(state), lambda: run.unplace([state])):
+            with pytest.raises(StateError, match=r"state.*\.params\['a'\] .* is used up \(half, if that step failed\)"):
+                use()
+        with pytest.raises(StateError, match=r"params\['a'\] .* is used up"):
+            run.init(init_two, state.params, batch())
+    steps(state if kept else Home.give(init_two(params())), batch())

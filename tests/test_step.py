@@ -12,6 +12,7 @@ from models_for_tests import D, batch, body, count, distance, loss_fn, params, r
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
+from funcpipe import tree
 from funcpipe.errors import StackError, TraceError
 from funcpipe.records import Step
 from funcpipe.step import tap
@@ -81,6 +82,36 @@ def test_it_works_where_gradients_are_off() -> None:
     expected = fp.value_and_grad(scalar)(params(), batch())
     with torch.no_grad():
         assert same_bits(fp.value_and_grad(scalar)(params(), batch()), expected)
+
+
+def test_inference_mode_is_refused() -> None:
+    """It records nothing: gradients would be zeros."""
+    run = fp.simulate(fp.accumulated(step_of(loss_fn), microbatches=1), fp.Mesh())
+    state = run.init(lambda p: p, params(), batch())
+    calls = [
+        ("value_and_grad", lambda: fp.value_and_grad(loss_fn)(params(), batch())),
+        ("run.init", lambda: run.init(lambda p: p, params(), batch())),
+        ("a step", lambda: run(state, batch())),
+    ]
+    for who, call in calls:
+        with (
+            torch.inference_mode(),
+            refused(TraceError, f"{who} is called in torch.inference_mode()", "torch.no_grad()"),
+        ):
+            call()
+    with torch.inference_mode(), torch.inference_mode(False):
+        fp.value_and_grad(loss_fn)(params(), batch())
+
+
+def test_tensors_of_inference_mode_are_copied() -> None:
+    with torch.inference_mode():
+        p, b = tree.map(torch.clone, (params(), batch()))
+    want = fp.value_and_grad(loss_fn)(params(), batch())
+    assert same_bits(fp.value_and_grad(loss_fn)(p, b), want)
+    step = step_of(loss_fn)
+    run = fp.simulate(fp.accumulated(step, microbatches=1), fp.Mesh())
+    state, metrics = run(run.init(lambda p: p, p, b), b)
+    assert same_bits((run.unplace(state), metrics), step(params(), batch()))
 
 
 def test_checkpoints_and_custom_functions_are_plain_pytorch() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import tree
-from funcpipe.donation import donate, memory
+from funcpipe.donation import donate, memory, spend
 from funcpipe.errors import TraceError
 from funcpipe.lines import user_line
 from funcpipe.runtime.home import Given, Home, write
@@ -83,7 +83,7 @@ class CapturedStep:
         self.batch = tree.map_tensors(torch.clone, batch)
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self.home.kept():
             metrics = update(self.rank, self.home, self.batch, self.free)
         now.wait_stream(self.stream)
         tree.map_tensors(lambda x: x.record_stream(now), metrics)
@@ -202,6 +202,7 @@ def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:
     rank.comm.flush()
     mine = {memory(x) for x in home.leaves}
     moved = [(x, y) for x, y in zip(home.leaves, tree.leaves(new), strict=True) if x is not y]
+    spend(x for x, _ in moved)
     # What lies in the memory of another leaf is read before that is written.
     write([x for x, _ in moved], [y.clone() if memory(y) in mine else y for _, y in moved])
     return metrics

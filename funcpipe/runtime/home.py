@@ -10,8 +10,10 @@ In: states. Out: `Home`, and the steps of a rank that donate without a CUDA grap
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,12 +21,10 @@ import torch
 
 from funcpipe import tree
 from funcpipe.comm.wire import is_dense
-from funcpipe.donation import donate, memory
+from funcpipe.donation import SPENT_LEAF, donate, memory, spend, spent
 from funcpipe.errors import StateError
 from funcpipe.runtime.rank import Rank
 from funcpipe.step import describe
-
-_SPENT = "_funcpipe_spent"  # an attribute of names that a runner has given: whether what they named is gone
 
 
 class Given(NamedTuple):
@@ -42,6 +42,7 @@ class Home:
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []  # what a graph has taken in
         self._spec: Any = None
+        self._failed = False  # whether the step that was run last has failed
         # The leaves as the last step returned them; weak references, unless what they name is the home's own.
         self._names: list[Any] = []
         # Names for the leaves as the next step leaves them, and its state.
@@ -91,15 +92,12 @@ class Home:
         named = [x for x in self._named if isinstance(x, torch.Tensor)]
         valid, mine = set(map(id, named)), {memory(x) for x in (self.leaves or named)} - {0}
         for k, x in enumerate(given.leaves):
-            if not isinstance(x, torch.Tensor) or id(x) in valid:
+            if not isinstance(x, torch.Tensor):
                 continue
-            spent = None if self.leaves else getattr(x, _SPENT, None)
-            if spent or (spent is None and memory(x) in mine):
-                raise StateError(
-                    f"state{tree.paths(given.state)[k]} was given to an earlier step, which has updated it in place, or is a view "
-                    "of such a leaf. Pass the state that the last step returned; clone what you want to keep, or let steps "
-                    "leave old states alone: fp.spmd(..., donate=False), without a CUDA graph"
-                )
+            gone = spent(x)
+            view = id(x) not in valid and (gone is None or bool(self.leaves)) and memory(x) in mine
+            if gone or view:
+                raise StateError(SPENT_LEAF.format(path=f"state{tree.paths(given.state)[k]}"))
 
     def _check_alike(self, given: Given) -> None:
         if given.spec != self._spec:
@@ -115,32 +113,41 @@ class Home:
 
     def _is_last(self, leaves: list[Any]) -> bool:
         """Whether these are what the last step returned, all of them."""
-        return len(leaves) == len(self._names) and all(map(is_, leaves, self._named))
+        return not self._failed and len(leaves) == len(self._names) and all(map(is_, leaves, self._named))
 
     @staticmethod
     def give(state: Any) -> Any:
         """A state that a runner has made, in memory of its own, as if a step had returned it; the same."""
-        for x in tree.leaves(state):
-            if isinstance(x, torch.Tensor):
-                setattr(x, _SPENT, False)
+        spend(tree.leaves(state), gone=False)
         return state
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, a step writes over the newest state. Where it fails after it has begun to, that state is not to be used; nor,
+        where leaves stay where they are, if an earlier one has."""
+        try:
+            yield
+        except BaseException:
+            if any(map(spent, self.leaves)):
+                spend(self._named)
+            self._failed = True
+            raise
 
     # ---- a home whose leaves move
 
     def lent(self, leaves: list[Any], free: frozenset[int]) -> list[torch.Tensor]:
         """Of leaves at some places, those that the runner has made, and whose memory no other leaf has."""
         users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
-        ours = [x for x in (leaves[k] for k in free) if getattr(x, _SPENT, None) is False]
+        ours = [x for x in (leaves[k] for k in free) if spent(x) is False]
         return [x for x in ours if users[memory(x)] == 1 and memory(x) and is_dense(x)]
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
         """The state that a step made of leaves of which it has written to some: under names of its own where it has."""
         new, spec = tree.flatten(state)
         used = {memory(x) for x in lent}
-        for x in lent:
-            setattr(x, _SPENT, True)
+        spend(lent)
         new = [x.detach() if isinstance(x, torch.Tensor) and memory(x) in used else x for x in new]
-        self._named = new
+        self._named, self._failed = new, False
         return self.give(tree.unflatten(spec, new))
 
     # ---- a home whose leaves stay where they are
@@ -166,7 +173,7 @@ class Home:
         """The state after a step, under names of its own."""
         self.make_next()
         assert self._next is not None
-        (self._named, state), self._next = self._next, None
+        (self._named, state), self._next, self._failed = self._next, None, False
         return state
 
 
@@ -184,11 +191,11 @@ class DonatedStep:
         if given.spec != self._spec:
             self.rank.plan.placement.state_leaves(given.state, "step")
             self._spec = given.spec
-        lent = self.home.lent(given.leaves, self._free)
-        with donate(lent):
+        leaves = self.home.lent(given.leaves, self._free)
+        with self.home.kept(), donate(leaves):
             new, metrics = self.rank.step(given.state, batch)
-        self.rank.comm.flush()
-        return self.home.put(new, lent), metrics  # a metric is no leaf of the state: `state.py` sees to that
+            self.rank.comm.flush()
+        return self.home.put(new, leaves), metrics  # a metric is no leaf of the state: `state.py` sees to that
 
 
 def unshared(leaves: list[Any]) -> list[Any]:

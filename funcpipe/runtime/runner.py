@@ -15,6 +15,8 @@ import torch
 
 from funcpipe import random, tree
 from funcpipe.comm import Communicator
+from funcpipe.containers import check_containers
+from funcpipe.donation import refuse_spent
 from funcpipe.errors import StateError
 from funcpipe.lazy import LazyParams
 from funcpipe.mesh import Mesh
@@ -27,6 +29,7 @@ from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.profile import profile_units
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.record import Recording
+from funcpipe.step import refuse_inference_mode
 
 
 class Runner(abc.ABC):
@@ -69,7 +72,11 @@ class Runner(abc.ABC):
 
     def _read(self, params: Any, key: torch.Tensor | int) -> tuple[Any, Callable[[int], torch.Tensor]]:
         """Params for their shapes, and a function that fetches a leaf."""
+        refuse_inference_mode("run.init")
+        if isinstance(params, torch.nn.Module):
+            check_containers("params", params)  # it is callable, but makes no params
         if not callable(params):
+            refuse_spent("params", params)
             leaves = tree.leaves(params)
             return params, leaves.__getitem__
         lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)

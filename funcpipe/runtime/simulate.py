@@ -13,13 +13,14 @@ import torch
 from funcpipe import tree
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import Ranks
+from funcpipe.donation import refuse_spent
 from funcpipe.errors import MismatchError, StateError
 from funcpipe.mesh import Mesh
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.runner import Runner
-from funcpipe.step import describe
+from funcpipe.step import describe, refuse_inference_mode
 
 
 class Simulation(Runner):
@@ -61,6 +62,7 @@ class Simulation(Runner):
 
     def __call__(self, state: list[Any], batch: Any) -> tuple[list[Any], Any]:
         """One step of every rank."""
+        refuse_inference_mode("a step")
         self._check_state(state)
         plan = self._made.plan(batch)
         ranks = self._bound.get(id(plan))
@@ -86,9 +88,11 @@ class Simulation(Runner):
                 f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "
                 f"returned it; this is {describe(state)}. Use run.place(full) for a single-device state"
             )
+        refuse_spent("state", state)
 
     def place(self, full: Any) -> list[Any]:
         """What every rank holds of a single-device state."""
+        refuse_spent("state", full)
         return [self._placement.place(full, r) for r in range(self.mesh.size)]
 
     def unplace(self, state: list[Any]) -> Any:

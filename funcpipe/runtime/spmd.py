@@ -23,6 +23,7 @@ import torch
 from funcpipe.batch import signature
 from funcpipe.comm import Communicator
 from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.donation import refuse_spent
 from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError, TraceError
 from funcpipe.mesh import Mesh
 from funcpipe.runtime import sizes
@@ -34,6 +35,7 @@ from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.runner import Runner
 from funcpipe.runtime.texts import described, difference, other_plan, too_large
+from funcpipe.step import refuse_inference_mode
 
 _REFUSED = -1  # in place of a digest: this rank cannot use its state
 
@@ -148,6 +150,7 @@ class Spmd(Runner):
         return super().plan(state, self._feed(batch))
 
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        refuse_inference_mode("a step")
         batch = self._feed(batch)
         given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next)
         rank = self._rank_of(batch)
@@ -291,6 +294,7 @@ class Spmd(Runner):
 
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
+        refuse_spent("state", full)
         return self._home.give(self._placement.place(full, self.rank))
 
     def unplace(self, state: Any) -> Any:
