@@ -21,6 +21,7 @@ from funcpipe import tree
 from funcpipe.errors import BatchError
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.records import Record, Resolved
+from funcpipe.results import Origin
 from funcpipe.sequence.parts import Part
 from funcpipe.step import Microbatches, check_microbatches
 
@@ -46,12 +47,14 @@ class Splits:
         cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every leaf, its splits, in the
             order in which they are made: rows, microbatches, positions.
         specs: the structure of every ready microbatch.
+        local: whether every rank gets a batch of its own rows.
     """
 
     mesh: Mesh
     count: int
     cuttings: tuple[tuple[tuple[Cutting, ...], ...], ...]
     specs: tuple[Any, ...]
+    local: bool = False
 
     def shape(self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0) -> tuple[int, ...]:
         """The shape of a leaf in one microbatch of a rank with this member number."""
@@ -90,6 +93,28 @@ class Splits:
                     out[m].append(pieces[0 if len(pieces) == 1 else m])
         return out
 
+    def whole_tensors(self, batch: Any, origins: Any) -> frozenset[int]:
+        """Which tensors of a batch every part gets whole, by their number among the tensors; none of ready microbatches,
+        nor where nothing is split (the weight tells)."""
+        if isinstance(batch, Microbatches):
+            return frozenset()
+        own = [self.local and bool(o) for o in tree.leaves(origins)]  # a rank's own, that others lack
+        tensors = [i for i, x in enumerate(tree.leaves(batch)) if isinstance(x, torch.Tensor)]
+        whole = frozenset(k for k, i in enumerate(tensors) if not (self.cuttings[0][i] or own[i]))
+        return whole if len(whole) < len(tensors) else frozenset()
+
+    def own_rows(self, batch: Any) -> Any:
+        """A whole batch as the loss function sees it on one device. Where ranks get batches of their own, results of earlier
+        calls have the rows of all ranks; those of rank 0 are taken."""
+        if not self.local:
+            return batch
+        parts = []
+        for (spec, part), leaves in zip(self._parts(batch), self.cuttings, strict=True):
+            rows = [tuple(c for c in cuttings if c.axes and not c.part) for cuttings in leaves]
+            own = [self._pieces(x, cs, 0, 0)[0] for x, cs in zip(spec.flatten_up_to(part), rows, strict=True)]
+            parts.append(tree.unflatten(spec, own))
+        return Microbatches(parts) if isinstance(batch, Microbatches) else parts[0]
+
     def _parts(self, batch: Any) -> list[tuple[Any, Any]]:
         parts = batch.parts if isinstance(batch, Microbatches) else [batch]
         return list(zip(self.specs, parts, strict=True))
@@ -119,12 +144,15 @@ def _dense(x: Any) -> Any:
     return x.contiguous() if isinstance(x, torch.Tensor) else x
 
 
-def plan_splits(resolved: Resolved, batch: Any) -> Splits:
+def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
     """How a batch is split.
+
+    Args:
+        origins: a tree like the batch, with an `Origin` for every leaf; None where all come from the step's batch.
 
     Raises:
         BatchError: a leaf that does not divide, a ``dims`` that does not fit the batch, another number of ready
-            microbatches than asked for.
+            microbatches than asked for; results of an earlier call that would be split and have no rows.
     """
     ready = isinstance(batch, Microbatches)
     count = resolved.micro.count if resolved.micro else 1
@@ -141,16 +169,20 @@ def plan_splits(resolved: Resolved, batch: Any) -> Splits:
             f"{type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
         )
     parts = list(batch.parts) if ready else [batch]
-    cuttings = tuple(tuple(_leaf_cuttings(resolved, part, ready)) for part in parts)
+    origins = tree.map(lambda _: Origin.BATCH, batch) if origins is None else origins
+    made = list(origins.parts) if ready else [origins]
+    cuttings = tuple(
+        tuple(_leaf_cuttings(resolved, part, tree.leaves(some), ready)) for part, some in zip(parts, made, strict=True)
+    )
     specs = tuple(tree.flatten(part)[1] for part in parts)
-    return Splits(resolved.mesh, len(parts) if ready else count or 1, cuttings, specs)
+    return Splits(resolved.mesh, len(parts) if ready else count or 1, cuttings, specs, resolved.local)
 
 
-def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cutting, ...]]:
+def _leaf_cuttings(resolved: Resolved, batch: Any, origins: list[Origin], ready: bool) -> list[tuple[Cutting, ...]]:
     wanted = [
         (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
         for r in resolved.row_splits
-        if r.split and not resolved.local
+        if r.split and (not resolved.local or any(Origin.ROWS in o for o in origins))
     ]
     if resolved.micro and not ready:
         wanted.append((resolved.micro_name, (), resolved.micro.count or 1, resolved.micro.dims))
@@ -161,6 +193,10 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
         for i, ((path, x), dim) in enumerate(zip(leaves, _dims(name, dims, batch), strict=True)):
             if dim is None or not isinstance(x, torch.Tensor) or x.dim() == 0:
                 continue
+            if axes and resolved.local and not _has_all_rows(f"batch{path}", origins[i]):
+                continue
+            if pieces > 1 and not origins[i]:
+                raise BatchError(NO_ROWS.format(name=name, path=path, shape=tuple(x.shape), dim=dim))
             into = f"{pieces} microbatches" if not axes else f"{pieces} shards over {', '.join(map(repr, axes))}"
             if not -x.dim() <= dim < x.dim() or sizes[i][dim] % pieces:
                 split = "" if out[i] == [] else f", {tuple(sizes[i])} after other splits,"
@@ -172,6 +208,23 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, ready: bool) -> list[tuple[Cu
             out[i].append(Cutting(dim % x.dim(), pieces, axes))
     _cut_sequences(resolved, batch, leaves, sizes, out)
     return [tuple(c) for c in out]
+
+
+NO_ROWS = (
+    "{name}: batch{path} of shape {shape} is computed from a loss, fp.Mean or norm of an earlier value_and_grad, which has no "
+    "rows, and would be split along dim {dim}: give it None in dims=..., which hands it out whole"
+)
+
+
+def _has_all_rows(name: str, origin: Origin) -> bool:
+    """Whether a leaf has the rows of all ranks, though every rank gets a batch of its own."""
+    if Origin.ROWS in origin and Origin.BATCH in origin:
+        raise BatchError(
+            f"{name} is computed from fp.Rows of an earlier value_and_grad, which has the rows of all ranks, and from a tensor "
+            "of the batch, which has this rank's alone (batch='local'): pass both through the batch and combine them in the "
+            "loss function, or use batch='global'"
+        )
+    return Origin.ROWS in origin
 
 
 def _cut_sequences(

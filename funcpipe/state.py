@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from funcpipe import step as step_
 from funcpipe import tree
-from funcpipe.collectives import one_rank
+from funcpipe.containers import check_containers
 from funcpipe.donation import Ledger
 from funcpipe.errors import FuncpipeError, StateError
 from funcpipe.graph.explain import BY_VALUE
-from funcpipe.graph.fakes import BatchIsReal, fake, looking
-from funcpipe.lines import line_of
+from funcpipe.graph.fakes import BatchIsReal, fake
+from funcpipe.lines import line_of, user_line
+from funcpipe.results import Origin, hand_on, loss_and_aux, origin
 
 _COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
@@ -46,7 +46,8 @@ class Call:
         params: for every leaf the number of the parameter it is.
         params_spec: the structure of its params.
         dtypes: of those leaves (they may differ from the parameter's: a cast before the call).
-        batch: its batch, real.
+        batch: its batch, real; what was computed from results of earlier calls is fake.
+        origins: for every leaf of the batch an `Origin`, in a tree like it.
     """
 
     loss_fn: Callable
@@ -55,6 +56,7 @@ class Call:
     params_spec: Any
     dtypes: tuple[torch.dtype, ...]
     batch: Any
+    origins: Any
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Dyes:
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
         self.leaves, self.spec = step_.check_params(params)
         self.paths = tuple(tree.paths(params))
+        self.shapes = tuple(tuple(x.shape) for x in self.leaves)
         sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
         self.first = max([1 << 20, *sizes]) + 1
         self.mode = mode
@@ -130,11 +133,24 @@ class Dyes:
         return f"params{self.paths[i]}"
 
 
-class _Looking:
-    """The context of a dyed run: notes calls, and hands back fakes."""
+class _Feeds(BaseException):
+    """A step uses results in a later batch: it is run again, with losses whose dtype is known."""
 
-    def __init__(self, dyes: Dyes) -> None:
-        self.dyes, self.calls, self.sums, self.aux = dyes, [], [], []  # type: ignore[var-annotated]
+
+class _Looking:
+    """The context of a dyed run: notes calls, and hands back fakes.
+
+    Args:
+        seen: makes of a call the one that is traced.
+        row_ranks: how many ranks have rows of their own that are not in the batch.
+        exact: whether losses have their dtype, which takes a run of the loss function.
+    """
+
+    def __init__(self, dyes: Dyes, seen: Callable[[Call, Dyes], Call], row_ranks: int, exact: bool) -> None:
+        self.dyes, self.seen, self.row_ranks, self.exact = dyes, seen, row_ranks, exact
+        self.calls: list[Call] = []
+        self.sums: list[Sum] = []
+        self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
         self.ledger = Ledger([])
 
     def stage_boundary(self, x: Any) -> Any:
@@ -156,27 +172,27 @@ class _Looking:
                     f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a rank may not hold; "  # type: ignore[arg-type]
                     "pass it through params (detach it in the loss if it should stay as it is)"
                 )
-        self.calls.append(
-            Call(loss_fn, has_aux, tuple(numbers), spec, tuple(x.dtype for x in leaves), batch)  # type: ignore[arg-type]
-        )
-        self.aux.append(self._aux(self.calls[-1]) if has_aux else None)
-        return self._results(leaves, spec, self.aux[-1], has_aux)
+        if self.calls and not self.exact and any(isinstance(x, FakeTensor) for x in tree.leaves(batch)):
+            raise _Feeds
+        dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
+        self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins))  # type: ignore[arg-type]
+        self.results.append(self._loss_and_aux(self.calls[-1], leaves))
+        return self._returned(leaves, spec, self.results[-1], has_aux)
 
-    def _results(self, leaves: list[torch.Tensor], spec: Any, aux: Any, has_aux: bool) -> Any:
-        with self.dyes.mode:
-            loss = torch.zeros((), device=leaves[0].device if leaves else None)
+    def _returned(self, leaves: list[torch.Tensor], spec: Any, result: tuple[torch.Tensor, Any], has_aux: bool) -> Any:
         grads = tree.unflatten(spec, [torch.empty_like(x) for x in leaves])
-        return ((loss, aux) if has_aux else loss), grads
+        return (result if has_aux else result[0]), grads
 
-    def _aux(self, call: Call) -> Any:
-        """What the loss function returns beside the loss, as fakes: the step may compute with it."""
+    def _loss_and_aux(self, call: Call, given: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """What the call gives beside gradients, as fakes: the step may compute with it."""
         leaves, mode = self.dyes.leaves, self.dyes.mode
+        if not (self.exact or call.has_aux):
+            with mode:
+                return torch.zeros((), device=given[0].device if given else None), None
+        call = self.seen(call, self.dyes)
         true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
         params = tree.unflatten(call.params_spec, true)
-        parts = call.batch.parts if isinstance(call.batch, step_.Microbatches) else [call.batch]
-        # Without the mode below, since a loss function need not be elementwise.
-        with _disable_current_modes(), looking(params, mode) as seen, one_rank():
-            return step_.join_aux([step_.read_loss(call.loss_fn(seen, part), True)[2] for part in parts])
+        return loss_and_aux(call.loss_fn, call.has_aux, params, call.batch, mode, self.row_ranks)
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         return self.reduce(leaves, local, "sum")[1]
@@ -195,22 +211,22 @@ class _Looking:
 
 
 class _Rehearsing(_Looking):
-    """The context of a run on the leaves that one rank holds: nothing is noted, aux values are those of the first run."""
+    """The context of a run on the leaves that one rank holds: nothing is noted, results are those of the first run."""
 
-    def __init__(self, dyes: Dyes, aux: list[Any]) -> None:
-        super().__init__(dyes)
-        self.known = iter(aux)
+    def __init__(self, first: _Looking) -> None:
+        super().__init__(first.dyes, first.seen, first.row_ranks, first.exact)
+        self.known = iter(first.results)
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
-        return self._results(*step_.check_params(params), next(self.known, None), has_aux)
+        return self._returned(*step_.check_params(params), next(self.known), has_aux)
 
 
 class _Elementwise(BatchIsReal):
     """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
 
-    def __init__(self, dyes: Dyes) -> None:
+    def __init__(self, dyes: Dyes, row_ranks: int) -> None:
         super().__init__(dyes.mode)
-        self.dyes = dyes
+        self.dyes, self.row_ranks = dyes, row_ranks
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -222,7 +238,23 @@ class _Elementwise(BatchIsReal):
                 return func(*args, **kwargs)
         if (dyed or sized) and func.namespace != "prim":
             self._check(func, name, [*dyed, *sized], (*args, *kwargs.values()))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        except RuntimeError as error:
+            if self.row_ranks > 1 and {Origin.ROWS, Origin.BATCH} <= self._origins((args, kwargs)):
+                raise StateError(
+                    f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a value_and_grad, which have the rows of all "
+                    "ranks, with a tensor of the batch, which has this rank's alone (batch='local'): pass both through the "
+                    "batch of a second value_and_grad and combine them there, or use batch='global'"
+                ) from error
+            raise
+        if not dyed:
+            hand_on(pytree.tree_leaves((args, kwargs)), out)
+        return out
+
+    @staticmethod
+    def _origins(args: Any) -> set[Origin]:
+        return {origin(x) for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
 
     def _check(self, func: Any, name: str, dyed: list[int], args: tuple) -> None:
         who, what = self.dyes.name(dyed[0]), str(func.overloadpacket)
@@ -260,22 +292,43 @@ class _Elementwise(BatchIsReal):
 
 
 def look(
-    step: Callable, init_state: Callable, params: Any, batch: Any, mode: FakeTensorMode
+    step: Callable,
+    init_state: Callable,
+    params: Any,
+    batch: Any,
+    mode: FakeTensorMode,
+    seen: Callable[[Call, Dyes], Call] = lambda call, dyes: call,
+    row_ranks: int = 1,
 ) -> tuple[Dyed, Callable[[Callable[[int], bool]], Any]]:
     """Run ``init_state`` and the step once on dyed fakes.
+
+    Args:
+        seen: makes of a call the one that is traced, which says the shapes and dtypes of its results.
+        row_ranks: how many ranks have rows of their own that are not in the batch.
 
     Returns:
         what it told, and a function from "is parameter i held?" to the state of a rank that holds those, as fakes.
 
     Raises:
-        StateError: a leaf is touched other than elementwise; the step returns a state of another structure than it
+        StateError: params, state or metrics have a container that trees do not look into; a leaf is touched other than elementwise; the step returns a state of another structure than it
             takes; a metric is a parameter; the step decides by the value of a tensor.
     """
+    check_containers("params", params)
     dyes = Dyes(params, batch, mode)
-    context = _Looking(dyes)
-    with torch.no_grad(), step_.bind(context), _Elementwise(dyes):
+    try:
+        return _look(step, init_state, batch, _Looking(dyes, seen, row_ranks, exact=False))
+    except _Feeds:
+        return _look(step, init_state, batch, _Looking(dyes, seen, row_ranks, exact=True))
+
+
+def _look(
+    step: Callable, init_state: Callable, batch: Any, context: _Looking
+) -> tuple[Dyed, Callable[[Callable[[int], bool]], Any]]:
+    dyes = context.dyes
+    with torch.no_grad(), step_.bind(context), _Elementwise(dyes, context.row_ranks):
         try:
             state = init_state(dyes.params())
+            check_containers("state", state)
             context.ledger = Ledger(tree.leaves(state))
             with context.ledger.watch():
                 new_state, metrics = _returned(step(state, batch))
@@ -286,6 +339,8 @@ def look(
                 "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
                 "value from the metrics"
             ) from error
+    for what, returned in (("state", new_state), ("metrics", metrics)):
+        check_containers(f"the step returns {what}: {what}", returned)
     spec, numbers = _numbers(state, dyes)
     new_spec, new_numbers = _numbers(new_state, dyes)
     if spec != new_spec:
@@ -304,7 +359,7 @@ def look(
     dyed = Dyed(
         dyes.spec,
         dyes.paths,
-        tuple(tuple(x.shape) for x in dyes.leaves),
+        dyes.shapes,
         tuple(x.dtype for x in dyes.leaves),
         spec,
         tuple(tree.paths(state)),
@@ -313,7 +368,7 @@ def look(
         tuple(context.sums),
         frozenset(context.ledger.free),
     )
-    return dyed, functools.partial(held_state, step, init_state, batch, dyes, context.aux)
+    return dyed, functools.partial(held_state, step, init_state, batch, context)
 
 
 def _returned(out: Any) -> tuple[Any, Any]:
@@ -327,17 +382,16 @@ def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
     return spec, tuple(map(dyes.of, leaves))
 
 
-def held_state(
-    step: Callable, init_state: Callable, batch: Any, dyes: Dyes, aux: list[Any], held: Callable[[int], bool]
-) -> Any:
+def held_state(step: Callable, init_state: Callable, batch: Any, first: _Looking, held: Callable[[int], bool]) -> Any:
     """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes.
 
     Raises:
         StateError: ``init_state`` or the step runs on all leaves, but not on some.
     """
+    dyes = first.dyes
     missing = next((i for i in range(len(dyes.leaves)) if not held(i)), None)
     who = "init_state"
-    with torch.no_grad(), step_.bind(_Rehearsing(dyes, aux)), _Elementwise(dyes):
+    with torch.no_grad(), step_.bind(_Rehearsing(first)), _Elementwise(dyes, first.row_ranks):
         try:
             state = init_state(dyes.params(held))
             who = "the step"

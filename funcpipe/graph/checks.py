@@ -111,3 +111,9 @@ def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
     """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank. None where the
     weight depends on params."""
     return None if n.heads[1] in reached(n, n.params) else extract(module, n.heads[1], n.batch)
+
+
+def batch_read(weight: fx.GraphModule | None, batch: int) -> list[int]:
+    """Which tensors of the batch, of so many, a function of `weight_of` reads."""
+    inputs = [] if weight is None else [x for x in weight.graph.nodes if x.op == "placeholder"]
+    return [k for k, x in enumerate(inputs[:batch]) if x.users]

@@ -1,8 +1,8 @@
 """Whether a total adds up: the total of a batch has to be the sum of the totals of its parts.
 
-Terms. A total is taken apart into a sum of *terms*, a number times a node. A term that does not come from the batch, such
-as a penalty on params, and a mean over the batch are the same in every part, so they add up only if their number grows
-with the batch: ``n_rows * l2``, ``n_rows * mean``. The number of a sum must not: ``sum / n_rows`` is a mean. Which numbers
+Terms. A total is taken apart into a sum of *terms*, a number times a node. A term that does not come from what is
+split of the batch, such as a penalty on params, and a mean over the batch are the same in every part, so they add up only
+if their number grows with the batch: ``n_rows * l2``, ``n_rows * mean``. The number of a sum must not: ``sum / n_rows`` is a mean. Which numbers
 grow is seen by tracing the loss a second time, on the whole batch. That is done only where it matters.
 
 In: the nodes of a joint graph, and a way to those of the whole batch. Out: nothing, or a BatchError.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +96,8 @@ def _check(t: Term, part: float, whole: float, growth: Sequence[float]) -> None:
         return
     if t.kind == FREE:
         raise BatchError(
-            f"a summand of Mean.total does not depend on the batch ({t}): it would be counted once for every microbatch "
-            "and shard. Multiply it by the weight (total + weight * l2), or add it to the gradients"
+            f"a summand of Mean.total does not depend on the batch ({t}), or only on leaves that every part gets "
+            "whole: it would be counted once for every microbatch and shard. Multiply it by the weight (total + weight * l2), or add it to the gradients"
         )
     if t.kind == NEITHER:
         raise BatchError(
@@ -110,16 +110,21 @@ def _check(t: Term, part: float, whole: float, growth: Sequence[float]) -> None:
     )
 
 
-def terms(n: Nodes, module: fx.GraphModule) -> list[Term]:
-    """The summands of the total."""
-    return list(_Terms(n, module).of(n.heads[0], 1.0))
+def terms(n: Nodes, module: fx.GraphModule, whole: Set[int] = frozenset()) -> list[Term]:
+    """The summands of the total.
+
+    Args:
+        whole: the numbers of the tensors of the batch that every part gets whole.
+    """
+    return list(_Terms(n, module, whole).of(n.heads[0], 1.0))
 
 
 class _Terms:
-    def __init__(self, n: Nodes, module: fx.GraphModule) -> None:
+    def __init__(self, n: Nodes, module: fx.GraphModule, whole: Set[int]) -> None:
         self.n, self.module = n, module
+        pieces = [x for x, k in n.batch.items() if k not in whole]
         ranked = [x for x in n.label if is_op(x) and x.target.namespace == "funcpipe"]  # type: ignore[union-attr]
-        self.from_batch = reached(n, [*n.batch, *ranked])  # what differs between ranks counts as from the batch
+        self.from_batch = reached(n, [*pieces, *ranked])  # what differs between ranks counts as from the batch
 
     def of(self, x: Any, number: float) -> Iterator[Term]:
         """The terms of ``number * x``."""

@@ -27,11 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import bind_mesh, one_rank
-from funcpipe.errors import CutError, FuncpipeError
+from funcpipe.errors import BatchError, CutError, FuncpipeError
 from funcpipe.graph.explain import explain, refuse_impure
 from funcpipe.graph.mutation import make_functional
 from funcpipe.graph.names import NAMED
 from funcpipe.graph.ops import MARK
+from funcpipe.lines import user_line
 from funcpipe.mesh import Axes, Mesh
 
 _TRACING = threading.RLock()  # make_fx keeps process-wide state
@@ -61,9 +62,14 @@ class Traced:
 
 
 class _Tracing:
-    """The context of a loss that is being traced: boundaries are marked; everything else is plain PyTorch."""
+    """The context of a loss that is being traced: boundaries are marked; everything else is plain PyTorch.
 
-    def __init__(self) -> None:
+    Args:
+        parts: whether the loss sees a part of the batch only.
+    """
+
+    def __init__(self, parts: bool) -> None:
+        self.parts = parts
         self.begin()
 
     def begin(self) -> None:
@@ -104,6 +110,9 @@ class _Tracing:
             MARK(2 * self.boundaries + 1 - self.segment)
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        by_row = torch._C._functorch.peek_interpreter_stack() is not None
+        if self.parts and not by_row:
+            loss_fn = _of_part(loss_fn, has_aux, params)
         return step_._plain(loss_fn, has_aux, params, batch)
 
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
@@ -126,6 +135,30 @@ class _Crossing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
+    """A loss function inside another one that sees a part of the batch. It is refused where another split would make another
+    gradient of it.
+
+    Raises:
+        BatchError: it is a mean over the part, or its gradient a sum over the rows of the part.
+    """
+
+    def run(inner: Any, batch: Any) -> Any:
+        out = loss_fn(inner, batch)
+        if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, step_.Mean):
+            raise BatchError(
+                f"value_and_grad is called inside a loss function{where} whose batch is split: every part would take the loss "
+                "and gradient of its own rows, and not those of the batch. Call it in the step: update params with its "
+                "gradient there, pass its loss or fp.Rows through the batch, and call value_and_grad a second time; or use "
+                "torch.func.vmap, for a gradient of every row"
+            )
+        return out
+
+    shared = any(x.requires_grad for x in tree.leaves(params) if isinstance(x, torch.Tensor))
+    where = user_line() or ""
+    return run
+
+
 def trace(
     loss_fn: Callable,
     has_aux: bool,
@@ -136,6 +169,7 @@ def trace(
     axes: Axes = (),
     rewriting: contextlib.AbstractContextManager = _AS_IT_IS,
     scale: torch.Tensor | float = 1.0,
+    parts: bool = False,
 ) -> Traced:
     """The joint graph of a loss function.
 
@@ -144,14 +178,16 @@ def trace(
         mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any name has one rank.
         rewriting: under what the loss function and its gradient run.
         scale: what the backward pass starts from: a number, or a 0-d fake that becomes the last placeholder.
+        parts: whether the batch is a part of that of the step.
 
     Raises:
+        BatchError: a ``value_and_grad`` inside, of a part.
         TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified input.
         AxisError: a collective over another axis.
         CutError: a boundary inside a checkpoint, or without a tensor.
     """
     found: dict[str, Any] = {}
-    context = _Tracing()
+    context = _Tracing(parts)
     leaves, moving = batch[0], [i for i, x in enumerate(batch[0]) if isinstance(x, torch.Tensor)]
 
     def joint(*tensors: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 
 from funcpipe import tree
@@ -43,6 +43,7 @@ from funcpipe.program import (
     stage_edges,
 )
 from funcpipe.records import Resolved
+from funcpipe.results import MADE_UP, with_values
 from funcpipe.runtime.plan import Plan, PlannedCall, Stages
 from funcpipe.runtime.predict import as_costs, load_of
 from funcpipe.schedule.actions import Schedule
@@ -54,8 +55,8 @@ from funcpipe.schedule.search import Auto
 from funcpipe.sequence.examine import Findings, examine
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.rewrite import rewriting
-from funcpipe.state import Call, Dyed, look
-from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Rows, describe, is_summary
+from funcpipe.state import Call, Dyed, Dyes, look
+from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Rows, describe, is_summary, without_inference
 
 
 class Found(NamedTuple):
@@ -87,11 +88,26 @@ class Planner:
         """The plan for batches like this one."""
         key = signature(batch)
         if key not in self.plans:
-            dyed, held_state = look(self.resolved.step, self.init_state, self.params, batch, FakeTensorMode())
+            r, batch = self.resolved, without_inference(batch)
+            ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
+            # In a mode of its own: a loss function that closes over what the step sees is refused when it is traced.
+            dyed, held_state = look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks)
+            dyed = replace(dyed, calls=tuple(map(self._taken, dyed.calls)))
             calls = tuple(self._call(k, self._computed(call), dyed) for k, call in enumerate(dyed.calls))
             check_used(self.resolved.remats, [c.cuts[0].saved for c in calls])
             self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
         return self.plans[key]
+
+    def _seen(self, call: Call, dyes: Dyes) -> Call:
+        """A call as one device would trace it: computed, on the rows that come with a batch."""
+        dtypes = tuple(self._whole_dtype(call, dyes, k) for k in range(len(call.params)))
+        batch = plan_splits(self.resolved, call.batch, call.origins).own_rows(call.batch)
+        return replace(self._computed(call), dtypes=dtypes, batch=batch)
+
+    def _taken(self, call: Call) -> Call:
+        """A call whose batch has no fakes but those of the planner."""
+        own = tree.map(lambda x: fake(x.shape, x, self.mode) if isinstance(x, FakeTensor) else x, call.batch)
+        return replace(call, batch=own)
 
     def _computed(self, call: Call) -> Call:
         """A call with the loss function that is traced."""
@@ -115,7 +131,7 @@ class Planner:
 
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
         r = self.resolved
-        splits = plan_splits(r, call.batch)
+        splits = plan_splits(r, call.batch, call.origins)
         search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Auto) else None
         schedule = None if search else self._schedule(splits.count)
         split = schedule is None or any(a.kind in "IW" for row in schedule.ranks for a in row)
@@ -211,7 +227,7 @@ class Planner:
                 out[k] = Sharded(Piece(k, dyed.shapes[i], chunk), axes, parts, summed, call.dtypes[k], whole, options)
         return out
 
-    def _whole_dtype(self, call: Call, dyed: Dyed, k: int) -> torch.dtype:
+    def _whole_dtype(self, call: Call, dyed: Dyed | Dyes, k: int) -> torch.dtype:
         """The dtype in which a loss function sees a parameter: what `sharded_weights` says, or `mixed_precision`."""
         path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
         r = self.resolved
@@ -269,6 +285,7 @@ class Planner:
             params = self._fakes(call, dyed)
             r = self.resolved
             findings = None
+            parts = bool(r.splits) or splits.count > 1
             if any(s and s[1].members > 1 for s in sequences):
                 tree_of_params = tree.unflatten(call.params_spec, params)
                 findings = examine(
@@ -285,11 +302,11 @@ class Planner:
                 )
             traced = trace(
                 call.loss_fn, call.has_aux, (params, call.params_spec), (local, spec), self.mode, r.mesh, r.split_axes,
-                rewriting(findings, member, bool(r.splits) or splits.count > 1), self._scale(),
+                rewriting(findings, member, parts), self._scale(), parts,
             )  # fmt: skip
             nodes = read_nodes(traced)
             weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
-            if self.resolved.splits or splits.count > 1:
+            if parts:
                 self._check_split(call, dyed, splits, traced, nodes, member)
             rows = {} if findings is None else _row_heads(traced, findings)
             saved = rematerialise(nodes, r.remats)
@@ -311,17 +328,19 @@ class Planner:
         parts = splits.count * (1 if r.local else r.mesh.axis_size(r.row_axes))
         longer = {p.size / p.length(member) for p in splits.parts if p.length(member)}  # the whole beside a slice of it
         growth = [parts * x for x in sorted(longer)] or [parts]
-        check_summands(terms(nodes, traced.module), growth, lambda: self._whole(call, dyed))
+        whole = splits.whole_tensors(call.batch, call.origins)
+        check_summands(terms(nodes, traced.module, whole), growth, lambda: self._whole(call, dyed, splits))
         _check_aux(traced.aux)
 
-    def _whole(self, call: Call, dyed: Dyed) -> list[Term] | None:
+    def _whole(self, call: Call, dyed: Dyed, splits: Splits) -> list[Term] | None:
         """The summands of the loss of a whole batch; None for ready microbatches."""
         if isinstance(call.batch, Microbatches):
             return None
-        leaves, spec = tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, self.mode), call.batch))
+        batch = splits.own_rows(call.batch)
+        leaves, spec = tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, self.mode), batch))
         params = (self._fakes(call, dyed), call.params_spec)
         traced = trace(call.loss_fn, call.has_aux, params, (leaves, spec), self.mode)
-        return terms(read_nodes(traced), traced.module)
+        return terms(read_nodes(traced), traced.module, splits.whole_tensors(call.batch, call.origins))
 
     def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]) -> None:
         """The weights of all parts of the batch add up, to what the loss function as written makes of the whole.
@@ -329,12 +348,15 @@ class Planner:
         if isinstance(call.batch, Microbatches) or None in weights.values():
             return  # ready microbatches: there is no whole batch to compare with
         r, moving = self.resolved, _tensors(call.batch)
+        batch, made = with_values(
+            call.batch, {moving[k] for w in weights.values() for k in checks.batch_read(w, len(moving))}
+        )
         scale = [None] if r.precision and r.precision.dynamic else []  # an input of the graph, but not of the weight
 
         def of_rank(rank: int) -> list[torch.Tensor]:
             weight = weights[splits.member(rank)]
             assert weight is not None
-            return [weight(*(leaves[i] for i in moving), *scale) for leaves in splits.microbatches(call.batch, rank)]
+            return [weight(*(leaves[i] for i in moving), *scale) for leaves in splits.microbatches(batch, rank)]
 
         axes = tuple(a for a in r.split_axes if not (r.local and a in r.row_axes))
         ranks = r.mesh.group(0, axes) if axes else (0,)
@@ -351,7 +373,9 @@ class Planner:
         fakes = self._fakes(call, dyed, call.dtypes if r.precision else None)
         params = tree.unflatten(call.params_spec, fakes)
         also = f" {ROUNDED.format(dtype=r.precision.compute)}" if r.precision else ""
-        checks.check_additive(call.loss_fn, call.has_aux, params, call.batch, parts, self.mode, also)
+        also += f" {MADE_UP.format(paths=made)}" if made else ""
+        whole = splits.own_rows(batch)
+        checks.check_additive(call.loss_fn, call.has_aux, params, whole, parts, self.mode, also)
 
 
 def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:
