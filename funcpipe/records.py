@@ -179,8 +179,23 @@ class Resolved:
     local: bool = False  # whether the batch that a rank gets is its own rows already
 
     def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
-        """S: the axes that a parameter is sharded over; a 0-d parameter stays whole."""
-        return self.mesh.ordered(a for r in self._shards_of(path) for a in r.axes) if shape else ()
+        """S: the axes that a parameter is sharded over; a 0-d parameter stays whole.
+
+        Raises:
+            StackError: several records shard it over the same axis.
+        """
+        if not shape:
+            return ()
+        found: dict[str, Record] = {}
+        for r in self._shards_of(path):
+            for axis in r.axes:
+                other = found.setdefault(axis, r)
+                if other is not r:
+                    raise StackError(
+                        f"params{path} is sharded over axis {axis!r} by both {other} and {r}: an axis cuts a leaf "
+                        "once. Give each its own leaves (only=...)"
+                    )
+        return self.mesh.ordered(found)
 
     def shard_options(self, path: str) -> Shard:
         """The options of a sharded parameter; StackError when several records shard it with different ones."""
@@ -250,7 +265,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         if len(set(r.axes)) < len(r.axes):
             raise StackError(f"{r} names an axis twice")
     place = list(mesh.axes).index
-    records = tuple(sorted(records, key=lambda r: ([place(a) for a in r.axes], r.name)))
+    records = tuple(sorted(records, key=lambda r: ([place(a) for a in r.axes], r.name, r.text)))
     _check_pairs(records)
     unused = [a for a in mesh.axes if not any(a in r.axes for r in records)]
     if unused:
@@ -290,8 +305,13 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
             if shared and (a.pipe or b.pipe):
                 raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")
             both = set(a.roles) & set(b.roles)
-            if shared and both:
+            if shared and both and not _may_share(a, b):
                 raise StackError(f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis")
+
+
+def _may_share(a: Record, b: Record) -> bool:
+    """Whether two records may share an axis: each may shard its own leaves, which are known with the params."""
+    return bool(a.shard and b.shard and (a.shard.only or b.shard.only))
 
 
 def require_positive(who: str, name: str, value: Any) -> None:

@@ -91,6 +91,32 @@ def test_two_shardings_of_one_leaf_need_the_same_options() -> None:
     )
 
 
+def test_two_shardings_of_one_leaf_over_one_axis() -> None:
+    stack = [
+        fp.data_parallel(axis=("a", "b")),
+        fp.sharded_weights(axis=("a", "b")),
+        fp.sharded_weights(axis="a", only=lambda path: "w" in path),
+    ]
+    run = fp.simulate(fp.compose(*stack)(clipped), fp.Mesh(a=2, b=2))
+    with pytest.raises(fp.errors.StackError) as error:
+        run.init(start, linear_params(), linear_batch(0, [1] * 4))
+    assert str(error.value) == (
+        "params['w'] is sharded over axis 'a' by both sharded_weights(axis='a') and sharded_weights(axis='a', axis='b'): an "
+        "axis cuts a leaf once. Give each its own leaves (only=...)"
+    )
+
+
+def test_a_leaf_of_no_dim_is_sharded_by_nobody() -> None:
+    """It stays whole, whoever names it."""
+    own = [
+        fp.sharded_weights(axis="data", only=lambda path: path in ("['w']", "['scale']")),
+        fp.sharded_weights(axis="data", only=lambda path: path != "['w']"),
+    ]
+    run = fp.simulate(fp.compose(data, *own)(clipped), fp.Mesh(data=2))
+    state = run.init(start, linear_params(), linear_batch(0, [1, 1]))
+    assert [tuple(params["scale"].shape) for params, _ in state] == [(), ()]
+
+
 @pytest.mark.parametrize(
     ("touch", "text"),
     [

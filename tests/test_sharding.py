@@ -130,7 +130,14 @@ def splits(draw: st.DrawFn, axes: list[str]) -> list[Callable]:
 
 @st.composite
 def shardings(draw: st.DrawFn, axes: list[str]) -> list[Callable]:
-    """One `sharded_weights` over all axes, or one for each: for all leaves, or each for its own with its own options."""
+    """One `sharded_weights` over all axes, or one for each: for all leaves, or each for its own with its own options; or
+    two that share axes, each for its own leaves."""
+    if draw(st.booleans()):
+        some = draw(st.lists(st.sampled_from(axes), unique=True, min_size=1))
+        return [
+            fp.sharded_weights(axis=tuple(some), only=Only(False), **draw(options)),
+            fp.sharded_weights(axis=tuple(axes), only=Only(True), **draw(options)),
+        ]
     if len(axes) == 1 or draw(st.booleans()):
         only = draw(st.none() | st.builds(Only, st.booleans()))
         return [fp.sharded_weights(axis=tuple(axes), only=only, **draw(options))]
@@ -192,6 +199,31 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
             fp.data_parallel(axis="a"),
             fp.sharded_weights(axis="a", only=lambda path: "embed" in path, regather="step", bucket_bytes=1),
             fp.sharded_weights(axis="b", only=lambda path: "embed" not in path, reduce="last", prefetch=3),
+        ],
+    ),
+    "own leaves over nested axes": (
+        fp.Mesh(a=2, b=2),
+        [
+            fp.data_parallel(axis=("a", "b")),
+            fp.sharded_weights(axis=("a", "b"), only=Only(False)),
+            fp.sharded_weights(axis="a", only=Only(True)),
+        ],
+    ),
+    "own leaves over overlapping axes, of which one splits nothing": (
+        fp.Mesh(a=2, b=3, pipe=2),
+        [
+            pipe,
+            fp.data_parallel(axis="a"),
+            fp.sharded_weights(axis=("a", "b"), only=Only(False), reduce="last"),
+            fp.sharded_weights(axis="b", only=Only(True)),
+        ],
+    ),
+    "own leaves and options over one axis": (
+        fp.Mesh(data=3),
+        [
+            data,
+            fp.sharded_weights(axis="data", only=Only(False), regather="step", reduce="last"),
+            fp.sharded_weights(axis="data", only=Only(True), reduce_dtype=torch.float64),
         ],
     ),
 }

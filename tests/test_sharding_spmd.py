@@ -57,6 +57,14 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
     "pipe=2 data=2": (fp.Mesh(pipe=2, data=2), [PIPE, DATA, sharded(regather="step", reduce="last")]),
     "data=2 pipe=2": (fp.Mesh(data=2, pipe=2), [sharded(prefetch=2), DATA, PIPE]),
     "data=4": (FOUR, [TWICE, DATA, sharded(bucket_bytes=200)]),
+    "a=2 b=2, own leaves": (
+        fp.Mesh(a=2, b=2),
+        [
+            fp.data_parallel(axis=("a", "b")),
+            sharded(("a", "b"), only=lambda path: "embed" in path),
+            sharded("a", only=lambda path: "embed" not in path, regather="step"),
+        ],
+    ),
     "data=4 low": (FOUR, [TWICE, DATA, sharded(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)]),
     "rows not in mesh order": (fp.Mesh(a=2, b=2), [fp.data_parallel(axis=("b", "a")), sharded("b")]),
     "S not in V": (fp.Mesh(x=2, data=2), [DATA, sharded(("data", "x"))]),

@@ -47,8 +47,9 @@ def sharded_weights(
         A step with the same interface and the same numbers. Outside ``value_and_grad`` a rank sees its shards.
 
     Raises:
-        StackError: an option that is none; once a plan is made, several `sharded_weights` that shard one leaf with
-            different options. With ``only`` each may shard its own leaves over axes, and with options, of its own.
+        StackError: an option that is not valid; once a plan is made, several `sharded_weights` that shard one leaf over
+            one axis, or with different options. With ``only`` each may shard its own leaves over axes, and with
+            options, of its own: dense leaves over ``("data", "expert")`` and experts over ``"data"``, for instance.
 
     Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; Zhao et al. 2023,
     "PyTorch FSDP".

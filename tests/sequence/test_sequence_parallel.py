@@ -65,6 +65,17 @@ def test_any_stack(model: Transformer, data: st.DataObject) -> None:
     check(model, step, fp.Mesh(**{a: sizes[a] for a in order}), parts=microbatches * sizes["data"])
 
 
+def test_leaves_sharded_over_the_data_and_the_sequence_and_others_over_one_of_them() -> None:
+    model = Transformer(layers=1, rows=4, heads=4, kv_heads=2, call="three")
+    step = fp.compose(
+        fp.seq_all_to_all(axis="seq", dims=model.dims),
+        fp.data_parallel(axis="data"),
+        fp.sharded_weights(axis=("data", "seq"), only=lambda path: "embed" in path),
+        fp.sharded_weights(axis="seq", only=lambda path: "embed" not in path, reduce="last"),
+    )(model.step)
+    check(model, step, fp.Mesh(data=2, seq=2), parts=2)
+
+
 def test_every_order_of_stacking_is_the_same_program() -> None:
     """All orders resolve alike; every fifth is run, and has the same bits."""
     model = Transformer(layers=1, rows=4, heads=4, kv_heads=2, call="three")
