@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from funcpipe import random
 from funcpipe.errors import ModuleError
-from funcpipe.stand_in import Slot, Slots, check_references, slots, stand_in
+from funcpipe.stand_in import Slot, Slots, check_hooks, check_references, slots, stand_in
 from funcpipe.step import Mean, describe, stage_boundary
 
 Tensors = dict[str, torch.Tensor]
@@ -54,7 +54,7 @@ def from_module(
 
     Raises:
         ModuleError: a boundary that matches nothing; parameters that are not there yet (lazy), share memory without being
-            tied, or are expanded; a submodule that the module refers to where no copy can follow, as
+            tied, are expanded, or have hooks of their own; a submodule that the module refers to where no copy can follow, as
             ``torch.compile`` and wrappers of ``forward`` do. In a call: params or buffers with missing or unexpected names
             or other shapes; a buffer that appears or vanishes.
 
@@ -93,7 +93,9 @@ def from_module(
 
     A call runs on a copy of its own (`stand_in.py`), which holds the same Python values as the module: tensors that are
     neither parameters nor buffers are closed over (register them as buffers), and attributes that the call sets are gone
-    after it.
+    after it. Other Python objects, classes and functions that keep tensors (tables, an ``lru_cache``) are put back after
+    each run on fakes, so that a plan leaves no trace in the module. Forward and full backward hooks of modules are called;
+    those of saving and loading are not.
 
     Hugging Face models (transformers 5; Llama, GPT-2 and T5 are tested): ``attn_implementation="sdpa"`` or ``"eager"``;
     no dropout in the config, or eval mode; ``use_cache=False`` in the call (where the sequence is split: ``use_cache=True``,
@@ -110,6 +112,7 @@ def from_module(
     _check_module(module)
     paths = _boundary_paths(module, boundaries)
     has = slots(module)
+    check_hooks(has)
     params, buffers = ({x.name: _own(x.tensor, copy) for x in some} for some in (has.params, has.buffers))
 
     def apply_fn(
@@ -117,6 +120,7 @@ def from_module(
     ) -> tuple[Any, Tensors]:
         """Call the module on other parameters and buffers; see `from_module`."""
         has = slots(module)
+        check_hooks(has)
         _check_tensors("apply_fn: params", params, has.params, has)
         _check_tensors("apply_fn: buffers", buffers, has.buffers, has)
         trained = {x.name: params[x.name] if x.tensor.requires_grad else params[x.name].detach() for x in has.params}

@@ -18,6 +18,7 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import one_rank
 from funcpipe.graph.fakes import fake, looking
+from funcpipe.graph.restore import restored
 from funcpipe.step import Microbatches, Rows, is_summary
 
 _ORIGIN = "_funcpipe_origin"  # an attribute of fakes
@@ -68,7 +69,8 @@ def loss_and_aux(
     """
     parts = batch.parts if isinstance(batch, Microbatches) else [batch]
     # Without the modes of the step, since a loss function need not be elementwise.
-    with _disable_current_modes(), step_.bind(None), looking(params, mode) as seen, one_rank():
+    unbound, alone = step_.bind(None), one_rank()
+    with _disable_current_modes(), unbound, restored(loss_fn), looking(params, mode) as seen, alone:
         read = [step_.read_loss(loss_fn(seen, part), has_aux) for part in parts]
         total, weight, first = read[0]
         loss = total if weight is None else step_.mean(total, weight)

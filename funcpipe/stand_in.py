@@ -12,6 +12,7 @@ follow.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MethodType
@@ -27,6 +28,19 @@ from funcpipe.errors import ModuleError
 from funcpipe.step import describe
 
 _LEAVES = frozenset([type(None), bool, int, float, str])
+_HOOKS = {
+    "register_hook": "_backward_hooks",
+    "register_post_accumulate_grad_hook": "_post_accumulate_grad_hooks",
+}
+# Hooks of saving and loading: they play no part in a call, whatever they hold.
+_LOADING = frozenset(
+    [
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    ]
+)
 
 
 class Slot(NamedTuple):
@@ -67,9 +81,29 @@ def stand_in(module: nn.Module, has: Slots, tensors: dict[str, torch.Tensor]) ->
     for _, m in has.modules:
         copy = new[id(m)]
         copy.__dict__.update((key, x if type(x) in _LEAVES else _moved(x, new)) for key, x in m.__dict__.items())
+        copy.__dict__["_apply"] = functools.partial(_apply, weakref.ref(copy))
         if m.training and _may_normalize(m):
             copy.__dict__["forward"] = _with_open_batch_norm(copy.forward)
     return new[id(module)]
+
+
+def _apply(module: weakref.ref, fn: Callable, recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``, of which ``.to()``, ``.float()`` and their like are made, with new tensors in the slots. Torch's
+    writes to those that are there: to the caller's params, and no gradient goes through a cast."""
+    m = module()
+    assert m is not None  # its method is being called
+    for child in m.children() if recurse else ():
+        child._apply(fn)
+    for tensors in (m._parameters, m._buffers):
+        for key, x in tensors.items():
+            converted = None if x is None else fn(x)
+            if converted is not x and type(m)._apply is not nn.Module._apply:
+                raise ModuleError(
+                    f"{type(m).__name__} is converted in forward (.to(), .float() and their like), and refers to {key!r} "
+                    "in more places than one: convert it before from_module"
+                )
+            tensors[key] = converted
+    return m
 
 
 def _moved(x: Any, new: dict[int, Any]) -> Any:
@@ -165,6 +199,18 @@ def _instance_norm(
 # ---- what a stand-in cannot follow
 
 
+def check_hooks(has: Slots) -> None:
+    """ModuleError where a parameter has hooks of its own."""
+    for name, x in (*has.params, *has.buffers):
+        for made_by in ("register_hook", "register_post_accumulate_grad_hook"):
+            if getattr(x, _HOOKS[made_by]):
+                raise ModuleError(
+                    f"parameter {name!r} has a hook ({made_by}): plain PyTorch calls it with the whole gradient, but in a "
+                    "step each microbatch of each shard has a part of it. Do what the hook does in the step, to "
+                    f"grads[{name!r}] as value_and_grad returns it, and remove the hook"
+                )
+
+
 def check_references(has: Slots) -> None:
     """ModuleError unless every module and tensor is referred to only where `stand_in` finds it."""
     own = {id(m): f"submodule {path!r}" if path else "the module itself" for path, m in has.modules}
@@ -172,7 +218,7 @@ def check_references(has: Slots) -> None:
     seen: set[tuple[int, bool]] = set()
     for path, m in has.modules:
         for key, x in m.__dict__.items():
-            held = _out_of_reach(x, True, own, seen)
+            held = None if key in _LOADING else _out_of_reach(x, True, own, seen)
             if held:
                 raise ModuleError(
                     f"{f'{path}.{key}' if path else key} is {describe(x)} that holds {held}, where a call cannot put other "

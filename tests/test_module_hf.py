@@ -205,6 +205,56 @@ def test_it_writes_after_training() -> None:
     assert torch.equal(written, expected)
 
 
+# ---- others, whose ways a call has to bear
+
+SMALL = {**TOKENS, "hidden_size": 16, "num_hidden_layers": 1}
+HOOKED = {
+    "mamba": lambda: transformers.MambaForCausalLM(
+        transformers.MambaConfig(**SMALL, state_size=4, intermediate_size=32)
+    ),
+    "mamba2": lambda: transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+    ),
+    "esm": lambda: transformers.EsmForMaskedLM(
+        transformers.EsmConfig(**SMALL, num_attention_heads=2, intermediate_size=24, position_embedding_type="rotary")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_load_old_checkpoints_play_no_part(name: str) -> None:
+    torch.manual_seed(0)
+    model = HOOKED[name]().double().eval()
+    tokens = make_batch(0, llama)["input_ids"]
+    apply_fn, params, buffers = from_module(model)
+    out, _ = apply_fn(params, buffers, tokens)
+    assert torch.equal(out.logits, model(tokens).logits)
+
+
+def test_a_model_whose_functions_cache_tensors() -> None:
+    """DINOv3's patch coordinates, before, in and after a plan."""
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+    )
+    model = transformers.DINOv3ViTModel(config).double().eval()
+    apply_fn, params, buffers = from_module(model)
+
+    def loss_fn(params: Any, batch: Any) -> fp.Mean:
+        out, _ = apply_fn(params, batch["buffers"], batch["x"])
+        return fp.Mean(out.pooler_output.square().sum(), torch.ones_like(batch["x"][:, 0, 0, 0]).sum())
+
+    def step(params: Any, batch: Any) -> Any:
+        loss, grads = fp.value_and_grad(loss_fn)(params, {**batch, "buffers": buffers})
+        return optree.tree_map(lambda p, g: p - 0.1 * g, params, grads), {"loss": loss}
+
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = model(x).pooler_output
+    fast = fp.data_parallel(step, axis="data", dims={"x": 0, "buffers": None})
+    assert_equivalent(step, fast, fp.Mesh(data=2), lambda p: p, params, [{"x": x}], rtol=FLOAT64)
+    assert torch.equal(model(x).pooler_output, before)
+
+
 def test_the_mean_that_labels_give_is_refused() -> None:
     apply_fn, params, buffers = from_module(build(llama), BLOCKS[llama])
 

@@ -24,6 +24,7 @@ from funcpipe.errors import BatchError
 from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.ops import extract
+from funcpipe.graph.restore import restored
 from funcpipe.graph.summands import reached
 from funcpipe.sequence import hook
 from funcpipe.sequence.attention import Intercept
@@ -67,7 +68,7 @@ def check_additive(
     """
     token = step_._context.set(_Whole())  # type: ignore[arg-type]
     try:
-        with looking(params, mode) as seen, one_rank(), hook.bound(_Glancing()), Intercept():
+        with restored(loss_fn), looking(params, mode) as seen, one_rank(), hook.bound(_Glancing()), Intercept():
             weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
     finally:
         step_._context.reset(token)

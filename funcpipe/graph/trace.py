@@ -32,6 +32,7 @@ from funcpipe.graph.explain import explain, refuse_impure
 from funcpipe.graph.mutation import make_functional
 from funcpipe.graph.names import NAMED
 from funcpipe.graph.ops import MARK
+from funcpipe.graph.restore import restored
 from funcpipe.lines import user_line
 from funcpipe.mesh import Axes, Mesh
 
@@ -211,7 +212,7 @@ def trace(
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes)
     with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
-            with rewriting:
+            with rewriting, restored(loss_fn):
                 module = make_fx(joint, tracing_mode="fake")(*tensors)
             if not make_functional(module):
                 pure = torch.func.functionalize(module, remove="mutations")

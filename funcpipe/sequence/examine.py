@@ -26,6 +26,7 @@ from funcpipe.collectives import bind_mesh
 from funcpipe.errors import BatchError, FuncpipeError, SequenceError
 from funcpipe.graph.explain import explain
 from funcpipe.graph.fakes import fake
+from funcpipe.graph.restore import restored
 from funcpipe.lines import line_of
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.sequence import backward, known
@@ -206,7 +207,8 @@ class _Run:
         inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
         self.count = len([self.tape.new(x) for x in inputs])
         try:
-            with step_.bind(None), bind_mesh(mesh, task.axes):  # type: ignore[arg-type]  # a boundary is nothing here
+            unbound = step_.bind(None)  # type: ignore[arg-type]  # a boundary is nothing here
+            with restored(task.loss_fn), unbound, bind_mesh(mesh, task.axes):
                 run(self.tape, lambda: self._call(task, held, tree.unflatten(task.spec, data)))
         except Exception as error:
             self.error = error
