@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from funcpipe import tree
 from funcpipe.errors import TraceError
+from funcpipe.graph.grouped import explain_grouped
 from funcpipe.graph.mutation import mutates
 from funcpipe.graph.ops import MARK, is_seeded
 from funcpipe.lines import line_of
@@ -66,6 +67,9 @@ def _refuse_random(forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> N
 def explain(error: Exception, loss_fn: Callable) -> Exception:
     """The error of a trace in the words of the user's own code, where its kind is known; else the error itself."""
     where, text = line_of(error) or "", str(error)
+    grouped = explain_grouped(error)
+    if grouped is not None:
+        return grouped
     if isinstance(error, BY_VALUE) or ".numpy() is not supported" in text:
         return TraceError(
             f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or a tensor as index): "

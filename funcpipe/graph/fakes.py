@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from funcpipe import tree
+from funcpipe.graph.grouped import explain_grouped
 from funcpipe.step import differentiable
 
 
@@ -33,7 +34,10 @@ def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
         params: fakes of ``mode``.
     """
     with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), BatchIsReal(mode):
-        yield tree.map(lambda x: x.detach().requires_grad_() if differentiable(x) else x, params)
+        try:
+            yield tree.map(lambda x: x.detach().requires_grad_() if differentiable(x) else x, params)
+        except RuntimeError as error:
+            raise explain_grouped(error) or error from error
 
 
 class BatchIsReal(TorchDispatchMode):
