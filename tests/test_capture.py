@@ -257,3 +257,23 @@ def test_too_little_memory_says_what_the_plan_needs() -> None:
     text = too_large(rank, state, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
     assert text.startswith("rank 0 is out of memory on cpu: beside its state of 24 B the plan predicts ")
     assert text.endswith("or checkpoint the blocks. CUDA out of memory. Tried")
+
+
+def test_too_little_memory_for_a_copy_of_the_experts_for_every_token() -> None:
+    def loss_fn(experts: torch.Tensor, x: torch.Tensor) -> fp.Mean:
+        chosen = experts[(x.sum(1) > 0).long()]
+        return fp.Mean((x[:, None] @ chosen).square().sum(), torch.tensor(float(len(x))))
+
+    def step(experts: torch.Tensor, x: torch.Tensor) -> Any:
+        loss, grads = fp.value_and_grad(loss_fn)(experts, x)
+        return experts - grads, {"loss": loss}
+
+    run = fp.simulate(fp.accumulated(step, microbatches=2), fp.Mesh())
+    x = torch.ones(8, 3)
+    state = run.init(lambda p: p, torch.ones(2, 3, 4), x)
+    rank = Rank(run.plan(state, x), run._ranks.communicators[0])
+    text = too_large(rank, state, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
+    assert (
+        "192 B of a microbatch are copies of experts' weights, one for every token, as batched_mm makes them: use grouped "
+        'products (F.grouped_mm; in transformers config._experts_implementation = "grouped_mm"). CUDA out'
+    ) in text

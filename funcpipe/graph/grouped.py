@@ -4,20 +4,24 @@ Torch's own fake takes bfloat16 alone, while the kernels take float32 and float1
 it leaves out the padding of the rows that the kernels make (2.13).
 
 In: fakes of the operands. Out: a fake of the product; or an error as the kernel raises it, which
-`explain_grouped` puts into words with the user's line.
+`explain_grouped` puts into words with the user's line. And what experts take that do without them.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses import fake_impls
 
 from funcpipe.errors import TraceError
+from funcpipe.graph.ops import base_of
 from funcpipe.lines import line_of
 
 GROUPED = torch.ops.aten._grouped_mm.default
+_TAKES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 16  # bytes
 _DTYPE = "Expected inputs of BF16 type"  # so torch's fake begins
@@ -65,6 +69,23 @@ def _check_strides(name: str, x: torch.Tensor) -> None:
 
 if GROUPED not in fake_impls.op_implementations_dict:
     fake_impls.register_op_impl(GROUPED)(_product)
+
+
+def copied_experts(graph: fx.Graph, params: int) -> int:
+    """Bytes of weights of experts that are copied for every token, as ``batched_mm`` does before its product.
+
+    Args:
+        graph: of a loss function, whose first ``params`` placeholders are the params'.
+    """
+    weights = set(itertools.islice((x for x in graph.nodes if x.op == "placeholder"), params))
+    found = 0
+    for node in graph.nodes:
+        if node.target not in _TAKES or base_of(node.args[0]) not in weights:
+            continue
+        copies, source = node.meta["val"], node.args[0].meta["val"]
+        if copies.dim() == source.dim() == 3 and copies.numel() > source.numel():
+            found += copies.nbytes
+    return found
 
 
 def explain_grouped(error: BaseException) -> TraceError | None:

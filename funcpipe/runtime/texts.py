@@ -12,6 +12,7 @@ import torch
 
 from funcpipe import tree
 from funcpipe.graph.code import bytes_text
+from funcpipe.graph.grouped import copied_experts
 from funcpipe.runtime.rank import Rank
 
 
@@ -24,7 +25,19 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
         f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of {held} the plan predicts {activations} "
         f"of activations, {gathered} of gathered params and {gradients} of gradients. Use more and smaller microbatches, a "
         "schedule that holds fewer of them (fp.schedules.one_f_one_b(), v_half() or auto(memory_limit=...)), or checkpoint "
-        f"the blocks. {str(error).splitlines()[0]}"
+        f"the blocks.{_experts(rank)} {str(error).splitlines()[0]}"
+    )
+
+
+def _experts(rank: Rank) -> str:
+    """What to say of experts whose weights are copied for every token."""
+    traced = [cut.traced for call in rank.plan.calls for cut in call.cuts[:1]]
+    copied = sum(copied_experts(t.module.graph, t.params) for t in traced)
+    if not copied:
+        return ""
+    return (
+        f" {bytes_text(copied)} of a microbatch are copies of experts' weights, one for every token, as batched_mm makes "
+        'them: use grouped products (F.grouped_mm; in transformers config._experts_implementation = "grouped_mm").'
     )
 
 
