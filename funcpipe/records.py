@@ -134,10 +134,34 @@ class Step:
         return f"<step {getattr(self.fn, '__name__', self.fn)!s}{stack}>"
 
 
+class Transform:
+    """A transform to apply to a step later."""
+
+    def __init__(self, apply: Callable[[Any], Any], name: str) -> None:
+        self.apply, self.name = apply, name
+
+    def __call__(self, *step: Any) -> Any:
+        if len(step) != 1:
+            raise StackError(self.unapplied())
+        return self.apply(step[0])
+
+    def unapplied(self) -> str:
+        """What to say where a step is expected."""
+        return (
+            f"{self.name} is a transform that was not applied to a step: it got no step, and stands where one is "
+            "expected. Write it with the step as its first argument, or fp.compose(...)(step)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<transform {self.name}>"
+
+
 def record(step: Callable | None, what: Record) -> Any:
     """Put a record on a step; without a step, a transform to apply later."""
     if step is None:
-        return functools.partial(record, what=what)
+        return Transform(functools.partial(record, what=what), str(what))
+    if isinstance(step, Transform):
+        raise StackError(f"{what}: {step.unapplied()}")
     if not callable(step):
         raise StackError(
             f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, metrics)"
@@ -160,7 +184,8 @@ def compose(*transforms: Callable) -> Callable[[Callable], Step]:
             step = transform(step)
         return step
 
-    return all_of_them
+    names = [t.name if isinstance(t, Transform) else getattr(t, "__name__", repr(t)) for t in transforms]
+    return Transform(all_of_them, f"compose({', '.join(names)})")
 
 
 @dataclass(frozen=True)
@@ -257,6 +282,8 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         MeshError: a record names an axis that the mesh lacks.
         StackError: two records that do not go together, or an axis of the mesh that nothing uses.
     """
+    if isinstance(step, Transform):
+        raise StackError(step.unapplied())
     if not isinstance(mesh, Mesh):
         raise MeshError(f"the mesh is {describe(mesh)}; write fp.Mesh(...) with a size for every axis")
     records = step.records if isinstance(step, Step) else ()

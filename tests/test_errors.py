@@ -88,7 +88,10 @@ OPTIONS: dict[str, tuple[Callable, str]] = {
         "schedule is one_f_one_b, not a function \\(ranks, microbatches\\).*fp.schedules.one_f_one_b\\(\\)",
     ),
     "schedule laid out": (lambda: pipe(STEP, schedule=one_f_one_b()(2, 2)), "schedule is a Schedule, not a function"),
-    "schedule word": (lambda: pipe(STEP, schedule="1f1b"), "schedule is a str, not a function"),
+    "schedule word": (
+        lambda: pipe(STEP, schedule="one_f_two_b"),
+        "pipelined: no schedule is called 'one_f_two_b'; did you mean one_f_one_b\\? There are: gpipe, .*forward_only; and 'auto'",
+    ),
     "step": (lambda: pipe(3), "pipelined: the step is an int; pass a function \\(state, batch\\)"),  # type: ignore[arg-type]
 }
 
@@ -98,6 +101,40 @@ def test_options(name: str) -> None:
     make, text = OPTIONS[name]
     with pytest.raises(StackError, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        (fp.pipelined(axis="pipe", microbatches=2), "pipelined(axis='pipe')"),
+        (fp.mixed_precision(compute="bfloat16"), "mixed_precision(compute='bfloat16')"),
+        (fp.compose(pipe, fp.data_parallel(axis="data")), "compose(pipe, data_parallel(axis='data'))"),
+    ],
+)
+def test_a_transform_that_was_never_applied(transform: Any, name: str) -> None:
+    words = (f"{name} is a transform that was not applied to a step", "Write it with the step", "fp.compose(...)(step)")
+    for run in (fp.simulate, fp.spmd):
+        with refused(StackError, *words):
+            run(transform, TWO)  # type: ignore[operator]
+    with refused(StackError, *words):
+        transform({}, {})
+    with refused(StackError, "accumulated(): ", *words):
+        fp.accumulated(transform, microbatches=2)
+    assert repr(transform) == f"<transform {name}>"
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("1f1b", fp.schedules.one_f_one_b()),
+        ("1F1B", fp.schedules.one_f_one_b()),
+        ("zb-v", fp.schedules.zb_v()),
+        ("interleaved_1f1b", fp.schedules.interleaved_1f1b(2)),
+    ],
+)
+def test_a_schedule_by_its_name(name: str, same: Callable) -> None:
+    found = pipe(STEP, schedule=name).records[0].pipe.schedule
+    assert found.__name__ == same.__name__ and found(2, 4) == same(2, 4)
 
 
 def test_a_mesh_is_a_mesh() -> None:

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from funcpipe.errors import StackError
+from funcpipe.errors import ScheduleError, StackError
 from funcpipe.mesh import as_axes
 from funcpipe.records import Micro, Pipe, Record, record, require_positive
 from funcpipe.schedule.actions import ScheduleFn
+from funcpipe.schedule.catalogue import by_name
 from funcpipe.schedule.library import one_f_one_b
 from funcpipe.schedule.search import auto
 from funcpipe.step import describe
@@ -30,8 +31,8 @@ def pipelined(
         step: the step; without it, a transform to apply later.
         axis: the mesh axis; its ranks hold the stages.
         microbatches: into how many the batch is split; None takes them as `fp.Microbatches` brings them.
-        schedule: one of `fp.schedules`, or a function ``(ranks, microbatches) -> Schedule``; 1F1B by default. "auto"
-            measures the units when the runner is initialised, then chooses schedule and stages together;
+        schedule: one of `fp.schedules`, called or by its name ("zb_v", "1f1b"; two stages a rank, where that is free), or a
+            function ``(ranks, microbatches) -> Schedule``; 1F1B by default. "auto" measures the units when the runner is initialised, then chooses schedule and stages together;
             ``fp.schedules.auto(...)`` chooses by costs that it is given (else by FLOPs), under a memory limit.
         stages: how segments (what lies between two boundaries) are grouped: "balanced" by FLOPs, "even" by count, or
             a list that says how many segments each stage gets.
@@ -52,8 +53,8 @@ def pipelined(
     if microbatches is not None:
         require_positive("pipelined", "microbatches", microbatches)
     profile = schedule == "auto"
-    schedule = auto() if schedule == "auto" else schedule or one_f_one_b()
-    if isinstance(schedule, str) or not _lays_out(schedule):
+    schedule = auto() if profile else _by_name(schedule) if isinstance(schedule, str) else schedule or one_f_one_b()
+    if not _lays_out(schedule):
         raise StackError(
             f"pipelined: schedule is {getattr(schedule, '__name__', describe(schedule))}, not a function (ranks, microbatches) -> "
             "Schedule; pass one of fp.schedules, called: fp.schedules.one_f_one_b() or fp.schedules.from_table(rows)"
@@ -66,6 +67,13 @@ def pipelined(
         stages = tuple(stages)
     pipe = Pipe(schedule, stages, profile)
     return record(step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe))
+
+
+def _by_name(name: str) -> ScheduleFn:
+    try:
+        return by_name(name)
+    except ScheduleError as error:
+        raise StackError(f"pipelined: {error}; and 'auto', which chooses one") from None
 
 
 def _lays_out(schedule: Any) -> bool:

@@ -38,13 +38,14 @@ _FACTORIES: tuple[Callable[..., ScheduleFn], ...] = (
     forward_only,
 )
 NAMES: tuple[str, ...] = tuple(factory.__name__ for factory in _FACTORIES)
+_SHORT = {"1f1b": "one_f_one_b"}
 
 
 def by_name(name: str, v: int | None = None) -> ScheduleFn:
     """The schedule of a name.
 
     Args:
-        name: one of ``NAMES``; dashes count as underscores.
+        name: one of ``NAMES``, or "1f1b"; dashes count as underscores.
         v: stages a rank, for those that take a number (2 by default).
 
     Raises:
@@ -57,6 +58,7 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
     funcpipe.errors.ScheduleError: no schedule is called 'zbv'; did you mean zb_v? There are: gpipe, one_f_one_b, ...
     """
     plain = name.replace("-", "_").lower()
+    plain = _SHORT.get(plain, plain)
     if plain not in NAMES:
         near = difflib.get_close_matches(plain, NAMES, n=1)
         hint = f"did you mean {near[0]}? There are: " if near else "there are: "
