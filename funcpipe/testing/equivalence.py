@@ -25,6 +25,7 @@ from funcpipe.placement import take
 from funcpipe.runtime.rank import Running
 from funcpipe.runtime.simulate import simulate
 from funcpipe.step import tap
+from funcpipe.testing.narrow import rounded_inside
 
 # Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what was added up;
 # measured against itself it would always be wrong. So no leaf is measured against less than this.
@@ -103,8 +104,9 @@ def assert_equivalent(
 
     Raises:
         AssertionError: metrics, a loss, a gradient or a leaf of the state is not what it is on one device, or ranks
-            that hold the same leaf hold different bits of it. Raised after the last step, so that no rank waits for
-            another.
+            that hold the same leaf hold different bits of it. It names the lines at which the loss function goes on
+            in fewer bits than came in, where that explains the error. Raised after the last step, so that no rank
+            waits for another.
 
     >>> import funcpipe as fp
     >>> def loss_fn(w, x):
@@ -126,7 +128,7 @@ def assert_equivalent(
     reference = list(_reference(step, init_state, params, batches))
     run = (runner or simulate)(transformed, mesh)
     ran = list(_transformed(run, init_state, params, batches))
-    found = _Comparison(rtol)
+    found = _Comparison(rtol, lambda error: _inside(ran, error))
     same_before = True
     for k, (want, got) in enumerate(zip(reference, ran, strict=True)):
         found.at = f"step {k}: "
@@ -158,11 +160,21 @@ def _transformed(run: Any, init_state: Callable, params: Any, batches: Sequence[
         yield _Ran(dict(calls), metrics, run.unplace(state))
 
 
-class _Comparison:
-    """Compares leaf by leaf, and keeps the largest error."""
+def _inside(ran: list[_Ran], error: float) -> str:
+    """What the loss functions themselves have to do with an error."""
+    for calls in ran[0].calls.values():
+        plan = calls[0].context.rank.plan
+        if plan.resolved.precision is None:
+            said = (rounded_inside(planned.call, plan.placement.dyed, error) for planned in plan.calls)
+            return next(filter(None, said), "")
+    return ""
 
-    def __init__(self, rtol: float) -> None:
-        self.rtol, self.at = rtol, ""
+
+class _Comparison:
+    """Compares leaf by leaf, and keeps the largest error; ``explain`` says more of one that is too large."""
+
+    def __init__(self, rtol: float, explain: Callable[[float], str]) -> None:
+        self.rtol, self.explain, self.at = rtol, explain, ""
         self.error, self.where, self.compared = 0.0, "", 0
 
     def calls(self, got: dict[int, list[_Call]], want: list[_Call], exact: bool) -> None:
@@ -208,7 +220,7 @@ class _Comparison:
         if error > self.error or not self.where:
             self.error, self.where = error, self.at + name
         if error > self.rtol:
-            far = f"relative error {error:.1e}, allowed {self.rtol:.1e}"
+            far = f"relative error {error:.1e}, allowed {self.rtol:.1e}{self.explain(error)}"
             self._fail(f"{name}: {far if math.isfinite(error) else _unlike(got, want)}")
         if exact and not _same_bits(got, want):
             self._fail(f"{name}: other bits than on one device (relative error {error:.1e})")
