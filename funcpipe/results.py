@@ -69,8 +69,7 @@ def loss_and_aux(
     """
     parts = batch.parts if isinstance(batch, Microbatches) else [batch]
     # Without the modes of the step, since a loss function need not be elementwise.
-    unbound, alone = step_.bind(None), one_rank()
-    with _disable_current_modes(), unbound, restored(loss_fn), looking(params, mode) as seen, alone:
+    with restored(loss_fn), _disable_current_modes(), step_.bind(None), looking(params, mode) as seen, one_rank():
         read = [step_.read_loss(loss_fn(seen, part), has_aux) for part in parts]
         total, weight, first = read[0]
         loss = total if weight is None else step_.mean(total, weight)

@@ -38,6 +38,8 @@ def _product(
     for name, x in (("mat_a", a), ("mat_b", b)):
         _check_strides(name, x)
     two_dims = (a.dim() == 2, b.dim() == 2)
+    if (offs is None) != (two_dims == (False, False)):
+        raise RuntimeError("grouped_mm takes offs where an operand has two dims, and only there")
     if two_dims != (True, True) and a.shape[-1] != b.shape[-2]:
         raise RuntimeError("contraction dimension of mat_a and mat_b must match")
     groups = {(True, True): offs, (True, False): b, (False, True): a, (False, False): a}[two_dims].shape[:1]

@@ -21,6 +21,7 @@ from funcpipe.collectives import one_rank
 from funcpipe.graph.fakes import fake, looking
 from funcpipe.graph.restore import restored
 from funcpipe.lines import Line, user_line
+from funcpipe.results import with_values
 from funcpipe.state import Call, Dyed
 from funcpipe.step import Microbatches
 
@@ -69,6 +70,7 @@ def _narrowed(call: Call, dyed: Dyed) -> list[Narrowed]:
         fakes.append(fake(dyed.shapes[param], torch.empty(0, dtype=dtype), mode))
     params = tree.unflatten(call.params_spec, fakes)
     batch = call.batch.parts[0] if isinstance(call.batch, Microbatches) else call.batch
+    batch, _ = with_values(batch, range(len(tree.leaves(batch))))
     batch = tree.map_tensors(torch.Tensor.cpu, batch)
     noted = _Narrowing()
     # What is wrong is said already: a loss that cannot be looked at has nothing to add.

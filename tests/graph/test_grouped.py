@@ -52,6 +52,7 @@ def test_a_fake_is_what_the_kernel_gives(dtype: torch.dtype, inner: int, columns
         ((columns, 8), (8, inner), OFFSETS),
         ((2, 8, inner), (2, inner, columns), None),
     ]
+    kinds += [(shape_a, shape_b, None if offs is not None else OFFSETS) for shape_a, shape_b, offs in kinds]
     for shape_a, shape_b, offs in kinds:
         for a, b in itertools.product(layouts(shape_a, dtype), layouts(shape_b, dtype)):
             with FakeTensorMode() as mode:
