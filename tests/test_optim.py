@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -32,10 +33,6 @@ OPTIMIZERS = {
     "torchopt-chain": from_optax(torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-
-# A learning rate that is a tensor is float32, torch's schedulers compute in Python's float64: 2**-24 in every
-# update, ten updates, and the parameters have the size of their updates.
-FLOAT32_RATE = 1e-6
 
 # The same formula with its roundings of 2**-53 in other places, ten updates.
 FLOAT64 = 1e-12
@@ -96,22 +93,66 @@ def test_sgd_is_bitwise_torchs_sgd(dtype, settings):
     assert_same(ours, theirs)
 
 
-def test_schedules_are_followed_from_step_0():
-    schedule = warmup_cosine(1.0, 3, 8)
-    params, as_number = random_params(torch.float64), lambda n: float(schedule(torch.tensor(float(n))))
+def cosine(step: int) -> float:
+    """``warmup_cosine(1.0, 3, 8)`` in Python's numbers."""
+    fall = min(max((step - 3) / 5, 0.0), 1.0)
+    return min(1.0, (step + 1) / 3) * (0.1 + 0.45 * (1 + math.cos(math.pi * fall)))
 
-    ours, _ = train(adamw(lambda n: 1e-2 * schedule(n)), params, 10)
-    theirs = train_torch(
-        lambda groups: torch.optim.AdamW(groups, 1e-2, (0.9, 0.95), 1e-8, weight_decay=0.1, fused=True),
-        params,
-        10,
-        as_number,
-    )
-    assert_same(ours, theirs, FLOAT32_RATE)
 
-    ours, _ = train(sgd(lambda n: 0.1 * schedule(n)), params, 10)
-    theirs = train_torch(lambda groups: torch.optim.SGD(groups, 0.1, foreach=False), params, 10, as_number)
-    assert_same(ours, theirs, FLOAT32_RATE)
+SCHEDULES = {
+    "warmup_cosine": (warmup_cosine(1.0, 3, 8), cosine),
+    "inverse": (lambda step: 1 / (step + 1), lambda step: 1 / (step + 1)),
+    "third": (lambda step: torch.full_like(step, 1 / 3), lambda step: 1 / 3),
+    "number": (lambda step: 1 / 3, lambda step: 1 / 3),
+}
+SCHEDULED = {
+    "adamw": (
+        lambda rate: adamw(lambda step: 1e-2 * rate(step)),
+        lambda groups: torch.optim.AdamW(groups, 1e-2, (0.9, 0.95), weight_decay=0.1, foreach=False),
+    ),
+    "sgd": (lambda rate: sgd(lambda step: 0.1 * rate(step)), lambda groups: torch.optim.SGD(groups, 0.1)),
+    "sgd-nesterov": (
+        lambda rate: sgd(lambda step: 0.1 * rate(step), momentum=0.9, nesterov=True),
+        lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True),
+    ),
+    "torchopt-sgd": (
+        lambda rate: from_optax(torchopt.sgd(lambda step: 0.1 * rate(step.double()), momentum=0.9)),
+        lambda groups: torch.optim.SGD(groups, 0.1, 0.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_schedules_are_those_of_lambda_lr(name, schedule):
+    """In float64, as torch's schedulers compute them."""
+    (make, torchs), (rate, as_number) = SCHEDULED[name], SCHEDULES[schedule]
+    params = random_params(torch.float64)
+    ours, _ = train(make(rate), params, 10)
+    assert_same(ours, train_torch(torchs, params, 10, as_number), FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrower_leaves_take_a_scheduled_rate_in_float32(dtype):
+    """A rate that float32 has exactly gives torch's bits."""
+    params = random_params(dtype)
+    ours, _ = train(adamw(lambda step: torch.full_like(step, 2.0**-7)), params, 5)
+    assert_same(ours, train(adamw(2.0**-7), params, 5)[0])
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+def test_a_schedule_gets_the_count_in_float64(make):
+    seen = []
+    train(make(lambda step: seen.append(step) or 0.1), random_params(), 3)
+    assert [x.item() for x in seen] == [0, 1, 2] and {x.dtype for x in seen} == {torch.float64}
+
+
+def test_warmup_cosine_is_exact_for_as_many_steps_as_are_counted():
+    last = 2**24
+    schedule = warmup_cosine(1.0, 1, last)
+    rates = [schedule(torch.tensor(float(step))) for step in (last - 2, last - 1, last)]
+    assert rates[0] > rates[1] > rates[2] and {rate.dtype for rate in rates} == {torch.float64}
+    assert schedule(torch.tensor(12345)) == schedule(torch.tensor(12345.0))
 
 
 def test_a_schedule_may_return_a_number():
@@ -301,9 +342,10 @@ def test_state_has_the_trees_of_params():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @every_optimizer
-def test_an_update_on_a_gpu_can_be_captured(optimizer):
-    params = optree.tree_map(lambda p: p.cuda(), random_params())
+def test_an_update_on_a_gpu_can_be_captured(optimizer, dtype):
+    params = optree.tree_map(lambda p: p.cuda(), random_params(dtype))
     grads = optree.tree_map(torch.ones_like, params)
     state = optimizer.init(params)
     expected = optimizer.update(grads, state, params)
@@ -379,6 +421,12 @@ def test_complex_leaves_are_refused():
         (
             lambda: warmup_cosine(1e-3, 10, 10),
             "warmup_cosine: warmup=10 and total=10; 0 <= warmup < total is needed",
+        ),
+        (
+            lambda: warmup_cosine(1e-3, 10, 2**24 + 1),
+            "warmup_cosine: total=16777217 is more than 16777216: optimizers count steps in float32, which is exact up to "
+            "there. For longer training keep a count of your own in the state, an int64 tensor, and write the schedule "
+            "from it",
         ),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from funcpipe import tree
 from funcpipe.errors import OptimError
-from funcpipe.optim.leaves import Schedule, groups, leaves_beside, pick, put, step_of, trained
+from funcpipe.optim.leaves import Schedule, groups, leaves_beside, pick, put, rate_on, scheduled, step_of, trained
 
 
 class AverageState(NamedTuple):
@@ -74,9 +74,9 @@ def ema(decay: float | Schedule) -> Average:
         p, spec = tree.flatten(params)
         out = list(p)
         old = leaves_beside(params, state.average, "the average")
-        beta = decay(state.step) if callable(decay) else decay
-        for (device, *_), at in groups(p).items():
-            put(out, at, _mixed(pick(old, at), [_wide(x) for x in pick(p, at)], 1 - beta, device))
+        share = 1 - scheduled(decay, state.step)
+        for (device, dtype, _), at in groups(p).items():
+            put(out, at, _mixed(pick(old, at), [_wide(x) for x in pick(p, at)], rate_on(device, dtype, share)))
         return AverageState(state.step + 1, spec.unflatten(out))
 
     return Average(init, update)
@@ -87,9 +87,9 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32)) if trained(x) else x
 
 
-def _mixed(old: Any, new: Any, share: torch.Tensor | float, device: torch.device) -> Any:
+def _mixed(old: Any, new: Any, share: torch.Tensor | float) -> Any:
     """``old + share * (new - old)``; a tensor cannot be the weight of the kernel for numbers."""
     if isinstance(share, torch.Tensor):
-        way = torch._foreach_mul(torch._foreach_sub(new, old), share.to(device))
+        way = torch._foreach_mul(torch._foreach_sub(new, old), share)
         return torch._foreach_add(old, way)
     return torch._foreach_lerp(old, new, share)

@@ -5,6 +5,7 @@ In: settings. Out: an `Optimizer`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +26,14 @@ from funcpipe.optim.leaves import (
     pick,
     put,
     rate_on,
+    scheduled,
     step_of,
     zeros_like,
 )
 
 
 class AdamWState(NamedTuple):
-    """``step``: how many updates so far, 0-d float32; ``m``, ``v``: the moments, trees like params."""
+    """``step``: how many updates so far, 0-d float32 (it stops at 2^24); ``m``, ``v``: the moments, trees like params."""
 
     step: torch.Tensor
     m: Any
@@ -64,7 +66,8 @@ def adamw(
 
     Args:
         lr: the learning rate :math:`\eta`: a number, or a schedule from ``step`` (how many updates were made
-            before this one: a 0-d float32 tensor where the parameters are) to a number or a 0-d tensor.
+            before this one: a 0-d float64 tensor where the parameters are) to a number or a 0-d tensor. A float64 leaf
+            is updated with it in float64, others in float32.
         betas: the decay rates :math:`\beta_1, \beta_2` of the two moments, each in [0, 1).
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`.
@@ -108,30 +111,63 @@ def adamw(
         m = leaves_beside(params, state.m, "opt_state.m", same_dtype=True)
         v = leaves_beside(params, state.v, "opt_state.v", same_dtype=True)
         step = state.step + 1
-        rate = lr(state.step) if callable(lr) else lr
-        for (device, _, (decays, factor)), at in groups(p, lambda i: (bool(decay(p[i])), scale[i])).items():
+        rate = scheduled(lr, state.step)
+        for (device, dtype, (decays, factor)), at in groups(p, lambda i: (bool(decay(p[i])), scale[i])).items():
             # The kernel works in place and takes all four tensors of a leaf to lie in memory alike.
             for i in at:
                 p[i] = writable(p[i])
                 g[i], m[i], v[i] = laid_out(g[i], p[i]), fresh(m[i], p[i]), fresh(v[i], p[i])
-            torch._fused_adamw_(
-                pick(p, at),
-                pick(g, at),
-                pick(m, at),
-                pick(v, at),
-                [],  # amsgrad's maxima
-                [step.to(device)] * len(at),
-                lr=rate_on(device, rate * factor.lr),
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=weight_decay * factor.weight_decay if decays else 0.0,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-            )
+            count = [step.to(device)] * len(at)
+            kernel = functools.partial(_adamw_, pick(g, at), pick(m, at), pick(v, at), count, betas=betas, eps=eps)
+            shrink = weight_decay * factor.weight_decay if decays else 0.0
+            pace = rate_on(device, dtype, rate * factor.lr)
+            if isinstance(pace, torch.Tensor) and pace.dtype == torch.float64:
+                _scaled_(kernel, pick(p, at), pace, shrink)
+            else:
+                kernel(pick(p, at), lr=pace, weight_decay=shrink)
         return spec.unflatten(p), AdamWState(step, spec.unflatten(m), spec.unflatten(v))
 
     return Optimizer(init, update)
+
+
+def _adamw_(
+    grads: list[torch.Tensor],
+    m: list[torch.Tensor],
+    v: list[torch.Tensor],
+    count: list[torch.Tensor],
+    params: list[torch.Tensor],
+    *,
+    lr: torch.Tensor | float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """The fused kernel, in place: of params and of both moments."""
+    maxima: list[torch.Tensor] = []  # of amsgrad
+    torch._fused_adamw_(
+        params,
+        grads,
+        m,
+        v,
+        maxima,
+        count,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _scaled_(kernel: Callable, params: list[torch.Tensor], rate: torch.Tensor, weight_decay: float) -> None:
+    """An update with a rate that is a float64 tensor, which the kernel does not take on GPUs: it updates zeros with rate 1."""
+    directions: Any = [torch.zeros_like(p) for p in params]
+    kernel(directions, lr=1.0, weight_decay=0.0)
+    if weight_decay:
+        torch._foreach_mul_(params, 1 - rate * weight_decay)
+    torch._foreach_add_(params, torch._foreach_mul(directions, rate))
 
 
 def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
@@ -179,8 +215,8 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
         scale = factors or [Factors()] * len(p)
         g = leaves_beside(params, grads, "grads")
         b = leaves_beside(params, state.momentum, "opt_state.momentum", same_dtype=True) if momentum else []
-        rate = lr(state.step) if callable(lr) else lr
-        for (device, _, factor), at in groups(p, lambda i: scale[i]).items():
+        rate = scheduled(lr, state.step)
+        for (device, dtype, factor), at in groups(p, lambda i: scale[i]).items():
             ps: Any = pick(p, at)
             gs: Any = [laid_out(g[i], p[i]) for i in at]
             if weight_decay * factor.weight_decay:
@@ -189,7 +225,7 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
                 bs = torch._foreach_add(torch._foreach_mul(pick(b, at), momentum), gs)
                 gs = torch._foreach_add(gs, bs, alpha=momentum) if nesterov else bs
                 put(b, at, bs)
-            put(p, at, _descend(ps, gs, rate_on(device, rate * factor.lr)))
+            put(p, at, _descend(ps, gs, rate_on(device, dtype, rate * factor.lr)))
         return spec.unflatten(p), SGDState(state.step + 1, spec.unflatten(b) if momentum else ())
 
     return Optimizer(init, update)

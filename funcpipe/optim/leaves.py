@@ -105,9 +105,17 @@ def fresh(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return writable(x) if y is x else y
 
 
-def rate_on(device: torch.device, rate: torch.Tensor | float) -> Any:
-    """A number stays a number (no copy to the device); a tensor goes where and how the kernels read it."""
-    return rate.to(device=device, dtype=torch.float32) if isinstance(rate, torch.Tensor) else float(rate)
+def scheduled(value: float | Schedule, step: torch.Tensor) -> torch.Tensor | float:
+    """A setting at a step: a schedule computes it from the step count in float64."""
+    return value(step.double()) if callable(value) else value
+
+
+def rate_on(device: torch.device, dtype: torch.dtype, rate: torch.Tensor | float) -> Any:
+    """A rate as leaves of a dtype take it: a number stays a number (no copy to the device); a tensor goes where they are,
+    with no less precision than theirs."""
+    if not isinstance(rate, torch.Tensor):
+        return float(rate)
+    return rate.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
 
 
 # ---- what is refused
