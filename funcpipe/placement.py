@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from funcpipe import tree
 from funcpipe.errors import StateError
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.state import Dyed
+
+if TYPE_CHECKING:
+    from funcpipe.rehearsal import Held, Rehearsal
 
 
 def extent(numel: int, parts: int, index: int) -> tuple[int, int]:
@@ -65,6 +68,16 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class LeafMetric:
+    """A metric that some ranks do not compute: its number, a place on the pipe axis that does, and what it is like there (a
+    fake, or a value of Python)."""
+
+    number: int
+    place: int
+    like: Any
+
+
+@dataclass(frozen=True)
 class Placement:
     """Which rank holds which leaf of the state.
 
@@ -73,6 +86,9 @@ class Placement:
         dyed: which leaf is which.
         layouts: of every parameter.
         present: for every place on the pipe axis, which leaves of the state its ranks hold.
+        apart: the global sums whose trees have, on a rank, entries of the leaves that it holds.
+        metrics_spec: the structure of the metrics.
+        leaf_metrics: those that some ranks do not compute, for want of a leaf.
     """
 
     mesh: Mesh
@@ -80,6 +96,9 @@ class Placement:
     dyed: Dyed
     layouts: tuple[Layout, ...]
     present: tuple[tuple[bool, ...], ...]
+    apart: frozenset[int] = frozenset()
+    metrics_spec: Any = None
+    leaf_metrics: tuple[LeafMetric, ...] = ()
 
     def stage_rank(self, rank: int) -> int:
         """The place of a rank on the pipe axis."""
@@ -104,6 +123,10 @@ class Placement:
         layout = Layout((0,), ()) if param is None else self.layouts[param]
         fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
         return all(here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items())
+
+    def tells(self, rank: int, place: int) -> bool:
+        """Whether a rank is the lowest at a place on the pipe axis."""
+        return all(n == (place if a == self.pipe_axis else 0) for a, n in self.mesh.coords(rank).items())
 
     def free(self, rank: int) -> frozenset[int]:
         """The places, among the leaves of a rank's state, of those that a step may write to (`donation.py`)."""
@@ -171,7 +194,7 @@ def place_params(
     mesh: Mesh,
     pipe_axis: str | None,
     dyed: Dyed,
-    held_state: Callable[[Callable[[int], bool]], Any],
+    rehearsal: Rehearsal,
     owners: Sequence[Iterable[int]],
     axes: Sequence[Axes],
 ) -> Placement:
@@ -179,10 +202,39 @@ def place_params(
     layouts = tuple(
         Layout(tuple(sorted(set(o))) or (0,), shape, a) for o, shape, a in zip(owners, dyed.shapes, axes, strict=True)
     )
+    rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
+    apart, held = _rehearsed(rehearsal, layouts, places)
     placement = Placement(mesh, pipe_axis, dyed, layouts, ())
-    present = []
-    for p in range(places):
-        state = held_state(lambda i, p=p: p in layouts[i].owners)  # type: ignore[misc]
-        present.append(tuple(x is not None for x in placement.state_leaves(state, "init_state")))
-    return Placement(mesh, pipe_axis, dyed, layouts, tuple(present))
+    leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
+    present = tuple(tuple(x is not None for x in some) for some in leaves)
+    metrics, spec = tree.flatten(rehearsal.first.metrics)
+    own = _leaf_metrics(metrics, [rank.lacks for rank in held])
+    return replace(placement, present=present, apart=apart, metrics_spec=spec, leaf_metrics=own)
+
+
+def _leaf_metrics(metrics: Sequence[Any], lacks: Sequence[frozenset[int]]) -> tuple[LeafMetric, ...]:
+    out = []
+    for number in sorted(frozenset().union(*lacks)):
+        place = next((p for p, some in enumerate(lacks) if number not in some), None)
+        if place is None:
+            raise StateError(
+                f"metric {number} is None on every rank, though not on one device: compute metrics of leaves with optree.tree_map"
+            )
+        out.append(LeafMetric(number, place, metrics[number]))
+    return tuple(out)
+
+
+def _rehearsed(rehearsal: Rehearsal, layouts: Sequence[Layout], places: int) -> tuple[frozenset[int], list[Held]]:
+    """What every place on the pipe axis has. Trees of global sums are whole there, unless the step takes them leaf by leaf."""
+
+    def all_places(apart: frozenset[int]) -> list[Held]:
+        return [rehearsal.of_rank(lambda i, p=p: p in layouts[i].owners, apart) for p in range(places)]  # type: ignore[misc]
+
+    whole: frozenset[int] = frozenset()
+    try:
+        return whole, all_places(whole)
+    except StateError:
+        if not rehearsal.separable:
+            raise
+    return rehearsal.separable, all_places(rehearsal.separable)

@@ -3,7 +3,7 @@
 A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may touch leaves only
 elementwise, or through `global_norm` and its kin. Both questions are answered by running ``init_state`` and the step
 once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
-averages are known by their size, and an op that is not elementwise is caught in the act.
+averages are known by their size, and an op that is not elementwise is caught in the act. `rehearsal` runs both again as ranks do.
 
 In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the parameter it belongs to (or
 None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
@@ -12,9 +12,9 @@ None: replicated), and every ``value_and_grad`` and global sum that the step mak
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
@@ -24,17 +24,29 @@ from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.containers import check_containers
 from funcpipe.donation import Ledger
-from funcpipe.errors import FuncpipeError, StateError
+from funcpipe.dyes import Dyes
+from funcpipe.errors import StateError
+from funcpipe.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe.graph.explain import BY_VALUE
 from funcpipe.graph.fakes import BatchIsReal, fake
 from funcpipe.lines import line_of, user_line
 from funcpipe.results import Origin, hand_on, loss_and_aux, origin
+
+if TYPE_CHECKING:
+    from funcpipe.rehearsal import Rehearsal
 
 _COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
 _ELEMENTWISE = frozenset([*_COPIES, *_LIKE])
 _FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
 _FOREACH_REDUCTIONS = frozenset(["_foreach_norm", "_foreach_max"])
+_OF_EACH = dict.fromkeys(
+    ["norm", "linalg_vector_norm", "_foreach_norm", "sum"],
+    ", fp.clip_by_global_norm in place of an optimizer's own clipping, fp.optim.statistics(tree).norm for the norm of each leaf",
+) | dict.fromkeys(
+    ["max", "amax", "_foreach_max", "aminmax"],
+    ", fp.optim.statistics(tree).max_abs for the largest value of each leaf",
+)
 
 
 @dataclass(frozen=True)
@@ -94,64 +106,32 @@ class Dyed:
     free: frozenset[int]
 
 
-class Dyes:
-    """The sizes that tell the leaves of params apart, and fakes of those sizes."""
-
-    def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
-        self.leaves, self.spec = step_.check_params(params)
-        self.paths = tuple(tree.paths(params))
-        self.shapes = tuple(tuple(x.shape) for x in self.leaves)
-        sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
-        self.first = max([1 << 20, *sizes]) + 1
-        self.mode = mode
-
-    def fake(self, i: int) -> torch.Tensor:
-        """Parameter ``i`` as a fake: its dye in the first dim (a 0-d leaf gets one), ones in the others."""
-        x = self.leaves[i]
-        return fake((self.first + i, *[1] * (x.dim() - 1)), x, self.mode)
-
-    def params(self, held: Callable[[int], bool] = lambda i: True) -> Any:
-        """The tree of params as fakes, None where ``held`` says no."""
-        return tree.unflatten(self.spec, [self.fake(i) if held(i) else None for i in range(len(self.leaves))])
-
-    def of(self, x: Any) -> int | None:
-        """The parameter that a tensor belongs to."""
-        if not isinstance(x, torch.Tensor):
-            return None
-        for n in x.shape:
-            if self.first <= n < self.first + len(self.leaves):
-                return n - self.first
-        return None
-
-    def sizes(self, args: Any) -> list[int]:
-        """The parameters whose sizes stand among the arguments of an op that makes a tensor."""
-        numbers = [n - self.first for n in pytree.tree_leaves(args) if type(n) is int]
-        return [i for i in numbers if 0 <= i < len(self.leaves)]
-
-    def name(self, i: int) -> str:
-        """How to call a parameter in a message."""
-        return f"params{self.paths[i]}"
-
-
 class _Feeds(BaseException):
     """A step uses results in a later batch: it is run again, with losses whose dtype is known."""
 
 
-class _Looking:
+class Looking:
     """The context of a dyed run: notes calls, and hands back fakes.
 
     Args:
         seen: makes of a call the one that is traced.
         row_ranks: how many ranks have rows of their own that are not in the batch.
         exact: whether losses have their dtype, which takes a run of the loss function.
+        table: where expressions are numbered.
     """
 
-    def __init__(self, dyes: Dyes, seen: Callable[[Call, Dyes], Call], row_ranks: int, exact: bool) -> None:
+    def __init__(
+        self, dyes: Dyes, seen: Callable[[Call, Dyes], Call], row_ranks: int, exact: bool, table: Table
+    ) -> None:
         self.dyes, self.seen, self.row_ranks, self.exact = dyes, seen, row_ranks, exact
+        self.expressions = Expressions(table, dyes.shape_of, dyes.of)
         self.calls: list[Call] = []
         self.sums: list[Sum] = []
         self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
+        self.given: list[Given] = []
+        self.summed: list[Numbers] = []
         self.ledger = Ledger([])
+        self.running = "init_state"
 
     def stage_boundary(self, x: Any) -> Any:
         return x
@@ -176,12 +156,26 @@ class _Looking:
             raise _Feeds
         dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
         self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins))  # type: ignore[arg-type]
+        self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
+        for x in tree.leaves(batch):
+            self.expressions.whole(x)
         self.results.append(self._loss_and_aux(self.calls[-1], leaves))
-        return self._returned(leaves, spec, self.results[-1], has_aux)
+        return self.returned(len(self.results) - 1, leaves, spec, self.results[-1], has_aux)
 
-    def _returned(self, leaves: list[torch.Tensor], spec: Any, result: tuple[torch.Tensor, Any], has_aux: bool) -> Any:
-        grads = tree.unflatten(spec, [torch.empty_like(x) for x in leaves])
-        return (result if has_aux else result[0]), grads
+    def numbers(self, leaves: Sequence[Any]) -> Numbers:
+        """The numbers of leaves."""
+        return [None if x is None else self.expressions.of(x) for x in leaves]
+
+    def returned(
+        self, k: int, leaves: list[torch.Tensor], spec: Any, result: tuple[torch.Tensor, Any], has_aux: bool
+    ) -> Any:
+        """What a call returns, for the leaves that are held."""
+        grads, name = [torch.empty_like(x) for x in leaves], self.expressions.name
+        for i, x in enumerate(tree.leaves(result)):
+            name(x, ("result", k, i))
+        for leaf, x in zip(leaves, grads, strict=True):
+            name(x, ("gradient", k, self.expressions.of(leaf)))
+        return (result if has_aux else result[0]), tree.unflatten(spec, grads)
 
     def _loss_and_aux(self, call: Call, given: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """What the call gives beside gradients, as fakes: the step may compute with it."""
@@ -197,7 +191,7 @@ class _Looking:
     def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
         return self.reduce(leaves, local, "sum")[1]
 
-    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Any, torch.Tensor]:
+    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
         self.ledger.read(flat)
         numbers = tuple(self.dyes.of(x) for x in flat)
@@ -206,30 +200,33 @@ class _Looking:
             for x, i in zip(flat, numbers, strict=True)
         ]
         out = local(whole)
+        for x in flat:
+            self.expressions.whole(x)
+        self.expressions.name(out, ("sum", len(self.sums)))
+        self.summed.append(self.numbers(flat))
         self.sums.append(Sum(spec, numbers, out.dtype))
-        return spec, out
+        return functools.partial(self._join, len(self.sums) - 1), out
 
-
-class _Rehearsing(_Looking):
-    """The context of a run on the leaves that one rank holds: nothing is noted, results are those of the first run."""
-
-    def __init__(self, first: _Looking) -> None:
-        super().__init__(first.dyes, first.seen, first.row_ranks, first.exact)
-        self.known = iter(first.results)
-
-    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
-        return self._returned(*step_.check_params(params), next(self.known), has_aux)
+    def _join(self, k: int, values: Sequence[Any]) -> Any:
+        for x, i in zip(values, self.sums[k].params, strict=True):
+            if i is not None:
+                self.expressions.entry(x, (k, i))
+        return tree.unflatten(self.sums[k].spec, values)
 
 
 class _Elementwise(BatchIsReal):
     """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
 
-    def __init__(self, dyes: Dyes, row_ranks: int) -> None:
-        super().__init__(dyes.mode)
-        self.dyes, self.row_ranks = dyes, row_ranks
+    def __init__(self, context: Looking) -> None:
+        super().__init__(context.dyes.mode)
+        self.dyes, self.row_ranks, self.expressions = context.dyes, context.row_ranks, context.expressions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        out = self._run(func, types, args, kwargs or {})
+        self.expressions.record(func, args, kwargs or {}, out)
+        return out
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         dyed = [i for i in map(self.dyes.of, pytree.tree_leaves((args, kwargs))) if i is not None]
         sized = [] if dyed else self.dyes.sizes(args)
@@ -266,9 +263,9 @@ class _Elementwise(BatchIsReal):
         listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
         if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
             raise StateError(
-                f"the step applies {what} to {who} (or its gradient or state) outside value_and_grad: that is not "
-                "elementwise, and a rank holds only part of the leaves. Use fp.global_norm or fp.global_sum for a "
-                "reduction, or move it into the loss function"
+                f"the step applies {what} to {who} (or its gradient or state) outside value_and_grad{user_line() or ''}: "
+                "that is not elementwise, and a rank holds only part of the leaves. Use fp.global_norm or fp.global_sum for "
+                f"a reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
             )
         lists = [x for x in args if isinstance(x, list | tuple)]
         for together in zip(*lists, strict=False) if listed else [pytree.tree_leaves(args)]:
@@ -291,6 +288,35 @@ class _Elementwise(BatchIsReal):
             )
 
 
+def run_on_fakes(
+    step: Callable, init_state: Callable, batch: Any, context: Looking, held: Callable[[int], bool], spec: Any = None
+) -> Seen:
+    """Run ``init_state`` and the step once on the fakes of the leaves that are held.
+
+    Args:
+        spec: the structure of the full state; by default what this run makes. A state that does not fit it is not stepped.
+    """
+    dyes, name = context.dyes, context.expressions.name
+    with torch.no_grad(), step_.bind(context), _Elementwise(context):
+        params = dyes.params(held)
+        for i, x in zip(filter(held, range(len(dyes.leaves))), tree.leaves(params), strict=True):
+            name(x, ("parameter", i))
+        state = init_state(params)
+        check_containers("state", state)
+        try:
+            leaves = tree.leaves_up_to(tree.flatten(state)[1] if spec is None else spec, state)
+        except ValueError:
+            return Seen(context.expressions, state)
+        init = context.numbers(leaves)
+        for j, x in enumerate(leaves):
+            name(x, ("state", j))
+        context.running, context.ledger = "the step", Ledger(tree.leaves(state))
+        with context.ledger.watch():
+            new_state, metrics = _returned(step(state, batch))
+            context.ledger.read((new_state, metrics))
+        return Seen(context.expressions, state, init, new_state, metrics, context.given, context.summed)
+
+
 def look(
     step: Callable,
     init_state: Callable,
@@ -299,7 +325,7 @@ def look(
     mode: FakeTensorMode,
     seen: Callable[[Call, Dyes], Call] = lambda call, dyes: call,
     row_ranks: int = 1,
-) -> tuple[Dyed, Callable[[Callable[[int], bool]], Any]]:
+) -> tuple[Dyed, Rehearsal]:
     """Run ``init_state`` and the step once on dyed fakes.
 
     Args:
@@ -307,7 +333,7 @@ def look(
         row_ranks: how many ranks have rows of their own that are not in the batch.
 
     Returns:
-        what it told, and a function from "is parameter i held?" to the state of a rank that holds those, as fakes.
+        what it told, and what runs the step again as a rank that holds some leaves.
 
     Raises:
         StateError: params, state or metrics have a container that trees do not look into; a leaf is touched other than elementwise; the step returns a state of another structure than it
@@ -316,29 +342,24 @@ def look(
     check_containers("params", params)
     dyes = Dyes(params, batch, mode)
     try:
-        return _look(step, init_state, batch, _Looking(dyes, seen, row_ranks, exact=False))
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table()))
     except _Feeds:
-        return _look(step, init_state, batch, _Looking(dyes, seen, row_ranks, exact=True))
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table()))
 
 
-def _look(
-    step: Callable, init_state: Callable, batch: Any, context: _Looking
-) -> tuple[Dyed, Callable[[Callable[[int], bool]], Any]]:
+def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) -> tuple[Dyed, Rehearsal]:
+    from funcpipe.rehearsal import Rehearsal
+
     dyes = context.dyes
-    with torch.no_grad(), step_.bind(context), _Elementwise(dyes, context.row_ranks):
-        try:
-            state = init_state(dyes.params())
-            check_containers("state", state)
-            context.ledger = Ledger(tree.leaves(state))
-            with context.ledger.watch():
-                new_state, metrics = _returned(step(state, batch))
-                context.ledger.read((new_state, metrics))
-        except (*BY_VALUE, DynamicOutputShapeException) as error:
-            raise StateError(
-                f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
-                "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
-                "value from the metrics"
-            ) from error
+    try:
+        seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
+    except (*BY_VALUE, DynamicOutputShapeException) as error:
+        raise StateError(
+            f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
+            "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
+            "value from the metrics"
+        ) from error
+    state, new_state, metrics = seen.init_state, seen.state, seen.metrics
     for what, returned in (("state", new_state), ("metrics", metrics)):
         check_containers(f"the step returns {what}: {what}", returned)
     spec, numbers = _numbers(state, dyes)
@@ -368,7 +389,7 @@ def _look(
         tuple(context.sums),
         frozenset(context.ledger.free),
     )
-    return dyed, functools.partial(held_state, step, init_state, batch, context)
+    return dyed, Rehearsal(step, init_state, batch, context, dyed, seen)
 
 
 def _returned(out: Any) -> tuple[Any, Any]:
@@ -380,28 +401,3 @@ def _returned(out: Any) -> tuple[Any, Any]:
 def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
     leaves, spec = tree.flatten(state)
     return spec, tuple(map(dyes.of, leaves))
-
-
-def held_state(step: Callable, init_state: Callable, batch: Any, first: _Looking, held: Callable[[int], bool]) -> Any:
-    """What ``init_state`` makes of the leaves that one rank holds: the rank's state, as fakes.
-
-    Raises:
-        StateError: ``init_state`` or the step runs on all leaves, but not on some.
-    """
-    dyes = first.dyes
-    missing = next((i for i in range(len(dyes.leaves)) if not held(i)), None)
-    who = "init_state"
-    with torch.no_grad(), step_.bind(_Rehearsing(first)), _Elementwise(dyes, first.row_ranks):
-        try:
-            state = init_state(dyes.params(held))
-            who = "the step"
-            if missing is not None:
-                step(state, batch)
-        except Exception as error:
-            if missing is None or (isinstance(error, FuncpipeError) and not isinstance(error, ValueError)):
-                raise
-            raise StateError(
-                f"{who} fails on a rank that does not hold all leaves ({dyes.name(missing)} is None there){line_of(error) or ''}: "
-                f"{type(error).__name__}: {error}. Go over leaves with optree.tree_map, which passes over None"
-            ) from error
-    return state

@@ -174,9 +174,17 @@ def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.
     return local(tree.leaves(tree_of_leaves))
 
 
+Join = Callable[[Sequence[Any]], Any]  # from a value for each leaf of the whole tree to a tree of them
+
+
+def join(spec: Any, shown: Sequence[bool], values: Sequence[Any]) -> Any:
+    """The tree of the values that are shown, with None for others."""
+    return tree.unflatten(spec, [x if here else None for x, here in zip(values, shown, strict=True)])
+
+
 def reduce_leaves(
     tree_of_leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str = "sum"
-) -> tuple[Any, torch.Tensor]:
+) -> tuple[Join, torch.Tensor]:
     """`global_sum` where it matters which leaf is which.
 
     Args:
@@ -186,15 +194,16 @@ def reduce_leaves(
         op: "sum" or "max".
 
     Returns:
-        the structure of the whole tree, and what ``local`` gave, reduced over every rank.
+        what makes a tree of a value for each leaf, and what ``local`` gave, reduced over every rank. Where the values of such
+        a tree go with leaves, a rank has those of its own leaves.
     """
     # The contexts under which a loss function is looked at or traced hold all leaves, as plain PyTorch does.
     return getattr(_context.get(), "reduce", _plain_reduce)(tree_of_leaves, local, op)
 
 
-def _plain_reduce(tree_of_leaves: Any, local: Callable, op: str) -> tuple[Any, torch.Tensor]:
+def _plain_reduce(tree_of_leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
     leaves, spec = tree.flatten(tree_of_leaves)
-    return spec, local(leaves)
+    return functools.partial(tree.unflatten, spec), local(leaves)
 
 
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:

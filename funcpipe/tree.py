@@ -60,6 +60,29 @@ def leaves_up_to(spec: optree.PyTreeSpec, tree: Any) -> list[Any]:
     return spec.flatten_up_to(without_data(tree))
 
 
+def leaves_or_none(spec: optree.PyTreeSpec, tree: Any) -> list[Any]:
+    """What a tree has at the leaves of a structure; None in it stands for all leaves below.
+
+    Raises:
+        ValueError: the tree has another structure.
+
+    >>> leaves_or_none(flatten({"a": {"x": 1, "y": 2}, "b": 3})[1], {"a": None, "b": 3})
+    [None, None, 3]
+    """
+    try:
+        return spec.flatten_up_to(tree)
+    except ValueError:
+        if tree is None:
+            return [None] * spec.num_leaves
+    children, _, entries, _ = optree.tree_flatten_one_level(tree, namespace=NAMESPACE)
+    if tuple(entries) != tuple(spec.entries()):
+        raise ValueError(f"entries {entries}, not {spec.entries()}")
+    found = []
+    for below, child in zip(spec.children(), children, strict=True):
+        found += leaves_or_none(below, child)
+    return found
+
+
 class _Leaf:
     def __repr__(self) -> str:
         return "*"

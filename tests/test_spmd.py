@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import funcpipe as fp
 from funcpipe.errors import MismatchError, RankError
-from funcpipe.optim import adamw
+from funcpipe.optim import adamw, statistics
 from funcpipe.step import tap
 from funcpipe.testing import Layer, Model, RandomTable, assert_equivalent
 
@@ -50,8 +50,10 @@ def training(model: Model) -> tuple[Callable, Callable]:
     def step(state: dict[str, Any], batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(state["params"], batch)
         grads, norm = fp.clip_by_global_norm(grads, 0.5)
+        norms = optree.tree_map(lambda _, n: n / 2, grads, statistics(grads).norm)  # of held leaves alone
         params, opt = OPTIMIZER.update(grads, state["opt"], state["params"])
-        return {"params": params, "opt": opt, "n": state["n"] + 1}, {"loss": out, "norm": norm}
+        metrics = {"loss": out, "norm": norm, "norms": norms}
+        return {"params": params, "opt": opt, "n": state["n"] + 1}, metrics
 
     return step, init_state
 

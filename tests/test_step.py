@@ -206,7 +206,9 @@ def test_inside_vmap_over_params_and_over_batches() -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own, when jvp is first used; a FutureWarning from 2.14 on
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script"
+)  # torch's own, when jvp is first used; a FutureWarning from 2.14 on
 def test_inside_jvp() -> None:
     """A Hessian-vector product, against differences."""
     p, step = params(), 1e-6

@@ -41,7 +41,7 @@ def ema(decay: float | Schedule) -> Average:
         a_t = \beta_t a_{t-1} + (1 - \beta_t) p_t, \quad a_0 = p_0
 
     Args:
-        decay: :math:`\beta`, in [0, 1]; or a schedule from ``step`` (how many updates were made before this one) to it,
+        decay: :math:`\beta`, in [0, 1]; or a schedule from ``step`` (how many updates were made before: 0-d, float64) to it,
             such as ``lambda step: ((1 + step) / (10 + step)).clamp(max=0.999)``, which forgets the first params sooner.
 
     Returns:

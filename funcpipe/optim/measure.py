@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from funcpipe import tree
 from funcpipe.optim.leaves import trained
 from funcpipe.step import reduce_leaves
 
@@ -29,33 +28,42 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def statistics(tree_of_leaves: Any) -> Statistics:
-    """What the leaves of a tree look like: for the metrics of a step.
+    """What the leaves of a tree look like: for the metrics of a step, and for updates that need the norm of each leaf.
 
     Args:
         tree_of_leaves: params, gradients, or a tree like them. Norms are computed in float32, or in float64 where a leaf
             has it; those of integer leaves, and of leaves without elements, are zero like all else about them.
 
     Returns:
-        a `Statistics`; its trees are whole on every rank, also where a rank holds a part of a leaf, or nothing of it. It
-        takes two global reductions, however many leaves there are.
+        a `Statistics`, of whole leaves also where a rank holds a part of one. It takes two global reductions, however many
+        leaves there are. Its trees go with params through ``tree_map``, and are metrics; the entries of several leaves may
+        be joined (``torch.stack(tree_leaves(found.norm)).max()``). To do both, call it twice: where a rank lacks leaves, a
+        tree that goes with params has entries of its own leaves, one that is joined has all.
 
     Example:
+        >>> import optree
         >>> grads = {"w": torch.tensor([3.0, 0.0, -4.0, 0.0]), "b": torch.tensor([1.0, float("nan")])}
         >>> found = statistics(grads)
         >>> found.norm["w"].item(), found.max_abs["w"].item(), found.zeros["w"].item()
         (5.0, 4.0, 0.5)
         >>> found.max_abs["b"].item(), found.nonfinite["b"].item()
         (1.0, 0.5)
+        >>> optree.tree_map(lambda g, n: g / n, grads, found.norm)["w"]  # a step of length 1 for each leaf
+        tensor([ 0.6000,  0.0000, -0.8000,  0.0000])
 
     Reference:
         Megatron-LM's ``--log-num-zeros-in-grad`` and ``--log-params-norm``, leaf by leaf
     """
-    spec, sums = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _sums, 4))
-    _, largest = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _largest, 1), "max")
+    join, sums = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _sums, 4))
+    join_largest, largest = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _largest, 1), "max")
     squares, zeros, nonfinite, count = sums.unbind(1)
     count = count.clamp(min=1)
-    columns = squares.sqrt(), largest[:, 0], zeros / count, nonfinite / count
-    return Statistics(*(tree.unflatten(spec, column.unbind()) for column in columns))
+    return Statistics(
+        join(squares.sqrt().unbind()),
+        join_largest(largest[:, 0].unbind()),
+        join((zeros / count).unbind()),
+        join((nonfinite / count).unbind()),
+    )
 
 
 def _rows(leaves: list[torch.Tensor | None], row: Any, width: int) -> torch.Tensor:

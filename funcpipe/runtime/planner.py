@@ -19,6 +19,7 @@ from funcpipe.batch import Splits, plan_splits, signature
 from funcpipe.collectives import bind_rank, names_axes
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import run_ranks
+from funcpipe.dyes import Dyes
 from funcpipe.errors import BatchError, CutError, ScheduleError
 from funcpipe.graph import checks
 from funcpipe.graph.balance import group
@@ -43,6 +44,7 @@ from funcpipe.program import (
     stage_edges,
 )
 from funcpipe.records import Resolved
+from funcpipe.rehearsal import Rehearsal
 from funcpipe.results import MADE_UP, with_values
 from funcpipe.runtime.plan import Plan, PlannedCall, Stages
 from funcpipe.runtime.predict import as_costs, load_of
@@ -55,7 +57,7 @@ from funcpipe.schedule.search import Auto
 from funcpipe.sequence.examine import Findings, examine
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.rewrite import rewriting
-from funcpipe.state import Call, Dyed, Dyes, look
+from funcpipe.state import Call, Dyed, look
 from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Rows, describe, is_summary, without_inference
 
 
@@ -91,11 +93,11 @@ class Planner:
             r, batch = self.resolved, without_inference(batch)
             ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
             # In a mode of its own: a loss function that closes over what the step sees is refused when it is traced.
-            dyed, held_state = look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks)
+            dyed, rehearsal = look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks)
             dyed = replace(dyed, calls=tuple(map(self._taken, dyed.calls)))
             calls = tuple(self._call(k, self._computed(call), dyed) for k, call in enumerate(dyed.calls))
             check_used(self.resolved.remats, [c.cuts[0].saved for c in calls])
-            self.plans[key] = Plan(self.resolved, self._place(dyed, held_state, calls), calls)
+            self.plans[key] = Plan(self.resolved, self._place(dyed, rehearsal, calls), calls)
         return self.plans[key]
 
     def _seen(self, call: Call, dyes: Dyes) -> Call:
@@ -114,7 +116,7 @@ class Planner:
         p = self.resolved.precision
         return call if p is None else replace(call, loss_fn=computed(call.loss_fn, call.has_aux, p))
 
-    def _place(self, dyed: Dyed, held_state: Callable, calls: Sequence[PlannedCall]) -> Placement:
+    def _place(self, dyed: Dyed, rehearsal: Rehearsal, calls: Sequence[PlannedCall]) -> Placement:
         held: list[set[int]] = [set() for _ in dyed.paths]
         for c in calls:
             for m in set(c.cuts):
@@ -123,7 +125,7 @@ class Planner:
         if self.placement is None:
             r = self.resolved
             axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
-            self.placement = place_params(r.mesh, r.pipe_axis, dyed, held_state, held, axes)
+            self.placement = place_params(r.mesh, r.pipe_axis, dyed, rehearsal, held, axes)
         for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")

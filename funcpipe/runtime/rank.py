@@ -6,6 +6,7 @@ the same on every rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -26,6 +27,7 @@ from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.divide import divide
 from funcpipe.runtime.execute import Bound, Slots, bind, execute
 from funcpipe.runtime.fuse import changes
+from funcpipe.runtime.metrics import complete
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.runtime.sizes import most
 from funcpipe.sequence.parts import Part
@@ -57,7 +59,7 @@ class Rank:
                 f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} times, but {planned[0]} and "
                 f"{planned[1]} times when it was planned: a step does the same every time"
             )
-        return state, metrics
+        return state, complete(metrics, self.plan.placement, self.comm)
 
     @property
     def usage(self) -> Usage:
@@ -350,14 +352,20 @@ class Running:
 
     def reduce(
         self, leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str
-    ) -> tuple[Any, torch.Tensor]:
+    ) -> tuple[step_.Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
         if self.sums >= len(placement.dyed.sums):
             raise StateError("the step takes more global sums than when it was planned: it does the same every time")
         known = placement.dyed.sums[self.sums]
         self.sums += 1
-        mine = zip(known.params, known.spec.flatten_up_to(leaves), strict=True)
-        counted = [x if x is not None and placement.counts(comm.rank, i) else None for i, x in mine]
+        leaves = known.spec.flatten_up_to(leaves)
+        counted = [
+            x if x is not None and placement.counts(comm.rank, i) else None
+            for i, x in zip(known.params, leaves, strict=True)
+        ]
         with comm.device:  # where a rank that counts nothing makes its zeros: no copy in a captured step
             out = local(counted).to(device=comm.device, dtype=known.dtype)
-        return known.spec, comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out
+        apart = self.sums - 1 in placement.apart
+        shown = [x is not None or i is None or not apart for i, x in zip(known.params, leaves, strict=True)]
+        out = comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out
+        return functools.partial(step_.join, known.spec, shown), out

@@ -29,7 +29,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
             f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
             for p, i in zip(dyed.state_paths, dyed.state, strict=True)
         ],
-        "the global sums": [f"{s.params} {s.dtype}" for s in dyed.sums],
+        "the global sums": [f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(dyed.sums)],
         "the precision of products": [precision()],
     }
     for k, c in enumerate(plan.calls):
