@@ -16,7 +16,7 @@ from funcpipe.optim.leaves import Schedule, groups, leaves_beside, pick, put, ra
 
 
 class AverageState(NamedTuple):
-    """``step``: how many updates so far, 0-d float32; ``average``: a tree like params."""
+    """``step``: how many updates so far, 0-d float64; ``average``: a tree like params."""
 
     step: torch.Tensor
     average: Any

@@ -33,7 +33,7 @@ from funcpipe.optim.leaves import (
 
 
 class AdamWState(NamedTuple):
-    """``step``: how many updates so far, 0-d float32 (it stops at 2^24); ``m``, ``v``: the moments, trees like params."""
+    """``step``: how many updates so far, 0-d float64; ``m``, ``v``: the moments, trees like params."""
 
     step: torch.Tensor
     m: Any
@@ -89,7 +89,7 @@ def adamw(
         {'w': tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]]), 'ids': tensor([0, 1])}
         >>> state.step
-        tensor(1.)
+        tensor(1., dtype=torch.float64)
 
     Reference:
         Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
@@ -117,7 +117,7 @@ def adamw(
             for i in at:
                 p[i] = writable(p[i])
                 g[i], m[i], v[i] = laid_out(g[i], p[i]), fresh(m[i], p[i]), fresh(v[i], p[i])
-            count = [step.to(device)] * len(at)
+            count = [step.to(device=device, dtype=torch.float32)] * len(at)  # as the kernel reads it
             kernel = functools.partial(_adamw_, pick(g, at), pick(m, at), pick(v, at), count, betas=betas, eps=eps)
             shrink = weight_decay * factor.weight_decay if decays else 0.0
             pace = rate_on(device, dtype, rate * factor.lr)
@@ -194,7 +194,7 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
         >>> optimizer = sgd(lr=0.25)
         >>> params = [torch.ones(2), None]
         >>> optimizer.update([torch.ones(2), None], optimizer.init(params), params)
-        ([tensor([0.7500, 0.7500]), None], SGDState(step=tensor(1.), momentum=()))
+        ([tensor([0.7500, 0.7500]), None], SGDState(step=tensor(1., dtype=torch.float64), momentum=()))
 
     Reference:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,

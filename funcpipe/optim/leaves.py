@@ -49,9 +49,10 @@ def trained(leaf: Any) -> TypeGuard[torch.Tensor]:
 
 
 def step_of(params: Any) -> torch.Tensor:
-    """A new step count, where the parameters are: the kernels read it on the device."""
+    """A new step count, where the parameters are: read on the device. In float64 it is exact for longer than anyone trains,
+    and schedules compute in float64."""
     device = next((leaf.device for leaf in tree.leaves(params) if trained(leaf)), None)
-    return torch.zeros((), dtype=torch.float32, device=device)
+    return torch.zeros((), dtype=torch.float64, device=device)
 
 
 def zeros_like(params: Any) -> Any:
@@ -106,8 +107,8 @@ def fresh(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def scheduled(value: float | Schedule, step: torch.Tensor) -> torch.Tensor | float:
-    """A setting at a step: a schedule computes it from the step count in float64."""
-    return value(step.double()) if callable(value) else value
+    """A setting at a step."""
+    return value(step) if callable(value) else value
 
 
 def rate_on(device: torch.device, dtype: torch.dtype, rate: torch.Tensor | float) -> Any:

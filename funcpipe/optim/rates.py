@@ -12,8 +12,6 @@ import torch
 from funcpipe.errors import OptimError
 from funcpipe.optim.leaves import Schedule, check_settings
 
-EXACT = 2**24  # the last of the whole numbers that float32 has without a gap
-
 
 def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> Schedule:
     r"""A learning rate that rises linearly over ``warmup`` steps, then falls along half a cosine.
@@ -26,8 +24,7 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> S
     Args:
         peak: the highest learning rate.
         warmup: steps of the rise, 0 or more. The first step moves too: it has ``peak / warmup``, not 0.
-        total: steps in all, more than ``warmup`` and at most 2^24, up to which a float32 count is exact; later ones stay
-            at the floor.
+        total: steps in all, more than ``warmup``; later ones stay at the floor.
         floor: the last learning rate as a fraction of ``peak``.
 
     Returns:
@@ -47,11 +44,6 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> S
     check_settings("warmup_cosine", peak, floor=floor)
     if not 0 <= warmup < total:
         raise OptimError(f"warmup_cosine: warmup={warmup} and total={total}; 0 <= warmup < total is needed")
-    if total > EXACT:
-        raise OptimError(
-            f"warmup_cosine: total={total} is more than {EXACT}: optimizers count steps in float32, which is exact up to "
-            "there. For longer training keep a count of your own in the state, an int64 tensor, and write the schedule from it"
-        )
 
     def schedule(step: torch.Tensor) -> torch.Tensor:
         step = step.double()
