@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import funcpipe as fp
+from funcpipe.collectives import bind_mesh
 from funcpipe.errors import AxisError, BatchError
 
 
@@ -71,8 +72,8 @@ def test_what_does_not_fit():
         "pieces"
     )
     assert text_of(two(lambda x: fp.all_gather(x, "i", 1)), x) == "all_gather: a tensor of shape (3,) has no dim 1"
-    assert text_of(two(lambda x: fp.psum(3, "i")), x) == (
-        "psum: a leaf is 3, not a tensor; write torch.tensor(...), or fp.axis_size for a count"
+    assert text_of(two(lambda x: fp.psum("3", "i")), x) == (
+        "psum: a leaf is a str, not a tensor or a number; write torch.tensor(...)"
     )
     assert text_of(two(lambda x: fp.pmax(x * 1j, "i")), x) == (
         "pmax: complex numbers (torch.complex64) have no maximum; take it of x.abs()"
@@ -132,3 +133,12 @@ def test_a_weight_that_is_summed_over_ranks_is_refused():
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
     text = text_of(run.init, lambda w: w, torch.ones(2), torch.ones(4, 2), kind=BatchError)
     assert "Mean.weight of the whole batch is 4, but those of its 2 parts add up to 8" in text
+
+
+def test_a_tensor_that_lies_where_no_rank_computes():
+    """As a constant of the CPU does, in a loss on GPUs."""
+    elsewhere = torch.device("meta")
+    with bind_mesh(fp.Mesh(data=2), ("data",), elsewhere):
+        assert text_of(lambda: fp.psum(torch.tensor(4.0), "data")).startswith(
+            "psum: a leaf is on cpu, but ranks compute on meta at test_errors_collectives.py:"
+        )

@@ -4,7 +4,7 @@ Every function takes an axis name, or a tuple of names of which the first is maj
 How the name is bound decides what runs (`binding.py`); with one rank, or in plain PyTorch, nothing does. Shapes below
 are of one leaf; ``n`` is the number of ranks.
 
-In: a pytree of tensors, an axis. Out: a pytree of the same structure, differentiable.
+In: a pytree of tensors and numbers, an axis. Out: a pytree of the same structure, differentiable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from funcpipe import tree
 from funcpipe.collectives import ops, rules
-from funcpipe.collectives.binding import Run, runs
+from funcpipe.collectives.binding import Run, is_free, operand, runs
 from funcpipe.errors import AxisError
 
 Axis = str | Iterable[str]
@@ -28,7 +28,8 @@ def psum(x: Any, axis: Axis) -> Any:
     """The sum over all ranks of an axis, on each of them.
 
     Args:
-        x: a pytree of tensors of any shape. Bools are counted, in int64, as ``torch.sum`` does.
+        x: a pytree of tensors of any shape, or numbers, which are as ``torch.tensor`` makes them. Bools are counted, in
+            int64, as ``torch.sum`` does.
         axis: an axis name or several.
 
     Returns:
@@ -178,7 +179,7 @@ def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
         perm: (source, destination) pairs of places on the axis; no source and no destination comes twice.
 
     Returns:
-        what came; zeros on a rank that is nobody's destination.
+        what came; zeros on a rank that is nobody's destination. Where no axis is bound, ``x``, unless there are no pairs.
 
     Raises:
         AxisError: a place that the axis does not have, or that comes twice.
@@ -188,7 +189,7 @@ def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
     tensor([0, 1, 2])
     """
     found = runs(axis, "ppermute")
-    pairs = _checked(tuple((int(s), int(d)) for s, d in perm), _count(found))
+    pairs = _checked(tuple((int(s), int(d)) for s, d in perm), None if is_free(axis) else _count(found))
 
     def leaf(t: torch.Tensor) -> torch.Tensor:
         if not found:
@@ -217,14 +218,7 @@ def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Te
 
 
 def _map(who: str, fn: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
-    def leaf(t: Any) -> torch.Tensor:
-        if not isinstance(t, torch.Tensor):
-            raise AxisError(
-                f"{who}: a leaf is {t!r}, not a tensor; write torch.tensor(...), or fp.axis_size for a count"
-            )
-        return fn(t)
-
-    return tree.map(leaf, x)
+    return tree.map(lambda t: fn(operand(who, t)), x)
 
 
 def _names(found: Runs) -> list[str]:
@@ -304,10 +298,11 @@ def _dim(who: str, t: torch.Tensor, dim: int, extra: bool = False) -> int:
     return dim % dims
 
 
-def _checked(pairs: rules.Pairs, n: int) -> rules.Pairs:
+def _checked(pairs: rules.Pairs, n: int | None) -> rules.Pairs:
+    """The pairs. ``n``: the number of ranks, None where no axis is bound: there every pair stands for the one rank."""
     for what, places in (("source", [s for s, _ in pairs]), ("destination", [d for _, d in pairs])):
         for p in places:
-            if not 0 <= p < n:
+            if n is not None and not 0 <= p < n:
                 raise AxisError(f"ppermute: {what} {p} is no place on an axis of {n} ranks: 0 to {n - 1}")
         if len(set(places)) < len(places):
             raise AxisError(f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to several ranks")

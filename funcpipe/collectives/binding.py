@@ -17,15 +17,17 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.errors import AxisError
+from funcpipe.lines import user_line
 from funcpipe.mesh import Axes, Mesh
 
 
@@ -48,12 +50,14 @@ class Run:
 
 @dataclass(frozen=True)
 class _Scope:
-    """What is bound: a mesh, of which ``axes`` may be named; mapped axes; or, with ``alone``, any name to one rank."""
+    """What is bound: a mesh, of which ``axes`` may be named; mapped axes; or, with ``alone``, any name to one rank. ``device``:
+    where the ranks of the mesh compute."""
 
     mesh: Mesh | None = None
     axes: Axes = ()
     mapped: Mapping[str, Run] = field(default_factory=dict)
     alone: bool = False
+    device: torch.device | None = None
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("funcpipe_axes", default=None)
@@ -68,19 +72,22 @@ def _enter(scope: _Scope) -> Iterator[None]:
         _scope.reset(token)
 
 
-def bind_mesh(mesh: Mesh, axes: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+def bind_mesh(
+    mesh: Mesh, axes: Iterable[str], device: torch.device | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Bind axes of a mesh by name.
 
     Args:
         mesh: gives their sizes.
         axes: those that a collective may name: the ones that split the batch. On any other axis every rank would
             compute the same (or, along a pipeline, another stage).
+        device: where ranks compute: there numbers become tensors, and tensors elsewhere are refused; None: anywhere.
 
     >>> with bind_mesh(Mesh(pipe=2, data=4), ("data",)):
     ...     axis_size("data")
     4
     """
-    return _enter(_Scope(mesh, mesh.ordered(mesh.check(axes))))
+    return _enter(_Scope(mesh, mesh.ordered(mesh.check(axes)), device=device))
 
 
 def one_rank() -> contextlib.AbstractContextManager[None]:
@@ -123,6 +130,36 @@ def runs(axis: str | Iterable[str], who: str) -> tuple[Run, ...]:
         if sizes:
             out.append(Run(tuple(sizes), math.prod(sizes.values())))
     return tuple(out)
+
+
+def operand(who: str, x: Any) -> torch.Tensor:
+    """A leaf that a collective gets as a tensor where the ranks compute.
+
+    Raises:
+        AxisError: it is no tensor or number, or it lies elsewhere.
+    """
+    scope = _scope.get() or _Scope()
+    if isinstance(x, bool | int | float | complex | np.generic):
+        mapped = [run.index.device for run in scope.mapped.values() if run.index is not None]
+        return torch.tensor(x, device=scope.device or next(iter(mapped), None))
+    if not isinstance(x, torch.Tensor):
+        raise AxisError(f"{who}: a leaf is {step_.describe(x)}, not a tensor or a number; write torch.tensor(...)")
+    if scope.device is not None and x.device.type != scope.device.type:
+        raise AxisError(
+            f"{who}: a leaf is on {x.device}, but ranks compute on {scope.device}{user_line() or ''}: make it there, with "
+            "device= that of the batch"
+        )
+    return x
+
+
+def is_free(axis: str | Iterable[str]) -> bool:
+    """Whether nothing binds an axis (or several): it has one rank, whatever a step was written for.
+
+    >>> is_free("data")
+    True
+    """
+    axes = tuple(axis) if not isinstance(axis, str) else (axis,)
+    return all(_lookup(name, "is_free") is None for name in axes)
 
 
 def _lookup(name: str, who: str) -> Run | Mesh | None:
@@ -211,7 +248,7 @@ def vmap(
         def body(index: torch.Tensor, *inner: Any) -> Any:
             scope = _scope.get() or _Scope()
             bound = {**scope.mapped, axis_name: Run((axis_name,), size, index)}
-            with _enter(_Scope(scope.mesh, scope.axes, bound, scope.alone)):
+            with _enter(replace(scope, mapped=bound)):
                 inner_args, inner_kwargs = tree.unflatten(spec, inner)
                 return f(*inner_args, **inner_kwargs)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from funcpipe.comm import Communicator, Done, Pending, wire
 from funcpipe.errors import AxisError
@@ -157,8 +158,16 @@ def collective(
         shape: of the result.
         perm: of a ppermute: source, destination, source, destination, …
     """
+    x = _variable(x)
     token = STARTS[kind](x, ",".join(axes), *(() if perm is None else (perm,)))
     return WAIT(token, x, shape)
+
+
+def _variable(x: torch.Tensor) -> torch.Tensor:
+    """The operand of an op that is traced as such: a fake whose number is known would be computed with on the spot, on no rank."""
+    if not isinstance(x, FakeTensor) or x.constant is None:
+        return x
+    return torch.where(torch.ones((), dtype=torch.bool, device=x.device), x, x)
 
 
 def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:

@@ -20,12 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import one_rank
+from funcpipe.collectives.ops import STARTS, WAIT
 from funcpipe.errors import BatchError
 from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.ops import extract
 from funcpipe.graph.restore import restored
 from funcpipe.graph.summands import reached
+from funcpipe.mesh import Mesh
 from funcpipe.sequence import hook
 from funcpipe.sequence.attention import Intercept
 from funcpipe.sequence.rewrite import Unsplit
@@ -54,6 +56,7 @@ def check_additive(
     parts: Iterable[torch.Tensor],
     mode: FakeTensorMode,
     also: str = "",
+    times: int = 1,
 ) -> None:
     """The weights of the parts add up to the weight of the whole batch.
 
@@ -62,6 +65,7 @@ def check_additive(
         batch: the whole batch, with its data.
         parts: the weight of every part.
         also: what else the error says.
+        times: what the weight of one device is multiplied by: see `written_for`.
 
     Raises:
         BatchError: they do not.
@@ -75,7 +79,7 @@ def check_additive(
     if isinstance(weight, FakeTensor):
         return  # depends on params in the whole batch only; the traced part said it does not
     weights = [w.double() for w in parts]
-    whole, total = float(weight), float(sum(weights[1:], weights[0]))
+    whole, total = times * float(weight), float(sum(weights[1:], weights[0]))
     if abs(whole - total) > _WEIGHT_TOLERANCE * max(abs(whole), abs(total)):
         raise BatchError(
             f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts add up to {total:g}: the "
@@ -106,6 +110,26 @@ class _Glancing(Unsplit):
             return q.new_empty((*q.shape[:3], v.shape[3]))
         with hook.bound(None):
             return super().attention(q, k, v, spec)
+
+
+def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
+    """By how many ranks a weight divides its sum over ranks, written as a number; 1 where it does not.
+
+    Such a sum is a mean, as in ``psum(rows, "data") / 2``. One device, where the axis has one rank, divides by 1.
+    """
+    aten = torch.ops.aten
+    (out,) = weight.graph.find_nodes(op="output")
+    node: Any = out.args[0]
+    while isinstance(node, fx.Node) and node.target in (aten.clone.default, aten.detach.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.div.Tensor:
+        return 1
+    summed, by = node.args[:2]
+    start = summed.args[0] if isinstance(summed, fx.Node) and summed.target is WAIT else None
+    if not isinstance(start, fx.Node) or start.target is not STARTS["psum"]:
+        return 1
+    ranks = mesh.axis_size(tuple(str(start.args[1]).split(",")))
+    return ranks if by == ranks else 1
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
