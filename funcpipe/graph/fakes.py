@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from funcpipe import tree
 from funcpipe.graph.grouped import explain_grouped
+from funcpipe.graph.traceable import traceable
 from funcpipe.step import differentiable
 
 
@@ -33,7 +34,7 @@ def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
     Args:
         params: fakes of ``mode``.
     """
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), BatchIsReal(mode):
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), traceable(), BatchIsReal(mode):
         try:
             yield tree.map(lambda x: x.detach().requires_grad_() if differentiable(x) else x, params)
         except RuntimeError as error:

@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcpipe import step as step_
 from funcpipe import tree
 from funcpipe.collectives import bind_mesh, one_rank
-from funcpipe.errors import BatchError, CutError, FuncpipeError
+from funcpipe.errors import BatchError, CutError, FuncpipeError, TraceError
 from funcpipe.graph.explain import explain, refuse_impure
 from funcpipe.graph.mutation import make_functional
 from funcpipe.graph.names import NAMED
 from funcpipe.graph.ops import MARK
 from funcpipe.graph.restore import restored
+from funcpipe.graph.traceable import traceable
 from funcpipe.lines import user_line
 from funcpipe.mesh import Axes, Mesh
 
@@ -191,6 +192,7 @@ def trace(
     context = _Tracing(parts)
     leaves, moving = batch[0], [i for i, x in enumerate(batch[0]) if isinstance(x, torch.Tensor)]
 
+    @traceable()
     def joint(*tensors: torch.Tensor) -> Any:
         context.begin()
         inputs = [x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]]
@@ -205,11 +207,14 @@ def trace(
             heads = [x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)]
         context.backward()
         with _Crossing(context):
-            return (*heads, *_gradients(total, inputs, tensors[-1] if hidden else scale))
+            grads = _gradients(total, inputs, tensors[-1] if hidden else scale)
+        _refuse_sparse(grads, params[1])
+        return (*heads, *grads)
 
     hidden = [scale] if isinstance(scale, torch.Tensor) else []
     tensors = [*params[0], *(leaves[i] for i in moving), *hidden]
-    bound = one_rank() if mesh is None else bind_mesh(mesh, axes)
+    device = tensors[0].device if tensors else None
+    bound = one_rank() if mesh is None else bind_mesh(mesh, axes, device)
     with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
         try:
             with rewriting, restored(loss_fn):
@@ -247,6 +252,16 @@ def _gradients(
     engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
     found = iter(engine((total,), (_seed(total, scale),), False, False, tuple(wanted), True, accumulate_grad=False))
     return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def _refuse_sparse(grads: list[torch.Tensor | None], spec: Any) -> None:
+    for i, x in enumerate(grads):
+        if x is not None and x.layout is not torch.strided:
+            path = tree.paths(tree.unflatten(spec, range(len(grads))))[i]
+            raise TraceError(
+                f"the gradient of params{path} is sparse ({x.layout}), but gradients are summed over ranks and microbatches as "
+                "dense tensors: compute with x.to_dense() in the loss function"
+            )
 
 
 def _seed(total: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:

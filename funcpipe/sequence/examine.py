@@ -27,6 +27,7 @@ from funcpipe.errors import BatchError, FuncpipeError, SequenceError
 from funcpipe.graph.explain import explain
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.restore import restored
+from funcpipe.graph.traceable import traceable
 from funcpipe.lines import line_of
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.sequence import backward, known
@@ -206,15 +207,16 @@ class _Run:
             data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
         inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
         self.count = len([self.tape.new(x) for x in inputs])
+        device = inputs[0].device if inputs else None
         try:
             unbound = step_.bind(None)  # type: ignore[arg-type]  # a boundary is nothing here
-            with restored(task.loss_fn), unbound, bind_mesh(mesh, task.axes):
+            with restored(task.loss_fn), unbound, bind_mesh(mesh, task.axes, device):
                 run(self.tape, lambda: self._call(task, held, tree.unflatten(task.spec, data)))
         except Exception as error:
             self.error = error
 
     def _call(self, task: Task, params: Any, batch: Any) -> None:
-        with Intercept():
+        with traceable(), Intercept():
             with backward.NoHooks():
                 self.loss = step_.read_loss(task.loss_fn(params, batch), task.has_aux)
             backward.record(self.tape, self.loss[0], tree.leaves(params))
