@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from funcpipe import random
 from funcpipe.errors import ModuleError
-from funcpipe.stand_in import Slot, Slots, check_hooks, check_references, slots, stand_in
+from funcpipe.stand_in import Caches, Slot, Slots, check_hooks, check_references, slots, stand_in
 from funcpipe.step import Mean, describe, stage_boundary
 
 Tensors = dict[str, torch.Tensor]
@@ -56,7 +56,7 @@ def from_module(
         ModuleError: a boundary that matches nothing; parameters that are not there yet (lazy), share memory without being
             tied, are expanded, or have hooks of their own; a submodule that the module refers to where no copy can follow, as
             ``torch.compile`` and wrappers of ``forward`` do. In a call: params or buffers with missing or unexpected names
-            or other shapes; a buffer that appears or vanishes.
+            or other shapes; a buffer that appears or vanishes; a cache that the module itself has filled since.
 
     In a step, params are the params; buffers have no gradient, so they go through the batch, whole
     (``dims={"x": 0, "buffers": None}``), and live in the state if they change:
@@ -113,6 +113,7 @@ def from_module(
     paths = _boundary_paths(module, boundaries)
     has = slots(module)
     check_hooks(has)
+    caches = Caches(has, copy)
     params, buffers = ({x.name: _own(x.tensor, copy) for x in some} for some in (has.params, has.buffers))
 
     def apply_fn(
@@ -121,6 +122,7 @@ def from_module(
         """Call the module on other parameters and buffers; see `from_module`."""
         has = slots(module)
         check_hooks(has)
+        caches.check(has)
         _check_tensors("apply_fn: params", params, has.params, has)
         _check_tensors("apply_fn: buffers", buffers, has.buffers, has)
         trained = {x.name: params[x.name] if x.tensor.requires_grad else params[x.name].detach() for x in has.params}

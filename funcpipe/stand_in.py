@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -227,6 +227,51 @@ def check_references(has: Slots) -> None:
                 )
 
 
+# ---- buffers that calls of the module itself fill
+
+
+class Caches:
+    """The buffers of a module that are no part of its state dict, and the plain attributes beside them, as they are now.
+
+    A module that fills such a buffer on a first call remembers that in an attribute. A call reads the attribute as it is
+    then, while its buffers may be of before.
+
+    Args:
+        copied: whether the buffers of calls are copies, which do not follow when the module writes to its own.
+    """
+
+    def __init__(self, has: Slots, copied: bool) -> None:
+        self.copied = copied
+        self.known = {path: self._of(m) for path, m in has.modules if m._non_persistent_buffers_set}
+
+    def check(self, has: Slots) -> None:
+        """ModuleError where an attribute and a buffer of a submodule have changed together."""
+        for path, m in has.modules if self.known else ():
+            if path not in self.known:
+                continue
+            attributes, buffers = self._of(m)
+            old_attributes, old_buffers = self.known[path]
+            changed = [k for k, x in attributes.items() if k not in old_attributes or old_attributes[k] != x]
+            filled = [k for k, x in buffers.items() if old_buffers.get(k) != x]
+            if changed and filled:
+                at = f"{path}." if path else ""
+                raise ModuleError(
+                    f"apply_fn: a call of the module has filled buffer {at + filled[0]!r} and set {at + changed[0]!r} since "
+                    "from_module, so that the buffers of then do not fit the module of now. Call the module first, then "
+                    "from_module"
+                )
+
+    def _of(self, m: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        attributes = {k: x for k, x in m.__dict__.items() if type(x) in _LEAVES and k != "training"}
+        buffers = {k: m._buffers.get(k) for k in m._non_persistent_buffers_set}
+        return attributes, {
+            k: (id(x), self._version(x), x) for k, x in buffers.items()
+        }  # held, so that ids stay theirs
+
+    def _version(self, x: torch.Tensor | None) -> int | None:
+        return x._version if self.copied and x is not None and not x.is_inference() else None
+
+
 def _out_of_reach(x: Any, reached: bool, own: dict[int, str], seen: set[tuple[int, bool]]) -> str | None:
     """What a value holds of ``own`` where `_moved` does not find it."""
     if id(x) in own:
@@ -251,6 +296,8 @@ def _inside(x: Any) -> tuple[Iterable[Any], bool]:
         return (x.func, *x.args, *x.keywords.values()), True
     if kind is FunctionType:
         return _closure(x), False
+    if kind is fx.Graph:  # a call runs the code that was made of it
+        return (), False
     return getattr(x, "__dict__", {}).values(), False
 
 

@@ -642,3 +642,72 @@ def test_refused_calls() -> None:
         apply_fn(params, buffers, rows().t()[None])
     module.eval()
     assert same_bits(apply_fn(params, buffers, rows().t()[None])[0], module(rows().t()[None]))
+
+
+# ---- graph modules, and caches that calls fill
+
+
+def test_a_graph_module_is_a_module() -> None:
+    for inner in (nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.Tanh()):
+        module = nn.Sequential(nn.Linear(D, D), torch.fx.symbolic_trace(inner), nn.Linear(D, 1)).double()
+        apply_fn, params, buffers = from_module(module, boundaries=["0", "1"])
+        x = torch.randn(8, D, dtype=torch.float64)
+        assert torch.equal(apply_fn(params, buffers, x)[0], module(x))
+        doubled = {name: 2 * p for name, p in params.items()}
+        want = to_module(copy.deepcopy(module), doubled)(x)
+        assert torch.equal(apply_fn(doubled, buffers, x)[0], want)
+
+        def step(p: Any, x: torch.Tensor, run: Any = apply_fn, held: Any = buffers) -> Any:
+            rows = torch.tensor(float(len(x)))
+            loss, grads = fp.value_and_grad(lambda p, x: fp.Mean(run(p, held, x)[0].square().sum(), rows * 0 + len(x)))(
+                p, x
+            )
+            return optree.tree_map(lambda p, g: p - 0.1 * g, p, grads), {"loss": loss}
+
+        fast = fp.pipelined(step, axis="pipe", microbatches=2)
+        assert_equivalent(step, fast, fp.Mesh(pipe=2), lambda p: p, params, [x])
+
+
+class Rotation(nn.Module):
+    """Fills a buffer on its first call, and remembers that in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(8), persistent=False)
+        self.filled = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[-1]
+        if self.filled < length:
+            self.table[:length] = torch.arange(1.0, length + 1)
+            self.filled = length
+        return x * self.table[:length]
+
+
+def test_a_cache_that_the_module_filled_behind_a_copy_is_refused() -> None:
+    module, x = nn.Sequential(nn.Linear(D, D), Rotation()), torch.ones(2, D)
+    apply_fn, params, buffers = from_module(module, copy=True)
+    out = apply_fn(params, buffers, x)[0]  # of a stand-in: the module itself stays as it was
+    assert torch.equal(out, module(x))
+    with refused(ModuleError, "filled buffer '1.table' and set '1.filled' since from_module", "Call the module first"):
+        apply_fn(params, buffers, x)
+    apply_fn, params, buffers = from_module(module, copy=True)
+    assert torch.equal(apply_fn(params, buffers, x)[0], out)
+    to_module(module, params, buffers)  # writes buffers, and no attributes
+    assert torch.equal(apply_fn(params, buffers, x)[0], out)
+    module, x = nn.Sequential(Rotation()), torch.ones(2, D)
+    apply_fn, params, buffers = from_module(module, copy=True)
+    module[0].filled = -1  # an attribute alone
+    assert torch.equal(apply_fn(params, buffers, x)[0], module(x))
+
+
+def test_a_cache_that_calls_share_with_the_module_follows_it() -> None:
+    module, x = nn.Sequential(nn.Linear(D, D), Rotation()), torch.ones(2, D)
+    apply_fn, params, buffers = from_module(module)
+    out = module(x)
+    assert torch.equal(apply_fn(params, buffers, x)[0], out)
+    module[1].table = torch.zeros(8)  # another tensor, filled again
+    module[1].filled = 0
+    module(torch.ones(2, D))
+    with refused(ModuleError, "buffer '1.table'"):
+        apply_fn(params, buffers, x)
