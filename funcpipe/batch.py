@@ -3,7 +3,8 @@
 Data axes are major, in mesh order; microbatches are minor: a rank's microbatch ``m`` is the ``m``-th piece of the rows
 that its place on the data axes gets. Of its positions a rank gets those of its *member* number (`sequence/parts.py`), in
 every microbatch; their number need not divide, so that not all ranks have the same shapes. A 0-d leaf, and anything that is
-not a tensor, goes to everyone whole.
+not a tensor, goes to everyone whole. Ready microbatches whose rows do not divide are *dealt*: each goes whole to one place on
+the data axes, equally many to each, in order.
 
 In: the records that split, a batch. Out: `Splits`, which hands a rank its microbatches, or a BatchError with the path
 of the leaf that cannot be split.
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 
 from funcpipe import tree
+from funcpipe.batch_leaves import as_dicts, key_of
 from funcpipe.errors import BatchError
 from funcpipe.mesh import Axes, Mesh
 from funcpipe.records import Record, Resolved
 from funcpipe.results import Origin
 from funcpipe.sequence.parts import Part
 from funcpipe.step import Microbatches, check_microbatches
+
+_DEAL = ". Ready microbatches are dealt whole where their number is a multiple of the number of shards"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Splits:
         cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every leaf, its splits, in the
             order in which they are made: rows, microbatches, positions.
         specs: the structure of every ready microbatch.
+        dealt: the axes over which ready microbatches are dealt.
+        kinds: the `signature` of every ready microbatch.
         local: whether every rank gets a batch of its own rows.
     """
 
@@ -54,11 +60,13 @@ class Splits:
     count: int
     cuttings: tuple[tuple[tuple[Cutting, ...], ...], ...]
     specs: tuple[Any, ...]
+    dealt: Axes = ()
+    kinds: tuple[Any, ...] = ()
     local: bool = False
 
     def shape(self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0) -> tuple[int, ...]:
         """The shape of a leaf in one microbatch of a rank with this member number."""
-        out = list(shape)
+        out, member = list(shape), self.slice_of(member)
         for c in self.cuttings[part][leaf]:
             out[c.dim] = c.part.length(member) if c.part else out[c.dim] // c.pieces
         return tuple(out)
@@ -72,24 +80,46 @@ class Splits:
         """Every way in which positions are split: one for every length."""
         return tuple(dict.fromkeys(c.part for leaves in self.cuttings for cs in leaves for c in cs if c.part))
 
+    @property
+    def slices(self) -> int:
+        """Over how many ranks a sequence is split."""
+        return self.parts[0].members if self.parts else 1
+
     def member(self, rank: int) -> int:
-        """The member number of a rank; 0 where positions are not split."""
-        return self.mesh.index(rank, self.parts[0].axes) if self.parts else 0
+        """The member number of a rank, which says what shapes it has: by its place where microbatches are dealt, then by its
+        slice of the sequence."""
+        place = self.mesh.index(rank, self.dealt) if self.dealt else 0
+        return place * self.slices + (self.mesh.index(rank, self.parts[0].axes) if self.parts else 0)
+
+    def slice_of(self, member: int) -> int:
+        """Which slice of the sequence a member has."""
+        return member % self.slices
+
+    def ready_of(self, member: int) -> range:
+        """The ready microbatches of a member."""
+        if not self.dealt:
+            return range(len(self.specs))
+        first = member // self.slices * self.count
+        return range(first, first + self.count)
 
     def variants(self) -> dict[int, int]:
         """For every member number the first one that has the same shapes."""
         first: dict[Any, int] = {}
-        members = range(self.parts[0].members if self.parts else 1)
-        return {m: first.setdefault(tuple(p.variant(m) for p in self.parts), m) for m in members}
+        return {m: first.setdefault(self._variant(m), m) for m in range(self.mesh.axis_size(self.dealt) * self.slices)}
+
+    def _variant(self, member: int) -> tuple:
+        shapes = tuple(self.kinds[i] for i in self.ready_of(member))
+        return shapes, tuple(p.variant(self.slice_of(member)) for p in self.parts)
 
     def microbatches(self, batch: Any, rank: int) -> list[list[Any]]:
         """The leaves of every microbatch of a rank; tensors contiguous."""
         member, ready = self.member(rank), isinstance(batch, Microbatches)
+        parts = batch.parts if ready else [batch]
         out: list[list[Any]] = [[] for _ in range(self.count)]
-        for i, (spec, part) in enumerate(self._parts(batch)):
-            for leaf, cuttings in zip(spec.flatten_up_to(part), self.cuttings[i], strict=True):
-                pieces = self._pieces(leaf, cuttings, rank, member)
-                for m in [i] if ready else range(self.count):
+        for k, i in enumerate(self.ready_of(member)):
+            for leaf, cuttings in zip(self.specs[i].flatten_up_to(parts[i]), self.cuttings[i], strict=True):
+                pieces = self._pieces(leaf, cuttings, rank, self.slice_of(member))
+                for m in [k] if ready else range(self.count):
                     out[m].append(pieces[0 if len(pieces) == 1 else m])
         return out
 
@@ -169,20 +199,43 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
             f"{type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
         )
     parts = list(batch.parts) if ready else [batch]
+    dealt = _dealt_over(resolved, parts) if ready else ()
     origins = tree.map(lambda _: Origin.BATCH, batch) if origins is None else origins
     made = list(origins.parts) if ready else [origins]
     cuttings = tuple(
-        tuple(_leaf_cuttings(resolved, part, tree.leaves(some), ready)) for part, some in zip(parts, made, strict=True)
+        tuple(_leaf_cuttings(resolved, part, tree.leaves(some), ready, dealt))
+        for part, some in zip(parts, made, strict=True)
     )
     specs = tuple(tree.flatten(part)[1] for part in parts)
-    return Splits(resolved.mesh, len(parts) if ready else count or 1, cuttings, specs, resolved.local)
+    count = len(parts) // resolved.mesh.axis_size(dealt) if ready else count or 1
+    return Splits(resolved.mesh, count, cuttings, specs, dealt, tuple(map(signature, parts)), resolved.local)
 
 
-def _leaf_cuttings(resolved: Resolved, batch: Any, origins: list[Origin], ready: bool) -> list[tuple[Cutting, ...]]:
+def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:
+    """The axes over which ready microbatches are dealt, since their rows do not divide; none if they are cut."""
+    axes = () if resolved.local else resolved.row_axes
+    if not axes or len(parts) % resolved.mesh.axis_size(axes):
+        return ()
+    return () if all(_rows_divide(resolved, part) for part in parts) else axes
+
+
+def _rows_divide(resolved: Resolved, part: Any) -> bool:
+    leaves = tree.leaves(part)
+    pieces = [dict.fromkeys(range(-x.dim(), x.dim()), 1) if isinstance(x, torch.Tensor) else {} for x in leaves]
+    for r in resolved.row_splits:
+        for x, cut, dim in zip(leaves, pieces, _dims(r.name, r.split.dims if r.split else 0, part), strict=True):
+            if dim in cut:
+                cut[dim % x.dim()] *= resolved.mesh.axis_size(r.axes)
+    return all(x.shape[dim] % n == 0 for x, cut in zip(leaves, pieces, strict=True) for dim, n in cut.items())
+
+
+def _leaf_cuttings(
+    resolved: Resolved, batch: Any, origins: list[Origin], ready: bool, dealt: Axes
+) -> list[tuple[Cutting, ...]]:
     wanted = [
         (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
         for r in resolved.row_splits
-        if r.split and (not resolved.local or any(Origin.ROWS in o for o in origins))
+        if r.split and not dealt and (not resolved.local or any(Origin.ROWS in o for o in origins))
     ]
     if resolved.micro and not ready:
         wanted.append((resolved.micro_name, (), resolved.micro.count or 1, resolved.micro.dims))
@@ -202,7 +255,8 @@ def _leaf_cuttings(resolved: Resolved, batch: Any, origins: list[Origin], ready:
                 split = "" if out[i] == [] else f", {tuple(sizes[i])} after other splits,"
                 raise BatchError(
                     f"{name}: batch{path} of shape {tuple(x.shape)}{split} does not split along dim {dim} into {into}; "
-                    f"change the batch, or name another dim for this leaf (dims=..., None hands it out whole)"
+                    "leave the last rows out (drop_last=True of a DataLoader), pad with rows of weight 0, or name another dim "
+                    f"for this leaf (dims=..., None hands it out whole){_DEAL * ready}"
                 )
             sizes[i][dim] //= pieces
             out[i].append(Cutting(dim % x.dim(), pieces, axes))
@@ -264,7 +318,7 @@ def _part(records: tuple[Record, ...], mesh: Mesh, size: int) -> Part:
 
 
 def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
-    bare = tree.without_data(batch)
+    bare = tree.without_data(as_dicts(batch))
     try:
         out = tree.broadcast_prefix(dims, bare)
     except ValueError as error:
@@ -282,5 +336,5 @@ def signature(batch: Any) -> tuple:
     """What a plan depends on: structure, shapes, dtypes, and every value that is not a tensor."""
     leaves, spec = tree.flatten(batch)
     return spec, tuple(
-        (tuple(x.shape), x.dtype, x.device.type) if isinstance(x, torch.Tensor) else (type(x), x) for x in leaves
+        (tuple(x.shape), x.dtype, x.device.type) if isinstance(x, torch.Tensor) else key_of(x) for x in leaves
     )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from funcpipe import scaling, tree
+from funcpipe.batch_leaves import read_batch, with_tensors
 from funcpipe.containers import check_containers
 from funcpipe.errors import BatchError, TraceError
 
@@ -118,12 +119,15 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
 
     Returns:
         A function ``(params, batch) -> (loss, grads)``, or ``((loss, aux), grads)``. ``loss`` is a detached 0-d tensor,
-        ``grads`` a tree like ``params``; the gradient of an unused or integer leaf is zeros.
+        ``grads`` a tree like ``params`` of dense tensors; the gradient of an unused or integer leaf is zeros.
 
     In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is torch.func's.
 
+    Arrays and numbers of numpy in the batch are tensors for the loss function.
+
     Raises:
         TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor; it runs in torch.inference_mode.
+        BatchError: a leaf of the batch is neither a tensor nor a constant (a number, a text, ...); in a runner.
 
     >>> w = torch.tensor([1.0, 2.0])
     >>> value_and_grad(lambda p, b: (p * b).sum())(w, torch.tensor([3.0, 4.0]))
@@ -134,7 +138,10 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
     def run(params: Any, batch: Any) -> Any:
         refuse_inference_mode("value_and_grad")
         context = _context.get()
-        out = (_plain if context is None else context.value_and_grad)(loss_fn, has_aux, params, batch)
+        if context is None:
+            out = _plain(loss_fn, has_aux, params, with_tensors(batch))
+        else:
+            out = context.value_and_grad(loss_fn, has_aux, params, read_batch(batch))
         seen = _tap.get()
         if seen is not None:
             loss, grads = tree.map_tensors(torch.clone, (out[0][0] if has_aux else out[0], out[1]))
@@ -163,15 +170,19 @@ def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.
 
     Args:
         tree_of_leaves: params, gradients, or a tree like them.
-        local: from the leaves that this rank counts (possibly none) to a 0-d tensor that is additive over elements.
+        local: from the leaves that this rank counts (possibly none) to a 0-d tensor or number, additive over elements.
 
     >>> global_sum([torch.ones(3), torch.ones(2)], lambda leaves: sum(x.sum() for x in leaves))
     tensor(5.)
     """
     context = _context.get()
+
+    def summed(leaves: list[torch.Tensor]) -> torch.Tensor:
+        return torch.as_tensor(local(leaves))
+
     if context is not None:
-        return context.global_sum(tree_of_leaves, local)
-    return local(tree.leaves(tree_of_leaves))
+        return context.global_sum(tree_of_leaves, summed)
+    return summed(tree.leaves(tree_of_leaves))
 
 
 Join = Callable[[Sequence[Any]], Any]  # from a value for each leaf of the whole tree to a tree of them
@@ -221,8 +232,9 @@ def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
     leaves = [x for x in leaves if x.is_floating_point() or x.is_complex()]
     if not leaves:
         return torch.zeros(())
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in leaves), torch.float32)
-    return torch.stack([torch.linalg.vector_norm(x, dtype=dtype).real.square() for x in leaves]).sum()
+    real = functools.reduce(torch.promote_types, (x.dtype.to_real() for x in leaves), torch.float32)
+    norms = [torch.linalg.vector_norm(x, dtype=real.to_complex() if x.is_complex() else real) for x in leaves]
+    return torch.stack([x.real.square().to(norms[0].device) for x in norms]).sum()
 
 
 # ---- value_and_grad in plain PyTorch
@@ -365,8 +377,12 @@ def totals_and_grads(
     found: Any = (torch.zeros_like(x) for x in wanted)
     if total.requires_grad and wanted:
         found = iter(torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True))
-    grads = [next(found) if x.requires_grad else torch.zeros_like(x) for x in inputs]
+    grads = [_dense(next(found)) if x.requires_grad else torch.zeros_like(x) for x in inputs]
     return total.detach(), None if weight is None else weight.detach(), aux, grads
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any) -> Any:

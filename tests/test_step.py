@@ -8,6 +8,8 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from models_for_tests import D, batch, body, count, distance, loss_fn, params, refused, same_bits, step_of
 from torch.utils.checkpoint import checkpoint
 
@@ -297,3 +299,71 @@ def test_tap_sees_every_call() -> None:
     assert [len(x) for x in seen] == [3] and same_bits(seen[0][1:], out)
     fp.value_and_grad(scalar)(params(), batch())
     assert len(seen) == 1
+
+
+# ---- norms of leaves of several kinds
+
+
+def norm_of(tree: Any) -> torch.Tensor:
+    leaves = [x.to(torch.complex128).abs().square().sum() for x in optree.tree_leaves(tree)]
+    return sum(leaves, torch.zeros((), dtype=torch.float64)).sqrt()
+
+
+KINDS = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([(), (0,), (3,), (2, 4)])), min_size=1, max_size=5))
+def test_the_norm_of_leaves_of_any_kinds(leaves: list[tuple[str, tuple[int, ...]]]) -> None:
+    drawn = [torch.randn(shape, dtype=torch.complex128) + 1 for _, shape in leaves]
+    tree = [
+        x.to(getattr(torch, k)) if "complex" in k else x.real.to(getattr(torch, k))
+        for x, (k, _) in zip(drawn, leaves, strict=True)
+    ]
+    double = any(k in ("float64", "complex128") for k, _ in leaves)
+    norm = fp.global_norm([*tree, torch.arange(3), None])
+    assert norm.dtype == (torch.float64 if double else torch.float32)
+    tolerance = {"rtol": 1e-12, "atol": 0.0} if double else {"rtol": 1e-6, "atol": 0.0}
+    torch.testing.assert_close(norm.double(), norm_of(tree), **tolerance)
+
+
+def test_clipping_of_real_and_complex_leaves_is_torchs() -> None:
+    tree = [torch.randn(3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.complex128), torch.randn(0).double()]
+    twins = [torch.nn.Parameter(x.clone()) for x in tree]
+    for twin, x in zip(twins, tree, strict=True):
+        twin.grad = x.clone()
+    norm = torch.nn.utils.clip_grad_norm_(twins, 0.5)
+    clipped, mine = fp.clip_by_global_norm(tree, 0.5)
+    torch.testing.assert_close(mine, norm, rtol=1e-12, atol=0)
+    torch.testing.assert_close(clipped, [t.grad for t in twins], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_norms_and_sums_of_mixed_leaves_over_ranks(sharded: bool) -> None:
+    """A leaf that a rank does not count is none: what it sums up may then be a Python number."""
+    p = {"a": torch.randn(3, dtype=torch.float64), "c": torch.randn(3, dtype=torch.complex128), "n": torch.arange(2)}
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def loss_fn(p: Any, x: torch.Tensor) -> fp.Mean:
+        x = fp.stage_boundary(x * p["a"]).to(torch.complex128)
+        return fp.Mean((x @ p["c"]).abs().square().sum(), torch.tensor(float(len(x))))
+
+    def step(p: Any, x: torch.Tensor) -> Any:
+        loss, grads = fp.value_and_grad(loss_fn)(p, x)
+        size = fp.global_sum(grads, lambda leaves: sum(x.abs().double().sum() for x in leaves))
+        grads, norm = fp.clip_by_global_norm(grads, 0.5)
+        new = optree.tree_map(lambda x, g: x - 0.1 * g if x.is_floating_point() or x.is_complex() else x, p, grads)
+        return new, {"loss": loss, "norm": norm, "size": size}
+
+    want, metrics = step(p, x)
+    fast = fp.pipelined(fp.data_parallel(step, axis="data"), axis="pipe", microbatches=2)
+    fast = fp.sharded_weights(fast, axis="data") if sharded else fast
+
+    run = fp.simulate(fast, fp.Mesh(pipe=2, data=2))
+    state, got = run(run.init(lambda p: p, p, x), x)
+    for a, b in zip(optree.tree_leaves((run.unplace(state), got)), optree.tree_leaves((want, metrics)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sum_of_no_leaves_is_a_tensor() -> None:
+    assert torch.equal(fp.global_sum({}, lambda leaves: sum(x.sum() for x in leaves)), torch.tensor(0))
+    assert fp.global_norm({}) == 0

@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe import tree
+from funcpipe.batch_leaves import read_batch
 from funcpipe.donation import donate, memory, spend
 from funcpipe.errors import TraceError
 from funcpipe.lines import user_line
@@ -219,11 +220,12 @@ def pool_bytes(pool: Any) -> int:
 
 
 def feeder(device: torch.device) -> Callable[[Any], Any]:
-    """A function that moves a batch to a GPU on a stream of its own, beside the step that runs there; what lies there already
-    stays. Pinned memory does not make the host wait."""
+    """A function that reads a batch, and moves it to a GPU on a stream of its own, beside the step that runs there; what lies
+    there already stays. Pinned memory does not make the host wait."""
     stream: list[torch.cuda.Stream] = []
 
     def move(batch: Any) -> Any:
+        batch = read_batch(batch)
         if not any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree.leaves(batch)):
             return batch
         stream[:] = stream or [torch.cuda.Stream(device)]
@@ -234,7 +236,7 @@ def feeder(device: torch.device) -> Callable[[Any], Any]:
         tree.map_tensors(lambda x: x.record_stream(now), out)
         return out
 
-    return move if device.type == "cuda" else lambda batch: batch
+    return move if device.type == "cuda" else read_batch
 
 
 def check_on_gpu(name: str, x: Any) -> None:

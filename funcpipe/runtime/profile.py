@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from funcpipe.batch_leaves import read_batch
 from funcpipe.collectives import bind_rank, names_axes
 from funcpipe.comm import Communicator
 from funcpipe.errors import PlanError
@@ -76,6 +77,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     >>> run.plan(state, x).predict(costs).step_time > 0
     True
     """
+    batch = read_batch(batch)
     plan = run.plan(state, batch)
     if call not in range(len(plan.calls)):
         raise PlanError(f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0")
@@ -86,7 +88,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     def known_of(comm: Communicator) -> dict[Name, torch.Tensor]:
         """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what looking them up costs."""
         planned = plan.calls[call]
-        leaves = planned.splits.microbatches(batch, comm.rank)[0]
+        leaves = planned.splits.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
         moving = [leaves[i] for i in planned.moving[0]]
         return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from funcpipe import random, tree
+from funcpipe.batch_leaves import read_batch
 from funcpipe.comm import Communicator
 from funcpipe.containers import check_containers
 from funcpipe.donation import refuse_spent
@@ -45,7 +46,7 @@ class Runner(abc.ABC):
 
     def plan(self, state: Any, batch: Any) -> Plan:
         """What will run for batches like this one: see `Plan`."""
-        return self._made.plan(batch)
+        return self._made.plan(read_batch(batch))
 
     def record(self) -> Recording:
         """Record the step that runs inside ``with run.record() as recording:``; see `Recording`."""

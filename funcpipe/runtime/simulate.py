@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from funcpipe import tree
+from funcpipe.batch_leaves import read_batch
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import Ranks
 from funcpipe.donation import refuse_spent
@@ -44,6 +45,7 @@ class Simulation(Runner):
             key: what ``params_fn`` gets; a seed or a key.
         """
         shapes, leaf = self._read(params, key)
+        batch = read_batch(batch)
         device = next((x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device)
         if device != self.device:
             self._ranks.close()
@@ -64,6 +66,7 @@ class Simulation(Runner):
         """One step of every rank."""
         refuse_inference_mode("a step")
         self._check_state(state)
+        batch = read_batch(batch)
         plan = self._made.plan(batch)
         ranks = self._bound.get(id(plan))
         if ranks is None:
