@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,3 +151,81 @@ def test_the_place_of_a_rank_is_a_constant_of_the_rank():
             return labels().tolist()
 
     assert run_ranks(call.splits.mesh, body) == [[0, 1], [2, 3], [0, 1], [2, 3]]
+
+
+# ---- constants and numbers
+
+TWO = fp.Mesh(data=2)
+CONSTANTS = {
+    "psum of a constant": (lambda x: fp.psum(torch.tensor(4.0), "data"), 8.0),
+    "psum of rows": (lambda x: fp.psum(torch.tensor(float(len(x))), "data"), 8.0),
+    "psum of a product": (lambda x: fp.psum(torch.tensor(3.0) * 2 + 1, "data"), 14.0),
+    "psum of a negative zero": (lambda x: 1 / fp.psum(torch.tensor(-0.0), "data"), float("-inf")),
+    "psum of a vector": (lambda x: fp.psum(torch.tensor([1.0, 2.0]), "data").sum(), 6.0),
+    "psum of 1": (lambda x: fp.psum(1, "data"), 2.0),
+    "psum of True": (lambda x: fp.psum(True, "data"), 2.0),
+    "psum of 2.5": (lambda x: fp.psum(2.5, "data"), 5.0),
+    "psum of a complex number": (lambda x: fp.psum(1 + 2j, "data").imag, 4.0),
+    "psum of a number of numpy": (lambda x: fp.psum(np.float64(2.5), "data"), 5.0),
+    "psum of a tree": (lambda x: fp.psum({"a": 1, "b": torch.tensor(2.0)}, "data")["b"], 4.0),
+    "pmean of 3": (lambda x: fp.pmean(3, "data"), 3.0),
+    "pmax of 3": (lambda x: fp.pmax(3, "data"), 3.0),
+    "all_gather of a constant": (lambda x: fp.all_gather(torch.tensor([4.0]), "data").sum(), 8.0),
+    "all_gather of 4": (lambda x: fp.all_gather(4, "data", tiled=False).sum(), 8.0),
+    "psum_scatter of a constant": (lambda x: fp.psum_scatter(torch.tensor([1.0, 1.0]), "data").sum(), 2.0),
+    "all_to_all of a constant": (lambda x: fp.all_to_all(torch.tensor([1.0, 1.0]), "data", 0, 0).sum(), 2.0),
+    "ppermute of a constant": (lambda x: fp.ppermute(torch.tensor(3.0), "data", [(0, 1), (1, 0)]), 3.0),
+    "psum inside a vmap": (lambda x: fp.vmap(lambda r: fp.psum(1, ("row", "data")) + 0 * r[0], "row")(x)[0], 8.0),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_collectives_of_constants(name, sharded):
+    """Computed by the ranks, not while the loss is traced."""
+    read, want = CONSTANTS[name]
+
+    def loss_fn(w, x):
+        total = (x @ w).square().sum()
+        return fp.Mean(total, x.new_ones(len(x)).sum()), {"factor": fp.Mean(read(x) * len(x), x.new_ones(len(x)).sum())}
+
+    def step(w, x):
+        (loss, aux), grads = fp.value_and_grad(loss_fn, has_aux=True)(w, x)
+        return w - 0.1 * grads, {"loss": loss, **aux}
+
+    w, x = rand(0, (3,), (8, 3))
+    fast = fp.data_parallel(step, axis="data")
+    run = fp.simulate(fp.sharded_weights(fast, axis="data") if sharded else fast, TWO)
+    _, metrics = run(run.init(lambda w: w, w, x), x)
+    assert metrics["factor"].double() == want
+
+
+def test_numbers_have_the_dtype_that_torch_gives_them():
+    for x in (1, True, 2.5, 1j):
+        own = torch.tensor(x)
+        summed = own.to(torch.int64) if own.dtype == torch.bool else own
+        assert fp.psum(x, "data").dtype == summed.dtype
+        assert (
+            fp.vmap(lambda r, x=x: fp.psum(x, "i") + 0 * r, "i")(torch.zeros(2, dtype=torch.int64)).dtype
+            == summed.dtype
+        )
+        assert fp.pmean(x, "data").dtype == (summed / 1).dtype
+
+
+def test_a_weight_that_is_a_mean_over_ranks_counts_what_there_is():
+    def loss_fn(w, x):
+        return fp.Mean((x @ w).square().sum(), fp.psum(torch.tensor(float(len(x))), "data") / 2)
+
+    def step(w, x):
+        loss, grads = fp.value_and_grad(loss_fn)(w, x)
+        return w - 0.1 * grads, {"loss": loss}
+
+    w, x = rand(0, (3,), (8, 3))
+    run = fp.simulate(fp.data_parallel(step, axis="data"), TWO)
+    _, metrics = run(run.init(lambda w: w, w, x), x)
+    same(metrics["loss"], (x @ w).square().mean())
+
+
+def test_a_permutation_of_no_axis_is_the_identity():
+    assert fp.ppermute(3, "data", [(0, 1), (1, 0)]) == 3
+    assert fp.ppermute(torch.ones(2), "data", []).tolist() == [0, 0]

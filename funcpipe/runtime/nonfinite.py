@@ -20,6 +20,7 @@ from torch import fx
 
 from funcpipe import step as step_
 from funcpipe import tree
+from funcpipe.batch_leaves import read_batch
 from funcpipe.comm import Communicator
 from funcpipe.program import ADD, RUN, WAIT
 from funcpipe.program.instructions import Row
@@ -99,6 +100,7 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
     rank 0, value_and_grad 0, microbatch 1, unit F1: Mean.total, a tensor of shape () and dtype torch.float32 of which 1 of 1 is NaN; it comes from aten.log.default
     """
     run._check_state(state)
+    batch = read_batch(batch)
     if isinstance(run, Spmd):
         batch = run._feed(batch)
         run._guarded(run._rank_of, batch)  # all ranks have the same plan, and lanes for what it sends
@@ -250,7 +252,7 @@ def _param_paths(plan: Plan, planned: PlannedCall) -> list[str]:
 def _batch_paths(planned: PlannedCall) -> Iterator[list[str]]:
     """The paths of the leaves of every microbatch."""
     batch, count = planned.call.batch, len(planned.cuts)
-    parts = batch.parts if isinstance(batch, Microbatches) else [batch] * count
+    parts = [batch.parts[i] for i in planned.ready] if isinstance(batch, Microbatches) else [batch] * count
     yield from map(tree.paths, parts)
 
 

@@ -54,7 +54,8 @@ class PlannedCall:
         signature: of its batch.
         rows: how heads that are `Rows` are split by positions: along which dim, and how.
         variants: by member number, the same call with the shapes of that member; this one is the first
-            member's. They are all the same where positions divide evenly, or are not split.
+            member's. They are all the same where positions divide evenly, or are not split, and no microbatches are dealt.
+        ready: which ready microbatches of the batch these are; 0 where it brings none.
         casts: the leaves that are cast before units read them, and to what; their gradients are added up in their own dtype.
     """
 
@@ -72,6 +73,7 @@ class PlannedCall:
     rows: Mapping[int, tuple[int, Part]] = field(default_factory=dict)
     variants: Mapping[int, PlannedCall] = field(default_factory=dict)
     casts: Mapping[int, torch.dtype] = field(default_factory=dict)
+    ready: tuple[int, ...] = (0,)
 
     def of_rank(self, rank: int) -> PlannedCall:
         """The call as a rank runs it."""

@@ -140,7 +140,7 @@ class Planner:
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
         members = splits.variants()
         found = {
-            m: [self._cut(k, call, dyed, splits, i, part, split, m) for i, part in enumerate(parts)]
+            m: [self._cut(k, call, dyed, splits, i, parts[i], split, splits.slice_of(m)) for i in splits.ready_of(m)]
             for m in sorted(set(members.values()))
         }
         if r.splits or splits.count > 1 or r.precision:
@@ -150,11 +150,11 @@ class Planner:
             schedule = self._search(k, search, cuts, splits.count, _waits(dyed, cuts))
         elif k not in self.stages:
             self.stages[k] = group(_costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even")
-        moving = tuple(_tensors(part) for part in parts)
-        moving = moving if len(parts) > 1 else moving * splits.count
         sharding, casts = self._sharding(call, dyed), self._casts(call, dyed)
+        dealt = [f.cut for some in found.values() for f in some] if splits.dealt else []
         planned = {
-            m: self._planned(k, call, splits, some, moving, schedule, sharding, casts) for m, some in found.items()
+            m: self._planned(k, call, splits, some, splits.ready_of(m), dealt, schedule, sharding, casts)
+            for m, some in found.items()
         }
         check_same_order([c.programs for c in planned.values()])
         return replace(planned[0], variants={m: planned[first] for m, first in members.items()})
@@ -165,26 +165,30 @@ class Planner:
         call: Call,
         splits: Splits,
         found: list[Found],
-        moving: tuple[tuple[int, ...], ...],
+        ready: Sequence[int],
+        dealt: Sequence[Cut],
         schedule: Schedule,
         sharding: Sharding,
         casts: Mapping[int, torch.dtype],
     ) -> PlannedCall:
-        """A call for the ranks that have these cuts."""
+        """A call for the ranks that have these cuts, of which ``dealt`` are those of other ranks too."""
         stages = self.stages[k]
         cuts = tuple(f.cut for f in found) if len(found) > 1 else (found[0].cut,) * splits.count
-        check_alike(cuts)
-        edges = stage_edges(cuts, stages)
+        check_alike(dealt or cuts)
+        edges = stage_edges(dealt or cuts, stages)
         schedule = insert_communication(schedule, edges)
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
         masters = {i: call.dtypes[i] for i in casts}
+        parts = call.batch.parts if isinstance(call.batch, Microbatches) else [call.batch]
+        moving = tuple(_tensors(parts[i]) for i in ready)
+        moving = moving if len(parts) > 1 else moving * splits.count
         programs = tuple(
             lower(cuts, stages, schedule, p, summed, sharding, masters) for p in range(self.resolved.ranks)
         )
         return PlannedCall(
             call, splits, cuts, moving, stages, schedule, report, programs,
-            partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows, casts=casts,
+            partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows, casts=casts, ready=tuple(ready),
         )  # fmt: skip
 
     def _search(self, k: int, search: Any, one: Cut, microbatches: int, waits: bool) -> Schedule:
@@ -371,13 +375,14 @@ class Planner:
         else:
             found = [of_rank(rank) for rank in ranks]
         parts = [w for weights_of_rank in found for w in weights_of_rank]
+        (times,) = {checks.written_for(w, r.mesh) for w in weights.values() if w is not None} or {1}
         # As written, the loss function sees masters.
         fakes = self._fakes(call, dyed, call.dtypes if r.precision else None)
         params = tree.unflatten(call.params_spec, fakes)
         also = f" {ROUNDED.format(dtype=r.precision.compute)}" if r.precision else ""
         also += f" {MADE_UP.format(paths=made)}" if made else ""
         whole = splits.own_rows(batch)
-        checks.check_additive(call.loss_fn, call.has_aux, params, whole, parts, self.mode, also)
+        checks.check_additive(call.loss_fn, call.has_aux, params, whole, parts, self.mode, also, times)
 
 
 def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:

@@ -213,17 +213,24 @@ class _BoundCall:
         comm = self.rank.comm
         pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
         out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)  # a message must not change
-        row_axes = self.rank.plan.resolved.row_axes
+        resolved, splits = self.rank.plan.resolved, self.planned.splits
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
-        if row_axes and dim is not None:
-            shards = list(comm.all_gather(out.contiguous(), row_axes))
-            if isinstance(self.planned.call.batch, Microbatches):
-                sizes = [x.shape[dim] for x in pieces]
-                parts = zip(*(x.split(sizes, dim) for x in shards), strict=True)
-                shards = [x for part in parts for x in part]
-            out = torch.cat(shards, dim)
-        return out
+        if not resolved.row_axes or dim is None:
+            return out
+        held = _gathered(comm, out, dim, resolved.row_axes, self._row_counts(h, dim) if splits.dealt else ())
+        if isinstance(self.planned.call.batch, Microbatches) and not splits.dealt:
+            # Every ready microbatch was cut over ranks: one after another, as on one device.
+            each = [x.split([piece.shape[dim] for piece in pieces], dim) for x in held]
+            held = [x for of_microbatch in zip(*each, strict=True) for x in of_microbatch]
+        return torch.cat(held, dim)
+
+    def _row_counts(self, h: int, dim: int) -> list[int]:
+        """How many rows every place on the axes over which microbatches are dealt has of a head."""
+        mesh, row_axes = self.rank.comm.mesh, self.rank.plan.resolved.row_axes
+        call = self.rank.plan.calls[int(self.name)]
+        alike = [call.of_rank(rank) for rank in mesh.group(self.rank.comm.rank, row_axes)]
+        return [sum(cut.heads[h].shape[dim] for cut in planned.cuts) for planned in alike]
 
     # ---- gradients
 
@@ -302,6 +309,16 @@ class _BoundCall:
 
     def _layout(self, i: int) -> Layout:
         return self.rank.plan.placement.layouts[self.planned.call.params[i]]
+
+
+def _gathered(comm: Communicator, x: torch.Tensor, dim: int, axes: Axes, counts: Sequence[int]) -> list[torch.Tensor]:
+    """The rows of every place on axes, along a dim. ``counts``: how many each has, where they differ."""
+    if len(set(counts)) < 2:
+        return list(comm.all_gather(x.contiguous(), axes))
+    dim %= x.dim()
+    padded = x.new_zeros(*x.shape[:dim], max(counts), *x.shape[dim + 1 :])
+    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return [rows.narrow(dim, 0, n) for rows, n in zip(comm.all_gather(padded, axes), counts, strict=True)]
 
 
 def _in_order(comm: Communicator, x: torch.Tensor, dim: int, part: Part) -> torch.Tensor:

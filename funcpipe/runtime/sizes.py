@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def memory(plan: Plan, place: int) -> dict[str, int]:
     """Predicted bytes of the ranks at a place on the pipe axis: see `Plan.memory`."""
     dtypes, layouts = plan.placement.dyed.dtypes, plan.placement.layouts
-    usage = plan.found.get(place) or most(c.programs[place].usage for c in plan.calls)
+    variants = {v for c in plan.calls for v in (c, *c.variants.values())}
+    usage = plan.found.get(place) or most(v.programs[place].usage for v in variants)
     held = {i for i, x in enumerate(layouts) if place in x.owners}
     copies = [
         sum(_shard_bytes(plan, c.call.params[k], d) for k, d in c.casts.items() if c.call.params[k] in held)
