@@ -42,6 +42,15 @@ def user_line() -> Line | None:
     return None
 
 
+def user_depth() -> int:
+    """The ``stacklevel`` with which the caller warns about the user's line that is running."""
+    frame: Any = sys._getframe(1)
+    depth = 1
+    while frame is not None and frame.f_code.co_filename.startswith(_FOREIGN):
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
 def line_of(error: BaseException) -> Line | None:
     """The line that an error comes from."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_FOREIGN)]

@@ -11,6 +11,7 @@ None: replicated), and every ``value_and_grad`` and global sum that the step mak
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from funcpipe.errors import StateError
 from funcpipe.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe.graph.explain import BY_VALUE
 from funcpipe.graph.fakes import BatchIsReal, fake
+from funcpipe.host_values import Follower, Reading
 from funcpipe.lines import line_of, user_line
 from funcpipe.results import Origin, hand_on, loss_and_aux, origin
 
@@ -60,6 +62,7 @@ class Call:
         dtypes: of those leaves (they may differ from the parameter's: a cast before the call).
         batch: its batch, real; what was computed from results of earlier calls is fake.
         origins: for every leaf of the batch an `Origin`, in a tree like it.
+        reading: what the loss function read from Python at the call.
     """
 
     loss_fn: Callable
@@ -69,6 +72,7 @@ class Call:
     dtypes: tuple[torch.dtype, ...]
     batch: Any
     origins: Any
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,19 @@ class Looking:
         row_ranks: how many ranks have rows of their own that are not in the batch.
         exact: whether losses have their dtype, which takes a run of the loss function.
         table: where expressions are numbered.
+        follower: reads what the loss of a call reads from Python.
     """
 
     def __init__(
-        self, dyes: Dyes, seen: Callable[[Call, Dyes], Call], row_ranks: int, exact: bool, table: Table
+        self,
+        dyes: Dyes,
+        seen: Callable[[Call, Dyes], Call],
+        row_ranks: int,
+        exact: bool,
+        table: Table,
+        follower: Callable[[int], Follower] | None = None,
     ) -> None:
+        self.follower = follower
         self.dyes, self.seen, self.row_ranks, self.exact = dyes, seen, row_ranks, exact
         self.expressions = Expressions(table, dyes.shape_of, dyes.of)
         self.calls: list[Call] = []
@@ -154,12 +166,14 @@ class Looking:
                 )
         if self.calls and not self.exact and any(isinstance(x, FakeTensor) for x in tree.leaves(batch)):
             raise _Feeds
+        reading = None if self.follower is None else Reading(loss_fn, self.follower(len(self.calls)))
         dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
-        self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins))  # type: ignore[arg-type]
+        self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading))  # type: ignore[arg-type]
         self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
         for x in tree.leaves(batch):
             self.expressions.whole(x)
-        self.results.append(self._loss_and_aux(self.calls[-1], leaves))
+        with contextlib.nullcontext() if reading is None else reading.running():
+            self.results.append(self._loss_and_aux(self.calls[-1], leaves))
         return self.returned(len(self.results) - 1, leaves, spec, self.results[-1], has_aux)
 
     def numbers(self, leaves: Sequence[Any]) -> Numbers:
@@ -325,12 +339,14 @@ def look(
     mode: FakeTensorMode,
     seen: Callable[[Call, Dyes], Call] = lambda call, dyes: call,
     row_ranks: int = 1,
+    follower: Callable[[int], Follower] | None = None,
 ) -> tuple[Dyed, Rehearsal]:
     """Run ``init_state`` and the step once on dyed fakes.
 
     Args:
         seen: makes of a call the one that is traced, which says the shapes and dtypes of its results.
         row_ranks: how many ranks have rows of their own that are not in the batch.
+        follower: reads what the loss of a call reads from Python.
 
     Returns:
         what it told, and what runs the step again as a rank that holds some leaves.
@@ -342,9 +358,9 @@ def look(
     check_containers("params", params)
     dyes = Dyes(params, batch, mode)
     try:
-        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table()))
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table(), follower))
     except _Feeds:
-        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table()))
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table(), follower))
 
 
 def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) -> tuple[Dyed, Rehearsal]:

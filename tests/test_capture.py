@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from funcpipe.runtime import spmd as spmd_
 from funcpipe.runtime.capture import MIXING, CapturedStep, HostOps, check_on_gpu, feeder, update
 from funcpipe.runtime.home import Given, Home
 from funcpipe.runtime.rank import Rank
+from funcpipe.runtime.spmd import MOST_GRAPHS
 from funcpipe.runtime.texts import too_large
 
 
@@ -222,6 +225,52 @@ def test_captured_steps_of_two_shapes_with_errors_in_between() -> None:
     assert "rank 1 cannot use the state that it was given" in said0[1] and "updated it in place" in said1[1]
     assert waited0 == waited1 == [1, 1] + [0] * 7 + [1] + [0] * 2 + [1]
     assert back0 == back1 == 2
+
+
+def steps_with_other_numbers() -> tuple[float, list[bool], int, list[str]]:
+    """How far off the state is, which steps were replays, how many graphs are held, what was warned of: a rate that the step
+    reads and a factor that its loss reads take turns."""
+    settings = types.SimpleNamespace(rate=0.1, factor=1.0)
+
+    def scaled(p: torch.Tensor, x: torch.Tensor) -> fp.Mean:
+        return fp.Mean(settings.factor * (x @ p).square().sum(), torch.tensor(float(len(x))))
+
+    def step(p: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        loss, grad = fp.value_and_grad(scaled)(p, x)
+        return p - settings.rate * grad, {"loss": loss}
+
+    run = runner_of(step)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
+    want = torch.ones(3, dtype=torch.float64)
+    state, far, replayed = run.init(lambda p: p, want, x), 0.0, []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rate, factor in [(0.1, 1.0)] * 3 + [(0.2, 1.0)] * 3 + [(0.2, 2.0)] * 3 + [(0.1, 1.0)] * 2:
+            settings.rate, settings.factor = rate, factor
+            graphs = {key: step.graph is not None for key, step in run._captured.items()}
+            state, _ = run(state, x)
+            replayed.append(len(graphs) == len(run._captured) and all(graphs.values()))
+            want, _ = step(want, x)
+            far = max(far, float((state - want).abs().max()))
+        for k in range(6):
+            settings.rate = 0.01 * (k + 1)
+            state, _ = run(state, x)
+            want, _ = step(want, x)
+            far = max(far, float((state - want).abs().max()))
+    held = len(run._captured)
+    run.close()
+    return far, replayed, held, [str(w.message) for w in caught]
+
+
+def test_a_graph_does_not_keep_an_old_number() -> None:
+    for far, replayed, held, said in fp.launch(steps_with_other_numbers, 2, timeout=60):
+        assert far <= 1e-12
+        assert replayed == [False, False, True] * 3 + [True, True]
+        assert held <= 2 * MOST_GRAPHS
+        assert said == [
+            "the step reads `settings.rate` from Python, which has changed 5 times, and each value makes another CUDA graph. "
+            "Pass it as a tensor in the batch or state"
+        ]
 
 
 # ---- events of NCCL in graphs

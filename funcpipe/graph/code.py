@@ -109,8 +109,12 @@ def _hash(body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) ->
         args = fx.node.map_arg((x.args, x.kwargs), lambda a: _Name(number[a]))
         lines.append(f"{x.target}{args}")
     lines.append(",".join(number[x] for x in outputs))
-    text = re.sub(r"index=\d+|cuda:\d+", "cuda", "\n".join(lines))  # a rank's own device number says nothing
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(_of_any_device("\n".join(lines)).encode()).hexdigest()[:12]
+
+
+def _of_any_device(text: str) -> str:
+    """A text without a rank's own device number, which says nothing."""
+    return re.sub(r"index=\d+|cuda:\d+", "cuda", text)
 
 
 class _Name(str):
@@ -164,10 +168,38 @@ def _size(x: fx.Node) -> int:
     return nbytes(val) if isinstance(val, torch.Tensor) else 0
 
 
-def folded(module: fx.GraphModule, x: fx.Node) -> Callable[[], torch.Tensor]:
+class Folded:
+    """A constant that is computed on the rank that calls it.
+
+    Args:
+        run: computes it.
+    """
+
+    def __init__(self, run: fx.GraphModule) -> None:
+        self.run = run
+
+    def __call__(self) -> torch.Tensor:
+        return self.run().clone()
+
+    @property
+    def key(self) -> str:
+        """A hash of what it is computed from, numbers of Python among it."""
+        nodes = list(self.run.graph.nodes)
+        lines = [f"{x.target}{x.args}{x.kwargs}" for x in nodes]
+        lines += [_bits(getattr(self.run, x.target)) for x in nodes if x.op == "get_attr"]
+        return hashlib.sha256(_of_any_device("\n".join(lines)).encode()).hexdigest()[:12]
+
+
+def _bits(x: torch.Tensor) -> str:
+    """A hash of what a tensor holds."""
+    held = torch.view_as_real(x) if x.is_complex() else x
+    held = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(held.numpy().tobytes()).hexdigest()
+
+
+def folded(module: fx.GraphModule, x: fx.Node) -> Folded:
     """A function that computes a constant on the rank that calls it."""
-    run = extract(module, x)
-    return lambda: run().clone()
+    return Folded(extract(module, x))
 
 
 def bytes_text(n: float) -> str:

@@ -17,10 +17,9 @@ In: `Traced`. Out: `Cut`: units in the order of one microbatch, with shared code
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from funcpipe.graph import code as code_
@@ -73,7 +72,7 @@ class Cut:
     segments: int
     heads: tuple[Value, ...]
     grads: tuple[tuple[Value, ...], ...]
-    constants: dict[Value, Callable[[], torch.Tensor]]
+    constants: dict[Value, code_.Folded]
     traced: Traced
     saved: tuple[Saved, ...] = ()
 

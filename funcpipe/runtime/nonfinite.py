@@ -30,6 +30,7 @@ from funcpipe.runtime.products import outputs_of
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.simulate import Simulation
 from funcpipe.runtime.spmd import Spmd
+from funcpipe.runtime.variants import StaleValues
 from funcpipe.step import Microbatches, describe
 
 _INPUT, _WORK, _RESULT = range(3)  # the order of what happens in a value_and_grad
@@ -103,16 +104,26 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
     batch = read_batch(batch)
     if isinstance(run, Spmd):
         batch = run._feed(batch)
-        run._guarded(run._rank_of, batch)  # all ranks have the same plan, and lanes for what it sends
+    try:
+        found = _everywhere(run, state, batch)
+    except StaleValues:
+        run._made.of(batch).forget()
+        found = _everywhere(run, state, batch)
+    events = [e for f in found for e in (f.events if any(x.bad for x in found) else f.later)]
+    return min(events, key=lambda e: e.key).found if events else None
+
+
+def _everywhere(run: Simulation | Spmd, state: Any, batch: Any) -> list[_Found]:
+    """What every rank sees, under the plan for what is read from Python now."""
+    if isinstance(run, Spmd):
+        run._guarded(run._agreed_rank, batch)  # all ranks have the same plan, and lanes for what it sends
     plan = run._made.plan(batch)
 
     def search(comm: Communicator, _: Any) -> _Found:
         mine = state if isinstance(run, Spmd) else state[comm.rank]
         return _search(Rank(plan, comm), mine, batch)
 
-    found = run._everywhere(search, together=True)
-    events = [e for f in found for e in (f.events if any(x.bad for x in found) else f.later)]
-    return min(events, key=lambda e: e.key).found if events else None
+    return run._everywhere(search, together=True)
 
 
 class _Event(NamedTuple):

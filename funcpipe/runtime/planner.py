@@ -20,7 +20,7 @@ from funcpipe.collectives import bind_rank, names_axes
 from funcpipe.comm import Communicator
 from funcpipe.comm.inprocess import run_ranks
 from funcpipe.dyes import Dyes
-from funcpipe.errors import BatchError, CutError, ScheduleError
+from funcpipe.errors import BatchError, CutError, ScheduleError, StateError
 from funcpipe.graph import checks
 from funcpipe.graph.balance import group
 from funcpipe.graph.cut import Cut, cut
@@ -48,6 +48,7 @@ from funcpipe.rehearsal import Rehearsal
 from funcpipe.results import MADE_UP, with_values
 from funcpipe.runtime.plan import Plan, PlannedCall, Stages
 from funcpipe.runtime.predict import as_costs, load_of
+from funcpipe.runtime.variants import Variants
 from funcpipe.schedule.actions import Schedule
 from funcpipe.schedule.checker import check
 from funcpipe.schedule.communication import insert_communication
@@ -81,24 +82,61 @@ class Planner:
         self.mode = FakeTensorMode()
         self.params = tree.map_tensors(lambda x: fake(x.shape, x, self.mode), params)
         self.cuts: dict[tuple, Found] = {}
-        self.plans: dict[tuple, Plan] = {}
+        self.variants: dict[tuple, Variants] = {}
+        self.written: set[str] = set()  # what losses were seen to write
         self.stages: dict[int, Stages] = {}
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
 
+    @property
+    def plans(self) -> list[Plan]:
+        """Those that are kept."""
+        return [plan for variants in self.variants.values() for plan in variants.plans]
+
     def plan(self, batch: Any) -> Plan:
-        """The plan for batches like this one."""
+        """The plan for batches like this one, and for what the losses read from Python now."""
+        variants = self.of(batch)
+        variants.known()
+        return self.chosen(batch, variants)
+
+    def chosen(self, batch: Any, variants: Variants) -> Plan:
+        """The plan that was known when it was asked for last; a new one where there was none."""
+        return variants.chosen or self._look(batch, variants)
+
+    def of(self, batch: Any) -> Variants:
+        """The plans for batches like this one."""
         key = signature(batch)
-        if key not in self.plans:
-            r, batch = self.resolved, without_inference(batch)
-            ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
-            # In a mode of its own: a loss function that closes over what the step sees is refused when it is traced.
-            dyed, rehearsal = look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks)
+        if key not in self.variants:
+            self.variants[key] = Variants(self.resolved.step, self.written)
+        return self.variants[key]
+
+    def _look(self, batch: Any, variants: Variants) -> Plan:
+        of_step, _ = variants.read()
+        r, batch = self.resolved, without_inference(batch)
+        ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
+        # In a mode of its own: a loss function that closes over what the step sees is refused when it is traced.
+        dyed, rehearsal = look(
+            r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks, variants.follower
+        )
+        placement = self._again(dyed, rehearsal, bool(variants.plans))
+        plan = variants.of_calls(_read_by(dyed, placement))
+        if plan is None:
             dyed = replace(dyed, calls=tuple(map(self._taken, dyed.calls)))
-            calls = tuple(self._call(k, self._computed(call), dyed) for k, call in enumerate(dyed.calls))
+            calls = tuple(self._traced(k, call, dyed) for k, call in enumerate(dyed.calls))
             check_used(self.resolved.remats, [c.cuts[0].saved for c in calls])
-            self.plans[key] = Plan(self.resolved, self._place(dyed, rehearsal, calls), calls)
-        return self.plans[key]
+            placement = self._place(dyed, rehearsal, calls, placement)
+            plan = Plan(self.resolved, placement, calls)
+            variants.keep(_read_by(dyed, placement), plan)
+        for call in dyed.calls:
+            call.reading.done()  # type: ignore[union-attr]
+        variants.remember(of_step, plan)
+        return plan
+
+    def _traced(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
+        """A call, planned while its loss reads what it read at the call."""
+        assert call.reading is not None
+        with call.reading.restored(), call.reading.running():
+            return self._call(k, self._computed(call), dyed)
 
     def _seen(self, call: Call, dyes: Dyes) -> Call:
         """A call as one device would trace it: computed, on the rows that come with a batch."""
@@ -116,20 +154,42 @@ class Planner:
         p = self.resolved.precision
         return call if p is None else replace(call, loss_fn=computed(call.loss_fn, call.has_aux, p))
 
-    def _place(self, dyed: Dyed, rehearsal: Rehearsal, calls: Sequence[PlannedCall]) -> Placement:
+    def _again(self, dyed: Dyed, rehearsal: Rehearsal, changed: bool) -> Placement | None:
+        """The placement of earlier plans for a step that does other things outside of its calls; None where there is none.
+
+        Args:
+            changed: whether Python values have changed, so that what ranks do is to be rehearsed again.
+        """
+        known = self.placement
+        if known is None:
+            return None
+        if (known.dyed.state_spec, known.dyed.state) != (dyed.state_spec, dyed.state):
+            raise StateError(
+                f"init_state makes another state than at run.init: {dyed.state_spec}, not {known.dyed.state_spec}. A Python "
+                "value that it reads has changed: call run.init again, or keep the value"
+            )
+        alike = (known.dyed.sums, known.dyed.free) == (dyed.sums, dyed.free)
+        if not changed and alike and tree.flatten(rehearsal.first.metrics)[1] == known.metrics_spec:
+            return known
+        owners, axes = [x.owners for x in known.layouts], [x.axes for x in known.layouts]
+        return place_params(known.mesh, known.pipe_axis, dyed, rehearsal, owners, axes)
+
+    def _place(
+        self, dyed: Dyed, rehearsal: Rehearsal, calls: Sequence[PlannedCall], placement: Placement | None
+    ) -> Placement:
         held: list[set[int]] = [set() for _ in dyed.paths]
         for c in calls:
             for m in set(c.cuts):
                 for i, places in zip(c.call.params, owners(m, c.stages, c.schedule.placement), strict=True):
                     held[i] |= places
-        if self.placement is None:
+        if placement is None:
             r = self.resolved
             axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
-            self.placement = place_params(r.mesh, r.pipe_axis, dyed, rehearsal, held, axes)
-        for path, places, layout in zip(dyed.paths, held, self.placement.layouts, strict=True):
+            placement = self.placement = place_params(r.mesh, r.pipe_axis, dyed, rehearsal, held, axes)
+        for path, places, layout in zip(dyed.paths, held, placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
-        return self.placement
+        return placement
 
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
         r = self.resolved
@@ -207,7 +267,7 @@ class Planner:
         assert r.pipe is not None
         schedule: Any = replace(r.pipe.schedule, costs=costs)  # type: ignore[type-var]
         self.resolved = replace(r, pipe=replace(r.pipe, schedule=schedule))
-        self.plans.clear()
+        self.variants.clear()
         self.stages.clear()
         self.settled.clear()
         self.placement = None
@@ -286,7 +346,8 @@ class Planner:
             for j, x in enumerate(leaves)
         ]
         sequences = [splits.sequence(i, j) for j in range(len(leaves))]
-        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)), tuple(sequences), member)
+        values = None if call.reading is None else call.reading.values
+        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)), tuple(sequences), member, values)
         if key not in self.cuts:
             params = self._fakes(call, dyed)
             r = self.resolved
@@ -392,6 +453,19 @@ def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]
     first = 1 + traced.has_weight
     rows = [x for x in nodes if isinstance(x, Rows)]
     return {first + int(x.x): s for x, s in zip(rows, findings.rows, strict=True) if s is not None}
+
+
+def _read_by(dyed: Dyed, placement: Placement | None) -> tuple:
+    """What makes plans for one shape of batch differ: what losses read from Python, and what the step does beside them."""
+    calls = []
+    for c in dyed.calls:
+        values = c.reading and c.reading.values
+        given = c.params, c.dtypes, c.params_spec, signature(c.batch), tuple(tree.leaves(c.origins))
+        calls.append((values, c.has_aux, *given))
+    if placement is None:
+        return tuple(calls), None
+    metrics = tuple((metric.number, metric.place) for metric in placement.leaf_metrics)
+    return tuple(calls), dyed.sums, dyed.free, placement.apart, placement.metrics_spec, metrics
 
 
 def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:

@@ -30,6 +30,7 @@ from funcpipe.runtime.fuse import changes
 from funcpipe.runtime.metrics import complete
 from funcpipe.runtime.plan import Plan, PlannedCall
 from funcpipe.runtime.sizes import most
+from funcpipe.runtime.variants import stale
 from funcpipe.sequence.parts import Part
 from funcpipe.step import Mean, Microbatches, Rows, is_summary
 
@@ -123,6 +124,14 @@ class _BoundCall:
         if not self.planned.call.has_aux:
             return loss, out
         return (loss, self._aux(heads, slots)), out
+
+    def check_values(self, loss_fn: Callable) -> None:
+        """StaleValues where the loss reads other Python values than those that it was planned for."""
+        reading = self.planned.call.reading
+        if reading is not None:
+            values = reading.follower.values(loss_fn)
+            if values != reading.values:
+                raise stale(reading, values)
 
     def _divisor(self, weight: torch.Tensor | None) -> torch.Tensor | None:
         """What sums of gradients are divided by: weight and loss scale. A power of two changes no bits."""
@@ -361,8 +370,10 @@ class Running:
             raise StateError(
                 "the step calls value_and_grad more often than when it was planned: it does the same every time"
             )
+        call = self.rank.calls[self.calls]
+        call.check_values(loss_fn)
         self.calls += 1
-        return self.rank.calls[self.calls - 1](params, batch)
+        return call(params, batch)
 
     def global_sum(self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
         return self.reduce(leaves, lambda some: local([x for x in some if x is not None]), "sum")[1]

@@ -39,9 +39,18 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
         cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.cuts)
         out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
+        folded = [x for m in cuts for x in m.constants.values()]
+        out[f"the constants of {name}"] = [x.key for x in folded]
         for p, program in enumerate(c.programs):
             out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
     return out
+
+
+def values(plan: Plan) -> dict[str, list[str]]:
+    """What losses read from Python, by loss: why plans of two ranks differ. (Where they are equal it does not matter: a
+    setting may name the rank.)"""
+    found = [c.call.reading for c in plan.calls if c.call.reading is not None]
+    return {f"what {x.name} (value_and_grad {k}) reads from Python": x.lines() for k, x in enumerate(found)}
 
 
 def precision() -> str:

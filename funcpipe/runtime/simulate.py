@@ -21,6 +21,7 @@ from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.runner import Runner
+from funcpipe.runtime.variants import StaleValues
 from funcpipe.step import describe, refuse_inference_mode
 
 
@@ -67,15 +68,28 @@ class Simulation(Runner):
         refuse_inference_mode("a step")
         self._check_state(state)
         batch = read_batch(batch)
-        plan = self._made.plan(batch)
-        ranks = self._bound.get(id(plan))
-        if ranks is None:
-            ranks = self._bound[id(plan)] = [Rank(plan, comm) for comm in self._ranks.communicators]
-        self._watch(ranks)
-        out = self._ranks.run(lambda comm: ranks[comm.rank].step(state[comm.rank], batch))
+        try:
+            out = self._run(state, batch)
+        except StaleValues:
+            self._made.of(batch).forget()
+            try:
+                out = self._run(state, batch)
+            except StaleValues as problem:
+                raise StateError(problem.again) from None
         for r, (_, metrics) in enumerate(out):
             check_same(out[0][1], metrics, r)
         return [s for s, _ in out], out[0][1]
+
+    def _run(self, state: list[Any], batch: Any) -> list[tuple[Any, Any]]:
+        """One step of every rank, under the plan for what is read from Python now."""
+        plan = self._made.plan(batch)
+        ranks = self._bound.get(id(plan))
+        if ranks is None:
+            kept = set(map(id, self._made.plans))
+            self._bound = {key: some for key, some in self._bound.items() if key in kept}
+            ranks = self._bound[id(plan)] = [Rank(plan, comm) for comm in self._ranks.communicators]
+        self._watch(ranks)
+        return self._ranks.run(lambda comm: ranks[comm.rank].step(state[comm.rank], batch))
 
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
         return mine

@@ -23,7 +23,7 @@ import torch
 from funcpipe.batch import signature
 from funcpipe.comm import Communicator
 from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.donation import refuse_spent
+from funcpipe.donation import refuse_spent, spent
 from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError, TraceError
 from funcpipe.mesh import Mesh
 from funcpipe.runtime import sizes
@@ -33,10 +33,13 @@ from funcpipe.runtime.home import DonatedStep, Given, Home
 from funcpipe.runtime.plan import Plan
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
+from funcpipe.runtime.reading import values
 from funcpipe.runtime.runner import Runner
 from funcpipe.runtime.texts import described, difference, other_plan, too_large
+from funcpipe.runtime.variants import StaleValues, Variants
 from funcpipe.step import refuse_inference_mode
 
+MOST_GRAPHS = 4  # of one plan, for other Python values
 _REFUSED = -1  # in place of a digest: this rank cannot use its state
 
 
@@ -83,7 +86,7 @@ class Spmd(Runner):
         self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
         self._donate = donate
         self._bound: dict[int, Rank] = {}
-        self._captured: dict[int, CapturedStep] = {}
+        self._captured: dict[tuple, CapturedStep] = {}
         self._donated: dict[int, DonatedStep] = {}
         self._home, self._pool = Home(), new_pool() if cuda_graph else None
         self._feed = feeder(self._comm.device)
@@ -115,9 +118,10 @@ class Spmd(Runner):
         _release(self._captured)
         self._donated.clear()
         self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
-        self._rank_of(batch)  # compares the plan, and makes ready what measuring needs
+        self._agreed_rank(batch)  # makes ready what measuring needs
         self._plan_first(batch)
-        self._rank_of(batch)
+        variants = self._made.of(batch)
+        self._rank_of(batch, variants, news=variants.is_news(everything=False))
         with torch.no_grad():
             return self._home.give(init_state(self._placement.params(leaf, self.rank)))
 
@@ -152,25 +156,44 @@ class Spmd(Runner):
     def _step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         refuse_inference_mode("a step")
         batch = self._feed(batch)
-        given = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next)
-        rank = self._rank_of(batch)
+        variants = self._made.of(batch)
+        variants.known()
+        news = variants.is_news(everything=self._cuda_graph)
+        given, news = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next, news)
+        try:
+            return self._try(given, batch, variants, news)
+        except StaleValues as problem:
+            self._comm.flush()
+            if any(map(spent, (*given.leaves, *self._home.leaves))):
+                raise StateError(problem.midway) from None
+        variants.forget()
+        try:
+            return self._try(given, batch, variants, news=True)
+        except StaleValues as problem:
+            raise StateError(problem.again) from None
+
+    def _try(self, given: Given, batch: Any, variants: Variants, news: bool) -> tuple[Any, Any]:
+        """One step, under the plan that was chosen; with ``news``, ranks compare it first."""
+        rank = self._rank_of(batch, variants, news)
         self._watch([rank])
         try:
             with torch.no_grad():
-                return self._run(rank, given, batch)
+                return self._run(rank, given, batch, variants.version)
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(too_large(rank, state, error)) from error
+            raise DeviceMemoryError(too_large(rank, given.state, error)) from error
 
-    def _run(self, rank: Rank, given: Given, batch: Any) -> tuple[Any, Any]:
+    def _run(self, rank: Rank, given: Given, batch: Any, version: tuple[int, ...]) -> tuple[Any, Any]:
         if self._cuda_graph and not self._recording:  # a graph has no instructions to time
-            step = self._captured.get(id(rank))
-            if step is None:
-                step = self._captured[id(rank)] = CapturedStep(rank, self._home, self._pool)
+            step = self._captured_step(rank, version)
             if step.ready:
                 self._capture(step, given)
             elif step.graph is None:
                 _wait_for(self._captured)
-            return step(given, batch)
+            try:
+                return step(given, batch)
+            except StaleValues:  # it has not run, so it cannot be captured
+                self._captured.pop((id(rank), version)).release()
+                raise
         _wait_for(self._captured)
         if self._donate and not self._cuda_graph:
             if id(rank) not in self._donated:
@@ -179,6 +202,16 @@ class Spmd(Runner):
         out = rank.step(given.state, batch)
         self._comm.flush()
         return out
+
+    def _captured_step(self, rank: Rank, version: tuple[int, ...]) -> CapturedStep:
+        """The step for what all ranks read from Python now: a graph repeats the numbers that it was captured with."""
+        key = id(rank), version
+        if key not in self._captured:
+            others = [k for k in self._captured if k[0] == key[0]]
+            for old in others[: len(others) + 1 - MOST_GRAPHS]:
+                self._captured.pop(old).release()
+            self._captured[key] = CapturedStep(rank, self._home, self._pool)
+        return self._captured[key]
 
     def _capture(self, step: CapturedStep, given: Given) -> None:
         """Every rank captures its step, or none does: then all are where they were, and may go on."""
@@ -199,7 +232,7 @@ class Spmd(Runner):
                     other.pool = self._pool
             raise _Known(problem or MismatchError(f"rank {failed[0]} failed to capture its step: {texts[failed[0]]}"))
         pools = self._by_place(step.rank, self.graph_memory, max)
-        for plan in self._made.plans.values():  # whose graphs share one pool
+        for plan in self._made.plans:  # whose graphs share one pool
             plan.graphs.update(pools)
 
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
@@ -216,20 +249,45 @@ class Spmd(Runner):
         if self.rank == 0 and sys.stderr.isatty():
             print(f"\r{text} ", end="", file=sys.stderr, flush=True)
 
-    def _rank_of(self, batch: Any) -> Rank:
-        plan = self._made.plan(batch)
+    def _agreed_rank(self, batch: Any) -> Rank:
+        """This rank, under the plan for what is read from Python now, which ranks have compared."""
+        variants = self._made.of(batch)
+        variants.known()
+        return self._rank_of(batch, variants, news=True)
+
+    def _rank_of(self, batch: Any, variants: Variants, news: bool) -> Rank:
+        """This rank, under the plan that was chosen; with ``news``, ranks compare it first."""
+        plan = self._made.chosen(batch, variants)
+        if news:
+            self._compare(plan, variants)
         if id(plan) not in self._bound:
-            digests = self._comm.exchange_digest(plan.digest())
-            if len(set(digests)) > 1:
-                odd = next(r for r, d in enumerate(digests) if d != digests[0])
-                found = self._comm.exchange(plan.sections if self.rank in (0, odd) else None)
-                raise MismatchError(other_plan(found[0], found[odd], odd))
+            self._drop_old()
             rank = Rank(plan, self._comm, self._backend)
             rank.prepare()
             if self._backend.fuses:
                 plan.found.update(self._by_place(rank, rank.usage, sizes.most))
             self._bound[id(plan)] = rank
         return self._bound[id(plan)]
+
+    def _compare(self, plan: Plan, variants: Variants) -> None:
+        """MismatchError, on every rank, unless all have the same plan."""
+        digests = self._comm.exchange_digest(plan.digest())
+        if len(set(digests)) > 1:
+            odd = next(r for r, d in enumerate(digests) if d != digests[0])
+            found = self._comm.exchange(values(plan) | plan.sections if self.rank in (0, odd) else None)
+            raise MismatchError(other_plan(found[0], found[odd], odd))
+        mine = variants.agree(self._cuda_graph)
+        if self._cuda_graph:
+            variants.version = tuple(self._comm.exchange(mine))
+
+    def _drop_old(self) -> None:
+        """Let go of the ranks whose plans are no longer kept."""
+        kept = set(map(id, self._made.plans))
+        for key in [key for key in self._bound if key not in kept]:
+            rank = self._bound.pop(key)
+            self._donated.pop(id(rank), None)
+            for version in [k for k in self._captured if k[0] == id(rank)]:
+                self._captured.pop(version).release()
 
     def _by_place(self, rank: Rank, mine: Any, most: Callable[[list], Any]) -> dict[int, Any]:
         """For every place on the pipe axis, the most that the ranks there say."""
@@ -242,9 +300,10 @@ class Spmd(Runner):
         what: str,
         read: Callable[[], Any] = lambda: None,
         meanwhile: Callable[[], object] = lambda: None,
-    ) -> Any:
+        news: bool = False,
+    ) -> tuple[Any, bool]:
         """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
-        ``meanwhile`` runs while they tell each other.
+        ``meanwhile`` runs while they tell each other. And whether any of them has ``news``.
 
         Raises:
             MismatchError, on every rank: they are not.
@@ -256,14 +315,14 @@ class Spmd(Runner):
             self._comm.exchange_digest(_REFUSED)
             self._comm.exchange(str(error))
             raise _Known(error) from None
-        digests = self._comm.exchange_digest(digest, meanwhile)
+        digests = self._comm.exchange_digest(digest << 1 | news, meanwhile)
         if _REFUSED in digests:
             texts = self._comm.exchange(None)
             rank = digests.index(_REFUSED)
             raise MismatchError(f"rank {rank} cannot use the state that it was given: {texts[rank]}")
-        if len(set(digests)) > 1:
+        if len({d >> 1 for d in digests}) > 1:
             raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
-        return out
+        return out, any(d & 1 for d in digests)
 
     def _digest(self, trees: dict[str, Any], what: str) -> int:
         key = (what, *((name, signature(x)) for name, x in trees.items()))
@@ -275,7 +334,7 @@ class Spmd(Runner):
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:
             return fn(*args)
-        except MismatchError:  # every rank has seen it: none waits, and the next call may do better
+        except (MismatchError, StaleValues):  # every rank has seen it: none waits, and the next call may do better
             raise
         except _Known as known:
             raise known.error from None
@@ -318,13 +377,13 @@ class Spmd(Runner):
         self._comm.close()
 
 
-def _wait_for(captured: dict[int, CapturedStep]) -> None:
+def _wait_for(captured: dict[tuple, CapturedStep]) -> None:
     """Wait for graphs, before operations of NCCL outside of them: see `capture.py`."""
     if captured:
         torch.cuda.synchronize()
 
 
-def _release(captured: dict[int, CapturedStep]) -> None:
+def _release(captured: dict[tuple, CapturedStep]) -> None:
     while captured:
         captured.popitem()[1].release()
 

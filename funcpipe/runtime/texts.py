@@ -57,7 +57,7 @@ def described(trees: dict[str, Any]) -> list[tuple[str, str]]:
 
 def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: int) -> str:
     """Which line of two ranks' plans differs first."""
-    for topic in [*first, *other]:
+    for topic in dict.fromkeys([*first, *other]):
         for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
             if a != b:
                 return (
