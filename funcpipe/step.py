@@ -121,6 +121,10 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
         A function ``(params, batch) -> (loss, grads)``, or ``((loss, aux), grads)``. ``loss`` is a detached 0-d tensor,
         ``grads`` a tree like ``params`` of dense tensors; the gradient of an unused or integer leaf is zeros.
 
+    Python values that the loss function reads (closed-over numbers, attributes, training flags) count as they are at the
+    call, also in a transformed step: another value makes another plan. What is followed, and what is not, is said in
+    ``funcpipe/host_values.py``.
+
     In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is torch.func's.
 
     Arrays and numbers of numpy in the batch are tensors for the loss function.

@@ -396,7 +396,7 @@ def annealed_on_ranks() -> tuple[list[float], str]:
             float((metrics["a"] - want(settings.beta**2)).abs()),
             float((metrics["b"] - want(settings.second)).abs()),
         ]
-    optimizer = fp.optim.sgd(0.1)
+    optimizer = fp.optim.adamw(1e-2)
 
     def two_updates(state: Any, x: torch.Tensor) -> Any:
         w, second = state[0], settings.second
