@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from operator import is_
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -133,8 +134,11 @@ class Shell(NamedTuple):
         for cell, held in self.cells:
             if contents(cell) is not held:
                 return False
-        for fn, defaults in zip(self.functions, self.defaults, strict=True):
-            if fn.__defaults__ is not defaults[0] or fn.__kwdefaults__ is not defaults[1]:
+        for fn, (defaults, by_name) in zip(self.functions, self.defaults, strict=True):
+            if fn.__defaults__ is not defaults:
+                return False
+            now = fn.__kwdefaults__
+            if now and not (len(now) == len(by_name) and all(map(is_, now.values(), by_name))):
                 return False
         return True
 
@@ -181,7 +185,7 @@ def shell_of(fn: Any) -> Shell:
             look(value, name)
 
     look(fn, "self" if not isinstance(fn, FunctionType) and not _has_function(fn) else "the loss")
-    defaults = tuple((x.__defaults__, x.__kwdefaults__) for x in functions)
+    defaults = tuple((x.__defaults__, tuple((x.__kwdefaults__ or {}).values())) for x in functions)
     return Shell(tuple(values), tuple(objects), tuple(functions), tuple(cells), defaults)
 
 

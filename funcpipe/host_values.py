@@ -23,7 +23,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from operator import is_
 from pathlib import Path
-from types import CellType
+from types import CellType, FunctionType
 from typing import Any
 
 from funcpipe.errors import TraceError
@@ -81,7 +81,7 @@ class Watch:
             return False
         same_objects = all(a is b for (_, a), (_, b) in zip(old.objects, new.objects, strict=True))
         functions = zip(old.functions, new.functions, strict=True)
-        return same_objects and all(a.__code__ is b.__code__ and a.__globals__ is b.__globals__ for a, b in functions)
+        return same_objects and all(_fits(a, b) for a, b in functions)
 
     def now(self) -> Values:
         """The values as they are; the same tuple as long as nothing was touched."""
@@ -127,6 +127,13 @@ class Watch:
         for p in (p for some in walk.params for p in some.values() if p is not None):
             out.append((functools.partial(getattr, p, "requires_grad"), p.requires_grad_, p.requires_grad))
         return out
+
+
+def _fits(old: FunctionType, new: FunctionType) -> bool:
+    if old is new:
+        return True
+    own = (old.__dict__.keys() | new.__dict__.keys()) - {"__wrapped__"}
+    return old.__code__ is new.__code__ and old.__globals__ is new.__globals__ and not own
 
 
 class Follower:

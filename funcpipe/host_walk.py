@@ -63,6 +63,7 @@ class Walk:
     def run(self, shell: Shell) -> None:
         for x in shell.functions:
             self.seen[id(x)] = x
+            self.attributes_of_function(x, x.__name__, 0)
             self.code(x, 0)
         for path, x in shell.objects:
             self.put(path, x, 0)
@@ -140,6 +141,7 @@ class Walk:
                 self.put(f"{path}.args[{n}]", value, depth)
         elif isinstance(x, type):
             self.attributes_of_class(x, path, depth, instance=False)
+            self.attributes_of_class(type(x), path, depth, instance=True)
         elif isinstance(x, ModuleType):
             self.module(x, path, depth)
         elif isinstance(x, torch.Tensor):
@@ -186,11 +188,15 @@ class Walk:
                 self.poll(_identity, cell)
         for name, value in defaults_of(fn):
             self.put(name, value, depth)
-        self.kept.append((fn.__defaults__, fn.__kwdefaults__))
+        self.kept.append((fn.__defaults__, dict(fn.__kwdefaults__ or {})))
         self.poll(_defaults_at, fn)
+        self.attributes_of_function(fn, path, depth)
+        self.code(fn, depth)
+
+    def attributes_of_function(self, fn: FunctionType, path: str, depth: int) -> None:
+        self.size(fn.__dict__)
         for name in sorted(self.names & fn.__dict__.keys()):
             self.entry(fn.__dict__, name, f"{path}.{name}", depth)
-        self.code(fn, depth)
 
     def module(self, x: ModuleType, path: str, depth: int) -> None:
         if is_user_file(getattr(x, "__file__", None) or "<frozen>", self.packages):
@@ -278,11 +284,12 @@ class Walk:
                 if not self.may_read(name, x, instance):
                     continue
                 inner = x.fget if isinstance(x, property) else getattr(x, "__func__", getattr(x, "func", x))
-                if isinstance(inner, FunctionType):
+                before = len(self.dicts)
+                self.entry(base.__dict__, name, f"{path}.{name}", depth)
+                if len(self.dicts) > before:
+                    self.owners[before] = base
+                if isinstance(inner, FunctionType) and inner is not x:
                     self.put(f"{path}.{name}", inner, depth)
-                else:
-                    self.owners[len(self.dicts)] = base
-                    self.entry(base.__dict__, name, f"{path}.{name}", depth)
 
     def may_read(self, name: str, x: Any, instance: bool) -> bool:
         if isinstance(x, MemberDescriptorType):
@@ -320,8 +327,8 @@ def _numbers(x: Any) -> list[int]:
     return list(map(id, x))
 
 
-def _defaults_at(fn: FunctionType) -> tuple[int, int]:
-    return id(fn.__defaults__), id(fn.__kwdefaults__)
+def _defaults_at(fn: FunctionType) -> list[int]:
+    return [id(fn.__defaults__), *map(id, (fn.__kwdefaults__ or {}).values())]
 
 
 def _requires_grad(params: list[dict]) -> list[bool]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import types
 import warnings
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -164,10 +167,94 @@ def test_forms_of_a_loss(form: str) -> None:
     check(forms[form], {1.0: lambda: (raw(1.0), scale(1.0)), 3.0: lambda: raw(3.0), 6.0: lambda: scale(2.0)})
 
 
-def test_another_function() -> None:
-    box = types.SimpleNamespace(fn=lambda: 1.0)
-    change = functools.partial(setattr, box, "fn")
-    check(lambda: loss_of(lambda: box.fn()), {1.0: lambda: change(lambda: 1.0), 3.0: lambda: change(lambda: 3.0)})
+class Meta(type):
+    raw = 1.0
+
+    @property
+    def beta(cls) -> float:
+        return cls.raw
+
+
+class OfMeta(metaclass=Meta):
+    pass
+
+
+class Described:
+    @property
+    def beta(self) -> float:
+        return vars(BOX)["value"]
+
+    @classmethod
+    def of_class(cls) -> float:
+        return Settings.beta
+
+    def method(self) -> float:
+        return 1.0
+
+
+class Derived(Described):
+    def of_class(self) -> float:  # type: ignore[override]
+        return super().of_class()
+
+
+def by_name(w: torch.Tensor, x: torch.Tensor, *, beta: float = 1.0) -> fp.Mean:
+    return mean(beta * getattr(by_name, "scale"), w, x)  # noqa: B009
+
+
+by_name.scale = 1.0  # type: ignore[attr-defined]
+
+
+def imported() -> float:
+    from a_module_of_settings import beta  # type: ignore[import-not-found]
+
+    return beta
+
+
+BOX = types.SimpleNamespace(value=1.0, fn=lambda: 1.0)
+NAMED, ARRAY, QUEUE, OBJECTS = set[str](), np.ones(2), deque([1.0]), [types.SimpleNamespace(weight=1.0)]
+MODULE = types.ModuleType("a_module_of_settings")
+MODULE.__file__ = __file__
+MODULE.beta = 1.0  # type: ignore[attr-defined]
+
+
+def set_at(box: Any, name: str) -> Callable[[Any], object]:
+    return functools.partial(setattr, box, name)
+
+
+WAYS: dict[str, tuple[Callable, Callable[[Any], object]]] = {
+    "metaclass": (loss_of(lambda: OfMeta.beta), set_at(Meta, "raw")),
+    "property": (loss_of(lambda: Described().beta), set_at(BOX, "value")),
+    "super": (loss_of(lambda: Derived().of_class()), set_at(Settings, "beta")),
+    "function of a namespace": (loss_of(lambda: BOX.fn()), lambda k: setattr(BOX, "fn", lambda: k)),
+    "method of a class": (
+        loss_of(lambda: Described().method()),
+        lambda k: setattr(Described, "method", lambda self: k),
+    ),
+    "default by name": (by_name, lambda k: by_name.__kwdefaults__.update(beta=k)),  # type: ignore[union-attr]
+    "attribute of a function": (by_name, set_at(by_name, "scale")),
+    "import": (loss_of(imported), set_at(MODULE, "beta")),
+    "set": (loss_of(lambda: 3.0 if "k" in NAMED else 1.0), lambda k: NAMED.add("k") if k == 3.0 else NAMED.clear()),
+    "array": (loss_of(lambda: float(ARRAY[0])), ARRAY.fill),
+    "deque": (loss_of(lambda: QUEUE[-1]), QUEUE.append),
+    "element": (loss_of(lambda: sum(x.weight for x in OBJECTS)), set_at(OBJECTS[0], "weight")),
+    "type": (
+        loss_of(lambda: 3.0 if BOX.value is True else 1.0),
+        lambda k: setattr(BOX, "value", True if k == 3.0 else 1.0),
+    ),
+    "made in the step": (fp.value_and_grad, set_at(BOX, "value")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_read(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "a_module_of_settings", MODULE)
+    loss_fn, change = WAYS[way]
+
+    def made() -> Callable:
+        return loss_of(lambda: BOX.value) if loss_fn is fp.value_and_grad else loss_fn
+
+    check(made, {k: functools.partial(change, k) for k in (1.0, 3.0)})
+    change(1.0)
 
 
 def test_a_module_thaws_and_changes_its_dropout() -> None:
