@@ -2,6 +2,7 @@
 
 Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The first one
 written counts; the later ones follow from it. A rank whose peers fall silent cannot know why: it looks here.
+A rank that closes its communicator leaves a note of that too. It is no failure unless another rank waits for it.
 
 In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another
 rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is far from any
@@ -10,6 +11,7 @@ communication.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -60,6 +62,7 @@ class Alarm:
         self, store: dist.Store, key: str, rank: int, on_alarm: Callable[[], None], period: float = 0.5
     ) -> None:
         self.failure: Failure | None = None
+        self.reachable = True  # whether the store answered when it was looked at last
         self._store, self._key, self._rank = store, key, rank
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True)
@@ -90,8 +93,22 @@ class Alarm:
                 if self._store.check([self._key]):
                     self.failure = Failure(*json.loads(self._store.get(self._key)))
             except RuntimeError:
+                self.reachable = False
                 return True
         return self.failure is not None
+
+    def leave(self) -> None:
+        """Note that this rank is about to close its communicator."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone first
+            self._store.set(f"{self._key}/left/{self._rank}", "1")
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank has noted that it closes its communicator."""
+        try:
+            return self._store.check([f"{self._key}/left/{rank}"])
+        except RuntimeError:
+            self.reachable = False
+            return False
 
     def _watch(self, on_alarm: Callable[[], None], period: float) -> None:
         while not self._closed.wait(period):

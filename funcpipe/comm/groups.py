@@ -25,7 +25,8 @@ from funcpipe.errors import MeshError
 from funcpipe.mesh import Axes, Mesh
 
 Lane = tuple[int, int, str]
-_SEVER_TAG = 2**30  # no message has it: lanes count below it
+_SEVER_TAG = 2**30  # no message has it, nor the next one: lanes count below it
+_PROBE_TAG = _SEVER_TAG + 1
 
 # torch.distributed has one default group in a process. Where funcpipe made it, the last communicator
 # unmakes it.
@@ -58,6 +59,7 @@ class Groups:
         self._teams: dict[Axes, dist.ProcessGroup | None] = {}
         self._views: dict[Axes, Team] = {}
         self._lanes: dict[Lane, dist.ProcessGroup] = {}
+        self._probes: list[tuple[torch.Tensor, dist.Work]] = []
         ours = bool(_tenants)
         if not dist.is_initialized():
             _initialise(mesh, self.device, timeout)
@@ -162,6 +164,24 @@ class Groups:
 
     # --- the end --------------------------------------------------------------------------------------
 
+    def gone(self) -> list[int]:
+        """The ranks whose connection to this one is closed. Ask only before `sever`: what it sends is never received."""
+        return [r for r in range(self.mesh.size) if r != self.rank and not self._reaches(r)]
+
+    def _reaches(self, rank: int) -> bool:
+        byte = torch.empty(1, dtype=torch.uint8)
+        try:
+            self._probes.append((byte, self.control.send([byte], rank, _PROBE_TAG)))
+        except RuntimeError:  # gloo refuses to send over a connection that is closed
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Close the connections between hosts. Ranks that wait for this one are freed; what NCCL has begun goes on."""
+        for group, backend in self._made:
+            if backend == "gloo" and group.size() > 1:
+                _sever_gloo(group)
+
     def sever(self) -> None:
         """End all operations that wait on these groups, here and on the other ranks. May be called from any
         thread, and again."""
@@ -231,8 +251,10 @@ def _initialise(mesh: Mesh, device: torch.device, timeout: timedelta) -> None:
         )
     _check_size(mesh, int(os.environ["WORLD_SIZE"]))
     # A prefix of its own: NCCL would else find the address that an earlier group of this process left in the store.
+    # torchrun keeps its store when it restarts the processes, and with it the addresses of those that are gone.
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    store = dist.PrefixStore(f"funcpipe {next(_initialised)}", store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"funcpipe {start} {next(_initialised)}", store)
     if device.type == "cpu":
         dist.init_process_group("gloo", timeout=timeout, store=store, rank=rank, world_size=world)
     else:

@@ -6,13 +6,15 @@ messages in `mail.py`, what ranks tell each other before every step in `digests.
 How errors spread. A rank that fails writes so into the store (`alarm.py`) and severs its process groups
 (`groups.py`). Whoever waits for it sees its connection close, finds the note, severs its own groups and
 raises RankError in turn; whoever waits for a rank that is far from any communication is freed by the thread
-that watches the store. A process that dies without a word is noticed by the rank whose connection to it
-closes, which writes the note in its place.
+that watches the store. A process that dies without a word is noticed by the ranks whose connections to it
+close, and the first of them writes the note in its place. A rank that closes its communicator says so in the store;
+who waits for it then is told.
 """
 
 from __future__ import annotations
 
 import re
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -72,6 +74,7 @@ class ProcessGroupCommunicator:
         self._digests = Digests(groups.control)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
+        _open.add(self)
 
     def beside(self, device: torch.device | str) -> ProcessGroupCommunicator:
         """Another communicator of the same ranks, as patient as this one; all ranks make it alike."""
@@ -170,14 +173,37 @@ class ProcessGroupCommunicator:
         failure = self._alarm.first(wait=0 if _late(error) else _NOTE)
         if failure is None:
             others = [r for r in peers if r != self.rank]
-            culprit = others[0] if len(others) == 1 else None
-            failure = self._alarm.record(culprit, self._loss(error, what, others))
+            # After a timeout gloo itself closes all connections, so that a closed one says nothing.
+            found = [] if _late(error) else self._gone()
+            culprit = found[0] if found else others[0] if len(others) == 1 else None
+            failure = self._alarm.record(culprit, self._loss(error, what, found or others, bool(found)))
         self._groups.sever()
         return failure.error()
 
-    def _loss(self, error: RuntimeError, what: str, others: Sequence[int]) -> str:
+    def _gone(self) -> list[int]:
+        """The ranks that are gone, as far as their connections tell: those that ended without a word, else those that left."""
+        end = time.monotonic() + _NOTE
+        while True:
+            found = self._groups.gone()
+            left = [r for r in found if self._alarm.has_left(r)]
+            # Rank 0 keeps the store. Where that is gone, so is rank 0, and the others may have followed it.
+            first = [0] if not self._alarm.reachable and self.rank else []
+            if (found and set(first) <= set(found)) or time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        if first and 0 in found:
+            return first
+        return [r for r in found if r not in left] or left
+
+    def _loss(self, error: RuntimeError, what: str, others: Sequence[int], gone: bool) -> str:
+        """What happened to a rank, or to one of several; or to several that are ``gone``."""
         late = _late(error)
         end = f" within {self._timeout:g} s" if late else f": {_reason(error)}"
+        if gone and self._alarm.has_left(others[0]):
+            return f"it ended, or closed its runner, while rank {self.rank} was {what}"
+        if gone and len(others) > 1:
+            more = ", ".join(map(str, others[1:]))
+            return f"it and ranks {more} lost contact with rank {self.rank}, which was {what}{end}"
         if len(others) == 1:
             verb = "did not answer" if late else "lost contact with"
             return f"it {verb} rank {self.rank}, which was {what}{end}"
@@ -190,8 +216,25 @@ class ProcessGroupCommunicator:
         self._groups.sever()
         return error if failure.teller == self.rank or isinstance(error, RankError) else failure.error()
 
+    def leave(self) -> None:
+        """Let the ranks go that wait for this one, which communicates no more."""
+        if self._closer.alive:
+            self._alarm.close()
+            self._alarm.leave()
+            self._groups.leave()
+
     def close(self) -> None:
+        self.leave()  # not in the finalizer: it calls torch, which may be tracing when a runner is collected
         self._closer()
+
+
+_open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
+
+
+def leave() -> None:
+    """`ProcessGroupCommunicator.leave` of all communicators that this process has open."""
+    for comm in list(_open):
+        comm.leave()
 
 
 def _is_loss(error: RuntimeError) -> bool:

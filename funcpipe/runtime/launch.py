@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcpipe.comm.alarm import one_line
+from funcpipe.comm.process_group import leave
 from funcpipe.errors import RankError
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
@@ -106,19 +107,23 @@ def _worker(fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | N
         names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         if names:
             os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    timer = threading.Timer(timeout or 0, _expire, (rank, timeout, Path(logs)))
+    timer.daemon = True
     if timeout is not None:
-        timer = threading.Timer(timeout, _expire, (rank, timeout, Path(logs)))
-        timer.daemon = True
         timer.start()
     try:
         # Pickled here: tensors sent through the launcher's queue would need this process to outlive the
         # reading.
-        return pickle.dumps(fn(*args))
+        result = pickle.dumps(fn(*args))
+        leave()  # the launcher keeps this process until all have returned: none waits for it
+        return result
     except Exception as error:
         _report(rank, error, traceback.format_exc(), Path(logs))
         if isinstance(error, RankError):
             time.sleep(0.3)  # the launcher ends all workers with the first: let the cause write its report
         raise
+    finally:
+        timer.cancel()
 
 
 def _cores() -> int:

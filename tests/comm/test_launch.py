@@ -116,6 +116,71 @@ def test_a_rank_that_does_not_finish_in_time():
     assert "time.sleep(60)" in caught.value.__notes__[0]
 
 
+def returns(how):
+    """Rank 1 returns at once; rank 0 waits for it, or is late."""
+    if how == "late":
+        time.sleep(60 if os.environ["RANK"] == "0" else 0)
+        return
+    KEPT.append(ProcessGroupCommunicator(Mesh(pipe=2), "cpu"))
+    KEPT[0].exchange_digest(0)
+    if os.environ["RANK"] == "0":
+        KEPT[0].exchange_digest(1)
+
+
+KEPT = []
+
+
+@pytest.mark.parametrize(
+    "how, told",
+    [
+        ("waits", "rank 1 failed: it ended, or closed its runner, while rank 0 was in exchange_digest"),
+        ("late", "rank 0 failed: TimeoutError: not finished after 2 s"),
+    ],
+)
+def test_a_rank_that_returns_early(how, told):
+    """It is named where another one waits for it, at once; it is not late itself."""
+    with pytest.raises(RankError) as caught:
+        launch(returns, 2, how, timeout=2 if how == "late" else 60)
+    assert str(caught.value) == told
+
+
+RESTARTED = """
+import os, signal, torch
+from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe.mesh import Mesh
+
+comm = ProcessGroupCommunicator(Mesh(data=2), "cpu", timeout=20.0)
+comm.prepare([("data",)])
+for _ in range(2):
+    out = comm.all_reduce(torch.tensor(comm.rank + 1), ("data",)).item()
+    comm.exchange_digest(out)
+comm.close()
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    os.kill(os.getpid(), signal.SIGKILL)
+open(f"ran-{comm.rank}", "w").write(f"{out} {os.environ['TORCHELASTIC_RESTART_COUNT']}")
+"""
+
+
+def test_a_job_that_torchrun_restarts(tmp_path):
+    """The processes of the second start meet each other, not the addresses of the first; also those that had finished."""
+    (tmp_path / "script.py").write_text(RESTARTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "GLOO_SOCKET_IFNAME": LOOPBACK}
+    done = subprocess.run(
+        [*command, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env=os.environ | paths,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"ran-{r}").read_text() for r in range(2)] == ["3 1", "3 1"]
+
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
+
 def test_no_process_at_all():
     with pytest.raises(ValueError, match="launch starts 1 process or more, not 0"):
         launch(describe, 0)

@@ -234,41 +234,47 @@ def test_a_rank_late_for_its_digest_ends_the_exchange(results):
 # --- a process that is killed ---------------------------------------------------------------------------
 
 
-def beside_a_killed_rank(rank, port, answers):
-    """Rank 1 ends without a word; rank 0 waits for it, and rank 2 for rank 0."""
+def beside_a_killed_rank(rank, port, answers, victim):
+    """A rank ends without a word. Rank 0 waits for it, and rank 2 for rank 0; or both exchange digests."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     comm = communicator(Mesh(pipe=3))
     comm.exchange_digest(0)
     start = time.monotonic()
-    if rank == 1:
+    if rank == victim:
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RankError) as caught:
-        comm.recv([ZEROS], 1 if rank == 0 else 0, "F")
+        if victim == 1:
+            comm.recv([ZEROS], 1 if rank == 0 else 0, "F")
+        comm.exchange_digest(1)
     answers.put((rank, str(caught.value), time.monotonic() - start))
     time.sleep(1 if rank == 0 else 0)  # rank 0 keeps the store that the others read
     comm.close()
 
 
-def test_a_killed_rank_stops_the_others():
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank_stops_the_others_and_is_named(victim):
+    """Also by a rank whose connections to several others close, and where the store goes with rank 0."""
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [context.Process(target=beside_a_killed_rank, args=(r, port, answers)) for r in range(3)]
+    workers = [context.Process(target=beside_a_killed_rank, args=(r, port, answers, victim)) for r in range(3)]
     for worker in workers:
         worker.start()
     try:
         for worker in workers:
             worker.join(60)
-        assert [w.exitcode for w in workers] == [0, -signal.SIGKILL, 0]
+        assert [w.exitcode for w in workers] == [-signal.SIGKILL if r == victim else 0 for r in range(3)]
     finally:
         for worker in workers:
             worker.kill()
-    told = "it lost contact with rank 0, which was receiving (float32[2]) on channel 'F': "
+    told = "receiving (float32[2]) on channel 'F': " if victim == 1 else "in exchange_digest: "
     for _, text, seconds in [answers.get(), answers.get()]:
-        assert text.startswith(f"rank 1 failed: {told}")
+        assert re.match(
+            rf"rank {victim} failed: it lost contact with rank [^{victim}], which was {re.escape(told)}", text
+        )
         assert seconds < SOON
