@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from funcpipe import tree
+from funcpipe.checksum import checksums, text_sum
 from funcpipe.errors import StateError
+from funcpipe.graph.code import without_device_numbers
 from funcpipe.graph.ops import extract, is_seeded
 
 
@@ -48,6 +51,19 @@ class LazyParams:
                 )
         self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
         self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])
+
+    def digests(self) -> list[int]:
+        """For every leaf a number: equal where the same ops make it of the same key and constants."""
+        known: dict[Any, int] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                text = f"key {checksums([self.key])}"
+            elif node.op == "get_attr":
+                text = f"constant {checksums([getattr(self.module, node.target)])}"
+            else:
+                text = f"{node.target}{map_arg((node.args, node.kwargs), known.__getitem__)}"
+            known[node] = text_sum(without_device_numbers(text))
+        return [known[node] for node in self.outputs]
 
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""

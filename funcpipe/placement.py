@@ -144,6 +144,21 @@ class Placement:
         param = self.dyed.state[leaf]
         return () if param is None else self.layouts[param].axes
 
+    def held_as(self, rank: int, leaf: int) -> tuple:
+        """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
+        places, axes = self._places(leaf), self._axes(leaf)
+        return places, axes, self.mesh.index(rank, axes)
+
+    def copies(self, rank: int, leaf: int) -> int:
+        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds none."""
+        places = self._places(leaf)
+        if self.stage_rank(rank) not in places:
+            return 0
+        return len(places) * self.mesh.size // (len(self.present) * self.mesh.axis_size(self._axes(leaf)))
+
+    def _places(self, leaf: int) -> tuple[int, ...]:
+        return tuple(p for p, present in enumerate(self.present) if present[leaf])
+
     def params(self, leaf: Callable[[int], torch.Tensor], rank: int) -> Any:
         """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a whole one."""
         held = [

@@ -32,6 +32,7 @@ from funcpipe.graph.explain import BY_VALUE
 from funcpipe.graph.fakes import BatchIsReal, fake
 from funcpipe.host_values import Follower, Reading
 from funcpipe.lines import line_of, user_line
+from funcpipe.outside import Op, Outside
 from funcpipe.results import Origin, hand_on, loss_and_aux, origin
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Dyed:
         calls: every ``value_and_grad``.
         sums: every global sum.
         free: the leaves of the state that an optimizer replaces, and that nobody reads after that.
+        outside: every op that ``init_state`` and the step call outside ``value_and_grad``.
     """
 
     params_spec: Any
@@ -108,6 +110,7 @@ class Dyed:
     calls: tuple[Call, ...]
     sums: tuple[Sum, ...]
     free: frozenset[int]
+    outside: tuple[Op, ...] = ()
 
 
 class _Feeds(BaseException):
@@ -144,6 +147,7 @@ class Looking:
         self.summed: list[Numbers] = []
         self.ledger = Ledger([])
         self.running = "init_state"
+        self.outside: Outside | None = None  # of the run on all leaves
 
     def stage_boundary(self, x: Any) -> Any:
         return x
@@ -234,10 +238,13 @@ class _Elementwise(BatchIsReal):
     def __init__(self, context: Looking) -> None:
         super().__init__(context.dyes.mode)
         self.dyes, self.row_ranks, self.expressions = context.dyes, context.row_ranks, context.expressions
+        self.outside = context.outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._run(func, types, args, kwargs or {})
         self.expressions.record(func, args, kwargs or {}, out)
+        if self.outside is not None:
+            self.outside.note(func, args, kwargs or {}, out)
         return out
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -367,6 +374,7 @@ def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) ->
     from funcpipe.rehearsal import Rehearsal
 
     dyes = context.dyes
+    context.outside = Outside(batch, lambda x: None if (i := dyes.of(x)) is None else dyes.name(i))
     try:
         seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
     except (*BY_VALUE, DynamicOutputShapeException) as error:
@@ -404,6 +412,7 @@ def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) ->
         tuple(context.calls),
         tuple(context.sums),
         frozenset(context.ledger.free),
+        context.outside.ops(tree.leaves((state, new_state, metrics))),
     )
     return dyed, Rehearsal(step, init_state, batch, context, dyed, seen)
 

@@ -84,6 +84,7 @@ def failures(root: Path, run: Any, state: Any) -> dict[str, tuple[str, str]]:
         out["write"] = save()
         saving = checkpoint.save_async(root, run, state, step=9)
         out["background"] = outcome(saving.wait)
+    out["other call"] = outcome(lambda: checkpoint.load(root, run) if last else run(state, BATCHES[0]))
     out["again"] = save()
     out["there"] = save()
     out["damaged"] = damaged(root, run)
@@ -202,6 +203,10 @@ def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], roo
         ),
         "write": ("CheckpointError", f"saving step 9 to {there} failed on rank 3: OSError: no space left"),
         "background": ("CheckpointError", f"saving step 9 to {there} failed on rank 3: OSError: no space left"),
+        "other call": (
+            "MismatchError",
+            "rank 0 is about to run 'step', rank 3 'load a checkpoint': all ranks run the same calls in the same order",
+        ),
         "again": ("no error", ""),
         "there": (
             "CheckpointError",

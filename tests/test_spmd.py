@@ -256,6 +256,38 @@ def carried(size: int, start: Callable) -> Any:
     return losses, run.unplace(state)
 
 
+def other_values(size: int) -> dict[str, Outcome]:
+    """The last rank has params of another seed, another learning rate, another batch, and leaves that drift. The runner goes
+    on after each."""
+    _, params, batch = INIT
+    last, out = is_last(size), {}
+
+    def step(state: Any, batch: Any) -> Any:
+        loss, grads = fp.value_and_grad(PLAIN.loss_fn)(state, batch)
+        return optree.tree_map(lambda p, g: p - rate * g, state, grads), {"loss": loss}
+
+    rate = 0.2 if last else 0.1
+    run = fp.spmd(DATA(step), fp.Mesh(data=size), device="cpu", timeout=30, check_every=2)
+    out["rate"] = outcome(lambda: run.init(lambda p: p, params, batch))
+    rate = 0.1
+    other = params | {"embed": params["embed"] + 1e-9 * last}
+    out["seed"] = outcome(lambda: run.init(lambda p: p, other, batch))
+    state = run.init(lambda p: p, params, batch)
+    changed = batch | {"ids": batch["ids"].roll(int(last))}
+    out["batch"] = outcome(lambda: run(state, changed))
+    state, _ = run(state, batch)
+    state, _ = run(state, batch)
+    out["same"] = outcome(lambda: run(run.place(run.unplace(state)), batch))
+    state, _ = run(run.place(run.unplace(state)), batch)
+    rate = 0.2 if last else 0.1  # from the fifth step on
+    out["later rate"] = outcome(lambda: run(state, batch))
+    rate = 0.1
+    state["embed"] += 1e-9 * last
+    out["drift"] = outcome(lambda: run(state, batch))
+    out["placed"] = outcome(lambda: run(run.place(other), batch))
+    return out
+
+
 def work(size: int) -> dict[str, Any]:
     """What every process runs."""
     torch.set_num_threads(1)
@@ -271,6 +303,7 @@ def work(size: int) -> dict[str, Any]:
         other_precision,
         no_plan,
         donated,
+        other_values,
     ):
         out[check.__name__] = check(size)
     return out | {where: raises(size, where) for where in ("before", "after")}
@@ -336,6 +369,25 @@ def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
         assert kind == MismatchError.__name__
         assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes")
         assert "in the schedule of value_and_grad 0" in text
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_whose_values_differ(size: int, ran: dict[int, list]) -> None:
+    """All ranks name the leaf, and the rank that differs from most."""
+    others = "rank 0" if size == 2 else "ranks 0, 1 and 2"
+    here = f"is not the same on rank {size - 1} as on {others}: "
+    for result in ran[size]:
+        found = {name: raised(one) for name, one in result["other_values"].items()}
+        assert found.pop("same") == ("no error", "")
+        assert {kind for kind, _ in found.values()} == {"MismatchError"}
+        for name in ("rate", "later rate"):
+            text = found[name][1]
+            assert text.startswith("the step at test_spmd.py:") and f", 0.2)` on rank {size - 1}" in text
+            assert ", 0.1)` on rank 0" in text and "the same learning rate" in text
+        assert found["seed"][1].startswith(f"params['embed'] {here}")
+        assert found["batch"][1].startswith(f"batch['ids'] {here}")
+        assert found["drift"][1].startswith(f"state['embed'] {here}")
+        assert found["placed"][1].startswith(f"state['embed'] {here}")
 
 
 @pytest.mark.parametrize("size", [2, 4])

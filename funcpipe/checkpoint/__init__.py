@@ -209,6 +209,7 @@ def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
     See `save` for an example.
     """
     wanted = Leaves(run)
+    run._about_to_load()
     found = _on_ranks(run, lambda comm: _load(comm, wanted, Path(dir), step))
     states = [Home.give(state) for state, _ in found]
     return states if isinstance(run, Simulation) else states[0], found[0][1]
@@ -257,7 +258,7 @@ def _on_ranks(run: Run, body: Callable[[Communicator], T]) -> list[T]:
 
 def _of_rank(comm: Communicator, run: Run, state: Any) -> Any:
     """A rank's own state."""
-    run._check_state(state)
+    run._check_state(state, "save a checkpoint")
     return state if isinstance(run, Spmd) else state[comm.rank]
 
 

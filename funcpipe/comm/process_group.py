@@ -26,6 +26,7 @@ import torch.distributed as dist
 from funcpipe.comm import Pending, teams, wire
 from funcpipe.comm.alarm import Alarm, one_line
 from funcpipe.comm.digests import Digests
+from funcpipe.comm.floor import ranks
 from funcpipe.comm.groups import Groups, Lane, Team
 from funcpipe.comm.mail import mail
 from funcpipe.errors import RankError
@@ -74,7 +75,6 @@ class ProcessGroupCommunicator:
         self._digests = Digests(groups.control)
         self._begun: dict[_Guarded, None] = {}  # collectives that nobody has waited for yet
         self._closer = weakref.finalize(self, _close, self._alarm, groups)
-        _open.add(self)
 
     def beside(self, device: torch.device | str) -> ProcessGroupCommunicator:
         """Another communicator of the same ranks, as patient as this one; all ranks make it alike."""
@@ -202,8 +202,7 @@ class ProcessGroupCommunicator:
         if gone and self._alarm.has_left(others[0]):
             return f"it ended, or closed its runner, while rank {self.rank} was {what}"
         if gone and len(others) > 1:
-            more = ", ".join(map(str, others[1:]))
-            return f"it and ranks {more} lost contact with rank {self.rank}, which was {what}{end}"
+            return f"it and {ranks(others[1:])} lost contact with rank {self.rank}, which was {what}{end}"
         if len(others) == 1:
             verb = "did not answer" if late else "lost contact with"
             return f"it {verb} rank {self.rank}, which was {what}{end}"
@@ -226,15 +225,6 @@ class ProcessGroupCommunicator:
     def close(self) -> None:
         self.leave()  # not in the finalizer: it calls torch, which may be tracing when a runner is collected
         self._closer()
-
-
-_open: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
-
-
-def leave() -> None:
-    """`ProcessGroupCommunicator.leave` of all communicators that this process has open."""
-    for comm in list(_open):
-        comm.leave()
 
 
 def _is_loss(error: RuntimeError) -> bool:

@@ -109,11 +109,15 @@ def _hash(body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) ->
         args = fx.node.map_arg((x.args, x.kwargs), lambda a: _Name(number[a]))
         lines.append(f"{x.target}{args}")
     lines.append(",".join(number[x] for x in outputs))
-    return hashlib.sha256(_of_any_device("\n".join(lines)).encode()).hexdigest()[:12]
+    return hashlib.sha256(without_device_numbers("\n".join(lines)).encode()).hexdigest()[:12]
 
 
-def _of_any_device(text: str) -> str:
-    """A text without a rank's own device number, which says nothing."""
+def without_device_numbers(text: str) -> str:
+    """A text without the numbers of GPUs: a rank's own says nothing.
+
+    >>> without_device_numbers("zeros(device=cuda:3)")
+    'zeros(device=cuda)'
+    """
     return re.sub(r"index=\d+|cuda:\d+", "cuda", text)
 
 
@@ -187,7 +191,7 @@ class Folded:
         nodes = list(self.run.graph.nodes)
         lines = [f"{x.target}{x.args}{x.kwargs}" for x in nodes]
         lines += [_bits(getattr(self.run, x.target)) for x in nodes if x.op == "get_attr"]
-        return hashlib.sha256(_of_any_device("\n".join(lines)).encode()).hexdigest()[:12]
+        return hashlib.sha256(without_device_numbers("\n".join(lines)).encode()).hexdigest()[:12]
 
 
 def _bits(x: torch.Tensor) -> str:

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 from funcpipe.comm.alarm import one_line
-from funcpipe.comm.process_group import leave
 from funcpipe.errors import RankError
+from funcpipe.runtime.spmd import leave
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 

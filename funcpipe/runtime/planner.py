@@ -29,7 +29,9 @@ from funcpipe.graph.nodes import Nodes, read_nodes
 from funcpipe.graph.remat import check_used, rematerialise
 from funcpipe.graph.summands import Term, check_summands, terms
 from funcpipe.graph.trace import Traced, trace
+from funcpipe.host_values import Follower
 from funcpipe.mesh import Mesh
+from funcpipe.outside import Op
 from funcpipe.placement import Placement, place_params
 from funcpipe.precision import ROUNDED, computed
 from funcpipe.program import (
@@ -87,6 +89,7 @@ class Planner:
         self.stages: dict[int, Stages] = {}
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
+        self.ops: tuple[Op, ...] = ()  # outside the calls, when a step was looked at last
 
     @property
     def plans(self) -> list[Plan]:
@@ -112,12 +115,8 @@ class Planner:
 
     def _look(self, batch: Any, variants: Variants) -> Plan:
         of_step, _ = variants.read()
-        r, batch = self.resolved, without_inference(batch)
-        ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
-        # In a mode of its own: a loss function that closes over what the step sees is refused when it is traced.
-        dyed, rehearsal = look(
-            r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks, variants.follower
-        )
+        dyed, rehearsal = self._on_fakes(batch, variants.follower)
+        self.ops = dyed.outside
         placement = self._again(dyed, rehearsal, bool(variants.plans))
         plan = variants.of_calls(_read_by(dyed, placement))
         if plan is None:
@@ -148,6 +147,16 @@ class Planner:
         """A call whose batch has no fakes but those of the planner."""
         own = tree.map(lambda x: fake(x.shape, x, self.mode) if isinstance(x, FakeTensor) else x, call.batch)
         return replace(call, batch=own)
+
+    def outside(self, batch: Any) -> tuple[Op, ...]:
+        """What the step now computes outside its calls."""
+        return self._on_fakes(batch)[0].outside
+
+    def _on_fakes(self, batch: Any, follower: Callable[[int], Follower] | None = None) -> tuple[Dyed, Rehearsal]:
+        """In a mode of its own: a loss function that closes over what the step sees is refused when it is traced."""
+        r, batch = self.resolved, without_inference(batch)
+        ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
+        return look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks, follower)
 
     def _computed(self, call: Call) -> Call:
         """A call with the loss function that is traced."""

@@ -15,6 +15,7 @@ import torch
 
 from funcpipe import random, tree
 from funcpipe.batch_leaves import read_batch
+from funcpipe.checksum import checksums
 from funcpipe.comm import Communicator
 from funcpipe.containers import check_containers
 from funcpipe.donation import refuse_spent
@@ -71,17 +72,23 @@ class Runner(abc.ABC):
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
 
-    def _read(self, params: Any, key: torch.Tensor | int) -> tuple[Any, Callable[[int], torch.Tensor]]:
-        """Params for their shapes, and a function that fetches a leaf."""
+    def _read(
+        self, params: Any, key: torch.Tensor | int
+    ) -> tuple[Any, Callable[[int], torch.Tensor], Callable[[], list[int]]]:
+        """Params for their shapes, a function that fetches a leaf, and one that gives a checksum for every leaf."""
         refuse_inference_mode("run.init")
         if isinstance(params, torch.nn.Module):
             check_containers("params", params)  # it is callable, but makes no params
         if not callable(params):
             refuse_spent("params", params)
             leaves = tree.leaves(params)
-            return params, leaves.__getitem__
+            return params, leaves.__getitem__, lambda: checksums(leaves)
         lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
-        return lazy.fakes, lambda i: lazy.leaf(i).to(self.device)
+        return lazy.fakes, lambda i: lazy.leaf(i).to(self.device), lazy.digests
+
+    @abc.abstractmethod
+    def _about_to_load(self) -> None:
+        """Called alike by all ranks before they make a state of a checkpoint."""
 
     def _scaled(self, init_state: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """An ``init_state`` whose state has room for what `mixed_precision` keeps there."""
@@ -89,8 +96,8 @@ class Runner(abc.ABC):
         return scaled_init(init_state, self.device) if p is not None and p.dynamic else init_state
 
     @abc.abstractmethod
-    def _check_state(self, state: Any) -> None:
-        """StateError unless a state is this runner's, and was not donated."""
+    def _check_state(self, state: Any, what: str = "use a state") -> None:
+        """StateError unless a state is this runner's, and was not donated; ``what`` is to be done with it."""
 
     @property
     @abc.abstractmethod

@@ -17,6 +17,7 @@ from funcpipe.comm.inprocess import Ranks
 from funcpipe.donation import refuse_spent
 from funcpipe.errors import MismatchError, StateError
 from funcpipe.mesh import Mesh
+from funcpipe.runtime import replicas
 from funcpipe.runtime.backend import Backend
 from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
@@ -45,7 +46,7 @@ class Simulation(Runner):
             batch: a global batch like those to come, with its data.
             key: what ``params_fn`` gets; a seed or a key.
         """
-        shapes, leaf = self._read(params, key)
+        shapes, leaf, _ = self._read(params, key)
         batch = read_batch(batch)
         device = next((x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device)
         if device != self.device:
@@ -56,7 +57,10 @@ class Simulation(Runner):
         self._bound.clear()
         self._plan_first(batch)
         with torch.no_grad():
-            return [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
+            states = [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
+        held = [replicas.of_state(state, self._placement, r) for r, state in enumerate(states)]
+        replicas.check(held, {"state": self._placement.dyed.state_paths}, self._resolved.local)
+        return states
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +103,10 @@ class Simulation(Runner):
             return self._ranks.run(lambda comm: fn(comm, self._backend))
         return [fn(self._ranks.communicators[0], self._backend)]
 
-    def _check_state(self, state: Any) -> None:
+    def _about_to_load(self) -> None:
+        """Its ranks load together."""
+
+    def _check_state(self, state: Any, what: str = "use a state") -> None:
         if not isinstance(state, list) or len(state) != self.mesh.size:
             raise StateError(
                 f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "

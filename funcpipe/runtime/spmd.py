@@ -9,7 +9,8 @@ rank's own.
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import operator
 import os
 import sys
 import weakref
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from funcpipe.batch import signature
+from funcpipe.checksum import text_sum
 from funcpipe.comm import Communicator
 from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.donation import refuse_spent, spent
@@ -35,12 +37,14 @@ from funcpipe.runtime.planner import Planner
 from funcpipe.runtime.rank import Rank
 from funcpipe.runtime.reading import values
 from funcpipe.runtime.runner import Runner
-from funcpipe.runtime.texts import described, difference, other_plan, too_large
+from funcpipe.runtime.texts import described, difference, majority, other_plan, too_large
 from funcpipe.runtime.variants import StaleValues, Variants
+from funcpipe.runtime.watch import STATE, Watch
 from funcpipe.step import refuse_inference_mode
 
 MOST_GRAPHS = 4  # of one plan, for other Python values
 _REFUSED = -1  # in place of a digest: this rank cannot use its state
+_FLAGS = 4  # bits below a digest: whether its rank has news, and what it wants to be compared (`Watch.due`)
 
 
 class _Known(Exception):
@@ -64,6 +68,7 @@ class Spmd(Runner):
         sums: torch.dtype | None,
         cuda_graph: bool,
         donate: bool,
+        check_every: int | None,
     ) -> None:
         super().__init__(step, mesh)
         if backend not in NAMES:
@@ -76,11 +81,14 @@ class Spmd(Runner):
             raise StackError(
                 "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
             )
+        if check_every is not None and (type(check_every) is not int or check_every < 1):
+            raise StackError(f"spmd: check_every={check_every!r}; give a number of steps, 1 or more, or leave it out")
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         if cuda_graph:
             os.environ.setdefault(MIXING, "0")
-        self._comm: Communicator = ProcessGroupCommunicator(mesh, device=device, **options)
+        self._comm = ProcessGroupCommunicator(mesh, device=device, **options)
+        _runners.add(self)
         if cuda_graph and self._comm.device.type != "cuda":
             raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
         self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
@@ -93,6 +101,7 @@ class Spmd(Runner):
         # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
         self._release = weakref.finalize(self, _release, self._captured)
         self._digests: dict[tuple, int] = {}
+        self._replicas = Watch(self._comm, self._resolved, check_every)
 
     @property
     def rank(self) -> int:
@@ -109,9 +118,10 @@ class Spmd(Runner):
         return self._guarded(self._init, init_state, params, batch, key)
 
     def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
-        params, leaf = self._read(params, key)
+        params, leaf, sums = self._read(params, key)
         batch = self._feed(batch)
         self._agree({"params": params, "batch": batch}, self._what)
+        self._replicas.given(params, sums(), batch)
         init_state = self._scaled(init_state)
         self._planner = Planner(self._resolved, init_state, params)
         self._bound.clear()
@@ -119,11 +129,14 @@ class Spmd(Runner):
         self._donated.clear()
         self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
         self._agreed_rank(batch)  # makes ready what measuring needs
+        self._replicas.step(self._made.ops)
         self._plan_first(batch)
         variants = self._made.of(batch)
         self._rank_of(batch, variants, news=variants.is_news(everything=False))
         with torch.no_grad():
-            return self._home.give(init_state(self._placement.params(leaf, self.rank)))
+            state = self._home.give(init_state(self._placement.params(leaf, self.rank)))
+        self._replicas.made(state, self._placement)
+        return state
 
     @property
     def _what(self) -> str:
@@ -160,6 +173,7 @@ class Spmd(Runner):
         variants.known()
         news = variants.is_news(everything=self._cuda_graph)
         given, news = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next, news)
+        self._replicas.before_step(given.state, batch, self._made)
         try:
             return self._try(given, batch, variants, news)
         except StaleValues as problem:
@@ -236,12 +250,14 @@ class Spmd(Runner):
             plan.graphs.update(pools)
 
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
+        self._guarded(self._agree, {}, "share a recording")
         found: dict[int, Any] = {}
         for some in self._guarded(self._comm.exchange, mine):
             found |= some
         return found
 
     def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+        self._guarded(self._agree, {}, "measure or look for numbers")
         _wait_for(self._captured)
         return self._guarded(lambda: self._comm.exchange(fn(self._comm, self._backend)))
 
@@ -273,9 +289,9 @@ class Spmd(Runner):
         """MismatchError, on every rank, unless all have the same plan."""
         digests = self._comm.exchange_digest(plan.digest())
         if len(set(digests)) > 1:
-            odd = next(r for r, d in enumerate(digests) if d != digests[0])
-            found = self._comm.exchange(values(plan) | plan.sections if self.rank in (0, odd) else None)
-            raise MismatchError(other_plan(found[0], found[odd], odd))
+            most, odd = majority(digests)
+            found = self._comm.exchange(values(plan) | plan.sections if self.rank in (most, odd[0]) else None)
+            raise MismatchError(other_plan(found[most], found[odd[0]], most, odd[0]))
         mine = variants.agree(self._cuda_graph)
         if self._cuda_graph:
             variants.version = tuple(self._comm.exchange(mine))
@@ -315,20 +331,22 @@ class Spmd(Runner):
             self._comm.exchange_digest(_REFUSED)
             self._comm.exchange(str(error))
             raise _Known(error) from None
-        digests = self._comm.exchange_digest(digest << 1 | news, meanwhile)
-        if _REFUSED in digests:
+        flags = self._replicas.due << 1 | news
+        said = self._comm.exchange_digest(digest << _FLAGS | flags, meanwhile)
+        if _REFUSED in said:
             texts = self._comm.exchange(None)
-            rank = digests.index(_REFUSED)
+            rank = said.index(_REFUSED)
             raise MismatchError(f"rank {rank} cannot use the state that it was given: {texts[rank]}")
-        if len({d >> 1 for d in digests}) > 1:
+        if len({n >> _FLAGS for n in said}) > 1:
             raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
-        return out, any(d & 1 for d in digests)
+        asked = functools.reduce(operator.or_, said) & (1 << _FLAGS) - 1
+        self._replicas.due = asked >> 1
+        return out, bool(asked & 1)
 
     def _digest(self, trees: dict[str, Any], what: str) -> int:
         key = (what, *((name, signature(x)) for name, x in trees.items()))
         if key not in self._digests:
-            text = repr(described(trees)) + what
-            self._digests[key] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+            self._digests[key] = text_sum(repr(described(trees)) + what)
         return self._digests[key]
 
     def _guarded(self, fn: Callable, *args: Any) -> Any:
@@ -354,14 +372,19 @@ class Spmd(Runner):
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
         refuse_spent("state", full)
+        self._replicas.due |= STATE
         return self._home.give(self._placement.place(full, self.rank))
 
     def unplace(self, state: Any) -> Any:
         """The single-device state again, on every rank."""
         return self._guarded(self._unplace, state)
 
-    def _check_state(self, state: Any) -> None:
-        self._guarded(self._agree, {}, "use a state", lambda: self._home.read(state))
+    def _check_state(self, state: Any, what: str = "use a state") -> None:
+        self._guarded(self._agree, {}, what, lambda: self._home.read(state))
+
+    def _about_to_load(self) -> None:
+        self._guarded(self._agree, {}, "load a checkpoint")
+        self._replicas.due |= STATE
 
     def _unplace(self, state: Any) -> Any:
         self._agree({}, "unplace", lambda: self._home.read(state))
@@ -371,10 +394,23 @@ class Spmd(Runner):
         move = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
         return self._placement.unplace(lambda rank, j: move(found[rank][j]))
 
+    def leave(self) -> None:
+        """Let the ranks go that wait for this one, which takes no more steps."""
+        self._comm.leave()
+
     def close(self) -> None:
         """Give back the process groups."""
         self._release()
         self._comm.close()
+
+
+_runners: weakref.WeakSet[Spmd] = weakref.WeakSet()
+
+
+def leave() -> None:
+    """`Spmd.leave` of all runners of this process. Checkpoints that are being saved go on."""
+    for run in list(_runners):
+        run.leave()
 
 
 def _wait_for(captured: dict[tuple, CapturedStep]) -> None:
@@ -399,6 +435,7 @@ def spmd(
     sums: torch.dtype | None = None,
     cuda_graph: bool = False,
     donate: bool = True,
+    check_every: int | None = None,
 ) -> Spmd:
     """Run a transformed step on the rank that this process is: NCCL on GPUs, gloo on CPUs.
 
@@ -419,6 +456,10 @@ def spmd(
         donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
             step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
             want to keep. In a captured step always.
+        check_every: compare replicas before every n-th step: copies of state leaves and the batch by checksums, computed where
+            they lie, and the Python values that the step uses outside ``value_and_grad``, for which it runs once on fakes (about
+            0.1 s for fifty leaves, on the host). Without it ranks compare params, batch and those values in ``init``, the batch
+            of the first step, and a state that was placed or loaded.
 
     Returns:
         a runner; ``state`` is this rank's part of it.
@@ -426,5 +467,6 @@ def spmd(
     Raises:
         MeshError, StackError: the transforms do not fit the mesh or each other.
         RankError, on every rank: another one failed; says which, and with what.
+        MismatchError, on every rank, later: ranks differ; names leaves and ranks.
     """
-    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph, donate)
+    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph, donate, check_every)

@@ -6,6 +6,8 @@ In: what every rank is about to run; a rank and its state. Out: text.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ import torch
 from funcpipe import tree
 from funcpipe.graph.code import bytes_text
 from funcpipe.graph.grouped import copied_experts
+from funcpipe.outside import Op
 from funcpipe.runtime.rank import Rank
+
+_SHOWN = 8  # ranks that a text names
 
 
 def too_large(rank: Rank, state: Any, error: BaseException) -> str:
@@ -55,16 +60,53 @@ def described(trees: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], rank: int) -> str:
-    """Which line of two ranks' plans differs first."""
+def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], most: int, odd: int) -> str:
+    """Which line differs first between the plans of two ranks."""
     for topic in dict.fromkeys([*first, *other]):
         for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
             if a != b:
                 return (
-                    f"rank {rank} has planned another program than rank 0 for the same shapes. First difference, in {topic}: "
-                    f"{a!r} on rank 0, {b!r} on rank {rank}. Run the same script with the same options everywhere"
+                    f"rank {odd} has planned another program than rank {most} for the same shapes. First difference, in "
+                    f"{topic}: {a!r} on rank {most}, {b!r} on rank {odd}. Run the same script with the same options everywhere"
                 )
-    return f"rank {rank} has planned another program than rank 0 for the same shapes"
+    return f"rank {odd} has planned another program than rank {most} for the same shapes"
+
+
+def other_step(first: Sequence[Op], other: Sequence[Op], most: int, odd: Sequence[int]) -> str:
+    """Which op of the step differs first between rank ``most`` and the ``odd`` ones, of which ``other`` is the first's."""
+    lines = dict(other) | dict(first)
+    counts = [Counter(text for text, _ in ops) for ops in (first, other)]
+    alone = [next(iter((a - b).elements()), None) for a, b in (counts, counts[::-1])]
+    texts = [f"`{text}`" if text else "nothing" for text in alone]
+    line = lines[alone[0] or alone[1] or first[0][0]] or ""
+    return (
+        f"the step{line} computes {texts[0]} on rank {most} and {texts[1]} on {in_words(odd)}, outside value_and_grad. Give "
+        "the step and its optimizer the same learning rate and other Python values on every rank"
+    )
+
+
+def in_words(ranks: Sequence[int]) -> str:
+    """Ranks in words.
+
+    >>> in_words([1]), in_words([0, 2, 3]), in_words(range(20))
+    ('rank 1', 'ranks 0, 2 and 3', 'ranks 0, 1, 2, 3, 4, 5, 6 and 13 more')
+    """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    names = [str(r) for r in ranks]
+    if len(names) > _SHOWN:
+        names[_SHOWN - 1 :] = [f"{len(names) - _SHOWN + 1} more"]
+    return f"ranks {', '.join(names[:-1])} and {names[-1]}"
+
+
+def majority(said: Sequence[Any]) -> tuple[int, list[int]]:
+    """The first of the ranks that say what most say, and those that say something else.
+
+    >>> majority([5, 7, 7, 7]), majority([5, 7])
+    ((1, [0]), (0, [1]))
+    """
+    most = max(said, key=said.count)  # of two as frequent, what the lowest rank says
+    return said.index(most), [r for r, x in enumerate(said) if x != most]
 
 
 def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]], local: bool) -> str:

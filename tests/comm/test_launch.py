@@ -17,6 +17,8 @@ from funcpipe.comm.process_group import ProcessGroupCommunicator
 from funcpipe.errors import RankError
 from funcpipe.mesh import Mesh
 from funcpipe.runtime.launch import _cause, _report, launch
+from funcpipe.runtime.spmd import spmd
+from funcpipe.transforms import data_parallel
 
 
 def describe(word, x):
@@ -121,10 +123,11 @@ def returns(how):
     if how == "late":
         time.sleep(60 if os.environ["RANK"] == "0" else 0)
         return
-    KEPT.append(ProcessGroupCommunicator(Mesh(pipe=2), "cpu"))
-    KEPT[0].exchange_digest(0)
+    run = spmd(data_parallel(lambda state, batch: (state, {}), axis="data"), Mesh(data=2), device="cpu")
+    KEPT.append(run)
+    run._comm.exchange_digest(0)
     if os.environ["RANK"] == "0":
-        KEPT[0].exchange_digest(1)
+        run._comm.exchange_digest(1)
 
 
 KEPT = []
