@@ -1,10 +1,12 @@
 """Sharding in real processes: the bits of the simulation; batches of a rank's own; ranks that differ are refused.
 
-Four processes are started once; each runs every case and every check, and hands back what it saw.
+Two processes are started once, and four for the slow tier; each runs every case and every check of its size, and hands
+back what it saw.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import optree
 import pytest
 import torch
 import torch.distributed as dist
+from worlds_for_tests import in_processes
 
 import funcpipe as fp
 from funcpipe.testing import Layer, Model, assert_equivalent
@@ -52,8 +55,10 @@ def sharded(axis: Any = "data", **options: Any) -> Callable:
 
 
 PIPE, DATA = fp.pipelined(axis="pipe", microbatches=4), fp.data_parallel(axis="data")
-TWICE, FOUR = fp.accumulated(microbatches=2), fp.Mesh(data=4)
+TWICE, TWO, FOUR = fp.accumulated(microbatches=2), fp.Mesh(data=2), fp.Mesh(data=4)
 CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
+    "data=2": (TWO, [TWICE, DATA, sharded(bucket_bytes=200)]),
+    "data=2, together": (TWO, [TWICE, DATA, sharded(regather="step", reduce="last")]),
     "pipe=2 data=2": (fp.Mesh(pipe=2, data=2), [PIPE, DATA, sharded(regather="step", reduce="last")]),
     "data=2 pipe=2": (fp.Mesh(data=2, pipe=2), [sharded(prefetch=2), DATA, PIPE]),
     "data=4": (FOUR, [TWICE, DATA, sharded(bucket_bytes=200)]),
@@ -142,9 +147,15 @@ ODD: dict[str, tuple[Callable, Callable]] = {
 }
 
 
-def refused(name: str) -> tuple[str, str]:
-    """The error of ``init`` when rank 2 runs another step than the others."""
-    run = spmd(ODD[name][dist.get_rank() == 2], FOUR)
+LOCAL = {2: ["data=2"], 4: ["pipe=2 data=2", "data=4"]}
+# By mesh size the rank that runs another step than the others, and in which ways.
+ANOTHER = {2: 1, 4: 2}
+WAYS = {2: ["regather", "loss"], 4: list(ODD)}
+
+
+def refused(name: str, size: int) -> tuple[str, str]:
+    """The error of ``init`` when a rank runs another step than the others."""
+    run = spmd(ODD[name][dist.get_rank() == ANOTHER[size]], fp.Mesh(data=size))
     try:
         run.init(init_state, PARAMS, BATCHES[0])
     except fp.errors.FuncpipeError as error:
@@ -152,33 +163,40 @@ def refused(name: str) -> tuple[str, str]:
     return "nothing", ""
 
 
-def work() -> dict[str, Any]:
+def work(size: int) -> dict[str, Any]:
     """What every process runs."""
     torch.set_num_threads(1)
-    out: dict[str, Any] = {name: run_case(name, spmd) for name in CASES}
-    out["local"] = {name: run_local(name) for name in ("pipe=2 data=2", "data=4")}
-    out["odd"] = {name: refused(name) for name in ODD}
-    mesh, stack = CASES["data=4"]
+    out: dict[str, Any] = {name: run_case(name, spmd) for name, case in CASES.items() if case[0].size == size}
+    out["local"] = {name: run_local(name) for name in LOCAL[size]}
+    out["odd"] = {name: refused(name, size) for name in WAYS[size]}
+    mesh, stack = CASES[f"data={size}"]
     transformed = fp.compose(*stack)(step)
     found = assert_equivalent(step, transformed, mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64, runner=spmd)
     out["compared"] = found.compared
     return out
 
 
-@pytest.fixture(scope="module")
-def ran() -> list[dict[str, Any]]:
-    """What every rank saw."""
-    return fp.launch(work, 4, timeout=120)
+@functools.cache
+def ran(size: int) -> list[dict[str, Any]]:
+    """What every one of so many ranks saw."""
+    return fp.launch(work, size, size, timeout=240)
+
+
+def case(name: str) -> Any:
+    return pytest.param(name, marks=in_processes(CASES[name][0].size, __name__))
+
+
+SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size, __name__)) for size in (2, 4)])
 
 
 # ---- tests
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_processes_compute_what_the_simulation_computes(name: str, ran: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", list(map(case, CASES)))
+def test_processes_compute_what_the_simulation_computes(name: str) -> None:
     """Bitwise: metrics, every rank's state, and the full state on every rank."""
     metrics, states, full = run_case(name, fp.simulate)
-    for rank, result in enumerate(ran):
+    for rank, result in enumerate(ran(CASES[name][0].size)):
         assert equal(result[name], (metrics, states[rank], full))
 
 
@@ -188,34 +206,39 @@ def test_the_simulation_computes_what_one_device_computes(name: str) -> None:
     assert_equivalent(step, fp.compose(*stack)(step), mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64)
 
 
-def test_assert_equivalent_in_processes(ran: list[dict[str, Any]]) -> None:
-    assert all(result["compared"] for result in ran)
+@SIZES
+def test_assert_equivalent_in_processes(size: int) -> None:
+    assert all(result["compared"] for result in ran(size))
 
 
-@pytest.mark.parametrize("name", ["pipe=2 data=2", "data=4"])
-def test_a_batch_of_a_ranks_own_rows(name: str, ran: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", list(map(case, [*LOCAL[2], *LOCAL[4]])))
+def test_a_batch_of_a_ranks_own_rows(name: str) -> None:
     """Bitwise what the same rows give in a global batch."""
-    for result in ran:
+    for result in ran(CASES[name][0].size):
         metrics, _, full = result[name]
         assert equal(result["local"][name], (metrics, full))
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_ranks_that_would_run_different_programs_are_refused(name: str, ran: list[dict[str, Any]]) -> None:
+def ways() -> list[Any]:
+    return [pytest.param(size, name, marks=in_processes(size, __name__)) for size in WAYS for name in WAYS[size]]
+
+
+@pytest.mark.parametrize(("size", "name"), ways())
+def test_ranks_that_would_run_different_programs_are_refused(size: int, name: str) -> None:
     """Before the first step, on all ranks, with the difference."""
-    said = {result["odd"][name] for result in ran}
+    said = {result["odd"][name] for result in ran(size)}
     assert len(said) == 1, said
     kind, text = said.pop()
     assert kind == fp.errors.MismatchError.__name__, (kind, text)
-    assert all(part in text for part in DIFFERENCE[name]), text
+    assert all(part.format(another=ANOTHER[size]) in text for part in DIFFERENCE[name]), text
 
 
 DIFFERENCE = {
-    "regather": ["rank 0", "regather='microbatch'", "rank 2", "regather='step'"],
+    "regather": ["rank 0", "regather='microbatch'", "rank {another}", "regather='step'"],
     "reduce": ["reduce='each'", "reduce='last'"],
     "bucket_bytes": ["bucket_bytes=None", "bucket_bytes=1"],
     "not sharded": ["sharded_weights(axis=('data',)"],
-    "dims": ["dims=0", "dims={'ids': 0, 't': None}"],
+    "dims": ["dims=0", "dims={{'ids': 0, 't': None}}"],
     "only": ["in where params lie: \"params['embed']: Layout(", "axes=('data',)", "axes=()"],
     "loss": ["in the units of value_and_grad 0:"],
     "schedule": ["in the schedule of value_and_grad 0:"],

@@ -5,6 +5,7 @@ The processes of a mesh size are started once; each runs every case and every ch
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import optree
 import pytest
 import torch
 import torch.distributed as dist
+from worlds_for_tests import in_processes
 
 import funcpipe as fp
 from funcpipe.errors import MismatchError, RankError
@@ -309,21 +311,26 @@ def work(size: int) -> dict[str, Any]:
     return out | {where: raises(size, where) for where in ("before", "after")}
 
 
-@pytest.fixture(scope="module")
-def ran() -> dict[int, list[dict[str, Any]]]:
-    """By mesh size what every rank saw."""
-    return {size: fp.launch(work, size, size, timeout=240) for size in (2, 4)}
+@functools.cache
+def ran(size: int) -> list[dict[str, Any]]:
+    """What every one of so many ranks saw."""
+    return fp.launch(work, size, size, timeout=240)
+
+
+SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size, __name__)) for size in (2, 4)])
 
 
 # ---- tests
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_processes_compute_what_the_simulation_computes(name: str, ran: dict[int, list]) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=in_processes(case[1].size, __name__)) for name, case in CASES.items()]
+)
+def test_processes_compute_what_the_simulation_computes(name: str) -> None:
     """Bitwise: losses, gradients, metrics and every rank's state."""
     mesh = CASES[name][1]
     calls, metrics, states, full = run_case(name, fp.simulate)
-    for rank, seen in enumerate(result[name] for result in ran[mesh.size]):
+    for rank, seen in enumerate(result[name] for result in ran(mesh.size)):
         assert equal(seen[0], [call for call in calls if call[0] == rank])
         assert equal(seen[1:], (metrics, states[rank], full))
 
@@ -334,9 +341,9 @@ def test_the_simulation_computes_what_one_device_computes(name: str) -> None:
     assert_equivalent(step, transformed, CASES[name][1], *rest, rtol=FLOAT64)
 
 
-def test_assert_equivalent_in_processes(ran: dict[int, list]) -> None:
-    for results in ran.values():
-        assert all(result["report"].error <= FLOAT64 and result["report"].compared for result in results)
+@SIZES
+def test_assert_equivalent_in_processes(size: int) -> None:
+    assert all(result["report"].error <= FLOAT64 and result["report"].compared for result in ran(size))
 
 
 def raised(outcome: Outcome) -> tuple[str, str]:
@@ -345,11 +352,11 @@ def raised(outcome: Outcome) -> tuple[str, str]:
     return kind, text
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
+@SIZES
+def test_ranks_that_do_not_agree(size: int) -> None:
     """All ranks say the same, at once."""
     last = size - 1
-    for result in ran[size]:
+    for result in ran(size):
         assert raised(result["other_rows"]) == (
             MismatchError.__name__,
             f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank passes the same global "
@@ -371,12 +378,12 @@ def test_ranks_that_do_not_agree(size: int, ran: dict[int, list]) -> None:
         assert "in the schedule of value_and_grad 0" in text
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_whose_values_differ(size: int, ran: dict[int, list]) -> None:
+@SIZES
+def test_ranks_whose_values_differ(size: int) -> None:
     """All ranks name the leaf, and the rank that differs from most."""
     others = "rank 0" if size == 2 else "ranks 0, 1 and 2"
     here = f"is not the same on rank {size - 1} as on {others}: "
-    for result in ran[size]:
+    for result in ran(size):
         found = {name: raised(one) for name, one in result["other_values"].items()}
         assert found.pop("same") == ("no error", "")
         assert {kind for kind, _ in found.values()} == {"MismatchError"}
@@ -390,9 +397,9 @@ def test_ranks_whose_values_differ(size: int, ran: dict[int, list]) -> None:
         assert found["placed"][1].startswith(f"state['embed'] {here}")
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_old_states(size: int, ran: dict[int, list]) -> None:
-    for rank, result in enumerate(ran[size]):
+@SIZES
+def test_old_states(size: int) -> None:
+    for rank, result in enumerate(ran(size)):
         (by_one, by_all), kept, in_place, alike = result["donated"]
         kind, text = raised(by_all)
         assert kind == "StateError" and "was given to an earlier step, which has updated it in place" in text
@@ -404,16 +411,16 @@ def test_old_states(size: int, ran: dict[int, list]) -> None:
         assert in_place and alike and raised(kept) == ("no error", "")
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_param_that_travels_and_is_updated_in_place(size: int, ran: dict[int, list]) -> None:
+@SIZES
+def test_a_param_that_travels_and_is_updated_in_place(size: int) -> None:
     want = carried(size, fp.simulate)
-    assert all(equal(result["carried"], want) for result in ran[size])
+    assert all(equal(result["carried"], want) for result in ran(size))
 
 
 @pytest.mark.parametrize("where", ["before", "after", "no_plan"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_that_raises(size: int, where: str, ran: dict[int, list]) -> None:
+@SIZES
+def test_a_rank_that_raises(size: int, where: str) -> None:
     """It raises its own error; all others one that names it."""
-    *others, last = [raised(result[where]) for result in ran[size]]
+    *others, last = [raised(result[where]) for result in ran(size)]
     assert last == ("ValueError", "boom")
     assert others == [(RankError.__name__, f"rank {size - 1} failed: ValueError: boom")] * (size - 1)

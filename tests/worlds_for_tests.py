@@ -12,6 +12,7 @@ import warnings
 from dataclasses import dataclass
 
 import optree
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -37,6 +38,12 @@ def rand(seed, *shapes):
 
 def same(got, want):
     torch.testing.assert_close(got, want, rtol=RTOL, atol=RTOL)
+
+
+def in_processes(size, module):
+    """The marks of a test that looks at what ``size`` processes did, which its module starts once: one
+    worker runs all tests of that size; two processes are for the plain tier, more for the slow one."""
+    return [pytest.mark.xdist_group(f"{module} {size}"), *[pytest.mark.slow] * (size > 2)]
 
 
 # ---- a collective, and what it is

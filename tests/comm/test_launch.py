@@ -44,7 +44,7 @@ def sleep():
 def test_a_signal_acts_as_it_does_without_a_launch(name, error):
     got = []
     number = getattr(signal, name)
-    handler = signal.signal(number, lambda n, _: got.append(n)) if error else signal.default_int_handler
+    handler = signal.signal(number, (lambda n, _: got.append(n)) if error else signal.default_int_handler)
     timer = threading.Timer(3, os.kill, (os.getpid(), number))
     timer.start()
     try:

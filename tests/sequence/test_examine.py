@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import FLOAT64, PARTS, B, Body, D, H, V, attend, count, data, heads, loss_of
+from bodies_for_tests import FLOAT64, PARTS, B, Body, D, H, V, attend, count, data, grid, heads, loss_of
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from programs_for_tests import Program, inputs, programs
@@ -309,8 +309,11 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("name", USES)
+# Those that are run on every split by plain pytest too; of the others, each is run on one.
+EVERYWHERE = {*FEW, "transformer, checkpointed", "rotary"}
+
+
+@pytest.mark.parametrize(("name", "kind"), grid(USES, PARTS, EVERYWHERE, turns=True))
 def test_it_is_what_one_device_computes(name: str, kind: str) -> None:
     params, batch, splits = data(PARTS[kind])
     loss, least = loss_of(USES[name]), PARTS[kind].length(PARTS[kind].members - 1)

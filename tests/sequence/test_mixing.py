@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bodies_for_tests import grid
 from misuses_for_tests import (
     ALONG,
     MIXES,
@@ -237,7 +238,10 @@ def test_it_is_refused(name: str) -> None:
     check_refused(*MISUSES[name])
 
 
-@pytest.mark.parametrize("how", UNEVEN, ids=str)
-@pytest.mark.parametrize("name", MISUSES)
+# Those that plain pytest runs on these ranks too.
+EVERYWHERE = {"label shift", "padding", "convolution", "centred", "attention by hand"}
+
+
+@pytest.mark.parametrize(("name", "how"), grid(MISUSES, UNEVEN, EVERYWHERE, turns=False))
 def test_it_is_refused_on_any_ranks(name: str, how: dict[str, Any]) -> None:
     check_refused_on(MISUSES[name][0], how)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers_for_tests import Transformer
+from worlds_for_tests import in_processes
 
 import funcpipe as fp
 from funcpipe.testing import assert_equivalent
@@ -28,6 +30,8 @@ def ring(model: Transformer, zigzag: bool = True) -> Callable:
 
 PIPE, DATA = fp.pipelined(axis="pipe", microbatches=2), fp.data_parallel(axis="data")
 CASES: dict[str, tuple[Transformer, fp.Mesh, list[Callable], float]] = {
+    "heads of two ranks": (ROTARY, fp.Mesh(seq=2), [heads(ROTARY)], 1e-12),
+    "ring of two ranks": (PADDED, fp.Mesh(ring=2), [ring(PADDED, zigzag=False)], 1e-10),
     "heads": (MODEL, fp.Mesh(seq=4), [heads(MODEL)], 1e-12),
     "heads, fewer than ranks": (ROTARY, fp.Mesh(seq=4), [heads(ROTARY)], 1e-12),
     "ring": (ROTARY, fp.Mesh(ring=4), [ring(ROTARY)], 1e-10),
@@ -56,23 +60,28 @@ def run_case(name: str) -> tuple[float, Any]:
     return report.error, (full, metrics)
 
 
-def work() -> dict[str, Any]:
+def work(size: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return {name: run_case(name) for name in CASES}
+    return {name: run_case(name) for name, case in CASES.items() if case[1].size == size}
 
 
-@pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
-    return fp.launch(work, 4)
+@functools.cache
+def found(size: int) -> list[dict[str, Any]]:
+    """What every one of so many processes found."""
+    return fp.launch(work, size, size, timeout=600)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_four_processes_have_the_bits_of_the_simulation(name: str, found: list[dict[str, Any]]) -> None:
+def case(name: str) -> Any:
+    return pytest.param(name, marks=in_processes(CASES[name][1].size, __name__))
+
+
+@pytest.mark.parametrize("name", list(map(case, CASES)))
+def test_processes_have_the_bits_of_the_simulation(name: str) -> None:
     model, mesh, transforms, rtol = CASES[name]
     run = fp.simulate(fp.compose(*transforms)(model.step), mesh)
     state, metrics = run(run.init(model.init_state, model.init(7), model.batch(0)), model.batch(0))
     wanted = torch.utils._pytree.tree_leaves((run.unplace(state), metrics))
-    for rank, some in enumerate(found):
+    for rank, some in enumerate(found(mesh.size)):
         error, seen = some[name]
         assert error <= rtol, (name, rank)
         assert all(

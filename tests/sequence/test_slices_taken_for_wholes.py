@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import B, D, count, loss_of
+from bodies_for_tests import B, D, count, grid, loss_of
 from misuses_for_tests import (
     UNEVEN,
     Misuses,
@@ -297,8 +297,17 @@ def test_it_is_refused(name: str) -> None:
     check_refused(*MISUSES[name])
 
 
-@pytest.mark.parametrize("how", UNEVEN, ids=str)
-@pytest.mark.parametrize("name", MISUSES)
+# Those that plain pytest runs on these ranks too.
+EVERYWHERE = {
+    "arange as positions",
+    "division by the length",
+    "mean of the loss",
+    "place among ranks",
+    "rows one by one",
+}
+
+
+@pytest.mark.parametrize(("name", "how"), grid(MISUSES, UNEVEN, EVERYWHERE, turns=False))
 def test_it_is_refused_on_any_ranks(name: str, how: dict[str, Any]) -> None:
     check_refused_on(MISUSES[name][0], how)
 
