@@ -315,7 +315,7 @@ def held_up(save: Callable[[], checkpoint.Saving]) -> Iterator[checkpoint.Saving
         assert begun.wait(60)
         yield saving
         go.set()
-        concurrent.futures.wait([saving._future])
+        concurrent.futures.wait([saving._future], 60)
 
 
 def test_of_two_saves_of_a_step_the_one_that_is_complete_first_is_there(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_two_runners_that_save_a_step_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
         told = [text for text in said if isinstance(text, str)]
         assert len(told) == 1 and told[0].startswith(f"{root}/step-1 is there already: ")
         assert os.listdir(root) == ["step-1"]

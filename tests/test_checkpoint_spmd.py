@@ -33,6 +33,7 @@ BATCHES = [linear_batch(k, [1.0] * 8) for k in range(4)]
 STACKS: dict[str, tuple[fp.Mesh, list[Callable]]] = {
     "pipe=2 data=2": (fp.Mesh(pipe=2, data=2), [pipe, data, sharded]),
     "data=4": (fp.Mesh(data=4), [data, sharded]),
+    "data=2": (fp.Mesh(data=2), [data, sharded]),
 }
 
 
@@ -131,6 +132,37 @@ def work(root: Path) -> dict[str, Any]:
     return out
 
 
+def of_a_pair(root: Path) -> tuple[list[Any], tuple[str, str]]:
+    """Two processes go on with what a simulation saved, and with what they saved; a disk is full for one of them."""
+    torch.set_num_threads(1)
+    run, _ = started(spmd, "data=2")
+    state, _ = steps(run, checkpoint.load(root / "simulated", run)[0], 1)
+    checkpoint.save(root / "real", run, state, step=2)
+    with pytest.MonkeyPatch.context() as patch:
+        if run.rank:
+            patch.setattr(dcp.FileSystemWriter, "write_data", full_disk)
+        failed = outcome(lambda: checkpoint.save(root / "real", run, state, step=3))
+    metrics = steps(run, checkpoint.load(root / "real", run)[0], 2)[1]
+    return metrics, failed
+
+
+def test_two_processes_and_a_simulation_load_what_the_other_saved(tmp_path: Path) -> None:
+    run, state = started(fp.simulate, "data=2")
+    state, _ = steps(run, state, 0)
+    checkpoint.save(tmp_path / "simulated", run, state, step=1)
+    found = fp.launch(of_a_pair, 2, tmp_path, timeout=120)
+    state, _ = steps(run, state, 1)
+    loaded, info = checkpoint.load(tmp_path / "real", run)
+    assert info.step == 2 and equal(loaded, state)
+    wanted = steps(run, state, 2)[1]
+    for metrics, failed in found:
+        assert equal(metrics, wanted)
+        assert failed == (
+            "CheckpointError",
+            f"saving step 3 to {tmp_path / 'real'} failed on rank 1: OSError: no space left",
+        )
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -145,6 +177,8 @@ def ran(root: Path) -> list[dict[str, Any]]:
     return fp.launch(work, 4, root, timeout=120)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("checkpoints of four")
 def test_processes_load_what_a_simulation_saved(ran: list[dict[str, Any]], root: Path) -> None:
     run, _ = started(fp.simulate, "pipe=2 data=2")
     states, info = checkpoint.load(root / "simulated", run)
@@ -152,6 +186,8 @@ def test_processes_load_what_a_simulation_saved(ran: list[dict[str, Any]], root:
         assert equal(result["simulated"][0], states[rank]) and result["simulated"][1] == info
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("checkpoints of four")
 @pytest.mark.parametrize("name", STACKS)
 def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, Any]], root: Path) -> None:
     """Saved in the background or not; it goes on with the bits that the processes computed."""
@@ -171,6 +207,8 @@ def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, 
         assert equal(result["run"], (metrics, run.unplace(state)))
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("checkpoints of four")
 def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(ran: list[dict[str, Any]]) -> None:
     for result in ran:
         metrics, full, info = result["resumed"]
@@ -178,6 +216,8 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(ran: list[dict
         assert equal(metrics, result["run"][0][2:]) and equal(full, result["run"][1])
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("checkpoints of four")
 def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], root: Path) -> None:
     said = [result["failures"] for result in ran]
     assert said == [said[0]] * 4
@@ -241,7 +281,7 @@ def dies(root: Path, background: bool) -> None:
     os._exit(1)  # else it would stay until the launcher loses patience
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_process_that_dies_in_a_save(background: bool, tmp_path: Path) -> None:
     """The other one is told soon, and what was saved before is there."""
     with pytest.raises(RankError, match="rank 1 failed: ended by SIGKILL"):
@@ -263,7 +303,8 @@ def waits_in_vain(root: Path) -> str:
     new_group = dist.new_group
 
     def late(*args: Any, **kwargs: Any) -> Any:
-        while not (root / "given up").exists():
+        until = time.monotonic() + 60
+        while not (root / "given up").exists() and time.monotonic() < until:
             time.sleep(0.05)
         return new_group(*args, **kwargs)
 
@@ -320,6 +361,7 @@ def arm_save(number: int) -> None:
     dcp.FileSystemWriter.write_data = dying
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_twice_goes_on_as_if_it_were_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -228,34 +230,35 @@ def test_an_operand_may_be_written_over_once_its_result_is_there():
 # ---- processes
 
 
-def in_a_process(seed):
-    """What `test_gloo` runs in each of four processes."""
+def in_a_process(sizes, seed):
+    """What `test_gloo` runs in each of its processes."""
     from funcpipe.comm.process_group import ProcessGroupCommunicator
 
-    mesh = fp.Mesh(a=2, b=2)
+    mesh = fp.Mesh(a=sizes[0], b=sizes[1])
     comm = ProcessGroupCommunicator(mesh, device="cpu")
     comm.prepare([("a",), ("b",), ("a", "b"), ("b", "a")])
-    for case in samples():
+    for case in samples(sizes):
         x = case.operand(seed)
         want = by_hand(case, x)
         c = rand(seed + 1, want.shape)
-        i, j = divmod(comm.rank, 2)
+        i, j = divmod(comm.rank, sizes[1])
         with bind_rank(comm), bind_mesh(mesh, ("a", "b")):
             got, pull = torch.func.vjp(case, x[i, j])
             same(got, want[i, j])
             same(pull(c[i, j])[0], gradient(case, x, c)[i, j])
-            assert fp.axis_index(("b", "a")).item() == j * 2 + i
+            assert fp.axis_index(("b", "a")).item() == j * sizes[0] + i
     comm.flush()
     step = make_step(list(LAYERS), drop_last=True)
     params, batches = setup(len(LAYERS), rows=4, seed=seed)
     fast = fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=1, schedule=fp.schedules.zb_h1()), axis="data")
-    return assert_equivalent(step, fast, fp.Mesh(pipe=2, data=2), lambda p: p, params, batches, runner=fp.spmd).compared
+    return assert_equivalent(
+        step, fast, fp.Mesh(pipe=sizes[0], data=sizes[1]), lambda p: p, params, batches, runner=fp.spmd
+    ).compared
 
 
-def samples():
-    sizes = (2, 2)
+def samples(sizes):
     for axes in (("a",), ("b",), ("a", "b"), ("b", "a")):
-        n = 2 ** len(axes)
+        n = math.prod(sizes["ab".index(a)] for a in axes)
         yield Case("psum", sizes, axes, (3,), {})
         yield Case("pmean", sizes, axes, (), {})
         yield Case("all_gather", sizes, axes, (2, 3), {"dim": 1, "tiled": True})
@@ -267,5 +270,6 @@ def samples():
     yield Case("pmax", sizes, ("a",), (5,), {})
 
 
-def test_gloo():
-    assert all(n > 0 for n in fp.launch(in_a_process, 4, 7, timeout=120))
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)], ids=str)
+def test_gloo(sizes):
+    assert all(n > 0 for n in fp.launch(in_a_process, math.prod(sizes), sizes, 7, timeout=240))

@@ -20,7 +20,11 @@ def run(name: str, *args: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("args", [[], ["--simulate"]], ids=str)
+# Runs of several processes, and the longest, are slow; a short simulation of every example is not.
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("args", [pytest.param([], marks=slow), ["--simulate"]], ids=str)
 def test_fsdp(args: list[str], tmp_path: Path) -> None:
     out = run("fsdp.py", *args, cwd=tmp_path)
     assert "a rank receives" in out and "the params equal those of one device" in out
@@ -30,8 +34,14 @@ def test_fsdp(args: list[str], tmp_path: Path) -> None:
     "args",
     [
         ["--simulate", "--steps", "3"],
-        ["--simulate", "--check", "--steps", "2", "--mesh", "pipe=2,data=2", "--shard", "data", "--tied"],
-        ["--steps", "2", "--blocks", "2", "--mesh", "data=2,pipe=2", "--shard", "data", "--schedule", "gpipe"],
+        pytest.param(
+            ["--simulate", "--check", "--steps", "2", "--mesh", "pipe=2,data=2", "--shard", "data", "--tied"],
+            marks=slow,
+        ),
+        pytest.param(
+            ["--steps", "2", "--blocks", "2", "--mesh", "data=2,pipe=2", "--shard", "data", "--schedule", "gpipe"],
+            marks=slow,
+        ),
     ],
     ids=" ".join,
 )
@@ -42,7 +52,7 @@ def test_train_lm(args: list[str], tmp_path: Path) -> None:
     assert "--check" not in args or "check: two steps equal one device" in out
 
 
-@pytest.mark.parametrize("args", [[], ["--simulate", "--mesh", "ring=2,seq=2"]], ids=" ".join)
+@pytest.mark.parametrize("args", [pytest.param([], marks=slow), ["--simulate", "--mesh", "ring=2,seq=2"]], ids=" ".join)
 def test_long_context(args: list[str], tmp_path: Path) -> None:
     out = run("long_context.py", "--length", "510", "--steps", "2", *args, cwd=tmp_path)
     assert "within the budget" in out and "the first loss equals that of one device" in out

@@ -328,6 +328,7 @@ def compiles(folder: str) -> tuple[float, dict[str, int]]:
     return error, {k: v for k, v in counters["inductor"].items() if k.startswith("fxgraph_cache")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # torch's own, where inductor is imported
 def test_compiled_units_and_their_cache_on_disk(tmp_path: Any) -> None:
     error, first = compiles(str(tmp_path / "cache"))
@@ -335,6 +336,17 @@ def test_compiled_units_and_their_cache_on_disk(tmp_path: Any) -> None:
     # F and B of the first segment, both of the last one as one unit, the divisions of two sizes of matrices.
     assert first == {"fxgraph_cache_miss": 5}
     assert compiles(str(tmp_path / "cache"))[1] == {"fxgraph_cache_hit": 5}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_a_compiled_unit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest there is; whole steps are slow."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    module = fx.GraphModule({}, graph_of(lambda a: a.sin() + a, A))
+    module.graph.set_codegen(fx.graph._BoxedCodeGen())
+    module.recompile()
+    (found,) = Backend("inductor")._inductor(module, "abc")([A])
+    assert torch.allclose(found, A.sin() + A)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
@@ -360,6 +372,7 @@ def searched_and_compiled() -> tuple[float, list[dict[str, int]]]:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs), memory
 
 
+@pytest.mark.slow
 def test_compiled_units_in_processes() -> None:
     """Every rank knows what the units of all take."""
     (error, memory), (other, same) = fp.launch(searched_and_compiled, 2, timeout=240)

@@ -275,9 +275,12 @@ def test_the_mean_that_labels_give_is_refused() -> None:
 @pytest.mark.parametrize(
     "args",
     [
-        ["--simulate", "--check", "--max_steps", "2"],
+        pytest.param(["--simulate", "--check", "--max_steps", "2"], marks=pytest.mark.slow),
         ["--simulate", "--mesh", "pipe=3", "--bf16", "--gradient_checkpointing", "--max_steps", "2"],
-        ["--max_steps", "2", "--mesh", "data=2,pipe=2", "--gradient_accumulation_steps", "2"],
+        pytest.param(
+            ["--max_steps", "2", "--mesh", "data=2,pipe=2", "--gradient_accumulation_steps", "2"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# One worker builds the wheel.
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,7 +27,7 @@ def wheel(tmp_path_factory):
     for name in ("funcpipe", "transforms"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
-    built = subprocess.run([*command, "-w", there, source], capture_output=True, text=True)
+    built = subprocess.run([*command, "-w", there, source], capture_output=True, text=True, timeout=300)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = there.glob("*.whl")
     with zipfile.ZipFile(path) as archive:

@@ -198,6 +198,6 @@ def record_in_processes() -> tuple[list[Any], list[int]]:
 
 def test_in_processes() -> None:
     """Every rank has the whole recording, and the same costs."""
-    found = fp.launch(record_in_processes, 2)
+    found = fp.launch(record_in_processes, 2, timeout=240)
     assert found[0] == found[1]
     assert found[0][1] == [12, 12]

@@ -28,7 +28,7 @@ def describe(word, x):
 
 def test_results_in_rank_order():
     handler = signal.getsignal(signal.SIGINT)
-    results = launch(describe, 2, "a", torch.arange(3))
+    results = launch(describe, 2, "a", torch.arange(3), timeout=120)
     threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else results[0][4]
     for rank, (word, r, size, x, t) in enumerate(results):
         assert (word, r, size, x.tolist(), t) == ("a", rank, 2, [1, 2, 3], threads)
@@ -49,7 +49,7 @@ def test_a_signal_acts_as_it_does_without_a_launch(name, error):
     timer.start()
     try:
         with pytest.raises(RankError if error else KeyboardInterrupt, match=error or None):
-            launch(sleep, 2)
+            launch(sleep, 2, timeout=120)
     finally:
         signal.signal(number, handler)
     assert got == ([number] if error else [])
@@ -94,7 +94,7 @@ def fail(how):
 )
 def test_the_first_failure_is_raised(how, told, capfd):
     with pytest.raises(RankError) as caught:
-        launch(fail, 2, how)
+        launch(fail, 2, how, timeout=120)
     assert str(caught.value) == told
     notes = "".join(getattr(caught.value, "__notes__", []))
     assert ('raise ValueError("boom' in notes) == ("ValueError" in told)

@@ -34,19 +34,58 @@ def check(
     assert_equivalent(model.step, step, mesh, model.init_state, model.init(7), batches, rtol=rtol, runner=runner)
 
 
-@given(transformers(), st.integers(1, 8))
+# On up to three ranks in the plain tier: the ranks of a simulation run one after another.
+few, many = st.integers(1, 3), st.integers(4, 8)
+
+
+@given(transformers(), few)
 def test_any_attention_over_exchanged_heads(model: Transformer, ranks: int) -> None:
+    check_heads(model, ranks)
+
+
+@pytest.mark.slow
+@given(transformers(), many)
+def test_any_attention_over_heads_of_many_ranks(model: Transformer, ranks: int) -> None:
+    check_heads(model, ranks)
+
+
+def check_heads(model: Transformer, ranks: int) -> None:
     check(model, fp.seq_all_to_all(model.step, axis="seq", dims=model.dims), fp.Mesh(seq=ranks))
 
 
-@given(transformers(), st.integers(1, 8), st.booleans())
+@given(transformers(), few, st.booleans())
 def test_any_attention_around_a_ring(model: Transformer, ranks: int, zigzag: bool) -> None:
+    check_ring(model, ranks, zigzag)
+
+
+@pytest.mark.slow
+@given(transformers(), many, st.booleans())
+def test_any_attention_around_a_ring_of_many_ranks(model: Transformer, ranks: int, zigzag: bool) -> None:
+    check_ring(model, ranks, zigzag)
+
+
+def check_ring(model: Transformer, ranks: int, zigzag: bool) -> None:
     step = fp.seq_ring(model.step, axis="ring", dims=model.dims, zigzag=zigzag)
     check(model, step, fp.Mesh(ring=ranks), RING)
 
 
-@given(transformers(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
+SPLITS = st.booleans(), st.booleans()
+
+
+@given(transformers(), st.integers(1, 2), st.integers(1, 2), *SPLITS)
 def test_both_on_two_axes(model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool) -> None:
+    check_both(model, ring, seq, zigzag, ring_first)
+
+
+@pytest.mark.slow
+@given(transformers(), st.integers(1, 3), st.integers(1, 3), *SPLITS)
+def test_both_on_two_axes_of_more_ranks(
+    model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool
+) -> None:
+    check_both(model, ring, seq, zigzag, ring_first)
+
+
+def check_both(model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool) -> None:
     step = fp.seq_all_to_all(model.step, axis="seq", dims=model.dims)
     step = fp.seq_ring(step, axis="ring", dims=model.dims, zigzag=zigzag)
     mesh = fp.Mesh(ring=ring, seq=seq) if ring_first else fp.Mesh(seq=seq, ring=ring)
@@ -165,9 +204,9 @@ def test_activations_fall_as_the_axis_grows(transform: Any) -> None:
 
 
 def test_a_ring_sends_each_block_once_around() -> None:
-    model = Transformer(length=16, heads=2, kv_heads=2, layers=3)
-    plan = planned(model, fp.seq_ring(model.step, axis="ring"), fp.Mesh(ring=4))
-    assert exchanges(plan, "ppermute")["F"] == 3 * 3
+    model = Transformer(length=12, heads=2, kv_heads=2, layers=2)
+    plan = planned(model, fp.seq_ring(model.step, axis="ring"), fp.Mesh(ring=3))
+    assert exchanges(plan, "ppermute")["F"] == 2 * 2
 
 
 def vocabulary_over(axis: Any, length: int) -> tuple[Transformer, Callable]:
@@ -186,7 +225,7 @@ def vocabulary_over(axis: Any, length: int) -> tuple[Transformer, Callable]:
     return model, step
 
 
-@pytest.mark.parametrize("length", [8, 10, 3])
+@pytest.mark.parametrize("length", [pytest.param(8, marks=pytest.mark.slow), 10, 3])
 @pytest.mark.parametrize("axis", [None, "seq"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: str | None, sharded: bool) -> None:
