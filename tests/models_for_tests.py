@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import optree
@@ -106,3 +106,15 @@ def same_bits(a: Any, b: Any) -> bool:
     xs, ys = optree.tree_leaves(a), optree.tree_leaves(b)
     equal = lambda x, y: torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y  # noqa: E731
     return len(xs) == len(ys) and all(equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def grid(names: Collection[str], kinds: Collection[Any], everywhere: Collection[str], turns: bool) -> list:
+    """All pairs of a name and a kind, as parameters of a test. Those of a name in ``everywhere`` are plain, and so is
+    one of every other name where the names take turns; the rest are slow."""
+    pairs = []
+    for i, name in enumerate(names):
+        for k, kind in enumerate(kinds):
+            plain = name in everywhere or (turns and i % len(kinds) == k)
+            marks = () if plain else pytest.mark.slow
+            pairs.append(pytest.param(name, kind, marks=marks, id=f"{name}-{kind}"))
+    return pairs

@@ -89,7 +89,7 @@ def fail(how):
     "how, told",
     [
         ("in a step", "rank 1 failed: ValueError: boom in two lines"),
-        ("killed", "rank 1 failed: ended by SIGKILL"),
+        pytest.param("killed", "rank 1 failed: ended by SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_the_first_failure_is_raised(how, told, capfd):

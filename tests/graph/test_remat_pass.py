@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import D, batch, block, count, params, refused
+from models_for_tests import D, batch, block, count, grid, params, refused
 from test_cut import BLOCKS, chain, language, language_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -71,8 +71,7 @@ def assert_eager(c: Cut, loss: Callable, p: Any, b: Any) -> None:
 # ---- units
 
 
-@pytest.mark.parametrize("remat", [BLOCK, PRODUCTS, Remat(budget=0.6)], ids=str)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(("name", "remat"), grid(BLOCKS, [BLOCK, PRODUCTS, Remat(budget=0.6)], (), turns=True))
 def test_units_are_eager_to_the_bit(name: str, remat: Remat) -> None:
     loss, p, b = chain(BLOCKS[name]), params(3), batch()
     c = cut_of(loss, p, b, remat)

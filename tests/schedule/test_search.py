@@ -63,7 +63,15 @@ def language_model() -> Load:
     return Load(f, both, i, w, held, waiting, work, dict.fromkeys(flows, 4.0), lambda nbytes: 0.032)
 
 
-@pytest.mark.parametrize(("cap", "bubble"), [(2752.0, 0.026), (3000.0, 0.026), (3500.0, 0.024), (3650.0, 0.017)])
+@pytest.mark.parametrize(
+    ("cap", "bubble"),
+    [
+        (2752.0, 0.026),
+        pytest.param(3000.0, 0.026, marks=pytest.mark.slow),
+        pytest.param(3500.0, 0.024, marks=pytest.mark.slow),
+        pytest.param(3650.0, 0.017, marks=pytest.mark.slow),
+    ],
+)
 def test_a_language_model_under_a_cap(cap: float, bubble: float) -> None:
     """Of which 0.0088 are the receives of two stages, eight, and twice as much those of four; ranks stay balanced while stages
     slide along so that what they hold moves."""
@@ -74,7 +82,14 @@ def test_a_language_model_under_a_cap(cap: float, bubble: float) -> None:
 
 @pytest.mark.parametrize(
     ("part", "cap", "bubble"),
-    [(1.0, None, 0.017), (0.94, None, 0.027), (0.97, 3000.0, 0.027), (0.94, 3000.0, 0.027), (0.94, 3500.0, 0.027)],
+    [
+        (1.0, None, 0.017),
+        (0.94, 3000.0, 0.027),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0.94, None, 0.027), (0.97, 3000.0, 0.027), (0.94, 3500.0, 0.027))
+        ],
+    ],
 )
 def test_w_waits_only_where_that_gains_time(part: float, cap: float | None, bubble: float) -> None:
     """What waits is held, and I and W may cost more than B: so most microbatches have B, and the cut is one that allows it."""

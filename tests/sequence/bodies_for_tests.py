@@ -5,10 +5,9 @@ In: a body, a way to split a sequence. Out: a loss function; params, a batch, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from slices_for_tests import Splits, a_part
@@ -30,18 +29,6 @@ PARTS = {
     "ring of heads": a_part(10, 2, 2, zigzag=True),
     "as long as the batch": a_part(2 * B, 2),
 }
-
-
-def grid(names: Collection[str], kinds: Collection[Any], everywhere: Collection[str], turns: bool) -> list:
-    """All pairs of a name and a kind of split. Those of a name in ``everywhere`` are plain, and so is
-    one of every other name where the names take turns; the rest are slow."""
-    pairs = []
-    for i, name in enumerate(names):
-        for k, kind in enumerate(kinds):
-            plain = name in everywhere or (turns and i % len(kinds) == k)
-            marks = () if plain else pytest.mark.slow
-            pairs.append(pytest.param(name, kind, marks=marks, id=f"{name}-{kind}"))
-    return pairs
 
 
 def data(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Splits]:

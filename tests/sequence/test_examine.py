@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import FLOAT64, PARTS, B, Body, D, H, V, attend, count, data, grid, heads, loss_of
+from bodies_for_tests import FLOAT64, PARTS, B, Body, D, H, V, attend, count, data, heads, loss_of
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
+from models_for_tests import grid
 from programs_for_tests import Program, inputs, programs
 from slices_for_tests import Splits, a_part, far, on_one, on_ranks, proven, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode

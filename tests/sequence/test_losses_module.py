@@ -439,7 +439,7 @@ def test_one_graph_serves_all_ranks(case: Case) -> None:
 
 
 @pytest.mark.parametrize("pipe", [1, 2])
-@pytest.mark.parametrize("data", [1, 2, 4])
+@pytest.mark.parametrize("data", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_in_a_transformed_step(pipe: int, data: int, sharded: bool) -> None:
     """Tied to the embedding, a vocabulary that does not divide, padding that shards hold unequally."""

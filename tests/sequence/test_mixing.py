@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import grid
 from misuses_for_tests import (
     ALONG,
     MIXES,
@@ -23,6 +22,7 @@ from misuses_for_tests import (
     check_refused_on,
     heads,
 )
+from models_for_tests import grid
 
 SHIFT = "labels come shifted in the batch"
 

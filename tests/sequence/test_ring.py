@@ -274,7 +274,7 @@ def traced(case: Case, r: int) -> torch.fx.GraphModule:
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("ring", [1, 2, 5, 8])
+@pytest.mark.parametrize("ring", [1, 2, 3, *[pytest.param(n, marks=pytest.mark.slow) for n in (5, 8)]])
 @pytest.mark.parametrize("extra", [0, 3])
 def test_messages(ring: int, zigzag: bool, extra: int) -> None:
     """Forward R - 1 blocks of keys and values; backward as many, and R times their gradients."""
@@ -313,7 +313,7 @@ def test_no_rank_computes_a_block_that_nobody_sees(ring: int, causal: bool) -> N
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("n", [12, 13, 2])
+@pytest.mark.parametrize("n", [pytest.param(12, marks=pytest.mark.slow), 13, pytest.param(2, marks=pytest.mark.slow)])
 def test_ranks_of_equal_lengths_share_a_graph(n: int, zigzag: bool, causal: bool) -> None:
     case = Case(Mesh(ring=3), ("ring",), (n, n), zigzag, causal, (1, 1, 2, 2, 2))
     code = {r: traced(replace(case, tensors=[]), r).code for r in range(3)}

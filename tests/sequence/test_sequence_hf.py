@@ -13,6 +13,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from models_for_tests import grid
 
 import funcpipe as fp
 from funcpipe.testing import assert_equivalent
@@ -70,8 +71,7 @@ def stepping(name: str) -> tuple[Callable, Any]:
     return step, params
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(("name", "stack"), grid(BLOCKS, STACKS, (), turns=True))
 def test_it_equals_one_device(name: str, stack: str) -> None:
     step, params = stepping(name)
     mesh, transform, rtol = STACKS[stack]

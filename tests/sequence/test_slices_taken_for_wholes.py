@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bodies_for_tests import B, D, count, grid, loss_of
+from bodies_for_tests import B, D, count, loss_of
 from misuses_for_tests import (
     UNEVEN,
     Misuses,
@@ -23,6 +23,7 @@ from misuses_for_tests import (
     refused,
     splits,
 )
+from models_for_tests import grid
 from slices_for_tests import proven
 
 import funcpipe as fp
