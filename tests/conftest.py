@@ -1,6 +1,7 @@
 """Settings of the whole test suite.
 
 Plain ``pytest`` runs the tests that are not marked ``slow``, on all cores; ``pytest -m ''`` runs all of them.
+The tests of one file run in one process, so that what a file starts (processes, a wheel) is started once.
 
 A random test draws the same few cases every time, so that a run that fails is due to what was changed.
 ``FUNCPIPE_PROFILE=ci`` draws more, and ``thorough`` many more, others each time. A case that fails

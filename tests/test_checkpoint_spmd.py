@@ -178,7 +178,6 @@ def ran(root: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("checkpoints of four")
 def test_processes_load_what_a_simulation_saved(ran: list[dict[str, Any]], root: Path) -> None:
     run, _ = started(fp.simulate, "pipe=2 data=2")
     states, info = checkpoint.load(root / "simulated", run)
@@ -187,7 +186,6 @@ def test_processes_load_what_a_simulation_saved(ran: list[dict[str, Any]], root:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("checkpoints of four")
 @pytest.mark.parametrize("name", STACKS)
 def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, Any]], root: Path) -> None:
     """Saved in the background or not; it goes on with the bits that the processes computed."""
@@ -208,7 +206,6 @@ def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("checkpoints of four")
 def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(ran: list[dict[str, Any]]) -> None:
     for result in ran:
         metrics, full, info = result["resumed"]
@@ -217,7 +214,6 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(ran: list[dict
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("checkpoints of four")
 def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], root: Path) -> None:
     said = [result["failures"] for result in ran]
     assert said == [said[0]] * 4

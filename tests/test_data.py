@@ -347,20 +347,17 @@ def expected(batches: list[Any]) -> tuple[Any, Any]:
     return params, metrics
 
 
-@pytest.mark.xdist_group("packed rows")
 def test_local_rows_are_the_global_batch(ran: list[dict[str, Any]]) -> None:
     want = expected([x.batch for x in packed_for_all()])
     assert all(distance(result["rows"], want) <= FLOAT64 for result in ran)
     assert not any(x.leftover for x in packed_for_all())
 
 
-@pytest.mark.xdist_group("packed rows")
 def test_ranks_that_pack_for_themselves(ran: list[dict[str, Any]]) -> None:
     both = [fp.Microbatches([*a.parts, *b.parts]) for a, b in zip(own_texts(0), own_texts(1), strict=True)]
     assert all(distance(result["own"], expected(both)) <= FLOAT64 for result in ran)
 
 
-@pytest.mark.xdist_group("packed rows")
 def test_shapes_that_differ_between_ranks_are_refused_by_name(ran: list[dict[str, Any]]) -> None:
     for result in ran:
         assert result["longer"].startswith(

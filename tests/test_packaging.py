@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-# One worker builds the wheel.
-pytestmark = pytest.mark.xdist_group("wheel")
-
 ROOT = Path(__file__).parent.parent
 
 

@@ -183,10 +183,10 @@ def ran(size: int) -> list[dict[str, Any]]:
 
 
 def case(name: str) -> Any:
-    return pytest.param(name, marks=in_processes(CASES[name][0].size, __name__))
+    return pytest.param(name, marks=in_processes(CASES[name][0].size))
 
 
-SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size, __name__)) for size in (2, 4)])
+SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)])
 
 
 # ---- tests
@@ -220,7 +220,7 @@ def test_a_batch_of_a_ranks_own_rows(name: str) -> None:
 
 
 def ways() -> list[Any]:
-    return [pytest.param(size, name, marks=in_processes(size, __name__)) for size in WAYS for name in WAYS[size]]
+    return [pytest.param(size, name, marks=in_processes(size)) for size in WAYS for name in WAYS[size]]
 
 
 @pytest.mark.parametrize(("size", "name"), ways())

@@ -317,15 +317,13 @@ def ran(size: int) -> list[dict[str, Any]]:
     return fp.launch(work, size, size, timeout=240)
 
 
-SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size, __name__)) for size in (2, 4)])
+SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)])
 
 
 # ---- tests
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=in_processes(case[1].size, __name__)) for name, case in CASES.items()]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=in_processes(case[1].size)) for name, case in CASES.items()])
 def test_processes_compute_what_the_simulation_computes(name: str) -> None:
     """Bitwise: losses, gradients, metrics and every rank's state."""
     mesh = CASES[name][1]

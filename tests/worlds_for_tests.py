@@ -40,10 +40,10 @@ def same(got, want):
     torch.testing.assert_close(got, want, rtol=RTOL, atol=RTOL)
 
 
-def in_processes(size, module):
-    """The marks of a test that looks at what ``size`` processes did, which its module starts once: one
-    worker runs all tests of that size; two processes are for the plain tier, more for the slow one."""
-    return [pytest.mark.xdist_group(f"{module} {size}"), *[pytest.mark.slow] * (size > 2)]
+def in_processes(size):
+    """The marks of a test that looks at what ``size`` processes did: two are for the plain tier, more
+    for the slow one."""
+    return [pytest.mark.slow] if size > 2 else []
 
 
 # ---- a collective, and what it is

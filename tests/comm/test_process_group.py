@@ -179,10 +179,6 @@ def two_communicators():
     return sums, last
 
 
-# One worker runs all that look at what the processes of this module found.
-pytestmark = pytest.mark.xdist_group("process group")
-
-
 CHECKS = [
     mesh_of_the_wrong_size,
     collectives_equal_plain_loops,

@@ -153,10 +153,6 @@ def a_rank_is_late_for_its_digest():
     return broken(body, timeout=1.0)
 
 
-# One worker runs all that look at what the processes of this module found.
-pytestmark = pytest.mark.xdist_group("failures of processes")
-
-
 CHECKS = [
     a_rank_raises,
     a_rank_raises_while_messages_are_awaited,

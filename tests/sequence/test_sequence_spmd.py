@@ -72,7 +72,7 @@ def found(size: int) -> list[dict[str, Any]]:
 
 
 def case(name: str) -> Any:
-    return pytest.param(name, marks=in_processes(CASES[name][1].size, __name__))
+    return pytest.param(name, marks=in_processes(CASES[name][1].size))
 
 
 @pytest.mark.parametrize("name", list(map(case, CASES)))
