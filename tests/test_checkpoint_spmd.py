@@ -311,6 +311,7 @@ def waits_in_vain(root: Path) -> str:
     return f"{kind}: {text}"
 
 
+@pytest.mark.slow
 def test_a_save_in_the_background_is_as_patient_as_its_runner(tmp_path: Path) -> None:
     """By default ranks wait for ten minutes; the launcher does not."""
     told = fp.launch(waits_in_vain, 2, tmp_path, timeout=60)

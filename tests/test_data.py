@@ -246,8 +246,14 @@ CASES: dict[str, tuple[fp.Mesh, list[Any], int | None]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "alike"])
-@pytest.mark.parametrize(("seed", "count"), [(0, 2), (1, 11)])
+@pytest.mark.parametrize(
+    ("ragged", "seed", "count"),
+    [
+        (True, 0, 2),
+        (False, 1, 11),
+        *[pytest.param(*how, marks=pytest.mark.slow) for how in ((True, 1, 11), (False, 0, 2))],
+    ],
+)
 def test_the_loss_is_that_of_the_documents(name: str, ragged: bool, seed: int, count: int) -> None:
     """Also where some microbatches have no document."""
     mesh, stack, rows = CASES[name]

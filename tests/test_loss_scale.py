@@ -237,6 +237,7 @@ def work(ranks: int) -> tuple[Any, list[Any]]:
     return full, metrics
 
 
+@pytest.mark.slow
 def test_processes_skip_together() -> None:
     step, init_state = training(CHAIN)
     step = fp.compose(mixed_precision(compute="float32", loss_scale="dynamic"), DATA, SHARDED)(step)

@@ -119,8 +119,8 @@ def test_pipelined_bits(make: Callable) -> None:
     check(build(make, "eager"), make, fp.Mesh(pipe=3), microbatches=1)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @MODELS
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_pipelined(make: Callable, attention: str) -> None:
     check(build(make, attention), make, fp.Mesh(pipe=2), microbatches=4)
 
