@@ -131,15 +131,15 @@ def capture_once(problem: Exception) -> tuple[str, float]:
     return said, far
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem, own, theirs",
     [
         (TraceError("no host"), r"TraceError('no host')", "rank 1 failed to capture its step: no host"),
-        pytest.param(
+        (
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
             "DeviceMemoryError('rank 1 is out of memory",
             "rank 1 failed to capture its step: rank 1 is out of memory",
-            marks=pytest.mark.slow,
         ),
     ],
 )

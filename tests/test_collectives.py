@@ -270,6 +270,7 @@ def samples(sizes):
     yield Case("pmax", sizes, ("a",), (5,), {})
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 2)], ids=str)
 def test_gloo(sizes):
     assert all(n > 0 for n in fp.launch(in_a_process, math.prod(sizes), sizes, 7, timeout=240))

@@ -150,7 +150,7 @@ ODD: dict[str, tuple[Callable, Callable]] = {
 LOCAL = {2: ["data=2"], 4: ["pipe=2 data=2", "data=4"]}
 # By mesh size the rank that runs another step than the others, and in which ways.
 ANOTHER = {2: 1, 4: 2}
-WAYS = {2: ["regather", "loss"], 4: list(ODD)}
+WAYS = {2: ["regather", "schedule"], 4: list(ODD)}
 
 
 def refused(name: str, size: int) -> tuple[str, str]:

@@ -207,6 +207,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_script_with_its_functions_in_main_is_quiet(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -212,7 +212,8 @@ def test_exchange(results):
     assert result(results, exchange) == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests, [True])] * 4
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 5])
 def test_digests_of_a_number_of_ranks_that_is_no_power_of_two(ranks):
     launch(digests_of_ranks_ahead, ranks, Mesh(pipe=ranks), timeout=90)
 
