@@ -213,7 +213,7 @@ CONSTANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("constant", CONSTANTS, ids=repr)
+@pytest.mark.parametrize("constant", CONSTANTS, ids=lambda constant: type(constant).__name__)
 def test_constants_keep_their_meaning(constant: Any) -> None:
     seen = []
     check_same({"x": X, "k": constant, "none": None}, lambda b: seen.append(b["k"]) or b["x"])
