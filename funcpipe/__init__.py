@@ -35,6 +35,7 @@ from funcpipe.runtime.tradeoff import RematCurve
 from funcpipe.sequence import losses
 from funcpipe.sequence.attention import attention
 from funcpipe.sequence.positions import positions
+from funcpipe.sequence.statistic import batch_statistic
 from funcpipe.step import (
     Mean,
     Microbatches,
@@ -73,6 +74,7 @@ __all__ = [
     "attention",
     "axis_index",
     "axis_size",
+    "batch_statistic",
     "buffer_means",
     "checkpoint",
     "checkpoint_name",

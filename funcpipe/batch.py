@@ -54,6 +54,8 @@ class Splits:
         dealt: the axes over which ready microbatches are dealt.
         kinds: the `signature` of every ready microbatch.
         local: whether every rank gets a batch of its own rows.
+        rows: like ``cuttings``, how the rows of the whole batch are split, also where a rank's batch is its own rows already,
+            or a ready microbatch.
     """
 
     mesh: Mesh
@@ -63,12 +65,20 @@ class Splits:
     dealt: Axes = ()
     kinds: tuple[Any, ...] = ()
     local: bool = False
+    rows: tuple[tuple[tuple[Cutting, ...], ...], ...] = ()
 
     def shape(self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0) -> tuple[int, ...]:
         """The shape of a leaf in one microbatch of a rank with this member number."""
         out, member = list(shape), self.slice_of(member)
         for c in self.cuttings[part][leaf]:
             out[c.dim] = c.part.length(member) if c.part else out[c.dim] // c.pieces
+        return tuple(out)
+
+    def row_shape(self, part: int, leaf: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a leaf in one microbatch of a rank, with all positions."""
+        out = list(shape)
+        for c in self.cuttings[part][leaf]:
+            out[c.dim] //= 1 if c.part else c.pieces
         return tuple(out)
 
     def sequence(self, part: int, leaf: int) -> tuple[int, Part] | None:
@@ -122,16 +132,6 @@ class Splits:
                 for m in [k] if ready else range(self.count):
                     out[m].append(pieces[0 if len(pieces) == 1 else m])
         return out
-
-    def whole_tensors(self, batch: Any, origins: Any) -> frozenset[int]:
-        """Which tensors of a batch every part gets whole, by their number among the tensors; none of ready microbatches,
-        nor where nothing is split (the weight tells)."""
-        if isinstance(batch, Microbatches):
-            return frozenset()
-        own = [self.local and bool(o) for o in tree.leaves(origins)]  # a rank's own, that others lack
-        tensors = [i for i, x in enumerate(tree.leaves(batch)) if isinstance(x, torch.Tensor)]
-        whole = frozenset(k for k, i in enumerate(tensors) if not (self.cuttings[0][i] or own[i]))
-        return whole if len(whole) < len(tensors) else frozenset()
 
     def own_rows(self, batch: Any) -> Any:
         """A whole batch as the loss function sees it on one device. Where ranks get batches of their own, results of earlier
@@ -207,8 +207,33 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
         for part, some in zip(parts, made, strict=True)
     )
     specs = tuple(tree.flatten(part)[1] for part in parts)
+    pieces = len(parts) if ready else count or 1
+    rows = tuple(
+        tuple(_row_cuttings(resolved, part, tree.leaves(some), pieces, dealt))
+        for part, some in zip(parts, made, strict=True)
+    )
     count = len(parts) // resolved.mesh.axis_size(dealt) if ready else count or 1
-    return Splits(resolved.mesh, count, cuttings, specs, dealt, tuple(map(signature, parts)), resolved.local)
+    return Splits(resolved.mesh, count, cuttings, specs, dealt, tuple(map(signature, parts)), resolved.local, rows)
+
+
+def _row_cuttings(
+    resolved: Resolved, batch: Any, origins: list[Origin], microbatches: int, dealt: Axes
+) -> list[tuple[Cutting, ...]]:
+    """How the rows of every leaf are split, whoever does it."""
+    wanted = [
+        (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
+        for r in resolved.row_splits
+        if r.split and not dealt
+    ]
+    wanted.append((resolved.micro_name, (), microbatches, resolved.micro.dims if resolved.micro else 0))
+    leaves = tree.leaves(batch)
+    out: list[list[Cutting]] = [[] for _ in leaves]
+    for name, axes, pieces, dims in wanted:
+        for cuts, x, origin, dim in zip(out, leaves, origins, _dims(name, dims, batch), strict=True):
+            whole = axes and resolved.local and not origin  # a loss, or the like: all ranks have the same
+            if dim is not None and isinstance(x, torch.Tensor) and x.dim() and not whole:
+                cuts.append(Cutting(dim % x.dim(), pieces, axes))
+    return [tuple(c) for c in out]
 
 
 def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:

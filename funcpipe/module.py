@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from funcpipe import random
 from funcpipe.errors import ModuleError
+from funcpipe.sequence.statistic import changed_buffer
 from funcpipe.stand_in import Caches, Slot, Slots, check_hooks, check_references, slots, stand_in
 from funcpipe.step import Mean, describe, stage_boundary
 
@@ -138,7 +139,7 @@ def from_module(
         _check_same_buffers(before, after)
         same = {name for name, x in after.items() if x is before[name] and _version(x) == versions[name] is not None}
         # Clones, since a checkpoint that recomputes batch normalization changes the statistics once more.
-        return out, {name: x if name in same else after[name].detach().clone() for name, x in buffers.items()}
+        return out, {name: x if name in same else changed_buffer(after[name]) for name, x in buffers.items()}
 
     return apply_fn, params, buffers
 

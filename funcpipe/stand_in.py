@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from funcpipe.errors import ModuleError
+from funcpipe.sequence.statistic import batch_statistic
 from funcpipe.step import describe
 
 _LEAVES = frozenset([type(None), bool, int, float, str])
@@ -82,7 +83,7 @@ def stand_in(module: nn.Module, has: Slots, tensors: dict[str, torch.Tensor]) ->
         copy = new[id(m)]
         copy.__dict__.update((key, x if type(x) in _LEAVES else _moved(x, new)) for key, x in m.__dict__.items())
         copy.__dict__["_apply"] = functools.partial(_apply, weakref.ref(copy))
-        if m.training and _may_normalize(m):
+        if _may_normalize(m):
             copy.__dict__["forward"] = _with_open_batch_norm(copy.forward)
     return new[id(module)]
 
@@ -139,7 +140,10 @@ def _may_normalize(m: nn.Module) -> bool:
 
     (Not all of them run under the mode, which costs a microsecond for every call into torch.)
     """
-    return bool(m._buffers) or any(isinstance(child, _BatchNorm) for child in m._modules.values())
+    norms = (m, *m._modules.values())
+    if not m.training:
+        return isinstance(m, _BatchNorm) and m.running_mean is None
+    return bool(m._buffers) or any(isinstance(x, _BatchNorm) for x in norms)
 
 
 def _with_open_batch_norm(forward: Callable) -> Callable:
@@ -161,15 +165,16 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """``F.batch_norm``, with statistics that are seen to change."""
+    """``F.batch_norm``, with statistics that are seen to change; in training mode a declared batch statistic."""
+    norm = batch_statistic(F.batch_norm) if training else F.batch_norm
     if not training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.numel() == input.shape[1]:
         raise ModuleError(
             f"batch normalization in training mode got {describe(input)}: one value for each channel has no variance. To it "
             "each microbatch of each shard is a batch of its own: give those more rows"
         )
-    op = torch.ops.aten._native_batch_norm_legit_functional
+    op = batch_statistic(torch.ops.aten._native_batch_norm_legit_functional)
     # Clones: autograd keeps what it is given, and must not see it change.
     out, _, _, mean, var = op(input, weight, bias, running_mean.clone(), running_var.clone(), training, momentum, eps)
     running_mean.copy_(mean)

@@ -161,3 +161,17 @@ def test_in_processes() -> None:
         assert got.pop("ranks") == 2
         for a, b in zip(optree.tree_leaves((state, got)), optree.tree_leaves((want, metrics)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_collective_would_join_two_microbatches() -> None:
+    def joining(p: Any, b: Any) -> Any:
+        y = b["x"] @ p["b"]
+        return fp.Mean((y * fp.psum(y.sum(), "data")).sum(), torch.tensor(float(len(y))))
+
+    def descend(p: Any, b: Any) -> Any:
+        loss, grads = fp.value_and_grad(joining)(p, b)
+        return optree.tree_map(lambda x, g: x - 0.1 * g, p, grads), {"loss": loss}
+
+    run = fp.simulate(fp.compose(ready, DATA)(descend), fp.Mesh(data=2))
+    with refused(BatchError, "fp.psum over 'data' at test_dealt.py", "dealt to ranks, whole", "one device has each"):
+        run.init(keep, W, parts_of(3, 5, 2, 4))

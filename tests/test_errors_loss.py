@@ -69,39 +69,51 @@ def test_a_loss_is_a_real_0d_tensor_in_plain_pytorch_too() -> None:
 
 # ---- split batches: what adds up, and what does not
 
+HERE = "at test_errors_loss.py"
 MEAN = (
-    "a summand of Mean.total is a mean over the rows of a part",
+    "Mean.total is a mean over the rows of a part",
+    HERE,
     "reduction='sum'",
     "number of rows or tokens as weight",
 )
-FREE = ("a summand of Mean.total does not depend on the batch", "for every microbatch and shard", "total + weight * l2")
-NEITHER = ("a summand of Mean.total is no sum over the rows", "Compute it for every row and sum over rows")
+ADDED = (HERE, "and a mean over the rows of a part", *MEAN[2:])
+LABELS = ("aten.nll_loss_forward", HERE, "reduction='sum'", "number of labels as Mean.weight")
+FREE = (HERE, "it adds", "for every microbatch and shard", "total + weight * l2")
+NEITHER = ("over the rows of a part", HERE, "no sum over them", "Compute it for every row and sum over rows")
+MEET = (HERE, "Rows of a batch that is split do not meet", "a first fp.value_and_grad", "fp.batch_statistic(fn)(x)")
 
 DOES_NOT_ADD_UP: dict[str, tuple[tuple[str, ...], Head]] = {
     "mean": (MEAN, lambda p, b, x: x.mean()),
     "mean of rows": (MEAN, lambda p, b, x: x.pow(2).sum(1).mean()),
-    "half a mean": (MEAN, lambda p, b, x: x.sum() + 0.5 * x.mean()),
+    "half a mean": (ADDED, lambda p, b, x: x.sum() + 0.5 * x.mean()),
     "sum over count": (MEAN, lambda p, b, x: x.sum() / len(x)),
-    "masked mean": (MEAN, lambda p, b, x: x.sum() / (b["x"] > 0).sum().clamp(min=1)),
-    "cross_entropy": (MEAN, lambda p, b, x: F.cross_entropy(x, labels(b))),
-    "cross_entropy, smooth": (MEAN, lambda p, b, x: F.cross_entropy(x, labels(b), label_smoothing=0.1)),
+    "masked mean": (
+        ("aten.clamp", "is not linear", *MEET[1:]),
+        lambda p, b, x: x.sum() / (b["x"] > 0).sum().clamp(min=1),
+    ),
+    "cross_entropy": (LABELS, lambda p, b, x: F.cross_entropy(x, labels(b))),
+    "cross_entropy, smooth": (LABELS, lambda p, b, x: F.cross_entropy(x, labels(b), label_smoothing=0.1)),
     "cross_entropy, soft": (MEAN, lambda p, b, x: F.cross_entropy(x, b["x"].softmax(-1))),
     "mse_loss": (MEAN, lambda p, b, x: F.mse_loss(x, b["x"])),
     "l1_loss": (MEAN, lambda p, b, x: F.l1_loss(x, b["x"])),
     "huber_loss": (MEAN, lambda p, b, x: F.huber_loss(x, b["x"])),
     "bce with logits": (MEAN, lambda p, b, x: F.binary_cross_entropy_with_logits(x, b["x"].sigmoid())),
     "kl_div": (MEAN, lambda p, b, x: F.kl_div(x.log_softmax(-1), b["x"].softmax(-1), reduction="batchmean")),
+    "mean * weight of data": (MEET, lambda p, b, x: x.mean() * (b["x"] == b["x"]).sum()),
     "+ l2": (FREE, lambda p, b, x: x.sum() + l2(p)),
     "+ 0.1 l2": (FREE, lambda p, b, x: x.sum() + 0.1 * l2(p)),
     "+ 1.0": (FREE, lambda p, b, x: x.sum() + 1.0),
     "1 -": (FREE, lambda p, b, x: 1.0 - x.sum()),
-    "l2 in sum(stack)": (FREE, lambda p, b, x: torch.stack([x.sum(), l2(p)]).sum()),
+    "l2 in sum(stack)": (
+        (HERE, "it joins", "aten.sum", "the same in every part"),
+        lambda p, b, x: torch.stack([x.sum(), l2(p)]).sum(),
+    ),
     "l2 in a scaled sum": (FREE, lambda p, b, x: (x.sum() + l2(p)) * 2),
     "l2 in a sum scaled by a param": (FREE, lambda p, b, x: (x.sum() + l2(p)) * p["w"][1].sum()),
     "l2 beside a loop over rows": (FREE, lambda p, b, x: sum(r.sum() for r in x) + l2(p)),
     "max": (NEITHER, lambda p, b, x: x.max()),
     "norm": (NEITHER, lambda p, b, x: x.norm()),
-    "logsumexp": (NEITHER, lambda p, b, x: x.flatten().logsumexp(0)),
+    "logsumexp": (("aten.logsumexp", *MEET), lambda p, b, x: x.flatten().logsumexp(0)),
 }
 
 
@@ -115,7 +127,9 @@ def test_a_total_that_does_not_add_up_is_refused(name: str) -> None:
 ADDS_UP: dict[str, Head] = {
     "mean * count": lambda p, b, x: fp.Mean(x.mean() * len(x), count(x)),
     "mean * weight": lambda p, b, x: fp.Mean(F.mse_loss(x, b["x"]) * count(x), count(x)),
-    "mean * weight of data": lambda p, b, x: fp.Mean(x.mean() * (b["x"] == b["x"]).sum(), (b["x"] == b["x"]).sum()),
+    "mean * weight of ones": lambda p, b, x: fp.Mean(
+        x.mean() * torch.ones_like(x).sum(), torch.ones_like(b["x"]).sum()
+    ),
     "half a mean * count": lambda p, b, x: fp.Mean(x.sum() + 0.5 * x.mean() * len(x), count(x)),
     "weight * l2": lambda p, b, x: fp.Mean(x.sum() + 0.1 * count(x) * l2(p), count(x)),
     "len * l2": lambda p, b, x: fp.Mean(x.sum() + 0.1 * len(x) * l2(p), count(x)),

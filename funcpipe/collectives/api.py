@@ -17,7 +17,7 @@ import torch
 
 from funcpipe import tree
 from funcpipe.collectives import ops, rules
-from funcpipe.collectives.binding import Run, is_free, operand, runs
+from funcpipe.collectives.binding import Run, is_free, operand, runs, tap
 from funcpipe.errors import AxisError
 
 Axis = str | Iterable[str]
@@ -39,8 +39,7 @@ def psum(x: Any, axis: Axis) -> Any:
     >>> vmap(lambda x: psum({"x": x, "ones": torch.ones(())}, "i"), "i")(torch.tensor([1.0, 2.0, 3.0]))
     {'x': tensor([6., 6., 6.]), 'ones': tensor([3., 3., 3.])}
     """
-    found = runs(axis, "psum")
-    return _map("psum", lambda t: _psum(t, found), x)
+    return _map("psum", _psum, x, axis)
 
 
 def pmean(x: Any, axis: Axis) -> Any:
@@ -50,9 +49,12 @@ def pmean(x: Any, axis: Axis) -> Any:
     >>> vmap(lambda x: pmean(x, "i"), "i")(torch.tensor([1.0, 2.0, 6.0]))
     tensor([3., 3., 3.])
     """
-    found = runs(axis, "pmean")
-    n = _count(found)
-    return _map("pmean", lambda t: t if n == 1 and t.is_floating_point() else _psum(t, found) / n, x)
+
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
+        n = _count(found)
+        return t if n == 1 and t.is_floating_point() else _psum(t, found) / n
+
+    return _map("pmean", leaf, x, axis)
 
 
 def pmax(x: Any, axis: Axis) -> Any:
@@ -70,16 +72,15 @@ def pmax(x: Any, axis: Axis) -> Any:
     >>> vmap(lambda x: pmax(x, "i"), "i")(torch.tensor([1.0, 6.0, 2.0]))
     tensor([6., 6., 6.])
     """
-    found = [run for a in _names(runs(axis, "pmax")) for run in runs(a, "pmax")]
 
-    def leaf(t: torch.Tensor) -> torch.Tensor:
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         if t.is_complex():
             raise AxisError(f"pmax: complex numbers ({t.dtype}) have no maximum; take it of x.abs()")
-        for run in reversed(found):
-            t = rules.pmax(t, run)
+        for a in reversed(_names(found)):
+            t = rules.pmax(t, next(iter(runs(a, "pmax"))))
         return t
 
-    return _map("pmax", leaf, x)
+    return _map("pmax", leaf, x, axis)
 
 
 def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
@@ -97,13 +98,12 @@ def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
     tensor([[1, 2, 3, 4],
             [1, 2, 3, 4]])
     """
-    found = runs(axis, "all_gather")
 
-    def leaf(t: torch.Tensor) -> torch.Tensor:
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         d = _dim("all_gather", t, dim, extra=not tiled)
         return _joined(_gather(t, found), d) if tiled else _gather(t, found).movedim(0, d)
 
-    return _map("all_gather", leaf, x)
+    return _map("all_gather", leaf, x, axis, dim=dim, tiled=tiled)
 
 
 def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
@@ -123,9 +123,8 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
     tensor([[4],
             [6]])
     """
-    found = runs(axis, "psum_scatter")
 
-    def leaf(t: torch.Tensor) -> torch.Tensor:
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         pieces = _pieces("psum_scatter", _counted(t), _dim("psum_scatter", t, dim), found, tiled)
         out = pieces.unflatten(0, [run.size for run in found] or [1])
         if not found:
@@ -134,7 +133,7 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
             out = rules.linear("psum_scatter", out, run)
         return out
 
-    return _map("psum_scatter", leaf, x)
+    return _map("psum_scatter", leaf, x, axis, dim=dim, tiled=tiled)
 
 
 def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool = True) -> Any:
@@ -160,14 +159,13 @@ def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool 
             [[2, 3],
              [6, 7]]])
     """
-    found = runs(axis, "all_to_all")
 
-    def leaf(t: torch.Tensor) -> torch.Tensor:
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         d, c = _dim("all_to_all", t, split_dim), _dim("all_to_all", t, concat_dim)
         out = _exchange(_pieces("all_to_all", t, d, found, tiled), found)
         return _joined(out, c) if tiled else out.movedim(0, c)
 
-    return _map("all_to_all", leaf, x)
+    return _map("all_to_all", leaf, x, axis, split_dim=split_dim, concat_dim=concat_dim, tiled=tiled)
 
 
 def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
@@ -191,12 +189,12 @@ def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
     found = runs(axis, "ppermute")
     pairs = _checked(tuple((int(s), int(d)) for s, d in perm), None if is_free(axis) else _count(found))
 
-    def leaf(t: torch.Tensor) -> torch.Tensor:
+    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         if not found:
             return t if pairs else torch.zeros_like(t)
         return rules.linear("ppermute", t, found[0], pairs) if len(found) == 1 else _permute_over(t, found, pairs)
 
-    return _map("ppermute", leaf, x)
+    return _map("ppermute", leaf, x, axis, perm=pairs)
 
 
 def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Tensor:
@@ -211,14 +209,22 @@ def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Te
     tensor([ 1, 12, 23])
     """
     device = torch.get_default_device() if device is None else torch.device(device)
-    return _index(runs(axis, "axis_index"), device)
+    seen, found = tap(), runs(axis, "axis_index")
+    if seen is None:
+        return _index(found, device)
+    return seen("axis_index", lambda _, found: _index(found, device), None, axis, {})
 
 
 # ---- leaves
 
 
-def _map(who: str, fn: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
-    return tree.map(lambda t: fn(operand(who, t)), x)
+def _map(who: str, fn: Callable[[torch.Tensor, Runs], torch.Tensor], x: Any, axis: Axis, **options: Any) -> Any:
+    """Every leaf of a tree, by what a collective makes of a tensor over some runs; ``options``: what it was called with."""
+    axis = axis if isinstance(axis, str) else tuple(axis)
+    seen, found = tap(), runs(axis, who)
+    if seen is None:
+        return tree.map(lambda t: fn(operand(who, t), found), x)
+    return tree.map(lambda t: seen(who, fn, operand(who, t), axis, options), x)
 
 
 def _names(found: Runs) -> list[str]:

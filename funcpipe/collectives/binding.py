@@ -51,13 +51,14 @@ class Run:
 @dataclass(frozen=True)
 class _Scope:
     """What is bound: a mesh, of which ``axes`` may be named; mapped axes; or, with ``alone``, any name to one rank. ``device``:
-    where the ranks of the mesh compute."""
+    where the ranks of the mesh compute; ``tap``: gets every call of a collective instead."""
 
     mesh: Mesh | None = None
     axes: Axes = ()
     mapped: Mapping[str, Run] = field(default_factory=dict)
     alone: bool = False
     device: torch.device | None = None
+    tap: Callable[..., torch.Tensor] | None = None
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("funcpipe_axes", default=None)
@@ -73,7 +74,7 @@ def _enter(scope: _Scope) -> Iterator[None]:
 
 
 def bind_mesh(
-    mesh: Mesh, axes: Iterable[str], device: torch.device | None = None
+    mesh: Mesh, axes: Iterable[str], device: torch.device | None = None, alone: bool = False
 ) -> contextlib.AbstractContextManager[None]:
     """Bind axes of a mesh by name.
 
@@ -82,12 +83,31 @@ def bind_mesh(
         axes: those that a collective may name: the ones that split the batch. On any other axis every rank would
             compute the same (or, along a pipeline, another stage).
         device: where ranks compute: there numbers become tensors, and tensors elsewhere are refused; None: anywhere.
+        alone: whether any other name is bound to one rank.
 
     >>> with bind_mesh(Mesh(pipe=2, data=4), ("data",)):
     ...     axis_size("data")
     4
     """
-    return _enter(_Scope(mesh, mesh.ordered(mesh.check(axes)), device=device))
+    return _enter(_Scope(mesh, mesh.ordered(mesh.check(axes)), alone=alone, device=device))
+
+
+@contextlib.contextmanager
+def tapped(seen: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Hand every call of a collective over a mesh to a function.
+
+    Args:
+        seen: gets the name of the collective, what it makes of a tensor over runs, the tensor, the axis, and with what else
+            it was called.
+    """
+    with _enter(replace(_scope.get() or _Scope(), tap=seen)):
+        yield
+
+
+def tap() -> Callable[..., torch.Tensor] | None:
+    """Who is told of collectives; nobody under `vmap`."""
+    scope = _scope.get()
+    return None if scope is None or scope.mapped else scope.tap
 
 
 def one_rank() -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,8 @@
 """What must hold of a loss whose batch is split, checked when it is traced.
 
 The loss is ``sum of totals / sum of weights`` over the parts of a batch. That is the loss of the whole batch only if
-``weight`` does not depend on params and adds up over the parts, and every summand of ``total`` comes from the batch: an
-unscaled ``+ l2(params)`` would be counted once per part.
+``weight`` does not depend on params and adds up over the parts, as ``total`` does: that is proven (`sequence/rows.py`).
+Weights are also compared as numbers, where they may not be exact, or where the proof fails: it is the clearer error.
 
 In: the nodes of a joint graph, the loss function, the batch and its parts. Out: nothing, or an error that says which
 rule is broken and what to write instead.
@@ -26,7 +26,6 @@ from funcpipe.graph.fakes import looking
 from funcpipe.graph.nodes import Nodes
 from funcpipe.graph.ops import extract
 from funcpipe.graph.restore import restored
-from funcpipe.graph.summands import reached
 from funcpipe.mesh import Mesh
 from funcpipe.sequence import hook
 from funcpipe.sequence.attention import Intercept
@@ -130,6 +129,15 @@ def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
         return 1
     ranks = mesh.axis_size(tuple(str(start.args[1]).split(",")))
     return ranks if by == ranks else 1
+
+
+def reached(n: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """What the forward half computes from some nodes."""
+    out = set(sources)
+    for x, label in n.label.items():
+        if label < n.segments and any(a in out for a in x.all_input_nodes):
+            out.add(x)
+    return out
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:

@@ -27,7 +27,6 @@ from funcpipe.graph.cut import Cut, cut
 from funcpipe.graph.fakes import fake
 from funcpipe.graph.nodes import Nodes, read_nodes
 from funcpipe.graph.remat import check_used, rematerialise
-from funcpipe.graph.summands import Term, check_summands, terms
 from funcpipe.graph.trace import Traced, trace
 from funcpipe.host_values import Follower
 from funcpipe.mesh import Mesh
@@ -60,6 +59,8 @@ from funcpipe.schedule.search import Auto
 from funcpipe.sequence.examine import Findings, examine
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.rewrite import rewriting
+from funcpipe.sequence.rows import prove_rows
+from funcpipe.sequence.runs import Subject
 from funcpipe.state import Call, Dyed, look
 from funcpipe.step import AUX_LEAF, SCALAR_LOSS, Mean, Microbatches, Rows, describe, is_summary, without_inference
 
@@ -86,6 +87,8 @@ class Planner:
         self.cuts: dict[tuple, Found] = {}
         self.variants: dict[tuple, Variants] = {}
         self.written: set[str] = set()  # what losses were seen to write
+        # By the shapes of microbatches whose rows do not meet: whether their weights are exact.
+        self.proven: dict[tuple, bool] = {}
         self.stages: dict[int, Stages] = {}
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
@@ -213,7 +216,14 @@ class Planner:
             for m in sorted(set(members.values()))
         }
         if r.splits or splits.count > 1 or r.precision:
-            self._check_weight(dyed.calls[k], dyed, splits, {m: found[first][0].weight for m, first in members.items()})
+            weights = {m: found[first][0].weight for m, first in members.items()}
+            try:
+                exact = all([self._prove_rows(k, call, dyed, splits, i, part) for i, part in enumerate(parts)])
+            except BatchError:
+                self._check_weight(dyed.calls[k], dyed, splits, weights)  # it says more of a weight
+                raise
+            if not exact or r.precision or splits.parts:
+                self._check_weight(dyed.calls[k], dyed, splits, weights)
         cuts = found[0][0].cut
         if schedule is None:
             schedule = self._search(k, search, cuts, splits.count, _waits(dyed, cuts))
@@ -383,7 +393,7 @@ class Planner:
             nodes = read_nodes(traced)
             weight = checks.weight_of(nodes, traced.module) if traced.has_weight else None
             if parts:
-                self._check_split(call, dyed, splits, traced, nodes, member)
+                self._check_split(traced, nodes)
             rows = {} if findings is None else _row_heads(traced, findings)
             saved = rematerialise(nodes, r.remats)
             self.cuts[key] = Found(replace(cut(traced, nodes, split), saved=saved), weight, rows)
@@ -395,28 +405,31 @@ class Planner:
         dtypes = dtypes or [self._whole_dtype(call, dyed, k) for k in range(len(call.params))]
         return [fake(dyed.shapes[i], like[i], self.mode, d) for i, d in zip(call.params, dtypes, strict=True)]
 
-    def _check_split(self, call: Call, dyed: Dyed, splits: Splits, traced: Traced, nodes: Nodes, member: int) -> None:
+    def _check_split(self, traced: Traced, nodes: Nodes) -> None:
         r = self.resolved
         if not traced.has_weight:
             who = [x.name for x in r.splits] + ([r.micro_name] if r.micro else [])
             raise BatchError(SCALAR_LOSS.format(why=f"{' and '.join(who)} split the batch"))
         checks.check_weight(nodes)
-        parts = splits.count * (1 if r.local else r.mesh.axis_size(r.row_axes))
-        longer = {p.size / p.length(member) for p in splits.parts if p.length(member)}  # the whole beside a slice of it
-        growth = [parts * x for x in sorted(longer)] or [parts]
-        whole = splits.whole_tensors(call.batch, call.origins)
-        check_summands(terms(nodes, traced.module, whole), growth, lambda: self._whole(call, dyed, splits))
         _check_aux(traced.aux)
 
-    def _whole(self, call: Call, dyed: Dyed, splits: Splits) -> list[Term] | None:
-        """The summands of the loss of a whole batch; None for ready microbatches."""
-        if isinstance(call.batch, Microbatches):
-            return None
-        batch = splits.own_rows(call.batch)
-        leaves, spec = tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, self.mode), batch))
-        params = (self._fakes(call, dyed), call.params_spec)
-        traced = trace(call.loss_fn, call.has_aux, params, (leaves, spec), self.mode)
-        return terms(read_nodes(traced), traced.module, splits.whole_tensors(call.batch, call.origins))
+    def _prove_rows(self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any) -> bool:
+        """The rows of the batch do not meet; gives whether weights add up to the last bits, too."""
+        r, (leaves, spec) = self.resolved, tree.flatten(part)
+        local = [
+            fake(splits.row_shape(i, j, tuple(x.shape)), x, self.mode) if isinstance(x, torch.Tensor) else x
+            for j, x in enumerate(leaves)
+        ]
+        values = None if call.reading is None else call.reading.values
+        key = (k, signature(tree.unflatten(spec, local)), splits.rows[i], values)
+        if key in self.proven:
+            return self.proven[key]
+        params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
+        whole = Mesh(**{a: 1 if a in r.split_axes and a not in r.row_axes else n for a, n in r.mesh.axes.items()})
+        subject = Subject(call.loss_fn, call.has_aux, params, spec, self.mode, r.split_axes)
+        ready = isinstance(call.batch, Microbatches)
+        self.proven[key] = prove_rows(subject, local, splits.rows[i], whole, ready, splits.dealt)
+        return self.proven[key]
 
     def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]) -> None:
         """The weights of all parts of the batch add up, to what the loss function as written makes of the whole.

@@ -27,12 +27,19 @@ _TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
 
 
 class NoHooks(TorchFunctionMode):
-    """Refuses hooks on gradients: they may change one in any way."""
+    """Refuses hooks on gradients: they may change one in any way. With a tape, they are written on it, like a backward."""
+
+    def __init__(self, tape: Tape | None = None) -> None:
+        super().__init__()
+        self.tape = tape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         theirs = [f.__module__ for f in hooks or () if not f.__module__.startswith("torch.")]
         node = func == _GRAD_FN.__get__ and not from_torch(sys._getframe(1))
+        if func is torch.Tensor.register_hook and self.tape is not None:
+            self.tape.hooked = True
+            return func(args[0], _judged(self.tape, args[0], args[1]))
         if func is torch.Tensor.register_hook or node or theirs:
             raise _hooked()
         return func(*args, **(kwargs or {}))
@@ -45,15 +52,33 @@ def _hooked() -> SequenceError:
     )
 
 
-def record(tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+def _judged(tape: Tape, x: torch.Tensor, hook: Callable) -> Callable:
+    """A hook on the gradient of a tensor that is written down where the gradient is taken to be judged."""
+
+    def run(g: torch.Tensor) -> torch.Tensor | None:
+        if not tape.judging:
+            return hook(g)
+        out = hook(_cotangent(tape, g, x))
+        if out is not None:
+            args: dict[str, Any] = {"grad": tape.ref(out), "function": "a hook on a gradient", "of": tape.ref(x)}
+            tape.entries.append(Entry(GRADIENT, None, args, (), None))
+        return out
+
+    return run
+
+
+def record(tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor], hooks: bool = False) -> None:
     """Take the gradient of a total, if there is user code in it, and write that down.
+
+    Args:
+        hooks: whether the backward hooks of modules are written down, too.
 
     Raises:
         SequenceError: a module of the loss has backward hooks.
     """
-    functions = list(_functions(total.grad_fn))
+    functions = list(_functions(total.grad_fn, hooks))
     wanted = tuple(x for x in inputs if x.requires_grad)
-    if not functions or not wanted:
+    if not (functions or tape.hooked) or not wanted:
         return
     made: dict[tuple[int, int], torch.Tensor] = {
         (id(x.grad_fn), x.output_nr): x for x in tape.tensors() if x.grad_fn is not None
@@ -66,7 +91,7 @@ def record(tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor]) -> N
     engine((total,), (torch.ones_like(total),), False, False, wanted, True, accumulate_grad=False)
 
 
-def _functions(node: Any) -> Iterator[Any]:
+def _functions(node: Any, hooks: bool) -> Iterator[Any]:
     """The nodes of an autograd graph that are user code."""
     seen, stack = set(), [node]
     while stack:
@@ -76,7 +101,8 @@ def _functions(node: Any) -> Iterator[Any]:
         seen.add(node)
         stack += [n for n, _ in node.next_functions]
         written = getattr(type(node), "_forward_cls", None)
-        if written is torch.nn.modules._functions.BackwardHookFunction:
+        hooked = written is torch.nn.modules._functions.BackwardHookFunction
+        if hooked and not hooks:
             raise _hooked()
         if written is not None and not written.__module__.startswith(_TRUSTED):
             yield node
@@ -84,14 +110,12 @@ def _functions(node: Any) -> Iterator[Any]:
 
 def _entering(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
     def enter(grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-        return tuple(
-            None if g is None else _cotangent(tape, node, g, made.get((id(node), i))) for i, g in enumerate(grads)
-        )
+        return tuple(None if g is None else _cotangent(tape, g, made.get((id(node), i))) for i, g in enumerate(grads))
 
     return enter
 
 
-def _cotangent(tape: Tape, node: Any, g: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+def _cotangent(tape: Tape, g: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
     fresh = torch.empty_like(g)
     ref = tape.new(fresh)
     args: dict[str, Any] = {} if of is None else {"of": tape.ref(of)}
@@ -100,7 +124,7 @@ def _cotangent(tape: Tape, node: Any, g: torch.Tensor, of: torch.Tensor | None) 
 
 
 def _leaving(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
-    name = type(node)._forward_cls.__name__
+    name = f"the backward of autograd.Function {type(node)._forward_cls.__name__}"
 
     def leave(found: Sequence[torch.Tensor | None], _: Any) -> None:
         for g, (source, k) in zip(found, node.next_functions, strict=True):

@@ -22,23 +22,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe import step as step_
 from funcpipe import tree
-from funcpipe.collectives import bind_mesh
 from funcpipe.errors import BatchError, FuncpipeError, SequenceError
 from funcpipe.graph.explain import explain
 from funcpipe.graph.fakes import fake
-from funcpipe.graph.restore import restored
-from funcpipe.graph.traceable import traceable
 from funcpipe.lines import line_of
 from funcpipe.mesh import Axes, Mesh
-from funcpipe.sequence import backward, known
-from funcpipe.sequence.attention import Intercept
+from funcpipe.sequence import known
 from funcpipe.sequence.hook import Held, Spec
 from funcpipe.sequence.known import Sliced
 from funcpipe.sequence.pairs import Call, Differs, Pair, Walk
 from funcpipe.sequence.parts import Part
 from funcpipe.sequence.proof import Proof
+from funcpipe.sequence.runs import Run, Subject
 from funcpipe.sequence.states import Average, Number, Partial, Refused, Split, State, Whole, World, as_partial, plain
-from funcpipe.sequence.tape import Tape, run
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,9 @@ def _proven(task: Task) -> Findings:
     live = task.mesh.ordered(a for p in lengths for a in p.axes if task.mesh.axes[a] > 1)
     alone = Mesh(**{a: 1 if a in live else n for a, n in task.mesh.axes.items()})
     each = list(zip(task.local, task.sequences, strict=True))
-    whole = [x if s is None else _resized(x, s[0], lengths[s[1]][1], task.mode) for x, s in each]
-    on_rank, on_one = _Run(task, task.local, task.mesh), _Run(task, whole, alone)
+    whole = [x if s is None else resized(x, s[0], lengths[s[1]][1], task.mode) for x, s in each]
+    subject = Subject(task.loss_fn, task.has_aux, task.params, task.spec, task.mode, task.axes)
+    on_rank, on_one = Run(subject, task.local, task.mesh), Run(subject, whole, alone)
     _raise(on_rank.error, on_one.error, task.loss_fn, all(b == p.size for p, (_, b) in lengths.items()))
     world, found = World(lengths, live), _Found()
     proof = Proof(Walk(on_rank.tape, on_one.tape, frozenset(live)), world, found)
@@ -181,45 +178,8 @@ def _lengths(part: Part, member: int) -> tuple[int, int]:
     return own, part.size if own != part.size else 2 * own + 1
 
 
-def _resized(x: torch.Tensor, dim: int, size: int, mode: FakeTensorMode) -> torch.Tensor:
+def resized(x: torch.Tensor, dim: int, size: int, mode: FakeTensorMode) -> torch.Tensor:
     return fake((*x.shape[:dim], size, *x.shape[dim + 1 :]), x, mode)
-
-
-# ---- the runs
-
-
-class _Run:
-    """One run: its tape, and what came of it.
-
-    Args:
-        leaves: of the batch.
-        mesh: with one rank on the axes of the sequence where it runs as on one device.
-    """
-
-    def __init__(self, task: Task, leaves: Sequence[Any], mesh: Mesh) -> None:
-        self.tape = Tape(task.mode)
-        self.error: Exception | None = None
-        self.loss: tuple[Any, Any, Any] = (None, None, None)
-        with task.mode:
-            held = tree.map(
-                lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(), task.params
-            )
-            data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
-        inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
-        self.count = len([self.tape.new(x) for x in inputs])
-        device = inputs[0].device if inputs else None
-        try:
-            unbound = step_.bind(None)  # type: ignore[arg-type]  # a boundary is nothing here
-            with restored(task.loss_fn), unbound, bind_mesh(mesh, task.axes, device):
-                run(self.tape, lambda: self._call(task, held, tree.unflatten(task.spec, data)))
-        except Exception as error:
-            self.error = error
-
-    def _call(self, task: Task, params: Any, batch: Any) -> None:
-        with traceable(), Intercept():
-            with backward.NoHooks():
-                self.loss = step_.read_loss(task.loss_fn(params, batch), task.has_aux)
-            backward.record(self.tape, self.loss[0], tree.leaves(params))
 
 
 def _raise(on_rank: Exception | None, on_one: Exception | None, loss_fn: Callable, real: bool) -> None:
@@ -277,7 +237,7 @@ def _mark(x: Any) -> Any:
 class _Judge:
     """Judges what the loss function returned on a rank."""
 
-    def __init__(self, one: _Run, proof: Proof, world: World) -> None:
+    def __init__(self, one: Run, proof: Proof, world: World) -> None:
         self.one, self.proof, self.world = one, proof, world
 
     def rows(self) -> tuple[Sliced, ...]:

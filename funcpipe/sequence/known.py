@@ -12,8 +12,9 @@ from typing import Any
 from funcpipe.sequence.hook import Held
 from funcpipe.sequence.pairs import Call, Differs
 from funcpipe.sequence.parts import Part
-from funcpipe.sequence.rules import kept, rule
-from funcpipe.sequence.site import Operand, Site, all_plain, elementwise
+from funcpipe.sequence.places import own_numbers
+from funcpipe.sequence.rules import kept, rule, same_everywhere
+from funcpipe.sequence.site import Operand, Site, all_plain, elementwise, refuse_mixing
 from funcpipe.sequence.states import (
     Number,
     Partial,
@@ -44,6 +45,8 @@ def held(s: Site) -> tuple[Held, State]:
     q, k, v = s.x("q"), s.x("k"), s.x("v")
     s.value("scale")
     packed = s.args["cu_seqlens"]
+    if s.world.rows:
+        return Held(), _of_rows(s, q, k, v)
     if packed is not None and not all_plain([packed]):
         raise Refusal(f"cu_seqlens are {packed}: hand them to every rank whole (dims=None for that leaf)")
     if q.split_at(2) or k.split_at(2) or v.split_at(2):
@@ -113,6 +116,27 @@ def _along_another_dim(s: Site, q: Operand, k: Operand, v: Operand) -> State:
     return state
 
 
+def _of_rows(s: Site, q: Operand, k: Operand, v: Operand) -> State:
+    """Attention within every row."""
+    bias, packed = s.args["bias"], s.args["cu_seqlens"]
+    operands = [x for x in (q, k, v, bias) if x is not None]
+    if all_plain(operands if packed is None else [*operands, packed]):
+        return Whole()
+    for x in operands:
+        refuse_mixing(x, [2, 3], "attends")
+    if not any(isinstance(x.state, Split) for x in operands):
+        return same_everywhere(s)
+    state = elementwise(s, operands, 4)
+    assert isinstance(state, Split)
+    alike = state.dim == 0 or all(x.state == state for x in (q, k, v))
+    wants_rows = packed is not None and packed.ndim == 2
+    if not alike or (packed is not None and not all_plain([packed]) and not (wants_rows and packed.state == state)):
+        raise Refusal(
+            f"queries are {q}, keys {k}, values {v}, cu_seqlens {packed}; they have rows along their first dim"
+        )
+    return state
+
+
 # ---- positions, losses
 
 
@@ -120,6 +144,8 @@ def positioned(s: Site) -> tuple[Part | None, State]:
     """Which part `fp.positions` counts, and what it gives."""
     x, d = s.x("x"), s.value("dim")
     split = x.split_at(d)
+    if s.world.rows and split is not None and split.outer == 1:
+        return None, own_numbers(split.at(0))
     if split is not None:
         if (split.outer, split.inner) != (1, 1):
             raise Refusal(
@@ -159,7 +185,12 @@ def dropped(s: Site) -> tuple[Sliced, State]:
     if all_plain([x, key]):
         return None, Whole()
     state = x.state
-    if not isinstance(state, Split) or x.moving != [state.dim] or (state.outer, state.inner) != (1, 1):
+    if s.world.rows and (not isinstance(state, Split) or key.ndim <= state.dim):
+        raise Refusal(
+            f"x is {x}, but its key {key}: give every row a key, a leaf fp.random.keys(key, rows) of the batch"
+        )
+    whole = isinstance(state, Split) and x.moving == [state.dim] and state.outer == 1
+    if not isinstance(state, Split) or not whole or (state.inner != 1 and not s.world.rows):
         raise Refusal(f"x is {x}: drop places before positions are merged with another dim")
     if state.dim < key.ndim:  # every position has a key of its own
         if key.state != state or key.moving != [state.dim]:
@@ -279,7 +310,7 @@ def _cotangent(s: Site) -> State:
 
 def check_gradient(s: Site) -> None:
     """Refuse a gradient, made by the backward of an autograd.Function, that is not of its operand's kind."""
-    name, g = f"the backward of autograd.Function {s.args['function']}", s.x("grad")
+    name, g = s.args["function"], s.x("grad")
     if "of" not in s.args:
         raise Refusal(f"{name} makes a gradient of a tensor that was changed in place, or that no op has seen")
     x = s.x("of")

@@ -19,7 +19,8 @@ import torch
 
 from funcpipe.errors import SequenceError
 from funcpipe.lines import Line
-from funcpipe.sequence.tape import Entry, Ref, Tape
+from funcpipe.sequence.loops import rolled
+from funcpipe.sequence.tape import BEGIN, BUFFER, NAMED, STATISTIC, Entry, Ref, Tape
 
 WAIT = "funcpipe::wait"
 _SAME = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view", "alias": "detach", "lift_fresh": "detach"}
@@ -69,7 +70,8 @@ class Walk:
 
     Args:
         a, b: the tapes of a rank and of one device.
-        axes: of the sequence, those with more than one rank.
+        axes: of what is split, those with more than one rank.
+        rows: whether that is the rows of the batch.
         partner: for a tensor of A, that of B.
         origin: for a copy on tape B alone, what it is a copy of.
         copies: tensors of B that are copied on one tape alone.
@@ -78,6 +80,7 @@ class Walk:
     a: Tape
     b: Tape
     axes: frozenset[str]
+    rows: bool = False
     partner: dict[int, Ref] = field(default_factory=dict)
     origin: dict[int, int] = field(default_factory=dict)
     copies: set[int] = field(default_factory=set)
@@ -103,9 +106,21 @@ class Walk:
         while i < len(self.a.entries) or j < len(self.b.entries):
             x = self.a.entries[i] if i < len(self.a.entries) else None
             y = self.b.entries[j] if j < len(self.b.entries) else None
-            if x is not None and axes_of(x) and axes_of(x) <= self.axes:
+            if self.rows and x is not None and y is not None and x.name == y.name == BEGIN:
+                i, j = _end(self.a, i), _end(self.b, j)
+                if not self._fits(self.a.entries[i], self.b.entries[j]):
+                    raise _other_way(self.a.entries[i], self.b.entries[j])
+                yield self._both(self.a.entries[i], self.b.entries[j])
+                i, j = i + 1, j + 1
+            elif not self.rows and x is not None and x.name in _DECLARED:
+                i += 1
+            elif not self.rows and y is not None and y.name in _DECLARED:
+                j += 1
+            elif x is not None and axes_of(x) and axes_of(x) <= self.axes:
                 yield self._collective(x, self.a.entries[i + 1] if i + 1 < len(self.a.entries) else x)
                 i += 2
+            elif self.rows and x is not None and y is not None and x.name == "unbind" and self._rolled(i, j):
+                pass
             elif x is not None and y is not None and self._fits(x, y):
                 yield self._both(x, y)
                 i, j = i + 1, j + 1
@@ -125,6 +140,16 @@ class Walk:
                 )
             else:
                 raise _other_way(x, y)
+
+    def _rolled(self, i: int, j: int) -> bool:
+        """Whether a loop over rows begins here that can be, and now is, one turn."""
+        x, y = self.a.entries[i], self.b.entries[j]
+        if y.name != "unbind" or len(x.outs) == len(y.outs):
+            return False
+        found = rolled(self.a.entries[i:], self.b.entries[j:])
+        if found is not None:
+            self.a.entries[i:], self.b.entries[j:] = found
+        return found is not None
 
     def _saved(self, i: int) -> bool:
         """Whether an entry of A is the alias of a collective's result that autograd saves."""
@@ -156,7 +181,9 @@ class Walk:
         for p, q in zip(x.outs, y.outs, strict=True):
             if p.dtype != q.dtype:
                 raise _other_way(x, y)
-            self.partner.setdefault(p.number, Ref(self._original(q), q.shape, q.dtype))
+            found = Ref(self._original(q), q.shape, q.dtype)
+            if self.partner.setdefault(p.number, found).number == found.number:
+                self.partner[p.number] = found  # of another shape, perhaps
         return Call(_name(x), x.func, args, tuple(map(self.pair, x.outs)), f"{op_name(x)}{text(x.line)}")
 
     def _merged(self, x: Any, y: Any) -> Any:
@@ -205,7 +232,13 @@ class Walk:
 
 
 _ALONE = ("clone", "alias")
+_DECLARED = (BEGIN, STATISTIC, BUFFER)  # of a sequence, the ops between them count
 _SUMMED = ("funcpipe::psum_start", "funcpipe::pmax_start")
+
+
+def _end(tape: Tape, i: int) -> int:
+    """Where the batch statistic ends that begins at an entry."""
+    return next(k for k in range(i, len(tape.entries)) if tape.entries[k].name == STATISTIC)
 
 
 def axes_of(x: Entry) -> frozenset[str]:
@@ -215,6 +248,8 @@ def axes_of(x: Entry) -> frozenset[str]:
 
 def op_name(x: Entry) -> str:
     """The name of an op, for messages."""
+    if x.name == NAMED:
+        return f"fp.{x.args['kind']}"
     if x.func is None:
         return x.name.replace("_", "-")
     if x.name.startswith("funcpipe::"):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from funcpipe.sequence import places
 from funcpipe.sequence.rules import RULES, States, kept, pointwise, rule, same_everywhere
 from funcpipe.sequence.site import MIXES, Operand, Site, all_plain, elementwise, refuse_mixing
 from funcpipe.sequence.states import Average, Number, Partial, Refusal, Split, State, Whole, add, mul, plain
@@ -35,9 +36,18 @@ _ALONG = {
 }
 
 
+_LINEAR = ("cumsum", "flip", "roll")
+
+
 @rule(*_ALONG)
-def _along(s: Site) -> State:
+def _along(s: Site) -> States:
     x = s.x()
+    if s.call.name == "sort" and s.world.rows and x.ndim == 1 and x.split_at(0):
+        return places.ordered(s, x)
+    if s.call.name in _LINEAR and isinstance(x.state, Partial | Average):
+        s.all_values()
+        ends = isinstance(x.state, places.Counts) and s.call.name == "cumsum"
+        return places.Ends(x.state.axes, x.state.keys) if ends else x.state  # type: ignore[union-attr]
     refuse_mixing(x, s.dims("dims" if "dims" in s.args else "dim"), _ALONG[s.call.name])
     s.all_values()
     return kept(x)
@@ -52,22 +62,6 @@ def _layer_norm(s: Site) -> State:
     if not all_plain(p for p in s.operands if p is not x):
         raise Refusal("its weight or bias differs between ranks")
     return kept(x)
-
-
-@rule("native_group_norm")
-def _group_norm(s: Site) -> State:
-    x = s.x("input")
-    refuse_mixing(x, range(1, x.ndim), "normalises")
-    if isinstance(x.state, Split):
-        raise Refusal(f"it takes {x.state}: write it for rows of positions, with F.layer_norm or F.rms_norm")
-    return same_everywhere(s)
-
-
-@rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "_batch_norm_with_update")
-def _batch_norm(s: Site) -> State:
-    x = s.x("input")
-    refuse_mixing(x, [d for d in range(x.ndim) if d != 1], "takes the mean and variance")
-    return same_everywhere(s)
 
 
 @rule("convolution")
@@ -129,9 +123,16 @@ def _reduce(s: Site) -> State:
     split = x.state.dim if isinstance(x.state, Split) and x.state.dim in dims else None
     free = [d for d in dims if x.moves(d) and d != split]
     linear = adds or name == "mean"
+    if (
+        split is not None
+        and not (free or adds)
+        and s.world.rows
+        and (found := places.largest(s, x) or places.norm(s, x))
+    ):
+        return found
     refuse_mixing(x, free if split is not None and linear else [d for d in dims if x.moves(d) and not linear], how)
     if split is not None:
-        return _over_positions(s, x, adds)
+        return _over_positions(s, x, adds, dims)
     if isinstance(x.state, Partial | Average):
         return x.state if name in ("sum", "mean") else kept(x)
     if name == "mean" and not all(x.a[d] for d in dims):
@@ -146,13 +147,13 @@ def _reduce(s: Site) -> State:
     return _without(s, kept(x), dims)
 
 
-def _over_positions(s: Site, x: Operand, adds: bool) -> State:
+def _over_positions(s: Site, x: Operand, adds: bool, dims: Sequence[int]) -> State:
     assert isinstance(x.state, Split)
     if adds:
-        return Partial(s.world.axes(x.state.part))
+        return places.counts(s, x, dims)
     if not x.a[x.state.dim]:
         raise Refusal(_NO_MEAN)
-    return Average(x.state.part)
+    return Average(getattr(x.state.part, "base", x.state.part))
 
 
 def _without(s: Site, state: State, dims: Sequence[int]) -> State:
@@ -219,6 +220,14 @@ def _contracted(s: Site, x: Operand, y: Operand, of_x: str, of_y: str, of_out: s
     if (moving - {letter}) - set(of_out):
         raise Refusal(f"it adds up products of {x} and {y} along a dim whose size is made from a slice's length")
     return state.at(of_out.index(letter)) if letter in of_out else Partial(s.world.axes(state.part))
+
+
+@rule("einsum")
+def _einsum(s: Site) -> State:
+    terms, _, out = s.value("equation").partition("->")
+    of_x, of_y = terms.split(",")
+    x, y = s.x(), s.x("other")
+    return _contracted(s, x, y, of_x, of_y, out)
 
 
 def kept_number(x: Operand) -> State:

@@ -163,6 +163,14 @@ def _addcmul(s: Site) -> State:
     return add(s.world, s.term("self"), mul(s.world, s.term("tensor1"), s.term("tensor2")))
 
 
+def _lerp(s: Site) -> State:
+    weight = s.args["weight"]
+    if isinstance(weight, Operand) and not plain(weight.state):
+        raise Refusal(f"it weighs by {weight}")
+    s.value("weight")
+    return add(s.world, s.term("self"), s.term("end"))
+
+
 def _itself(s: Site) -> State:
     return s.x().state
 
@@ -180,6 +188,7 @@ _LINEAR: dict[str, Callable[[Site], State]] = {
     "where": _where,
     "masked_fill": _where,
     "addcmul": _addcmul,
+    "lerp": _lerp,
 }
 
 
@@ -200,7 +209,9 @@ def _by_table(s: Site) -> State:
 
 @rule("_to_copy")
 def _to_copy(s: Site) -> State:
-    x, dtype = s.x(), s.out.dtype
+    x, dtype = s.args["self"], s.out.dtype
+    if not isinstance(x, Operand):
+        return s.term("self")  # a number, as torch.func makes one of what is the same in every row
     smaller = x.dtype.is_floating_point and not (dtype.is_floating_point or dtype.is_complex)
     if isinstance(x.state, Number):
         return _computed(s)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from funcpipe.sequence.rules import States, kept, rule, same_everywhere
 from funcpipe.sequence.site import MIXES, Operand, Site, all_plain, elementwise, refuse_mixing
@@ -99,6 +102,10 @@ def _repeat(s: Site) -> State:
     extra = len(s.out.a) - x.ndim
     for d in range(x.ndim):
         a, b = (getattr(times, which, times)[d + extra] for which in "ab")
+        found = s.world.factor((a, b)) if a != b and s.world.rows and all_plain([x]) and x.a[d] != 1 else None
+        if found is not None:  # every row gets the same
+            state = Split(d + extra, found[0], 1, found[1] * x.a[d])
+            continue
         if a != b and not (x.a[d] == x.b[d] == 1 or isinstance(state, Number)):
             raise Refusal(f"it repeats dim {d} of {x} as often as a rank has positions")
         if isinstance(state, Split) and x.split_at(d):
@@ -129,10 +136,11 @@ def _as_split(s: Site, x: Operand) -> Split:
     """The state of a split operand, or of one that is constant along a dim that moves."""
     if isinstance(x.state, Split):
         return x.state
-    found = s.world.factor((x.a[x.moving[0]], x.b[x.moving[0]])) if len(x.moving) == 1 else None
+    d = x.moving[0]
+    found = s.world.along(d, (x.a[d], x.b[d])) if len(x.moving) == 1 else None
     if found is None or not isinstance(x.state, Whole):
         raise Refusal(f"it makes shape {s.out.a} of {x}; that is made from the length of a rank's slice")
-    return Split(x.moving[0], found[0], found[1])
+    return found
 
 
 # ---- some entries
@@ -232,13 +240,13 @@ def _joined_dim(s: Site, x: Operand, d: int) -> Split:
             f"it puts {x} before or behind a rank's slice of positions, along dim {d}: every rank would have it, and one device "
             "has it once. Add such tokens outside of the loss function, before the sequence is split"
         )
-    found = s.world.factor((x.a[d], x.b[d]))
+    found = s.world.along(d, (x.a[d], x.b[d]))
     if isinstance(x.state, Split) and x.state.dim == d:
         return x.state
     if found is None or not (isinstance(x.state, Number) and x.state.constant):
         refuse_mixing(x, [d], "joins")
     assert found is not None
-    return Split(d, found[0], found[1])
+    return found
 
 
 def _beside(s: Site, xs: Sequence[Operand]) -> State:
@@ -303,6 +311,10 @@ def _index_select(s: Site) -> State:
 def _gather(s: Site) -> State:
     x, d, index = s.x(), s.dim(), s.x("index")
     refuse_mixing(x, [d], "takes entries by number")
+    if isinstance(x.state, Split) and plain(index.state):
+        if index.moving != [x.state.dim]:
+            raise Refusal(f"it takes entries of {x} at {index}")
+        return elementwise(s, [x, index], x.ndim)
     if not isinstance(index.state, Split):
         return same_everywhere(s)
     if index.state.dim == d:  # every entry picks from a table that is the same everywhere
@@ -349,11 +361,30 @@ def _index(s: Site) -> State:
     return same_everywhere(s)
 
 
+def _put_beside(s: Site, x: Operand, state: Split, indices: Sequence[Operand | None], values: Operand) -> State:
+    """Entries written along other dims than the split one."""
+    where = [i for i in indices if i is not None]
+    if not all_plain(where):
+        raise Refusal(f"it writes to entries of {x} at {where[0]}")
+    s.value("accumulate")
+    taken = _index(replace(s, args=s.args | {"indices": indices}))
+    assert isinstance(taken, Split)
+    given = sum(i is not None for i in indices)
+    at = taken.dim - (x.ndim - given + max(i.ndim for i in where) - values.ndim)  # values are aligned at the last dims
+    lies = at >= 0 and values.state == state.at(at) and values.moving == [at]
+    if not lies and not all_plain([values]):
+        raise Refusal(f"it writes {values} to entries of {x}")
+    return state
+
+
 @rule("index_put")
 def _index_put(s: Site) -> States:
     """One number where a mask says so; or anything where nothing depends on positions."""
     x, indices, values = s.x(), s.args["indices"], s.x("values")
     mask = indices[0] if len(indices) == 1 else None
+    numbers = all(i is None or i.dtype != torch.bool for i in indices)
+    if isinstance(x.state, Split) and numbers and (x.state.dim >= len(indices) or indices[x.state.dim] is None):
+        return _put_beside(s, x, x.state, indices, values)
     if mask is None or str(mask.dtype) != "torch.bool" or not any(isinstance(t.state, Split) for t in (x, mask)):
         return same_everywhere(s)
     n = mask.ndim

@@ -8,7 +8,7 @@ In: a call, states. Out: operands and arguments by name; the state of elementwis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ class Operand:
     b: tuple[int, ...]
     dtype: torch.dtype
     state: State
+    made: str = ""  # by which op it came to its state
+    source: int = -1  # the number of the tensor whose entries it has, in their order, perhaps in another shape or dtype
 
     @property
     def ndim(self) -> int:
@@ -66,7 +68,8 @@ class Operand:
         return self.moves(dim) and self.split_at(dim) is None
 
     def __str__(self) -> str:
-        return f"a tensor of shape {self.a} ({self.state})"
+        by = f", made by {self.made}" if self.made and not isinstance(self.state, Split | Whole) else ""
+        return f"a tensor of shape {self.a} ({self.state}{by})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +80,13 @@ class Site:
         call: the op.
         args: its arguments by name, tensors as `Operand`.
         world: what is known beforehand.
+        value_of: the value of a tensor of the call that is made of numbers alone.
     """
 
     call: Call
     args: dict[str, Any]
     world: World
+    value_of: Callable[[Pair], torch.Tensor | None] = lambda _: None
 
     @property
     def outs(self) -> tuple[Pair, ...]:

@@ -20,8 +20,8 @@ In: states of operands. Out: the state of a result, or a `Refusal` that says why
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from funcpipe.mesh import Axes
 from funcpipe.sequence.parts import Part
@@ -33,6 +33,10 @@ COUNTS = "return sums as Mean.total and Mean.weight, which are divided once, aft
 
 class Refusal(Exception):
     """Why a result has no state; no error, for what is refused may matter to nothing."""
+
+
+class NoSum(Refusal):
+    """Summands do not add up over ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Split:
     """The positions of a rank lie along ``dim``, whose size is ``outer * positions * inner``."""
 
     dim: int
-    part: Part
+    part: Any  # a `Part` of a sequence; of rows, a `rows.Share` or a `places.Order`
     outer: int = 1
     inner: int = 1
 
@@ -74,7 +78,7 @@ class Partial:
 class Average:
     """A mean over the positions of a rank."""
 
-    part: Part
+    part: Any
 
     def __str__(self) -> str:
         return "a mean over one rank's positions"
@@ -98,12 +102,22 @@ class Number:
 
 @dataclass(frozen=True)
 class Refused:
-    """Nothing is known of it; ``text`` says why."""
+    """Nothing is known of it.
+
+    Args:
+        text: why.
+        summands: whether summands of it do not add up alike.
+    """
 
     text: str
+    summands: bool = False
 
 
-State = Whole | Split | Partial | Average | Number | Refused
+class Local:
+    """The base of what is right on a part of the batch alone, in one way or another (`places.py`)."""
+
+
+State = Whole | Split | Partial | Average | Number | Refused | Local
 ZERO = Number(0, 0)
 
 
@@ -115,10 +129,15 @@ class World:
         lengths: of every part: how many positions the rank has, and how many there are where the loss function is run
             as on one device.
         live: the axes of parts that have more than one rank.
+        rows: whether the rows of the batch are split, not a sequence: they meet in no known call (`rows.py`).
+        by_hand: how many entries of rows all ranks have, where the loss function names the axes that split rows: it may have
+            written the number of ranks by hand.
     """
 
-    lengths: Mapping[Part, tuple[int, int]]
+    lengths: dict[Any, tuple[int, int]]
     live: Axes
+    rows: bool = False
+    by_hand: frozenset[float] = frozenset()
 
     def axes(self, part: Part) -> Axes:
         """The axes over which a sum over positions is partial."""
@@ -130,6 +149,11 @@ class World:
             if size[1] % b == 0 and size[0] == a * (size[1] // b):
                 return part, size[1] // b
         return None
+
+    def along(self, dim: int, size: tuple[int, int]) -> Split | None:
+        """How units lie along a dim of such sizes along which a tensor is constant: in any way, so in the usual one."""
+        found = self.factor(size)
+        return None if found is None else Split(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
 
     def is_count(self, n: Number, part: Part) -> bool:
         """Whether a number grows like the positions of a part."""
@@ -190,13 +214,11 @@ def add(w: World, s: State, t: State) -> State:
         average = s if isinstance(s, Average) else t
         if all(plain(x) or x == average for x in (s, t)):
             return average
-        raise Refusal(
-            f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, and {COUNTS}"
-        )
+        raise NoSum(f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, and {COUNTS}")
     if isinstance(t, Partial) and as_partial(w, s) == t:
         return t
     if isinstance(s, Partial) or isinstance(t, Partial):
-        raise Refusal(
+        raise NoSum(
             f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank once for each of them. "
             "Multiply that by the number of this rank's tokens, or add it to the gradients"
         )
@@ -226,6 +248,8 @@ def mul(w: World, s: State, t: State) -> State:
         inverse = w.counted(Number(t.b, t.a))
         if inverse is not None and isinstance(s, Partial) and s.axes == w.axes(inverse):
             return Average(inverse)
+        if plain(s) and inverse is not None and round(1 / t.a) in w.by_hand:
+            return Whole()
         if isinstance(s, Partial | Average):
             raise Refusal(f"it scales {s} by {t}: no sum over ranks makes that what one device has; {COUNTS}")
         raise Refusal(_depends(s, t))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -22,6 +23,10 @@ from funcpipe.errors import SequenceError
 from funcpipe.lines import Line, user_line
 from funcpipe.sequence import hook
 
+BEGIN, STATISTIC, BUFFER = "begin", "batch_statistic", "changed_buffer"  # around the ops of a declared batch statistic
+# These want the shape of an operand alone.
+SHAPES = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+NAMED = "named"  # a collective over axes that split rows
 CONSTANT, UNKNOWN = "constant", "unknown"  # entries of tensors that came in by themselves
 
 
@@ -66,6 +71,8 @@ class Tape:
 
     mode: FakeTensorMode
     entries: list[Entry] = field(default_factory=list)
+    count: int = 0  # of tensors that came in
+    hooked: bool = False  # the loss function put a hook on a gradient
     judging: bool = False  # the loss is done, and its gradient is taken (`backward.py`)
     _numbers: dict[int, int] = field(default_factory=dict)
     _kept: list[torch.Tensor] = field(default_factory=list)  # so that an id stays one tensor's
@@ -85,6 +92,14 @@ class Tape:
             return out
         return Ref(self._numbers[id(x)], tuple(x.shape), x.dtype)
 
+    def free(self, x: torch.Tensor) -> bool:
+        """Whether a tensor comes neither from params nor from the batch."""
+        bound = set(range(self.count))
+        for e in self.entries:
+            if e.name not in SHAPES and any(r.number in bound for r in refs(e.args.values())):
+                bound |= {r.number for r in e.outs}
+        return self.ref(x).number not in bound
+
     def inputs(self, count: int) -> list[Ref]:
         """The tensors that came in."""
         return [Ref(i, tuple(x.shape), x.dtype) for i, x in enumerate(self._kept[:count])]
@@ -102,6 +117,26 @@ class Tape:
         self.entries.append(Entry(name, func, refs, made, user_line(), torch.is_grad_enabled()))
 
 
+@dataclass(frozen=True)
+class NamedCall:
+    """A collective over axes that split rows.
+
+    Args:
+        x: its operand; None for ``axis_index``.
+        axes: joined by commas.
+        ranks: how many ranks those have.
+        free: whether the operand comes neither from params nor from the batch.
+        options: with what else it was called.
+    """
+
+    kind: str
+    x: torch.Tensor | None
+    axes: str
+    ranks: int
+    free: bool
+    options: dict[str, Any]
+
+
 class Recorder(TorchDispatchMode):
     """Writes every op on a tape; and is the `hook.Hook` that writes known calls on it."""
 
@@ -109,16 +144,71 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self.tape, self.quiet = tape, False
+        self.tape, self.quiet, self.declared = tape, False, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, schema = kwargs or {}, getattr(func, "_schema", None)
+        named = _by_name(schema, args, kwargs)
+        if torch.Tag.inplace_view in getattr(func, "tags", ()) and not self.quiet:
+            named = tree_map_only(torch.Tensor, self.tape.ref, named)  # with the shape that it is about to lose
         out = func(*args, **kwargs)
-        schema = getattr(func, "_schema", None)
         made = any(isinstance(x, torch.Tensor) for x in tree_leaves(out))
         if not self.quiet and (made or (schema is not None and schema.is_mutable)):
-            self.tape.add(_name(func), func, _by_name(schema, args, kwargs), out)
+            self.tape.add(_name(func), func, named, out)
         return out
+
+    def batch_statistic(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """A declared batch statistic: its ops, and then the whole of it as one entry, of all tensors that it takes from outside."""
+        if self.declared or self.quiet:
+            return fn(*args, **kwargs)
+        tape = self.tape
+        first, before = len(tape.entries), len(tape.tensors())
+        tape.entries.append(Entry(BEGIN, None, {}, (), None))
+        self.declared = True
+        try:
+            out = fn(*args, **kwargs)
+        finally:
+            self.declared = False
+        inside = tape.entries[first + 1 :]
+        taken = {r.number: r for e in inside for r in tree_leaves(e.args) if isinstance(r, Ref) and r.number < before}
+        made = [tape.ref(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        changed = [r for e in inside if writes(e) for r in e.outs if r.number < before]
+        outs = {r.number: r for r in (*(r for r in made if r.number >= before), *changed)}
+        tape.entries.append(Entry(STATISTIC, None, {"taken": list(taken.values())}, tuple(outs.values()), user_line()))
+        return out
+
+    def einsum(self, equation: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        quiet, self.quiet = self.quiet, True
+        out = torch.einsum(equation, x, y)
+        self.quiet = quiet
+        if not quiet:
+            self.tape.add("einsum", None, {"equation": equation.replace(" ", ""), "self": x, "other": y}, out)
+        return out
+
+    def changed_buffer(self, x: torch.Tensor) -> torch.Tensor:
+        """A buffer of a module that a call changed is a declared batch statistic, however it was changed."""
+        out = x.detach().clone()
+        ref = self.tape.ref(out)
+        self.tape.entries.append(Entry(BUFFER, None, {"self": ref}, (ref,), user_line()))
+        return out
+
+    def named(self, call: NamedCall, out: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A collective, as one entry."""
+        quiet, self.quiet = self.quiet, True
+        result = out()
+        result = result.clone() if result is call.x else result
+        self.quiet = quiet
+        if not quiet:
+            args = {"x": call.x} if call.x is not None else {}
+            rest = {
+                "kind": call.kind,
+                "axes": call.axes,
+                "ranks": call.ranks,
+                "free": call.free,
+                "options": call.options,
+            }
+            self.tape.add(NAMED, None, args | rest, result)
+        return result
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
         args = {"q": q, "k": k, "v": v, "bias": spec.bias, "cu_seqlens": spec.cu_seqlens}
@@ -141,6 +231,25 @@ class Recorder(TorchDispatchMode):
 
     def _known(self, name: str, tensors: dict[str, Any], rest: dict[str, Any], made: Sequence[Any]) -> Any:
         return _Known.apply(self, name, rest, made, tuple(tensors), *tensors.values())
+
+
+class WholeOps(TorchFunctionMode):
+    """Writes ``torch.einsum`` of two operands as one op on the tape, if its letters say what it does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = hook.current()
+        if func is torch.functional.einsum and isinstance(asked, Recorder) and _spelled(args):
+            return asked.einsum(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _spelled(args: tuple) -> bool:
+    """Whether an einsum has two tensors, an arrow, no dots, and no letter twice in one of them."""
+    if len(args) != 3 or not isinstance(args[0], str) or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    terms, arrow, _ = args[0].replace(" ", "").partition("->")
+    each = terms.split(",")
+    return bool(arrow) and "." not in terms and len(each) == 2 and all(len(set(t)) == len(t) for t in each)
 
 
 class _Known(torch.autograd.Function):
@@ -187,6 +296,21 @@ def run(tape: Tape, loss_fn: Callable[[], Any]) -> Any:
         recorder,
     ):
         return loss_fn()
+
+
+def refs(values: Any) -> Iterator[Ref]:
+    """The tensors among arguments."""
+    for v in values:
+        if isinstance(v, Ref):
+            yield v
+        elif isinstance(v, list | tuple):
+            yield from refs(v)
+
+
+def writes(e: Entry) -> bool:
+    """Whether an op changes an operand."""
+    schema = getattr(e.func, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _name(func: Any) -> str:

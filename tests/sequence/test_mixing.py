@@ -105,7 +105,7 @@ MISUSES: Misuses = {
     "windows": (lambda p, b, x: x.unfold(1, 2, 1).prod(-1).sum(), ("aten.unfold", "takes windows", ALONG)),
     "pooling": (
         lambda p, b, x: F.avg_pool1d(x.transpose(1, 2), 2).pow(2).sum(),
-        ("aten.avg_pool", "nothing is known of this op"),
+        ("aten.avg_pool", "moves a window along dim 3", "a rank has 4 of 8 positions"),
     ),
     "interpolation": (
         lambda p, b, x: F.interpolate(x.transpose(1, 2), scale_factor=2.0, mode="linear").pow(2).sum(),
