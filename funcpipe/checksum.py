@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-# Words at a time. Their products take 256 KiB on a CPU, which its cache holds, and 2 MiB elsewhere: a
+# Words at a time. Their products take 256 KiB on a CPU, which its cache holds, and 512 KiB elsewhere: a
 # step that just fits into memory still does.
 _CHUNK = {"cpu": 1 << 15}
-_LARGE = 1 << 18
+_LARGE = 1 << 16
 _ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio; odd, so that a product with it loses nothing
 
 
