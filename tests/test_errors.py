@@ -21,6 +21,7 @@ from funcpipe.errors import (
     StackError,
     StateError,
 )
+from funcpipe.runtime.simulate import check_same
 from funcpipe.schedule import Schedule, from_table, gpipe, interleaved_1f1b, one_f_one_b
 
 STEP = step_of()
@@ -342,12 +343,14 @@ def test_metrics_that_differ_between_ranks() -> None:
 
         return step
 
-    run, state = start(pipe(returning(lambda state: {"held": held(state)})), TWO, params(3))
+    with refused(StateError, "metrics['held'] on a rank that does not hold params", "than on one device"):
+        start(pipe(returning(lambda state: {"held": held(state)})), TWO, params(3))
+    with refused(StateError, "metrics"):
+        start(pipe(returning(lambda state: {"a": 1} if state["w"][0] is None else {"b": 1})), TWO)
     with refused(MismatchError, "metrics['held'] is 2 on rank 0 and 1 on rank 1", "the same on all"):
-        run(state, batch())
-    run, state = start(pipe(returning(lambda state: {"a": 1} if state["w"][0] is None else {"b": 1})), TWO)
+        check_same({"held": torch.tensor(2)}, {"held": torch.tensor(1)}, 1)
     with refused(MismatchError, "metrics are", "'b'", "on rank 0 and", "'a'", "on rank 1"):
-        run(state, batch())
+        check_same({"b": 1}, {"a": 1}, 1)
 
 
 def test_a_plan_is_saved_as_a_page_or_a_picture(tmp_path: Path) -> None:
