@@ -164,6 +164,7 @@ open(f"ran-{comm.rank}", "w").write(f"{out} {os.environ['TORCHELASTIC_RESTART_CO
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_torchrun_restarts(tmp_path):
     """The processes of the second start meet each other, not the addresses of the first; also those that had finished."""
     (tmp_path / "script.py").write_text(RESTARTED)
