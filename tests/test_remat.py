@@ -398,7 +398,7 @@ def test_options_that_are_none(options: dict[str, Any], text: str) -> None:
         ),
         (
             [remat(budget=0.5), remat(segments=lambda s: s > 3)],
-            "remat(budget=0.5) and remat(policy='block', segments=...) both choose what segment 4 saves; give each its own "
+            "remat(policy='block', segments=...) and remat(budget=0.5) both choose what segment 4 saves; give each its own "
             "segments (segments=...)",
         ),
     ],
