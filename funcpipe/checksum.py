@@ -7,6 +7,7 @@ have different ones but for chance.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 # step that just fits into memory still does.
 _CHUNK = {"cpu": 1 << 15}
 _LARGE = 1 << 16
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio; odd, so that a product with it loses nothing
 
 
 def checksums(leaves: Sequence[Any]) -> list[int]:
-    """A number for every leaf: for a tensor of its bits in row-major order, else of its ``repr``.
+    """A number for every leaf: for a tensor of its bits in row-major order, else of its ``repr``, without addresses.
 
     It depends on where a value stands, not on strides. No tensor is moved; one that is not contiguous is copied.
 
@@ -28,7 +30,7 @@ def checksums(leaves: Sequence[Any]) -> list[int]:
     >>> one == same, one == other
     (True, False)
     """
-    out = [0 if isinstance(x, torch.Tensor) else text_sum(repr(x)) for x in leaves]
+    out = [0 if isinstance(x, torch.Tensor) else text_sum(_ADDRESS.sub("", repr(x))) for x in leaves]
     where: dict[torch.device, list[int]] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, torch.Tensor) and x.device.type != "meta":

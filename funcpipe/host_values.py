@@ -199,16 +199,26 @@ class Reading:
         """Inside, the function runs: what it writes is its own, and not read from now on."""
         assert self.fn is not None
         before = self.follower.values(self.fn)
-        yield
-        changed = differences(before, self.follower.values(self.fn))
-        for path, (old, new) in changed.items():
-            if is_number(old) and is_number(new):
-                raise TraceError(f"{self.name} {WRITES.format(path=path, old=old, new=new)}")
+        try:
+            yield
+        except Exception as error:  # it may have failed because of what it wrote
+            self._changed(before, error)
+            raise
+        changed = self._changed(before)
         if changed:
             self.follower.written.update(changed)
             self.follower.watch = None
             kept = [tuple(v for v in some if not _within(v[0], changed)) for some in self.values]
             self.values = kept[0], kept[1]
+
+    def _changed(self, before: tuple[Values, Values], cause: Exception | None = None) -> dict[str, tuple[Any, Any]]:
+        """By path, what the function has written; TraceError if it is a number."""
+        assert self.fn is not None
+        changed = differences(before, self.follower.values(self.fn))
+        for path, (old, new) in changed.items():
+            if is_number(old) and is_number(new):
+                raise TraceError(f"{self.name} {WRITES.format(path=path, old=old, new=new)}") from cause
+        return changed
 
     def done(self) -> None:
         """It is traced: let go of the function and of what it reaches."""

@@ -268,7 +268,11 @@ def test_the_mean_that_labels_give_is_refused() -> None:
 
     batch = make_batch(0, llama)
     run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, dims=dims(batch)), fp.Mesh(pipe=2))
-    with refused(BatchError, "a mean over the rows of a part", "Return the sum as total"):
+    with refused(
+        BatchError,
+        "by the number of labels among them",
+        "write reduction='sum', and the number of labels as Mean.weight",
+    ):
         run.init(lambda p: p, params, batch)
 
 

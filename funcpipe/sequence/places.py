@@ -80,12 +80,14 @@ class Places(Local):
         of: the layout whose entries they number.
         once: whether every entry of that is named exactly once.
         own: whether every entry names itself, in whichever layout it is.
+        first_of: they name, in order, the first of every so many entries; 0: not known.
     """
 
     at: Split
     of: Split
     once: bool = False
     own: bool = False
+    first_of: int = 0
 
     def __str__(self) -> str:
         return "the numbers of a part's own rows"
@@ -235,12 +237,17 @@ def _declared(s: Site, out: Pair) -> State:
 def numbers(s: Site) -> State | None:
     """The state of ``arange``, if it counts the rows of a part."""
     start, step, end = (s.args.get(k) for k in ("start", "step", "end"))
-    if not s.world.rows or not isinstance(end, Differs) or start not in (None, 0) or step not in (None, 1):
+    if not s.world.rows or not isinstance(end, Differs) or start not in (None, 0):
         return None
     found = s.world.factor((s.out.a[0], s.out.b[0]))
     if found is None:
         return None
-    return own_numbers(Split(0, *found[:1], 1, found[1]))
+    layout = Split(0, found[0], 1, found[1])
+    if step in (None, 1):
+        return own_numbers(layout)
+    if not isinstance(step, int) or step < 1 or (end.a, end.b) != (s.out.a[0] * step, s.out.b[0] * step):
+        return None
+    return Places(layout, replace(layout, inner=found[1] * step), once=True, first_of=step)
 
 
 def own_numbers(layout: Split) -> State:
@@ -268,7 +275,7 @@ def _rearranged(s: Site) -> State | None:
         return x.state if isinstance(x.state, Largest) else None
     moved = RULES[s.call.name](replace(s, args=s.args | {"self": replace(x, state=x.state.at)}))
     assert isinstance(moved, Split)
-    return replace(x.state, at=moved, once=x.state.once and _all_kept(s), own=False)
+    return replace(x.state, at=moved, once=x.state.once and _all_kept(s), own=False, first_of=0)
 
 
 def _all_kept(s: Site) -> bool:
@@ -287,7 +294,7 @@ def _divided(s: Site) -> State | None:
     if s.call.name in ("remainder", "fmod"):
         return x.state.at
     fewer = replace(x.state.of, inner=x.state.of.inner // int(by.a))
-    return replace(x.state, of=fewer, once=x.state.once and by.a == 1, own=False)
+    return replace(x.state, of=fewer, once=x.state.once and by.a == 1, own=False, first_of=0)
 
 
 @place_rule("add")
@@ -424,7 +431,7 @@ def _taken(s: Site) -> State | None:
     state = elementwise(s, operands, wide)
     assert isinstance(state, Split)
     at = state.at(state.dim + given[0])
-    return replace(x.state, at=at, once=False, own=False) if isinstance(x.state, Places) else at
+    return replace(x.state, at=at, once=False, own=False, first_of=0) if isinstance(x.state, Places) else at
 
 
 @place_rule("index_put", "index_add", "index_copy", "scatter", "scatter_add")

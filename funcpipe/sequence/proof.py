@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from funcpipe.errors import SequenceError
-from funcpipe.sequence import batched, known, named, places, reductions, shapes
+from funcpipe.sequence import bags, batched, known, named, places, reductions, shapes
 from funcpipe.sequence.backward import GRADIENT
 from funcpipe.sequence.constants import Constants
 from funcpipe.sequence.pairs import Call, Pair, Walk
@@ -39,7 +39,7 @@ from funcpipe.sequence.states import (
 from funcpipe.sequence.tape import BUFFER, NAMED, STATISTIC
 
 COLLECTIVE = "funcpipe::"
-_RULES = (reductions, shapes, known, places, batched, named)  # their rules are registered
+_RULES = (reductions, shapes, known, places, bags, batched, named)  # their rules are registered
 # Of an operand these want the shape alone, or write over it.
 _BLIND = (
     "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full", "zero", "fill",

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -117,6 +117,9 @@ class Tape:
         self.entries.append(Entry(name, func, refs, made, user_line(), torch.is_grad_enabled()))
 
 
+_NUMBER = torch.ops.aten._local_scalar_dense.default
+
+
 @dataclass(frozen=True)
 class NamedCall:
     """A collective over axes that split rows.
@@ -148,6 +151,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, schema = kwargs or {}, getattr(func, "_schema", None)
+        if func is _NUMBER and not isinstance(args[0], FakeTensor):
+            with unset_fake_temporarily():  # of a tensor that is closed over
+                return func(*args)
         named = _by_name(schema, args, kwargs)
         if torch.Tag.inplace_view in getattr(func, "tags", ()) and not self.quiet:
             named = tree_map_only(torch.Tensor, self.tape.ref, named)  # with the shape that it is about to lose

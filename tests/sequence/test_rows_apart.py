@@ -120,6 +120,14 @@ BODIES: dict[str, Body] = {
     "gelu, silu, relu": lambda p, b, x: (F.gelu(x) + F.silu(x) * F.relu(x)).sum(),
     "glu": lambda p, b, x: F.glu(x).square().sum(),
     "clamped, rounded": lambda p, b, x: (x.clamp(-0.5, 0.5) * (x * 3).round()).sum(),
+    "bags": lambda p, b, x: sum(F.embedding_bag(b["tokens"], p["embed"], mode=m).square().sum() for m in ("sum", "mean", "max")),
+    "bags, weighted": lambda p, b, x: F.embedding_bag(
+        b["tokens"], p["embed"], mode="sum", per_sample_weights=b["seq"][..., 0].sin()
+    ).sin().sum(),
+    "bags of two": lambda p, b, x: F.embedding_bag(b["tokens"].view(-1, 2), p["embed"], padding_idx=1).sin().sum(),
+    "bags by hand": lambda p, b, x: F.embedding_bag(
+        b["tokens"].flatten(), p["embed"], torch.arange(0, b["tokens"].numel(), T)
+    ).sin().sum(),
     "one_hot": lambda p, b, x: (F.one_hot(b["label"], D) * x).sum(),
     "bucketize": lambda p, b, x: p["embed"][torch.bucketize(b["weight"], torch.arange(-1.0, 2.0, dtype=x.dtype))].sin().sum(),
     # sums

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rows_for_tests import Body, D, N, count, prove, refused
+from rows_for_tests import Body, D, N, T, count, prove, refused
 
 import funcpipe as fp
 
@@ -109,6 +109,18 @@ NEIGHBOURS: dict[str, tuple[Body, str]] = {
     "diff": (lambda p, b, x: x.diff(dim=0).square().sum(), "slice"),
     "unfold": (lambda p, b, x: x.unfold(0, 1, 1).square().sum() + x.unfold(0, 2, 1).prod(-1).sum(), "unfold"),
     "conv over rows": (lambda p, b, x: F.conv1d(x.T[None], p["conv"], padding=1).square().sum(), "convolution"),
+    "bags by frequency": (
+        lambda p, b, x: F.embedding_bag(b["tokens"], p["embed"], scale_grad_by_freq=True).sum(),
+        "_embedding_bag",
+    ),
+    "bags of other rows": (
+        lambda p, b, x: F.embedding_bag(b["tokens"].T.flatten(), p["embed"], torch.arange(0, b["tokens"].numel(), T)).sum(),
+        "_embedding_bag",
+    ),
+    "bags that begin in the batch": (
+        lambda p, b, x: F.embedding_bag(b["tokens"].flatten(), p["embed"], b["length"]).sum(),
+        "_embedding_bag",
+    ),
     "fft": (lambda p, b, x: torch.fft.fft(x, dim=0).abs().sum(), "fft"),
     "pool over rows": (lambda p, b, x: F.avg_pool1d(x.T[None], 2).square().sum(), "avg_pool"),
     "pad rows": (lambda p, b, x: (F.pad(x, (0, 0, 1, 0))[1:] * x).sum(), "pad"),
@@ -263,6 +275,14 @@ def test_enough() -> None:
 
 
 # ---- ways out
+
+
+def test_what_bags_need() -> None:
+    with refused("scale_grad_by_freq=True counts how often the rows of a part name an entry"):
+        prove(NEIGHBOURS["bags by frequency"][0])
+    for name in ("bags of other rows", "bags that begin in the batch"):
+        with refused("pass indices with two dims, (rows, entries)", "padding_idx"):
+            prove(NEIGHBOURS[name][0])
 
 
 def test_an_error_names_the_ways_out_that_fit() -> None:
