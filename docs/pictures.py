@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from funcpipe import picture, schedules
+from funcpipe import schedules
+from funcpipe._src.viz import svg as picture
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from train_lm import TrainState, batches, enough_gpus, mesh, positive, rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import funcpipe as fp
-from funcpipe.module import from_module, to_module
+from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe.testing import assert_equivalent
 
 SHORT = {"layers": 3, "width": 64, "length": 64, "per_device_train_batch_size": 2, "steps": 30}  # seconds, for CI

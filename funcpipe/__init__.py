@@ -4,9 +4,8 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import checkpoint, data, errors, optim, random, testing
-from funcpipe import schedule as schedules
-from funcpipe.collectives import (
+from funcpipe import checkpoint, data, errors, losses, optim, random, schedules, testing
+from funcpipe._src.collectives import (
     all_gather,
     all_to_all,
     axis_index,
@@ -18,25 +17,9 @@ from funcpipe.collectives import (
     psum_scatter,
     vmap,
 )
-from funcpipe.graph.names import checkpoint_name
-from funcpipe.mesh import Mesh
-from funcpipe.module import buffer_means, from_module, to_module, update_buffers
-from funcpipe.precision import Scaled
-from funcpipe.records import compose
-from funcpipe.runtime.launch import launch
-from funcpipe.runtime.nonfinite import Nonfinite, find_nonfinite
-from funcpipe.runtime.plan import Plan
-from funcpipe.runtime.predict import Prediction
-from funcpipe.runtime.profile import profile_units
-from funcpipe.runtime.record import Recording
-from funcpipe.runtime.simulate import simulate
-from funcpipe.runtime.spmd import spmd
-from funcpipe.runtime.tradeoff import RematCurve
-from funcpipe.sequence import losses
-from funcpipe.sequence.attention import attention
-from funcpipe.sequence.positions import positions
-from funcpipe.sequence.statistic import batch_statistic
-from funcpipe.step import (
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.core.mixed_precision import Scaled
+from funcpipe._src.core.step import (
     Mean,
     Microbatches,
     Rows,
@@ -46,16 +29,37 @@ from funcpipe.step import (
     stage_boundary,
     value_and_grad,
 )
-from funcpipe.transforms import (
-    accumulated,
-    data_parallel,
-    mixed_precision,
-    pipelined,
-    remat,
-    seq_all_to_all,
-    seq_ring,
-    sharded_weights,
-)
+from funcpipe._src.functional.attention import attention
+from funcpipe._src.functional.batch_statistic import batch_statistic
+from funcpipe._src.functional.checkpoint_name import checkpoint_name
+from funcpipe._src.functional.positions import positions
+from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
+from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.predict import Prediction
+from funcpipe._src.planning.remat_curve import RematCurve
+from funcpipe._src.runtime.launch import launch
+from funcpipe._src.runtime.nonfinite import Nonfinite, find_nonfinite
+from funcpipe._src.runtime.profile_units import profile_units
+from funcpipe._src.runtime.record import Recording
+from funcpipe._src.runtime.simulate import simulate
+from funcpipe._src.runtime.spmd import spmd
+from funcpipe._src.spec.transform_spec import compose
+
+try:
+    from funcpipe.transforms import (
+        accumulated,
+        data_parallel,
+        mixed_precision,
+        pipelined,
+        remat,
+        seq_all_to_all,
+        seq_ring,
+        sharded_weights,
+    )
+except ModuleNotFoundError as error:  # they lie beside the package in a checkout
+    if error.name != "funcpipe.transforms":
+        raise
+    raise ModuleNotFoundError("funcpipe is not installed: run `pip install -e .` in its checkout") from error
 
 __all__ = [
     "Mean",
@@ -114,4 +118,9 @@ __all__ = [
     "value_and_grad",
     "vmap",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# Tracebacks and pickles name public classes as users import them.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = __name__

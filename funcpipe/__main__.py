@@ -15,10 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from funcpipe import picture
+from funcpipe._src.schedule import (
+    Report,
+    Schedule,
+    ScheduleFn,
+    Timeline,
+    check,
+    one_f_one_b,
+    timeline,
+    to_csv,
+    unit_costs,
+)
+from funcpipe._src.schedule.catalogue import NAMES, by_name, training
+from funcpipe._src.viz import svg as picture
 from funcpipe.errors import FuncpipeError
-from funcpipe.schedule import Report, Schedule, ScheduleFn, Timeline, check, one_f_one_b, timeline, to_csv, unit_costs
-from funcpipe.schedule.catalogue import NAMES, by_name, training
 
 _EXAMPLES = """examples:
   python -m funcpipe schedule zb_v --pipe 8 --microbatches 32

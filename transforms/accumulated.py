@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from funcpipe.records import Micro, Record, record, require_positive
+from funcpipe._src.spec.transform_spec import Micro, Record, record, require_positive
 
 
 def accumulated(step: Callable | None = None, *, microbatches: int | None = None, dims: Any = 0) -> Any:

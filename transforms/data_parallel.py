@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from funcpipe.mesh import as_axes
-from funcpipe.records import Record, Split, record
+from funcpipe._src.core.mesh import as_axes
+from funcpipe._src.spec.transform_spec import Record, Split, record
 
 
 def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 0) -> Any:

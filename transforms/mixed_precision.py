@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from funcpipe._src.core.mixed_precision import DYNAMIC, Precision
+from funcpipe._src.spec.transform_spec import Record, record, require_positive
 from funcpipe.errors import StackError
-from funcpipe.precision import DYNAMIC, Precision
-from funcpipe.records import Record, record, require_positive
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from funcpipe._src.core.mesh import as_axes
+from funcpipe._src.core.step import describe
+from funcpipe._src.schedule.actions import ScheduleFn
+from funcpipe._src.schedule.catalogue import by_name
+from funcpipe._src.schedule.library import one_f_one_b
+from funcpipe._src.schedule.search import auto
+from funcpipe._src.spec.transform_spec import Micro, Pipe, Record, record, require_positive
 from funcpipe.errors import ScheduleError, StackError
-from funcpipe.mesh import as_axes
-from funcpipe.records import Micro, Pipe, Record, record, require_positive
-from funcpipe.schedule.actions import ScheduleFn
-from funcpipe.schedule.catalogue import by_name
-from funcpipe.schedule.library import one_f_one_b
-from funcpipe.schedule.search import auto
-from funcpipe.step import describe
 
 
 def pipelined(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from funcpipe._src.spec.transform_spec import Record, Remat, record
 from funcpipe.errors import StackError
-from funcpipe.records import Record, Remat, record
 
 _POLICIES = ("block", "products")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from funcpipe._src.core.mesh import as_axes
+from funcpipe._src.spec.transform_spec import Record, Split, record
 from funcpipe.errors import StackError
-from funcpipe.mesh import as_axes
-from funcpipe.records import Record, Split, record
 
 
 def seq_ring(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 1, zigzag: bool = True) -> Any:

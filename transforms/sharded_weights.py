@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from funcpipe._src.core.mesh import as_axes
+from funcpipe._src.spec.transform_spec import Record, Shard, record, require_positive
 from funcpipe.errors import StackError
-from funcpipe.mesh import as_axes
-from funcpipe.records import Record, Shard, record, require_positive
 
 
 def sharded_weights(

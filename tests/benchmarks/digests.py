@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe._src.comm.process_group import ProcessGroupCommunicator
 
 Tell = Callable[[int, Callable[[], object]], list[int]]
 

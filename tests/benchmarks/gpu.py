@@ -28,14 +28,14 @@ from typing import Any
 import gpu_peers as peers
 import torch
 import torch.distributed as dist
+from funcpipe.transforms import remat
 from gpu_model import SIZES, Size, data, init, init_state, step, step_by_halves
 from gpu_profile import breakdown
 from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe.runtime.capture import MIXING
-from funcpipe.transforms import remat
+from funcpipe._src.runtime.cuda_graph import MIXING
 
 # Gradients are added up in bfloat16, as those of the peers' params are.
 GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True, "sums": torch.bfloat16}

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe.program import RUN
-from funcpipe.runtime import rank as rank_
+from funcpipe._src.program import RUN
+from funcpipe._src.runtime import rank as rank_
 
 ROWS, WIDTH = 1, 8
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import funcpipe as fp
-from funcpipe.host_values import Follower
+from funcpipe._src.analysis.host_values import Follower
 
 
 def loss_of(settings: types.SimpleNamespace) -> Callable:

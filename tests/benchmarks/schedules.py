@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe.program import RUN
-from funcpipe.schedule.catalogue import NAMES, by_name
+from funcpipe._src.program import RUN
+from funcpipe._src.schedule.catalogue import NAMES, by_name
 
 WIDTH = 64
 

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import funcpipe as fp
-from funcpipe.comm import teams
+from funcpipe._src.comm import group_collectives as teams
 
 RANKS, RATE = 4, 1e-3
 

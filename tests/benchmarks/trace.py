@@ -15,11 +15,11 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcpipe as fp
-from funcpipe import tree
-from funcpipe.graph.cut import cut
-from funcpipe.graph.fakes import fake
-from funcpipe.graph.nodes import read_nodes
-from funcpipe.graph.trace import trace
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.graph.fake_tensors import fake
+from funcpipe._src.graph.node_labels import read_nodes
+from funcpipe._src.graph.partition import cut
+from funcpipe._src.graph.trace import trace
 
 WIDTH, HEADS, HIDDEN, VOCABULARY, ROWS, LENGTH = 64, 4, 176, 128, 2, 32
 

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.errors import RankError
-from funcpipe.mesh import Mesh
-from funcpipe.runtime.launch import _cause, _report, launch
-from funcpipe.runtime.spmd import spmd
 from funcpipe.transforms import data_parallel
+
+from funcpipe._src.comm.process_group import ProcessGroupCommunicator
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.runtime.launch import _cause, _report, launch
+from funcpipe._src.runtime.spmd import spmd
+from funcpipe.errors import RankError
 
 
 def describe(word, x):

@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
-from checks_for_tests import GRID, LINE, ZEROS, communicator, launched, result
-from loops_for_tests import DTYPES, KINDS, call, expected, operand, same
+from support.collective_loops import DTYPES, KINDS, call, expected, operand, same
+from support.group_checks import GRID, LINE, ZEROS, communicator, launched, result
 
-from funcpipe.comm.process_group import ProcessGroupCommunicator
+from funcpipe._src.comm.process_group import ProcessGroupCommunicator
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.runtime.launch import launch
 from funcpipe.errors import MeshError
-from funcpipe.mesh import Mesh
-from funcpipe.runtime.launch import launch
 
 # --- checks -------------------------------------------------------------------------------------------
 

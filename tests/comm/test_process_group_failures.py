@@ -15,10 +15,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from checks_for_tests import LINE, ZEROS, communicator, launched, result
+from support.group_checks import LINE, ZEROS, communicator, launched, result
 
+from funcpipe._src.core.mesh import Mesh
 from funcpipe.errors import RankError
-from funcpipe.mesh import Mesh
 
 SOON = 5.0  # seconds in which every rank must have stopped; one second is usual
 

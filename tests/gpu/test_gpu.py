@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_for_tests import (
+from support.gpu import (
     COMPILED,
     GPU_MARKS,
     TIGHT,
@@ -27,7 +27,7 @@ from gpu_for_tests import (
 )
 
 import funcpipe as fp
-from funcpipe import tree
+from funcpipe._src.core import pytree as tree
 
 pytestmark = pytest.mark.gpu
 
@@ -159,7 +159,7 @@ def test_halves_are_as_near_as_those_of_plain_pytorch(ranks: int) -> None:
 @one_gpu
 def test_halves_into_float32_accumulators() -> None:
     """``mm`` and ``addmm`` with ``out_dtype``: products of halves are not rounded before they are added."""
-    from funcpipe.runtime.products import Factors
+    from funcpipe._src.backends.grad_accumulation import Factors
 
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 64, generator=g).bfloat16().cuda() for _ in range(2))

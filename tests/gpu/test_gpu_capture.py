@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_for_tests import (
+from support.gpu import (
     COMPILED,
     TIGHT,
     State,
@@ -24,9 +24,9 @@ from gpu_for_tests import (
 )
 
 import funcpipe as fp
-from funcpipe import tree
-from funcpipe.comm.mail import unmarked
-from funcpipe.runtime import memsets
+from funcpipe._src.comm.p2p import unmarked
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.runtime import cuda_graph_memsets as memsets
 
 pytestmark = pytest.mark.gpu
 

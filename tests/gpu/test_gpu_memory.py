@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_for_tests import GPU_MARKS
+from support.gpu import GPU_MARKS
 
 import funcpipe as fp
 

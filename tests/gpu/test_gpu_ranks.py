@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_for_tests import (
+from support.gpu import (
     TIGHT,
     error,
     example,
@@ -22,7 +22,7 @@ from gpu_for_tests import (
 )
 
 import funcpipe as fp
-from funcpipe import tree
+from funcpipe._src.core import pytree as tree
 
 pytestmark = pytest.mark.gpu
 

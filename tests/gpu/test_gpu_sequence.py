@@ -9,7 +9,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_for_tests import one_gpu, two_gpus
+from support.gpu import one_gpu, two_gpus
 
 import funcpipe as fp
 

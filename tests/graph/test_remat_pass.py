@@ -12,25 +12,25 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import D, batch, block, count, grid, params, refused
-from test_cut import BLOCKS, chain, language, language_model
+from support.models import D, batch, block, count, grid, params, refused
+from support.units import assert_well_cut, heavy, ops, run, traced, units
+from test_partition import BLOCKS, chain, language, language_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from units_for_tests import assert_well_cut, heavy, ops, run, traced, units
 
 import funcpipe as fp
-from funcpipe import tree
-from funcpipe.collectives import collectives_of
+from funcpipe._src.collectives import collectives_of
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.step import totals_and_grads
+from funcpipe._src.functional.checkpoint_name import checkpoint_name
+from funcpipe._src.graph.fake_tensors import fake
+from funcpipe._src.graph.node_labels import read_nodes
+from funcpipe._src.graph.partition import Cut, cut
+from funcpipe._src.graph.remat import check_used, rematerialise
+from funcpipe._src.graph.remat_min_cut import Choice, Item, Outcome, _cheapest, outcome, within
+from funcpipe._src.graph.trace import Traced, trace
+from funcpipe._src.spec.transform_spec import Remat
 from funcpipe.errors import StackError, TraceError
-from funcpipe.graph.choices import Choice, Item, Outcome, _cheapest, outcome, within
-from funcpipe.graph.cut import Cut, cut
-from funcpipe.graph.fakes import fake
-from funcpipe.graph.names import checkpoint_name
-from funcpipe.graph.nodes import read_nodes
-from funcpipe.graph.remat import check_used, rematerialise
-from funcpipe.graph.trace import Traced, trace
-from funcpipe.records import Remat
-from funcpipe.step import totals_and_grads
 from funcpipe.testing import Model, models
 
 BLOCK, PRODUCTS = Remat("block"), Remat("products")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import funcpipe as fp
-from funcpipe.graph.restore import restored
+from funcpipe._src.graph.restore import restored
 from funcpipe.testing import assert_equivalent
 
 D = 4

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from models_for_tests import D, batch, block, body, count, loss_fn, params, refused
+from support.models import D, batch, block, body, count, loss_fn, params, refused
+from support.units import assert_units_are_eager, ops, traced, units
 from torch.utils.checkpoint import checkpoint
-from units_for_tests import assert_units_are_eager, ops, traced, units
 
 import funcpipe as fp
+from funcpipe._src.graph.node_labels import read_nodes
+from funcpipe._src.graph.ops import MARK, is_seeded
 from funcpipe.errors import CutError
-from funcpipe.graph.nodes import read_nodes
-from funcpipe.graph.ops import MARK, is_seeded
 
 
 def test_inputs_are_params_then_batch_and_outputs_are_heads_then_gradients() -> None:
@@ -128,7 +128,7 @@ def test_a_boundary_in_a_checkpoint_is_refused() -> None:
 def test_random_ops_are_known_by_their_arguments() -> None:
     def seeded(loss: Any) -> bool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("funcpipe.graph.trace.refuse_impure", lambda *_: None)
+            patch.setattr("funcpipe._src.graph.trace.refuse_impure", lambda *_: None)
             return any(map(is_seeded, traced(loss, params(1), batch()).module.graph.nodes))
 
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, Distribution, Normal
 
 import funcpipe as fp
-from funcpipe.graph.traceable import traceable
+from funcpipe._src.graph.traceable import traceable
 
 W = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 X = torch.sin(torch.arange(32, dtype=torch.float64)).view(8, 4)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables_for_tests import table
+from support.schedule_tables import table
 
+from funcpipe._src.schedule import Action, chain
+from funcpipe._src.schedule.actions import COMMUNICATE, COMPUTE
 from funcpipe.errors import ScheduleError
-from funcpipe.schedule import Action, chain
-from funcpipe.schedule.actions import COMMUNICATE, COMPUTE
 
 _number = st.integers(0, 999)
 actions = st.one_of(

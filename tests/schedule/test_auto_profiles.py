@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import funcpipe as fp
-from funcpipe import tree
-from funcpipe.runtime import profile, runner
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.runtime import profile_units as profile
+from funcpipe._src.runtime import runner
 
 
 def loss_fn(params: list[torch.Tensor], x: torch.Tensor) -> fp.Mean:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables_for_tests import LIBRARY, edges_for, library, table
+from support.schedule_tables import LIBRARY, edges_for, library, table
 
+from funcpipe._src.schedule import Action, Schedule, chain, check, insert_communication
 from funcpipe.errors import ScheduleError
-from funcpipe.schedule import Action, Schedule, chain, check, insert_communication
 
 # Every bad table with the whole text that rejects it.
 BAD = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tables_for_tests import edges_for, library, table
+from support.schedule_tables import edges_for, library, table
 
-from funcpipe.schedule import chain, check, from_table, insert_communication
-from funcpipe.schedule.communication import channel_of, message_of, readers, unit_of
+from funcpipe._src.schedule import chain, check, from_table, insert_communication
+from funcpipe._src.schedule.communication import channel_of, message_of, readers, unit_of
 
 
 def inserted(edges, *rows: str) -> list[str]:

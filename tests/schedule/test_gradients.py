@@ -13,14 +13,14 @@ import torch
 import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables_for_tests import LIBRARY
+from support.schedule_tables import LIBRARY
 
 import funcpipe as fp
-from funcpipe import tree
-from funcpipe.graph.cut import Cut
-from funcpipe.graph.ops import is_heavy
-from funcpipe.runtime.planner import Planner
-from funcpipe.schedule import Action, Schedule, ScheduleFn
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.graph.ops import is_heavy
+from funcpipe._src.graph.partition import Cut
+from funcpipe._src.planning.pipeline import Planner
+from funcpipe._src.schedule import Action, Schedule, ScheduleFn
 from funcpipe.testing import Layer, Model, models
 
 BACKWARD = [name for name in sorted(LIBRARY) if name != "forward_only"]

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables_for_tests import LIBRARY, library, schedule_fns
+from support.schedule_tables import LIBRARY, library, schedule_fns
 
-from funcpipe.errors import ScheduleError
-from funcpipe.schedule import (
+from funcpipe._src.schedule import (
     Action,
     Schedule,
     chain,
@@ -26,6 +25,7 @@ from funcpipe.schedule import (
     to_csv,
     unit_costs,
 )
+from funcpipe.errors import ScheduleError
 
 
 def _of(ranks: int, microbatches: int, idle: int) -> tuple[int, int]:

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tables_for_tests import edges_for, library
+from support.schedule_tables import edges_for, library
 
+from funcpipe._src.schedule import Action, Edge, Schedule, check, insert_communication
 from funcpipe.errors import ScheduleError
-from funcpipe.schedule import Action, Edge, Schedule, check, insert_communication
 
 
 class Fault(Exception):

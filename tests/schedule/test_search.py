@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcpipe as fp
+from funcpipe._src.planning.predict import as_costs, load_of
+from funcpipe._src.schedule import Action, Costs, Load, Schedule, auto, check, from_table, timeline
+from funcpipe._src.schedule.catalogue import NAMES, by_name, training
+from funcpipe._src.schedule.communication import insert_communication
+from funcpipe._src.schedule.costs import even_load
+from funcpipe._src.schedule.greedy import Policy, greedy
+from funcpipe._src.schedule.search import Auto
+from funcpipe._src.schedule.stage_assignment import group
 from funcpipe.errors import PlanError, ScheduleError
-from funcpipe.graph.balance import group
-from funcpipe.runtime.predict import as_costs, load_of
-from funcpipe.schedule import Action, Costs, Load, Schedule, auto, check, from_table, timeline
-from funcpipe.schedule.catalogue import NAMES, by_name, training
-from funcpipe.schedule.communication import insert_communication
-from funcpipe.schedule.costs import even_load
-from funcpipe.schedule.greedy import Policy, greedy
-from funcpipe.schedule.search import Auto
 from funcpipe.testing import Layer, Model, assert_equivalent, models
 
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables_for_tests import library, table
+from support.schedule_tables import library, table
 
-from funcpipe.errors import ScheduleError
-from funcpipe.schedule import (
+from funcpipe._src.schedule import (
     Action,
     Schedule,
     chain,
@@ -26,7 +25,8 @@ from funcpipe.schedule import (
     zb_h1,
     zb_v,
 )
-from funcpipe.schedule.communication import message_of, sources, unit_of
+from funcpipe._src.schedule.communication import message_of, sources, unit_of
+from funcpipe.errors import ScheduleError
 
 # Bubbles at 8 ranks, 32 microbatches, F = I = W.
 FIGURES = [

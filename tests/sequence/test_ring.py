@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcpipe.collectives import bind_mesh, bind_rank
-from funcpipe.collectives.ops import STARTS
-from funcpipe.comm.inprocess import run_ranks
+from funcpipe._src.collectives import bind_mesh, bind_rank
+from funcpipe._src.collectives.ops import STARTS
+from funcpipe._src.comm.simulated import run_ranks
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.functional.dispatch import Spec
+from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.sequence import blockwise as tiles
+from funcpipe._src.sequence.ring import ring_attention
 from funcpipe.errors import AxisError, TraceError
-from funcpipe.mesh import Mesh
-from funcpipe.sequence import tiles
-from funcpipe.sequence.hook import Spec
-from funcpipe.sequence.parts import Part
-from funcpipe.sequence.ring import ring_attention
 
 # Sums over keys are rescaled at every step of the ring, in another order on every rank.
 RTOL = 1e-10

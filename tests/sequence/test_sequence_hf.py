@@ -13,7 +13,7 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from models_for_tests import grid
+from support.models import grid
 
 import funcpipe as fp
 from funcpipe.testing import assert_equivalent

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_for_tests import refused
-from transformers_for_tests import Transformer, transformed, transformers
+from support.models import refused
+from support.transformers import Transformer, transformed, transformers
 
 import funcpipe as fp
-from funcpipe.collectives import collectives_of
+from funcpipe._src.collectives import collectives_of
+from funcpipe._src.program import check_same_order
+from funcpipe._src.spec.transform_spec import resolve
 from funcpipe.errors import BatchError, CutError, SequenceError, StackError
-from funcpipe.program import check_same_order
-from funcpipe.records import resolve
 from funcpipe.testing import assert_equivalent
 
 # Head projections and their gradients are summed over ranks instead of in one matrix product.

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers_for_tests import Transformer
-from worlds_for_tests import in_processes
+from support.transformers import Transformer
+from support.worlds import in_processes
 
 import funcpipe as fp
 from funcpipe.testing import assert_equivalent

@@ -1,0 +1,152 @@
+"""What must hold of a loss whose batch is split, checked when it is traced.
+
+The loss is ``sum of totals / sum of weights`` over the parts of a batch. That is the loss of the whole batch only if
+``weight`` does not depend on params and adds up over the parts, as ``total`` does: that is proven (`proof/rows.py`).
+Weights are also compared as numbers, where they may not be exact, or where the proof fails: it is the clearer error.
+
+In: the nodes of a joint graph, the loss function, the batch and its parts. Out: nothing, or an error that says which
+rule is broken and what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from funcpipe._src.collectives import one_rank
+from funcpipe._src.collectives.ops import STARTS, WAIT
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import step as step_
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.functional import dispatch as hook
+from funcpipe._src.functional.attention import Intercept
+from funcpipe._src.graph.fake_tensors import looking
+from funcpipe._src.graph.node_labels import Nodes
+from funcpipe._src.graph.ops import extract
+from funcpipe._src.graph.restore import restored
+from funcpipe._src.sequence.rewrite import Unsplit
+from funcpipe.errors import BatchError
+
+_WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
+
+
+def check_weight(n: Nodes) -> None:
+    """The weight does not depend on params.
+
+    Raises:
+        BatchError: it does.
+    """
+    if n.heads[1] in reached(n, n.params):
+        raise BatchError(
+            "Mean.weight depends on params: it has to be computed from the batch alone (a count of tokens or rows), "
+            "since gradients are divided by it once, after all sums"
+        )
+
+
+def check_additive(
+    loss_fn: Callable,
+    has_aux: bool,
+    params: Any,
+    batch: Any,
+    parts: Iterable[torch.Tensor],
+    mode: FakeTensorMode,
+    also: str = "",
+    times: int = 1,
+) -> None:
+    """The weights of the parts add up to the weight of the whole batch.
+
+    Args:
+        params: the full tree, of fakes of ``mode``; what depends on it is computed as shapes only.
+        batch: the whole batch, with its data.
+        parts: the weight of every part.
+        also: what else the error says.
+        times: what the weight of one device is multiplied by: see `written_for`.
+
+    Raises:
+        BatchError: they do not.
+    """
+    token = step_._context.set(_Whole())  # type: ignore[arg-type]
+    try:
+        with restored(loss_fn), looking(params, mode) as seen, one_rank(), hook.bound(_Glancing()), Intercept():
+            weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
+    finally:
+        step_._context.reset(token)
+    if isinstance(weight, FakeTensor):
+        return  # depends on params in the whole batch only; the traced part said it does not
+    weights = [w.double() for w in parts]
+    whole, total = times * float(weight), float(sum(weights[1:], weights[0]))
+    if abs(whole - total) > _WEIGHT_TOLERANCE * max(abs(whole), abs(total)):
+        raise BatchError(
+            f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts add up to {total:g}: the "
+            "loss would change with the split. Return a weight that adds up, such as the number of tokens or rows in "
+            f"what the loss function sees.{also}"
+        )
+
+
+class _Whole:
+    """The context of a loss that is looked at on a whole batch: boundaries are inert."""
+
+    def stage_boundary(self, x: Any) -> Any:
+        return x
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        return step_._plain(loss_fn, has_aux, params, batch)
+
+    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
+        return local(tree.leaves(leaves))
+
+
+class _Glancing(Unsplit):
+    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its masks, which may come
+    from the batch alone, are not made: of a long sequence they would not fit."""
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+        if isinstance(q, FakeTensor):
+            return q.new_empty((*q.shape[:3], v.shape[3]))
+        with hook.bound(None):
+            return super().attention(q, k, v, spec)
+
+
+def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
+    """By how many ranks a weight divides its sum over ranks, written as a number; 1 where it does not.
+
+    Such a sum is a mean, as in ``psum(rows, "data") / 2``. One device, where the axis has one rank, divides by 1.
+    """
+    aten = torch.ops.aten
+    (out,) = weight.graph.find_nodes(op="output")
+    node: Any = out.args[0]
+    while isinstance(node, fx.Node) and node.target in (aten.clone.default, aten.detach.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.div.Tensor:
+        return 1
+    summed, by = node.args[:2]
+    start = summed.args[0] if isinstance(summed, fx.Node) and summed.target is WAIT else None
+    if not isinstance(start, fx.Node) or start.target is not STARTS["psum"]:
+        return 1
+    ranks = mesh.axis_size(tuple(str(start.args[1]).split(",")))
+    return ranks if by == ranks else 1
+
+
+def reached(n: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """What the forward half computes from some nodes."""
+    out = set(sources)
+    for x, label in n.label.items():
+        if label < n.segments and any(a in out for a in x.all_input_nodes):
+            out.add(x)
+    return out
+
+
+def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
+    """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank. None where the
+    weight depends on params."""
+    return None if n.heads[1] in reached(n, n.params) else extract(module, n.heads[1], n.batch)
+
+
+def batch_read(weight: fx.GraphModule | None, batch: int) -> list[int]:
+    """Which tensors of the batch, of so many, a function of `weight_of` reads."""
+    inputs = [] if weight is None else [x for x in weight.graph.nodes if x.op == "placeholder"]
+    return [k for k, x in enumerate(inputs[:batch]) if x.users]

@@ -1,0 +1,428 @@
+"""Which leaf of a state is which parameter, and what the step does to leaves outside ``value_and_grad``.
+
+A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may touch leaves only
+elementwise, or through `global_norm` and its kin. Both questions are answered by running ``init_state`` and the step
+once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
+averages are known by their size, and an op that is not elementwise is caught in the act. `rehearsal` runs both again as ranks do.
+
+In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the parameter it belongs to (or
+None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from funcpipe._src.analysis.call_results import Origin, hand_on, loss_and_aux, origin
+from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
+from funcpipe._src.analysis.host_values import Follower, Reading
+from funcpipe._src.analysis.outside_ops import Op, Outside
+from funcpipe._src.analysis.tags import Dyes
+from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import step as step_
+from funcpipe._src.core.buffer_donation import Ledger
+from funcpipe._src.core.containers import check_containers
+from funcpipe._src.core.source_lines import line_of, user_line
+from funcpipe._src.graph.fake_tensors import BatchIsReal, fake
+from funcpipe._src.graph.trace_errors import BY_VALUE
+from funcpipe.errors import StateError
+
+if TYPE_CHECKING:
+    from funcpipe._src.analysis.rehearsal import Rehearsal
+
+_COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
+_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
+_ELEMENTWISE = frozenset([*_COPIES, *_LIKE])
+_FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
+_FOREACH_REDUCTIONS = frozenset(["_foreach_norm", "_foreach_max"])
+_OF_EACH = dict.fromkeys(
+    ["norm", "linalg_vector_norm", "_foreach_norm", "sum"],
+    ", fp.clip_by_global_norm in place of an optimizer's own clipping, fp.optim.statistics(tree).norm for the norm of each leaf",
+) | dict.fromkeys(
+    ["max", "amax", "_foreach_max", "aminmax"],
+    ", fp.optim.statistics(tree).max_abs for the largest value of each leaf",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ``value_and_grad`` of a step.
+
+    Args:
+        loss_fn, has_aux: what it was made with.
+        params: for every leaf the number of the parameter it is.
+        params_spec: the structure of its params.
+        dtypes: of those leaves (they may differ from the parameter's: a cast before the call).
+        batch: its batch, real; what was computed from results of earlier calls is fake.
+        origins: for every leaf of the batch an `Origin`, in a tree like it.
+        reading: what the loss function read from Python at the call.
+    """
+
+    loss_fn: Callable
+    has_aux: bool
+    params: tuple[int, ...]
+    params_spec: Any
+    dtypes: tuple[torch.dtype, ...]
+    batch: Any
+    origins: Any
+    reading: Reading | None = None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One global sum of a step: the structure of its tree, the parameter of every leaf (None: replicated), its dtype."""
+
+    spec: Any
+    params: tuple[int | None, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Dyed:
+    """What a run on dyed fakes told.
+
+    Args:
+        params_spec: the structure of the full params.
+        paths, shapes, dtypes: of every parameter.
+        state_spec: the structure of the full state.
+        state_paths, state: for every leaf of the state its path and its parameter, or None.
+        calls: every ``value_and_grad``.
+        sums: every global sum.
+        free: the leaves of the state that an optimizer replaces, and that nobody reads after that.
+        outside: every op that ``init_state`` and the step call outside ``value_and_grad``.
+    """
+
+    params_spec: Any
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    state_spec: Any
+    state_paths: tuple[str, ...]
+    state: tuple[int | None, ...]
+    calls: tuple[Call, ...]
+    sums: tuple[Sum, ...]
+    free: frozenset[int]
+    outside: tuple[Op, ...] = ()
+
+
+class _Feeds(BaseException):
+    """A step uses results in a later batch: it is run again, with losses whose dtype is known."""
+
+
+class Looking:
+    """The context of a dyed run: notes calls, and hands back fakes.
+
+    Args:
+        seen: makes of a call the one that is traced.
+        row_ranks: how many ranks have rows of their own that are not in the batch.
+        exact: whether losses have their dtype, which takes a run of the loss function.
+        table: where expressions are numbered.
+        follower: reads what the loss of a call reads from Python.
+    """
+
+    def __init__(
+        self,
+        dyes: Dyes,
+        seen: Callable[[Call, Dyes], Call],
+        row_ranks: int,
+        exact: bool,
+        table: Table,
+        follower: Callable[[int], Follower] | None = None,
+    ) -> None:
+        self.follower = follower
+        self.dyes, self.seen, self.row_ranks, self.exact = dyes, seen, row_ranks, exact
+        self.expressions = Expressions(table, dyes.shape_of, dyes.of)
+        self.calls: list[Call] = []
+        self.sums: list[Sum] = []
+        self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
+        self.given: list[Given] = []
+        self.summed: list[Numbers] = []
+        self.ledger = Ledger([])
+        self.running = "init_state"
+        self.outside: Outside | None = None  # of the run on all leaves
+
+    def stage_boundary(self, x: Any) -> Any:
+        return x
+
+    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+        leaves, spec = step_.check_params(params)
+        self.ledger.read(leaves)
+        numbers = [self.dyes.of(x) for x in leaves]
+        for path, i in zip(tree.paths(params), numbers, strict=True):
+            if i is None:
+                raise StateError(
+                    f"value_and_grad: its params{path} is no parameter of the state, so it is not known where it is held; "
+                    "pass parameters (or what follows from them elementwise) here and everything else through batch"
+                )
+        for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+            if self.dyes.of(x) is not None:
+                raise StateError(
+                    f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a rank may not hold; "  # type: ignore[arg-type]
+                    "pass it through params (detach it in the loss if it should stay as it is)"
+                )
+        if self.calls and not self.exact and any(isinstance(x, FakeTensor) for x in tree.leaves(batch)):
+            raise _Feeds
+        reading = None if self.follower is None else Reading(loss_fn, self.follower(len(self.calls)))
+        dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
+        self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading))  # type: ignore[arg-type]
+        self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
+        for x in tree.leaves(batch):
+            self.expressions.whole(x)
+        with contextlib.nullcontext() if reading is None else reading.running():
+            self.results.append(self._loss_and_aux(self.calls[-1], leaves))
+        return self.returned(len(self.results) - 1, leaves, spec, self.results[-1], has_aux)
+
+    def numbers(self, leaves: Sequence[Any]) -> Numbers:
+        """The numbers of leaves."""
+        return [None if x is None else self.expressions.of(x) for x in leaves]
+
+    def returned(
+        self, k: int, leaves: list[torch.Tensor], spec: Any, result: tuple[torch.Tensor, Any], has_aux: bool
+    ) -> Any:
+        """What a call returns, for the leaves that are held."""
+        grads, name = [torch.empty_like(x) for x in leaves], self.expressions.name
+        for i, x in enumerate(tree.leaves(result)):
+            name(x, ("result", k, i))
+        for leaf, x in zip(leaves, grads, strict=True):
+            name(x, ("gradient", k, self.expressions.of(leaf)))
+        return (result if has_aux else result[0]), tree.unflatten(spec, grads)
+
+    def _loss_and_aux(self, call: Call, given: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """What the call gives beside gradients, as fakes: the step may compute with it."""
+        leaves, mode = self.dyes.leaves, self.dyes.mode
+        if not (self.exact or call.has_aux):
+            with mode:
+                return torch.zeros((), device=given[0].device if given else None), None
+        call = self.seen(call, self.dyes)
+        true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
+        params = tree.unflatten(call.params_spec, true)
+        return loss_and_aux(call.loss_fn, call.has_aux, params, call.batch, mode, self.row_ranks)
+
+    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
+        return self.reduce(leaves, local, "sum")[1]
+
+    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
+        flat, spec = tree.flatten(leaves)
+        self.ledger.read(flat)
+        numbers = tuple(self.dyes.of(x) for x in flat)
+        whole = [
+            x if i is None else fake(self.dyes.leaves[i].shape, x, self.dyes.mode)
+            for x, i in zip(flat, numbers, strict=True)
+        ]
+        out = local(whole)
+        for x in flat:
+            self.expressions.whole(x)
+        self.expressions.name(out, ("sum", len(self.sums)))
+        self.summed.append(self.numbers(flat))
+        self.sums.append(Sum(spec, numbers, out.dtype))
+        return functools.partial(self._join, len(self.sums) - 1), out
+
+    def _join(self, k: int, values: Sequence[Any]) -> Any:
+        for x, i in zip(values, self.sums[k].params, strict=True):
+            if i is not None:
+                self.expressions.entry(x, (k, i))
+        return tree.unflatten(self.sums[k].spec, values)
+
+
+class _Elementwise(BatchIsReal):
+    """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
+
+    def __init__(self, context: Looking) -> None:
+        super().__init__(context.dyes.mode)
+        self.dyes, self.row_ranks, self.expressions = context.dyes, context.row_ranks, context.expressions
+        self.outside = context.outside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._run(func, types, args, kwargs or {})
+        self.expressions.record(func, args, kwargs or {}, out)
+        if self.outside is not None:
+            self.outside.note(func, args, kwargs or {}, out)
+        return out
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func.overloadpacket.__name__
+        dyed = [i for i in map(self.dyes.of, pytree.tree_leaves((args, kwargs))) if i is not None]
+        sized = [] if dyed else self.dyes.sizes(args)
+        if sized and name in _FILLS:
+            with self.mode:
+                return func(*args, **kwargs)
+        if (dyed or sized) and func.namespace != "prim":
+            self._check(func, name, [*dyed, *sized], (*args, *kwargs.values()))
+        try:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+        except RuntimeError as error:
+            if self.row_ranks > 1 and {Origin.ROWS, Origin.BATCH} <= self._origins((args, kwargs)):
+                raise StateError(
+                    f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a value_and_grad, which have the rows of all "
+                    "ranks, with a tensor of the batch, which has this rank's alone (batch='local'): pass both through the "
+                    "batch of a second value_and_grad and combine them there, or use batch='global'"
+                ) from error
+            raise
+        if not dyed:
+            hand_on(pytree.tree_leaves((args, kwargs)), out)
+        return out
+
+    @staticmethod
+    def _origins(args: Any) -> set[Origin]:
+        return {origin(x) for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
+
+    def _check(self, func: Any, name: str, dyed: list[int], args: tuple) -> None:
+        who, what = self.dyes.name(dyed[0]), str(func.overloadpacket)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise StateError(
+                f"the step draws random values ({what}) for {who} outside value_and_grad: ranks that hold copies or parts of "
+                "it would draw different ones. Draw them before the step and pass them through the state or batch"
+            )
+        listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
+        if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
+            raise StateError(
+                f"the step applies {what} to {who} (or its gradient or state) outside value_and_grad{user_line() or ''}: "
+                "that is not elementwise, and a rank holds only part of the leaves. Use fp.global_norm or fp.global_sum for "
+                f"a reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
+            )
+        lists = [x for x in args if isinstance(x, list | tuple)]
+        for together in zip(*lists, strict=False) if listed else [pytree.tree_leaves(args)]:
+            mixed = sorted({i for i in map(self.dyes.of, together) if i is not None})
+            if len(mixed) > 1:
+                a, b = map(self.dyes.name, mixed[:2])
+                raise StateError(f"the step mixes {a} and {b} in {what}: a rank may hold only one of them")
+        for x in [] if listed else pytree.tree_leaves(args):
+            self._check_shape(what, x, dyed[0])
+
+    def _check_shape(self, what: str, x: Any, param: int) -> None:
+        """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or would reshape it."""
+        if not isinstance(x, torch.Tensor) or self.dyes.of(x) is not None:
+            return
+        if x.numel() != 1 or x.dim() > self.dyes.leaves[param].dim():
+            raise StateError(
+                f"the step combines {self.dyes.name(param)} (or its gradient or state) with a tensor of shape "
+                f"{tuple(x.shape)} in {what} outside value_and_grad: a rank may hold a flat part of the leaf. Keep to numbers "
+                "and 0-d tensors here, or do it in the loss function"
+            )
+
+
+def run_on_fakes(
+    step: Callable, init_state: Callable, batch: Any, context: Looking, held: Callable[[int], bool], spec: Any = None
+) -> Seen:
+    """Run ``init_state`` and the step once on the fakes of the leaves that are held.
+
+    Args:
+        spec: the structure of the full state; by default what this run makes. A state that does not fit it is not stepped.
+    """
+    dyes, name = context.dyes, context.expressions.name
+    with torch.no_grad(), step_.bind(context), _Elementwise(context):
+        params = dyes.params(held)
+        for i, x in zip(filter(held, range(len(dyes.leaves))), tree.leaves(params), strict=True):
+            name(x, ("parameter", i))
+        state = init_state(params)
+        check_containers("state", state)
+        try:
+            leaves = tree.leaves_up_to(tree.flatten(state)[1] if spec is None else spec, state)
+        except ValueError:
+            return Seen(context.expressions, state)
+        init = context.numbers(leaves)
+        for j, x in enumerate(leaves):
+            name(x, ("state", j))
+        context.running, context.ledger = "the step", Ledger(tree.leaves(state))
+        with context.ledger.watch():
+            new_state, metrics = _returned(step(state, batch))
+            context.ledger.read((new_state, metrics))
+        return Seen(context.expressions, state, init, new_state, metrics, context.given, context.summed)
+
+
+def look(
+    step: Callable,
+    init_state: Callable,
+    params: Any,
+    batch: Any,
+    mode: FakeTensorMode,
+    seen: Callable[[Call, Dyes], Call] = lambda call, dyes: call,
+    row_ranks: int = 1,
+    follower: Callable[[int], Follower] | None = None,
+) -> tuple[Dyed, Rehearsal]:
+    """Run ``init_state`` and the step once on dyed fakes.
+
+    Args:
+        seen: makes of a call the one that is traced, which says the shapes and dtypes of its results.
+        row_ranks: how many ranks have rows of their own that are not in the batch.
+        follower: reads what the loss of a call reads from Python.
+
+    Returns:
+        what it told, and what runs the step again as a rank that holds some leaves.
+
+    Raises:
+        StateError: params, state or metrics have a container that trees do not look into; a leaf is touched other than elementwise; the step returns a state of another structure than it
+            takes; a metric is a parameter; the step decides by the value of a tensor.
+    """
+    check_containers("params", params)
+    dyes = Dyes(params, batch, mode)
+    try:
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table(), follower))
+    except _Feeds:
+        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table(), follower))
+
+
+def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) -> tuple[Dyed, Rehearsal]:
+    from funcpipe._src.analysis.rehearsal import Rehearsal
+
+    dyes = context.dyes
+    context.outside = Outside(batch, lambda x: None if (i := dyes.of(x)) is None else dyes.name(i))
+    try:
+        seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
+    except (*BY_VALUE, DynamicOutputShapeException) as error:
+        raise StateError(
+            f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
+            "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
+            "value from the metrics"
+        ) from error
+    state, new_state, metrics = seen.init_state, seen.state, seen.metrics
+    for what, returned in (("state", new_state), ("metrics", metrics)):
+        check_containers(f"the step returns {what}: {what}", returned)
+    spec, numbers = _numbers(state, dyes)
+    new_spec, new_numbers = _numbers(new_state, dyes)
+    if spec != new_spec:
+        raise StateError(f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}")
+    for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
+        if i != j:
+            was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))
+            raise StateError(
+                f"state{path} belongs to {was} before the step and to {now} after it: keep its place and shape"
+            )
+    for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
+        if (i := dyes.of(x)) is not None:
+            raise StateError(
+                f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with fp.global_sum"
+            )
+    dyed = Dyed(
+        dyes.spec,
+        dyes.paths,
+        dyes.shapes,
+        tuple(x.dtype for x in dyes.leaves),
+        spec,
+        tuple(tree.paths(state)),
+        numbers,
+        tuple(context.calls),
+        tuple(context.sums),
+        frozenset(context.ledger.free),
+        context.outside.ops(tree.leaves((state, new_state, metrics))),
+    )
+    return dyed, Rehearsal(step, init_state, batch, context, dyed, seen)
+
+
+def _returned(out: Any) -> tuple[Any, Any]:
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise StateError(f"a step returns (state, metrics); this one returned {step_.describe(out)}")
+    return out
+
+
+def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
+    leaves, spec = tree.flatten(state)
+    return spec, tuple(map(dyes.of, leaves))

@@ -1,0 +1,91 @@
+"""The hook: whom the calls that funcpipe knows ask while a loss is planned. None is bound in plain PyTorch.
+
+Attention's operands here have torch's layout, ``(batch, heads, positions, head dim)``, with exactly four dims; keys and
+values may have fewer heads than queries if the number of query heads is a multiple of theirs.
+
+In: a known call with its operands. Out: its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from funcpipe._src.functional.sequence_layout import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Spec:
+    """What an attention computes beside its queries, keys and values.
+
+    Args:
+        causal: whether a query sees no key behind its own place (both counted from the front, as torch does).
+        scale: of the scores; None: ``1 / sqrt(head dim)``.
+        bias: 4-d, broadcastable to ``(batch, query heads, query positions, key positions)``: bool (True takes part), or
+            added to the scores.
+        cu_seqlens: where the documents of a packed sequence begin, and the end of the last: int, ``(documents + 1,)``, or
+            ``(batch, documents + 1)``. A query sees keys of its own document only.
+    """
+
+    causal: bool = False
+    scale: float | None = None
+    bias: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """How the operands of an attention lie on ranks; a finding.
+
+    Args:
+        q, k: the parts that split queries (and the result), and keys and values, along their dim of positions; both
+            None: the attention is not over a split sequence, and runs as it is. ``k`` alone None: every rank holds all
+            keys and values.
+        bias_query, bias_key: whether the bias is split along its dim of queries, of keys.
+    """
+
+    q: Part | None = None
+    k: Part | None = None
+    bias_query: bool = False
+    bias_key: bool = False
+
+
+class Hook(Protocol):
+    """What is asked."""
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+        """The attention; the layout of this module."""
+
+    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """The global positions of ``x`` along a dim: int64, 1-d."""
+
+    def cross_entropy(
+        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Total and weight, both 0-d, of `fp.losses.cross_entropy`."""
+
+    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+        """`fp.random.dropout`, for a rate above 0."""
+
+
+_hook: ContextVar[Hook | None] = ContextVar("funcpipe_sequence", default=None)
+
+
+def current() -> Hook | None:
+    """The hook that is bound, if one is."""
+    return _hook.get()
+
+
+@contextlib.contextmanager
+def bound(hook: Hook | None) -> Iterator[None]:
+    """Bind a hook; None: known calls compute what they say."""
+    token = _hook.set(hook)
+    try:
+        yield
+    finally:
+        _hook.reset(token)

@@ -1,0 +1,205 @@
+"""Start the processes of a mesh on this machine, with torch's own elastic launcher.
+
+Terms. A *worker* is one of the processes. A *report* is what a worker that fails leaves in a file: when,
+which error, the traceback; the earliest one that does not follow from another rank's failure is the cause.
+
+In: a function, how many processes. Out: its results in rank order, or one RankError with the cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from funcpipe._src.comm.failure_watch import one_line
+from funcpipe._src.runtime.spmd import leave
+from funcpipe.errors import RankError
+
+_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
+
+
+def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None) -> list[Any]:
+    """Run ``fn(*args)`` in ``nprocs`` new processes of this machine, which are the ranks of a mesh.
+
+    In each of them the environment is what torchrun sets, so that ``fp.spmd`` finds the others. The
+    processes are spawned: ``fn``, its arguments and results are pickled, and a script that launches needs
+    ``if __name__ == "__main__":`` around it.
+
+    Args:
+        fn: an importable function, or one of the script that runs.
+        nprocs: the number of processes.
+        args: what ``fn`` is called with, the same in each process.
+        timeout: seconds after which a rank that has not finished counts as failed; without it, none does.
+
+    Returns:
+        the result of every rank, in rank order.
+
+    Raises:
+        RankError: a rank failed; the message names the first one and its error, a note has the traceback. The
+            other processes were stopped. Or this process got a signal, and has a handler of its own for it that returned.
+        KeyboardInterrupt: by Ctrl-C, after the processes were stopped.
+
+    Example::
+
+        def hello(name):
+            return f"{name} {os.environ['RANK']}"
+
+        if __name__ == "__main__":
+            print(fp.launch(hello, 2, "rank"))  # ['rank 0', 'rank 1']
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if nprocs < 1:
+        raise ValueError(f"launch starts 1 process or more, not {nprocs}")
+    stopped: signal.Signals | None = None
+    with tempfile.TemporaryDirectory(prefix="funcpipe-") as logs, _undisturbed():
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nprocs,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            rdzv_configs={"is_host": True},
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            results = elastic_launch(config, _worker)(fn, args, nprocs, timeout, logs)
+        except ChildFailedError as error:
+            raise _cause(error.failures, Path(logs)) from None
+        except SignalException as error:
+            stopped = signal.Signals(error.sigval)
+    if stopped is not None:  # now that the workers are gone, it does to this process what it does without a launch
+        signal.raise_signal(stopped)
+        raise RankError(f"the ranks were stopped: their launcher got {stopped.name}")
+    return [pickle.loads(results[rank]) for rank in range(nprocs)]
+
+
+# --- in the worker --------------------------------------------------------------------------------
+
+
+def _worker(fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | None, logs: str) -> bytes:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(max(1, _cores() // nprocs))
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Without it gloo looks the host name up, and complains where that fails.
+        names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if names:
+            os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    timer = threading.Timer(timeout or 0, _expire, (rank, timeout, Path(logs)))
+    timer.daemon = True
+    if timeout is not None:
+        timer.start()
+    try:
+        # Pickled here: tensors sent through the launcher's queue would need this process to outlive the
+        # reading.
+        result = pickle.dumps(fn(*args))
+        leave()  # the launcher keeps this process until all have returned: none waits for it
+        return result
+    except Exception as error:
+        _report(rank, error, traceback.format_exc(), Path(logs))
+        if isinstance(error, RankError):
+            time.sleep(0.3)  # the launcher ends all workers with the first: let the cause write its report
+        raise
+    finally:
+        timer.cancel()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _expire(rank: int, timeout: float, logs: Path) -> None:
+    """End this process, which has not finished in time, with a report of where it stood."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    where = "".join(traceback.format_stack(frame)) if frame else ""
+    _report(rank, TimeoutError(f"not finished after {timeout:g} s"), where, logs)
+    os._exit(1)
+
+
+def _report(rank: int, error: BaseException, trace: str, logs: Path) -> None:
+    report = Report(rank, time.time(), isinstance(error, RankError), one_line(error), trace)
+    # Written elsewhere and renamed: the process may be stopped at any time, and half a report is none.
+    part = logs / f"report-{rank}.part"
+    part.write_text(json.dumps(report))
+    part.rename(logs / f"report-{rank}.json")
+
+
+# --- in the caller --------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """What a worker that fails leaves behind."""
+
+    rank: int
+    time: float
+    follows: bool  # from another rank's failure
+    text: str
+    trace: str
+
+
+def _cause(failures: dict[int, Any], logs: Path) -> RankError:
+    """The error to raise for what the launcher saw (it sees one failure) and the workers reported."""
+    found = (Report(*json.loads(p.read_text())) for p in logs.glob("report-*.json"))
+    reports = sorted(found, key=lambda r: r.time)
+    causes = [r for r in reports if not r.follows]
+    if not causes:
+        for rank, failure in failures.items():
+            if rank not in {r.rank for r in reports}:
+                return RankError(f"rank {rank} failed: {_end(failure.exitcode)}")
+    report = (causes or reports)[0]
+    said = report.text.removeprefix("RankError: ")
+    error = RankError(said if report.follows else f"rank {report.rank} failed: {report.text}")
+    error.add_note(f"in rank {report.rank}:\n{report.trace}")
+    return error
+
+
+def _end(exitcode: int) -> str:
+    return f"ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Restore what the launcher changes in this process: signal handlers and one environment variable; and
+    keep its pages of log about a failure off the console: the error that is raised tells it."""
+    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    loggers = [logging.getLogger(n) for n in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    kept = os.environ.get(name)
+    main = threading.current_thread() is threading.main_thread()
+    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT] if main else []
+    handlers = [(s, signal.getsignal(s)) for s in signals]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for s, handler in handlers:
+            signal.signal(s, handler)
+        if kept is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = kept
