@@ -1,16 +1,19 @@
-"""Train a Hugging Face Llama, as its makers wrote it, over a pipeline with sharded weights; then let it write.
+"""Train a Hugging Face Llama, as its makers wrote it, over a pipeline with sharded weights; then
+let it write.
 
     python examples/finetune_hf.py                        on four GPUs if there are four, else in four processes
     python examples/finetune_hf.py --simulate             the same mesh inside this one process
     python examples/finetune_hf.py --check --short        first prove that the parallel step computes the same
-    python examples/finetune_hf.py --mesh pipe=4 --gradient_accumulation_steps 16 --gradient_checkpointing
+    python examples/finetune_hf.py --mesh pipe=4 --gradient_accumulation_steps 16
+    --gradient_checkpointing
     torchrun --nproc-per-node 4 examples/finetune_hf.py   in processes that torchrun starts
 
-`fp.from_module` makes a pure function of the model, cut after every decoder layer; the step is written for one device;
-`parallel` says how it is spread; `fp.to_module` puts the trained weights back, for ``model.generate``. Options have the
-names that they have in transformers.TrainingArguments. The text is that of train_lm.py, its bytes are the tokens, and the
-model is a small one made from a config, so that there is nothing to download: put AutoModelForCausalLM.from_pretrained and a
-tokenizer of your own in `make_model` and `batches`.
+`fp.from_module` makes a pure function of the model, cut after every decoder layer; the step is
+written for one device; `parallel` says how it is spread; `fp.to_module` puts the trained weights
+back, for ``model.generate``. Options have the names that they have in
+transformers.TrainingArguments. The text is that of train_lm.py, its bytes are the tokens, and the
+model is a small one made from a config, so that there is nothing to download: put
+AutoModelForCausalLM.from_pretrained and a tokenizer of your own in `make_model` and `batches`.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ import funcpipe as fp
 from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe.testing import assert_equivalent
 
-SHORT = {"layers": 3, "width": 64, "length": 64, "per_device_train_batch_size": 2, "steps": 30}  # seconds, for CI
+SHORT = {
+    "layers": 3,
+    "width": 64,
+    "length": 64,
+    "per_device_train_batch_size": 2,
+    "steps": 30,
+}  # seconds, for CI
 PROMPT = b"def "
 DIMS = {"tokens": 0, "labels": 0, "buffers": None}  # the model's buffers go to every rank whole
 
@@ -57,14 +66,20 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     if args.gradient_checkpointing:
         # Renamed in the course of transformers 5.
         new = hasattr(model, "activation_checkpointing_enable")
-        enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+        enable = (
+            model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
     return model
 
 
-def make_step(apply_fn: Callable, buffers: Any, args: argparse.Namespace) -> tuple[Callable, Callable]:
+def make_step(
+    apply_fn: Callable, buffers: Any, args: argparse.Namespace
+) -> tuple[Callable, Callable]:
     """The step, and ``params -> state``."""
-    schedule = fp.optim.warmup_cosine(args.learning_rate, int(args.warmup_ratio * args.steps), args.steps)
+    schedule = fp.optim.warmup_cosine(
+        args.learning_rate, int(args.warmup_ratio * args.steps), args.steps
+    )
     optimizer = fp.optim.adamw(schedule, weight_decay=args.weight_decay)
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
@@ -97,12 +112,17 @@ def parallel(step: Callable, args: argparse.Namespace) -> Callable:
 
 
 def work(args: argparse.Namespace) -> list[float]:
-    """What every process does; in a simulation, what the one process does. Returns the loss of every step."""
+    """What every process does; in a simulation, what the one process does. Returns the loss of
+    every step."""
     torch.set_num_threads(1)  # the ranks share the cores
     model = make_model(args)
     apply_fn, params, buffers = from_module(model, boundaries=["model.layers.*"])
     cpu = None if enough_gpus(args) else "cpu"
-    device = torch.device("cpu") if args.simulate or cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = (
+        torch.device("cpu")
+        if args.simulate or cpu
+        else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    )
     params, buffers = optree.tree_map(lambda x: x.to(device), (params, buffers))
     step, init_state = make_step(apply_fn, buffers, args)
     step = parallel(step, args)
@@ -114,7 +134,8 @@ def work(args: argparse.Namespace) -> list[float]:
     params = run.unplace(state).params
     if rank() == 0:
         print(
-            f"{sum(p.numel() for p in params.values()):,} parameters; bubble {run.plan(state, batch(0)).bubble:.1%}, by FLOPs"
+            f"{sum(p.numel() for p in params.values()):,} parameters; bubble "
+            f"{run.plan(state, batch(0)).bubble:.1%}, by FLOPs"
         )
         text = write(to_module(model, params)).decode("ascii", errors="replace")
         print("What it writes now:\n" + "".join(c for c in text if c.isprintable() or c == "\n"))
@@ -123,14 +144,19 @@ def work(args: argparse.Namespace) -> list[float]:
     return losses
 
 
-def train(run: Any, state: Any, batch: Callable[[int], Any], args: argparse.Namespace) -> tuple[Any, list[float]]:
+def train(
+    run: Any, state: Any, batch: Callable[[int], Any], args: argparse.Namespace
+) -> tuple[Any, list[float]]:
     losses: list[float] = []
     start = time.perf_counter()
     for i in range(args.steps):
         state, metrics = run(state, batch(i))
         losses.append(float(metrics["loss"]))
         if rank() == 0 and (i % max(args.steps // 10, 1) == 0 or i == args.steps - 1):
-            print(f"step {i + 1:4}  loss {losses[-1]:.3f}  after {time.perf_counter() - start:.1f} s", flush=True)
+            print(
+                f"step {i + 1:4}  loss {losses[-1]:.3f}  after {time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
     return state, losses
 
 
@@ -139,7 +165,9 @@ def write(model: LlamaForCausalLM, count: int = 160) -> bytes:
     torch.manual_seed(0)
     prompt = torch.tensor([list(PROMPT)])
     mask = torch.ones_like(prompt)
-    tokens = model.eval().generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=True, temperature=0.7)
+    tokens = model.eval().generate(
+        prompt, attention_mask=mask, max_new_tokens=count, do_sample=True, temperature=0.7
+    )
     return bytes(tokens[0].tolist())
 
 
@@ -147,16 +175,26 @@ def write(model: LlamaForCausalLM, count: int = 160) -> bytes:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The parallel step against the plain one, in float64, on the batches that training starts with."""
+    """The parallel step against the plain one, in float64, on the batches that training starts
+    with."""
     batch, start = batches(args, torch.device("cpu")), time.perf_counter()
-    apply_fn, params, buffers = from_module(make_model(args).double(), boundaries=["model.layers.*"])
-    step, init_state = make_step(apply_fn, buffers, argparse.Namespace(**vars(args) | {"bf16": False}))
+    apply_fn, params, buffers = from_module(
+        make_model(args).double(), boundaries=["model.layers.*"]
+    )
+    step, init_state = make_step(
+        apply_fn, buffers, argparse.Namespace(**vars(args) | {"bf16": False})
+    )
     try:
-        found = assert_equivalent(step, parallel(step, args), args.mesh, init_state, params, [batch(0), batch(1)])
+        found = assert_equivalent(
+            step, parallel(step, args), args.mesh, init_state, params, [batch(0), batch(1)]
+        )
     except AssertionError as error:
         sys.exit(f"finetune_hf: the parallel step computes something else: {error}")
     took = time.perf_counter() - start
-    print(f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} ({took:.1f} s)")
+    print(
+        f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} "
+        f"({took:.1f} s)"
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -165,18 +203,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=text, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--mesh", type=mesh, default=fp.Mesh(pipe=2, data=2), help="pipe, and axes to split the batch and weights over")
+    add(
+        "--mesh",
+        type=mesh,
+        default=fp.Mesh(pipe=2, data=2),
+        help="pipe, and axes to split the batch and weights over",
+    )
     add("--simulate", action="store_true", help="run all ranks of the mesh in this process")
     add("--check", action="store_true", help="first compare with a single device, in float64")
     for name, dest, value, what in (
         ("max_steps", "steps", 100, "training steps"),
-        ("per_device_train_batch_size", None, 4, "rows that go through the pipeline at once, for each data rank"),
+        (
+            "per_device_train_batch_size",
+            None,
+            4,
+            "rows that go through the pipeline at once, for each data rank",
+        ),
         ("gradient_accumulation_steps", None, 4, "microbatches of a step"),
         ("block_size", "length", 128, "bytes in a row"),
         ("num_hidden_layers", "layers", 6, "decoder layers"),
         ("hidden_size", "width", 128, "model width, a multiple of 32: each attention head has 32"),
     ):
-        add(f"--{name}", dest=dest or name, type=positive, default=value, metavar="N", help=f"{what} ({value})")
+        add(
+            f"--{name}",
+            dest=dest or name,
+            type=positive,
+            default=value,
+            metavar="N",
+            help=f"{what} ({value})",
+        )
     for name, value, what in (
         ("learning_rate", 4e-3, "at its peak"),
         ("warmup_ratio", 0.1, "part of the steps until the peak; a cosine follows"),
@@ -184,8 +239,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("max_grad_norm", 1.0, "gradients are scaled down to it"),
     ):
         add(f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({value})")
-    add("--bf16", action="store_true", help="compute in bfloat16; weights and optimizer state stay float32")
-    add("--gradient_checkpointing", action="store_true", help="recompute every layer in the backward pass")
+    add(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16; weights and optimizer state stay float32",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute every layer in the backward pass",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the first weights (0)")
     add("--short", action="store_true", help="a small model and few steps: some seconds in all")
     args = parser.parse_args(argv)

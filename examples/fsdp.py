@@ -1,12 +1,13 @@
-"""Fully sharded training (FSDP, ZeRO-3) of a plain step: four processes, each of which holds a quarter of the model.
+"""Fully sharded training (FSDP, ZeRO-3) of a plain step: four processes, each of which holds a
+quarter of the model.
 
     python examples/fsdp.py              in four processes, over gloo; on GPUs if there are four
     python examples/fsdp.py --simulate   the same four ranks inside this process
 
-The step is written for one device. Two transforms spread it: `data_parallel` splits the batch, `sharded_weights` splits
-weights, gradients and optimizer state over the same axis. No rank ever has the whole model: each makes its own part of
-the params from a key, and a block's weights are whole only while the block runs. At the end rank 0 trains the same model
-alone, and compares.
+The step is written for one device. Two transforms spread it: `data_parallel` splits the batch,
+`sharded_weights` splits weights, gradients and optimizer state over the same axis. No rank ever has
+the whole model: each makes its own part of the params from a key, and a block's weights are whole
+only while the block runs. At the end rank 0 trains the same model alone, and compares.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def make_batch(number: int, device: torch.device) -> dict[str, torch.Tensor]:
 
 # ---- spread over a mesh
 
-sharded = fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data", prefetch=1))(step)
+sharded = fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data", prefetch=1))(
+    step
+)
 
 
 def train(run: Any, verbose: bool) -> None:
@@ -103,7 +106,10 @@ def compare(full: State, device: torch.device) -> None:
         alone, _ = step(alone, make_batch(i, device))
     pairs = zip(optree.tree_leaves(full.params), optree.tree_leaves(alone.params), strict=True)
     error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
-    print(f"after {STEPS} steps the params equal those of one device: largest relative error {error:.0e}")
+    print(
+        f"after {STEPS} steps the params equal those of one device: largest relative error "
+        f"{error:.0e}"
+    )
     if not error <= FLOAT64:
         sys.exit("fsdp: the sharded step computes something else")
 

@@ -1,8 +1,9 @@
 """A small Llama-style language model over bytes, as pure functions: parameters in, numbers out.
 
-Shape suffixes: B rows of the batch, T positions, D model width, V = 256 bytes, H heads of d numbers.
-Weights are (out, in), as ``torch.nn.functional.linear`` takes them. Two calls know of parallelism: ``fp.stage_boundary``,
-after every block the model may be cut; and ``fp.positions``, the sequence may be split.
+Shape suffixes: B rows of the batch, T positions, D model width, V = 256 bytes, H heads of d
+numbers. Weights are (out, in), as ``torch.nn.functional.linear`` takes them. Two calls know of
+parallelism: ``fp.stage_boundary``, after every block the model may be cut; and ``fp.positions``,
+the sequence may be split.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Params = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """How large the model is; ``tied`` reads the logits off the embedding instead of a head of its own."""
+    """How large the model is; ``tied`` reads the logits off the embedding instead of a head of its
+    own."""
 
     blocks: int = 8
     width: int = 128
@@ -119,15 +121,20 @@ def make_loss(sizes: Sizes) -> Callable[[Params, dict[str, Tensor]], fp.Mean]:
 
     def loss_fn(params: Params, batch: dict[str, Tensor]) -> fp.Mean:
         z_BTV = logits(params, batch["tokens"], sizes)
-        total = F.cross_entropy(z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+        total = F.cross_entropy(
+            z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         return fp.Mean(total=total, weight=(batch["labels"] != IGNORED).sum())
 
     return loss_fn
 
 
 @torch.no_grad()
-def continue_text(params: Params, sizes: Sizes, prompt: bytes, count: int, temperature: float = 0.7) -> bytes:
-    """``count`` more bytes, drawn one by one from what the model expects; the same ones every time."""
+def continue_text(
+    params: Params, sizes: Sizes, prompt: bytes, count: int, temperature: float = 0.7
+) -> bytes:
+    """``count`` more bytes, drawn one by one from what the model expects; the same ones every
+    time."""
     gen = torch.Generator().manual_seed(0)
     tokens = torch.tensor([list(prompt)])
     for _ in range(count):

@@ -1,12 +1,14 @@
-"""A sequence too long for one rank: its positions split over four, by exchanges of heads, a ring, or both.
+"""A sequence too long for one rank: its positions split over four, by exchanges of heads, a ring,
+or both.
 
     python examples/long_context.py                      in four processes, over gloo; on GPUs if there are four
     python examples/long_context.py --simulate           the same four ranks inside this process
     python examples/long_context.py --mesh ring=2,seq=2  heads exchanged over "seq", a ring over "ring" (USP)
 
-The step is written for one device: a small Llama (`lm.py`) and a loss that never makes all logits at once. The transform
-splits the sequence of the batch, and rewrites attention; no line of the model changes. A rank is given a budget of memory
-that the whole sequence exceeds, by its plan; the table shows what a rank needs for every size of the axis.
+The step is written for one device: a small Llama (`lm.py`) and a loss that never makes all logits
+at once. The transform splits the sequence of the batch, and rewrites attention; no line of the
+model changes. A rank is given a budget of memory that the whole sequence exceeds, by its plan; the
+table shows what a rank needs for every size of the axis.
 """
 
 from __future__ import annotations
@@ -52,41 +54,63 @@ def parallel(mesh: fp.Mesh) -> Callable:
 
 def make_batch(length: int, number: int) -> dict[str, torch.Tensor]:
     """One long text: numbers that count up, with a start and a pace of their own."""
-    start, pace = torch.randint(1, 200, (2,), generator=torch.Generator().manual_seed(number)).tolist()
+    start, pace = torch.randint(
+        1, 200, (2,), generator=torch.Generator().manual_seed(number)
+    ).tolist()
     text = (start + pace * torch.arange(length + 1)) // 7 % 256
     return {"tokens": text[None, :-1].contiguous(), "labels": text[None, 1:].contiguous()}
 
 
 def planned_memory(length: int, mesh: fp.Mesh) -> int:
     """Bytes of activations that a rank needs, by its plan; nothing is run."""
-    run, params, batch = fp.simulate(parallel(mesh), mesh), init_params(SIZES), make_batch(length, 0)
+    run, params, batch = (
+        fp.simulate(parallel(mesh), mesh),
+        init_params(SIZES),
+        make_batch(length, 0),
+    )
     return run.plan(run.init(lambda p: p, params, batch), batch).memory[0]["activations"]
 
 
 def tell(args: argparse.Namespace, console: Console) -> None:
-    table = Table("ranks on the sequence", "activations of a rank", "of one device", "within the budget")
+    table = Table(
+        "ranks on the sequence", "activations of a rank", "of one device", "within the budget"
+    )
     alone = planned_memory(args.length, fp.Mesh())
     budget = alone / 2
     for n in (1, 2, 4):
         name = next(iter(args.mesh.axes))
         need = planned_memory(args.length, fp.Mesh(**{name: n}))
-        table.add_row(str(n), f"{need / 2**20:.1f} MiB", f"{need / alone:.2f}", "yes" if need <= budget else "no")
-    console.print(f"one sequence of {args.length} tokens, a budget of {budget / 2**20:.1f} MiB a rank")
+        table.add_row(
+            str(n),
+            f"{need / 2**20:.1f} MiB",
+            f"{need / alone:.2f}",
+            "yes" if need <= budget else "no",
+        )
+    console.print(
+        f"one sequence of {args.length} tokens, a budget of {budget / 2**20:.1f} MiB a rank"
+    )
     console.print(table)
 
 
 def train(run: Any, args: argparse.Namespace, console: Console) -> None:
     batch = {k: x.to(run.device) for k, x in make_batch(args.length, 0).items()}
-    state = run.init(lambda p: p, optree.tree_map(lambda p: p.to(run.device), init_params(SIZES)), batch)
+    state = run.init(
+        lambda p: p, optree.tree_map(lambda p: p.to(run.device), init_params(SIZES)), batch
+    )
     first = None
     for i in range(args.steps):
         state, metrics = run(state, batch)
         first = metrics["loss"] if first is None else first
-        console.print(f"step {i}  loss {metrics['loss']:.4f}  gradient norm {metrics['norm']:.3f}", highlight=False)
+        console.print(
+            f"step {i}  loss {metrics['loss']:.4f}  gradient norm {metrics['norm']:.3f}",
+            highlight=False,
+        )
     if not console.quiet:
         _, alone = step(init_params(SIZES), make_batch(args.length, 0))
         error = abs(float(first) - float(alone["loss"])) / float(alone["loss"])
-        console.print(f"the first loss equals that of one device: relative error {error:.0e}", highlight=False)
+        console.print(
+            f"the first loss equals that of one device: relative error {error:.0e}", highlight=False
+        )
         if not error <= TOLERANCE:
             sys.exit("long_context: the split step computes something else")
 
@@ -107,13 +131,19 @@ def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mesh", type=fp.Mesh.parse, default=fp.Mesh(seq=RANKS), help='axes "seq" and "ring"')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mesh", type=fp.Mesh.parse, default=fp.Mesh(seq=RANKS), help='axes "seq" and "ring"'
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--simulate", action="store_true")
     options = parser.parse_args()
-    if options.simulate or "RANK" in os.environ:  # torchrun has started this process, and the others
+    if (
+        options.simulate or "RANK" in os.environ
+    ):  # torchrun has started this process, and the others
         work(options)
     else:
         fp.launch(work, options.mesh.size, options)

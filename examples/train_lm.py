@@ -1,4 +1,5 @@
-"""Train a language model on the source of Python's standard library, over a pipeline of four processes.
+"""Train a language model on the source of Python's standard library, over a pipeline of four
+processes.
 
     python examples/train_lm.py                       on four GPUs if there are four, else in four processes
     python examples/train_lm.py --simulate            the same mesh inside this one process
@@ -8,8 +9,8 @@
     python examples/train_lm.py --resume DIR          go on from the newest one, on this mesh or another
     torchrun --nproc-per-node 4 examples/train_lm.py  in processes that torchrun starts
 
-The step is written for one device (`make_step`); `parallel` says how it is spread. Tokens are bytes, so there
-is nothing to download.
+The step is written for one device (`make_step`); `parallel` says how it is spread. Tokens are
+bytes, so there is nothing to download.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def make_step(sizes: Sizes, optimizer: fp.optim.Optimizer) -> Callable:
 
 
 def parallel(step: Callable, args: argparse.Namespace) -> Callable:
-    step = fp.pipelined(step, axis="pipe", microbatches=args.microbatches, schedule=SCHEDULES[args.schedule]())
+    step = fp.pipelined(
+        step, axis="pipe", microbatches=args.microbatches, schedule=SCHEDULES[args.schedule]()
+    )
     for axis in [name for name in args.mesh.axes if name != "pipe"]:
         step = fp.data_parallel(step, axis=axis)
     return fp.sharded_weights(step, axis=args.shard) if args.shard else step
@@ -74,7 +77,9 @@ def read_corpus() -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
 
-def batches(args: argparse.Namespace, device: torch.device) -> Callable[[int], dict[str, torch.Tensor]]:
+def batches(
+    args: argparse.Namespace, device: torch.device
+) -> Callable[[int], dict[str, torch.Tensor]]:
     """From the number of a step to its batch: random pieces of the text, the same on every rank."""
     corpus = read_corpus()
 
@@ -89,7 +94,8 @@ def batches(args: argparse.Namespace, device: torch.device) -> Callable[[int], d
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What batches and learning rates follow from, beside the number of a step: the same again after a resume."""
+    """What batches and learning rates follow from, beside the number of a step: the same again
+    after a resume."""
     return {name: getattr(args, name) for name in ("steps", "rows", "length", "lr")}
 
 
@@ -97,9 +103,13 @@ def resume(run: Any, args: argparse.Namespace) -> tuple[TrainState, int]:
     """The newest state in ``--resume``, and the number of the step to go on with."""
     state, info = checkpoint.load(args.resume, run)
     if info.extra != settings(args):
-        raise fp.errors.CheckpointError(f"{info.path} was saved with {info.extra}, this run has {settings(args)}")
+        raise fp.errors.CheckpointError(
+            f"{info.path} was saved with {info.extra}, this run has {settings(args)}"
+        )
     if info.step == args.steps:
-        raise fp.errors.CheckpointError(f"{info.path} is of the last step: there is nothing to go on with")
+        raise fp.errors.CheckpointError(
+            f"{info.path} is of the last step: there is nothing to go on with"
+        )
     return state, info.step
 
 
@@ -139,7 +149,11 @@ def work(args: argparse.Namespace) -> Result:
         report(console, run.plan(state, batch(0)), params, result, args)
         console.print("\n[bold]What it writes now:[/]")
         sample = continue_text(params, sizes, b"def ", 160).decode("ascii", errors="replace")
-        console.print("".join(c for c in sample if c.isprintable() or c == "\n"), markup=False, highlight=False)
+        console.print(
+            "".join(c for c in sample if c.isprintable() or c == "\n"),
+            markup=False,
+            highlight=False,
+        )
     if not args.simulate:
         run.close()
     return result
@@ -173,7 +187,9 @@ def train(
             if args.save and ((i + 1) % args.save_every == 0 or i + 1 == args.steps):
                 if saving is not None:
                     saving.wait()  # one at a time; until then training went on
-                saving = checkpoint.save_async(args.save, run, state, step=i + 1, extra=settings(args), keep=2)
+                saving = checkpoint.save_async(
+                    args.save, run, state, step=i + 1, extra=settings(args), keep=2
+                )
     if saving is not None:
         saving.wait()
     return state, Result(losses, built, time.perf_counter() - start)
@@ -182,7 +198,9 @@ def train(
 # ---- what is told at the end
 
 
-def report(console: Console, plan: Any, params: Any, result: Result, args: argparse.Namespace) -> None:
+def report(
+    console: Console, plan: Any, params: Any, result: Result, args: argparse.Namespace
+) -> None:
     count, last = len(result.losses), result.losses[-10:]
     tokens = (count - 1) * args.rows * args.length
     table = Table("training", "")
@@ -225,7 +243,8 @@ def enough_gpus(args: argparse.Namespace) -> bool:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The parallel step against the plain one, in float64, on the batches that training starts with."""
+    """The parallel step against the plain one, in float64, on the batches that training starts
+    with."""
     sizes, optimizer, step = build(args)
     batch, start = batches(args, torch.device("cpu")), time.perf_counter()
     try:
@@ -240,7 +259,10 @@ def check(args: argparse.Namespace) -> None:
     except AssertionError as error:
         sys.exit(f"train_lm: the parallel step computes something else: {error}")
     took = time.perf_counter() - start
-    print(f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} ({took:.1f} s)")
+    print(
+        f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} "
+        f"({took:.1f} s)"
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -249,7 +271,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--mesh", type=mesh, default=fp.Mesh(pipe=4), help="pipe, and other axes to split the batch over (pipe=4)")
+    add(
+        "--mesh",
+        type=mesh,
+        default=fp.Mesh(pipe=4),
+        help="pipe, and other axes to split the batch over (pipe=4)",
+    )
     add("--simulate", action="store_true", help="run all ranks of the mesh in this process")
     add("--check", action="store_true", help="first compare with a single device, in float64")
     add("--schedule", choices=SCHEDULES, default="1f1b", help="(1f1b)")
@@ -265,11 +292,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add(f"--{name}", type=positive, default=value, metavar="N", help=f"{what} ({value})")
     add("--lr", type=float, default=4e-3, help="peak learning rate (4e-3)")
     add("--shard", metavar="AXIS", help="split weights and optimizer state over this axis")
-    add("--tied", action="store_true", help="read the logits off the embedding: one leaf, used by two stages")
-    add("--save", metavar="DIR", help="save checkpoints there, also after the last step; the newest two stay")
-    add("--resume", metavar="DIR", help="go on from the newest checkpoint there, with the same data and learning rates")
+    add(
+        "--tied",
+        action="store_true",
+        help="read the logits off the embedding: one leaf, used by two stages",
+    )
+    add(
+        "--save",
+        metavar="DIR",
+        help="save checkpoints there, also after the last step; the newest two stay",
+    )
+    add(
+        "--resume",
+        metavar="DIR",
+        help="go on from the newest checkpoint there, with the same data and learning rates",
+    )
     add("--short", action="store_true", help="a small model and few steps: some seconds in all")
-    add("--picture", default="train_lm.html", metavar="FILE", help="where to draw the timeline: .html or .svg")
+    add(
+        "--picture",
+        default="train_lm.html",
+        metavar="FILE",
+        help="where to draw the timeline: .html or .svg",
+    )
     args = parser.parse_args(argv)
     if args.short:
         parser.set_defaults(**SHORT)

@@ -1,7 +1,7 @@
 """funcpipe: JAX-style parallel training for PyTorch.
 
-Write a training step once, as a pure function ``(state, batch) -> (state, metrics)`` for one device; stack transforms on
-it; run it on a mesh. This is the public interface, in one list.
+Write a training step once, as a pure function ``(state, batch) -> (state, metrics)`` for one
+device; stack transforms on it; run it on a mesh. This is the public interface, in one list.
 """
 
 from funcpipe import checkpoint, data, errors, losses, optim, random, schedules, testing
@@ -59,7 +59,9 @@ try:
 except ModuleNotFoundError as error:  # they lie beside the package in a checkout
     if error.name != "funcpipe.transforms":
         raise
-    raise ModuleNotFoundError("funcpipe is not installed: run `pip install -e .` in its checkout") from error
+    raise ModuleNotFoundError(
+        "funcpipe is not installed: run `pip install -e .` in its checkout"
+    ) from error
 
 __all__ = [
     "Mean",

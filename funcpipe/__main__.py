@@ -38,7 +38,12 @@ _EXAMPLES = """examples:
 
 schedules: """ + ", ".join(NAMES)
 
-_STYLES = {"F": "bold white on blue", "B": "bold white on red", "I": "black on yellow", "W": "black on green"}
+_STYLES = {
+    "F": "bold white on blue",
+    "B": "bold white on red",
+    "I": "black on yellow",
+    "W": "black on green",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,33 +61,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m funcpipe", description="Look at pipeline schedules.", epilog=_EXAMPLES, formatter_class=raw
+        prog="python -m funcpipe",
+        description="Look at pipeline schedules.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="{schedule,compare}")
-    one = commands.add_parser("schedule", help="draw one schedule", epilog=_EXAMPLES, formatter_class=raw)
+    one = commands.add_parser(
+        "schedule", help="draw one schedule", epilog=_EXAMPLES, formatter_class=raw
+    )
     one.add_argument("name", help="such as zb_v; the names are listed below")
     one.add_argument("--v", type=int, help="stages a rank, for schedules that take a number")
-    one.add_argument("--save", type=Path, metavar="FILE", help="draw it, as .svg, .html, .json (Perfetto), or .csv")
+    one.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="draw it, as .svg, .html, .json (Perfetto), or .csv",
+    )
     one.set_defaults(run=_schedule)
-    many = commands.add_parser("compare", help="all schedules side by side", epilog=_EXAMPLES, formatter_class=raw)
-    many.add_argument("--v", type=int, nargs="+", default=[2, 4], help="stages a rank to try (2 and 4)")
+    many = commands.add_parser(
+        "compare", help="all schedules side by side", epilog=_EXAMPLES, formatter_class=raw
+    )
+    many.add_argument(
+        "--v", type=int, nargs="+", default=[2, 4], help="stages a rank to try (2 and 4)"
+    )
     many.set_defaults(run=_compare)
     for command in (one, many):
-        command.add_argument("--pipe", type=int, required=True, metavar="P", help="ranks on the pipe axis")
-        command.add_argument("--microbatches", type=int, required=True, metavar="M", help="microbatches a step")
+        command.add_argument(
+            "--pipe", type=int, required=True, metavar="P", help="ranks on the pipe axis"
+        )
+        command.add_argument(
+            "--microbatches", type=int, required=True, metavar="M", help="microbatches a step"
+        )
         command.add_argument(
             "--costs",
             type=float,
             nargs=3,
             default=[1.0, 1.0, 1.0],
             metavar=("F", "I", "W"),
-            help="time of a rank's whole forward, input gradient and weight gradient of a microbatch (1 1 1)",
+            help="time of a rank's whole forward, input gradient and weight gradient of a "
+            "microbatch (1 1 1)",
         )
-        command.add_argument("--transfer", type=float, default=0.0, metavar="T", help="time of a message (0)")
+        command.add_argument(
+            "--transfer", type=float, default=0.0, metavar="T", help="time of a message (0)"
+        )
     return parser
 
 
-def _lay_out(schedule_fn: ScheduleFn, options: argparse.Namespace) -> tuple[Schedule, Report, Timeline]:
+def _lay_out(
+    schedule_fn: ScheduleFn, options: argparse.Namespace
+) -> tuple[Schedule, Report, Timeline]:
     schedule = schedule_fn(options.pipe, options.microbatches)
     report = check(schedule)
     share = options.pipe / schedule.stages  # costs are given for a rank; a stage is a part of it
@@ -93,7 +121,9 @@ def _lay_out(schedule_fn: ScheduleFn, options: argparse.Namespace) -> tuple[Sche
 def _schedule(options: argparse.Namespace, console: Console) -> None:
     schedule, report, line = _lay_out(by_name(options.name, options.v), options)
     console.print(_rows(line, console.width), no_wrap=True, crop=True, highlight=False)
-    table = Table(title=f"{schedule.name}: {options.pipe} ranks, {options.microbatches} microbatches")
+    table = Table(
+        title=f"{schedule.name}: {options.pipe} ranks, {options.microbatches} microbatches"
+    )
     for name in ("rank", "stages", "busy", "most live (stage, microbatch)", "most waiting for W"):
         table.add_column(name, justify="right")
     for rank in range(options.pipe):
@@ -104,7 +134,8 @@ def _schedule(options: argparse.Namespace, console: Console) -> None:
     console.print(table)
     steady = f", {line.period:g} in steady state" if line.period < line.makespan else ""
     console.print(
-        f"step {line.makespan:g}{steady}, bubble {line.bubble:.1%}, memory {_memory(schedule, report):.2f} of 1F1B's, "
+        f"step {line.makespan:g}{steady}, bubble {line.bubble:.1%}, memory "
+        f"{_memory(schedule, report):.2f} of 1F1B's, "
         f"{report.messages} messages"
     )
     if options.save:
@@ -132,10 +163,17 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         schedule, report, line = _lay_out(schedule_fn, options)
         times = f"{line.makespan:.4g}", f"{line.period:.4g}", f"{line.bubble:.1%}"
         numbers = (*times, f"{_memory(schedule, report):.2f}")
-        table.add_row(schedule.name, str(schedule.stages // options.pipe), *numbers, str(report.messages))
+        table.add_row(
+            schedule.name, str(schedule.stages // options.pipe), *numbers, str(report.messages)
+        )
     console.print(table)
-    console.print("steady state: of a step where ranks go from one to the next without waiting for each other")
-    console.print("memory: what the fullest rank holds between forward and backward, in what 1F1B's fullest holds")
+    console.print(
+        "steady state: of a step where ranks go from one to the next without waiting for each other"
+    )
+    console.print(
+        "memory: what the fullest rank holds between forward and backward, in what 1F1B's "
+        "fullest holds"
+    )
 
 
 def _memory(schedule: Schedule, report: Report) -> float:

@@ -1,6 +1,7 @@
 """Every error that funcpipe raises on purpose: one class per kind, all of them ``FuncpipeError``.
 
-A message says what is wrong, where (pytree path, rank, axis or action), why, and what to write instead.
+A message says what is wrong, where (pytree path, rank, axis or action), why, and what to write
+instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ class MeshError(FuncpipeError):
 
 
 class AxisError(FuncpipeError):
-    """A collective names an axis that is not bound where it is called, or gets what it cannot work on."""
+    """A collective names an axis that is not bound where it is called, or gets what it cannot work
+    on."""
 
 
 class StackError(FuncpipeError):
@@ -35,7 +37,8 @@ class CutError(FuncpipeError):
 
 
 class StateError(FuncpipeError):
-    """The step touches its state in a way that a rank, which holds a part of it, could not repeat."""
+    """The step touches its state in a way that a rank, which holds a part of it, could not
+    repeat."""
 
 
 class ScheduleError(FuncpipeError):
@@ -75,4 +78,5 @@ class ModuleError(FuncpipeError):
 
 
 class SequenceError(FuncpipeError):
-    """A rank's slice of the sequence cannot be proven to compute what one device computes of the whole."""
+    """A rank's slice of the sequence cannot be proven to compute what one device computes of the
+    whole."""

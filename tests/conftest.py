@@ -1,11 +1,12 @@
 """Settings of the whole test suite.
 
-Plain ``pytest`` runs the tests that are not marked ``slow``, on all cores; ``pytest -m ''`` runs all of them.
-The tests of one file run in one process, so that what a file starts (processes, a wheel) is started once.
+Plain ``pytest`` runs the tests that are not marked ``slow``, on all cores; ``pytest -m ''`` runs
+all of them. The tests of one file run in one process, so that what a file starts (processes, a
+wheel) is started once.
 
-A random test draws the same few cases every time, so that a run that fails is due to what was changed.
-``FUNCPIPE_PROFILE=ci`` draws more, and ``thorough`` many more, others each time. A case that fails
-prints what repeats it.
+A random test draws the same few cases every time, so that a run that fails is due to what was
+changed. ``FUNCPIPE_PROFILE=ci`` draws more, and ``thorough`` many more, others each time. A case
+that fails prints what repeats it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[pytest.TestReport]:
     if call.when == "teardown":
         name, minus_start = item.user_properties[0]
         item.user_properties[0] = name, _cpu() + minus_start
@@ -119,12 +122,17 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Names the plain tests that take long: make them shorter, or mark them slow beside a short one."""
-    teardowns = [report for report in terminalreporter.stats.get("", []) if report.when == "teardown"]
+    """Names the plain tests that take long: make them shorter, or mark them slow beside a short
+    one."""
+    teardowns = [
+        report for report in terminalreporter.stats.get("", []) if report.when == "teardown"
+    ]
     plain = [report for report in teardowns if "slow" not in report.keywords]
     taken = {report.nodeid: dict(report.user_properties)[_CPU] for report in plain}
     long = {name: seconds for name, seconds in taken.items() if seconds > _LONG}
     if long and _PROFILE == "quick":
-        terminalreporter.section(f"plain tests that took over {_LONG:g} s of {sum(taken.values()):.0f} s of CPU")
+        terminalreporter.section(
+            f"plain tests that took over {_LONG:g} s of {sum(taken.values()):.0f} s of CPU"
+        )
         for name, seconds in sorted(long.items(), key=lambda pair: -pair[1]):
             terminalreporter.write_line(f"{seconds:.1f}s {name}")

@@ -1,4 +1,5 @@
-"""Transforms: one file each, each a function ``transform(step=None, *, axis=..., **options) -> step``."""
+"""Transforms: one file each, each a function ``transform(step=None, *, axis=..., **options) ->
+step``."""
 
 from .accumulated import accumulated
 from .data_parallel import data_parallel

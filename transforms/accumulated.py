@@ -8,16 +8,21 @@ from typing import Any
 from funcpipe._src.spec.transform_spec import Micro, Record, record, require_positive
 
 
-def accumulated(step: Callable | None = None, *, microbatches: int | None = None, dims: Any = 0) -> Any:
-    """Run ``value_and_grad`` on one microbatch after another and add up: less memory, the same numbers.
+def accumulated(
+    step: Callable | None = None, *, microbatches: int | None = None, dims: Any = 0
+) -> Any:
+    """Run ``value_and_grad`` on one microbatch after another and add up: less memory, the same
+    numbers.
 
     Args:
         step: the step; without it, a transform to apply later.
         microbatches: how many; None takes them as `fp.Microbatches` brings them.
-        dims: a pytree prefix of the batch: the dim along which a leaf is split, or None to hand it out whole.
+        dims: a pytree prefix of the batch: the dim along which a leaf is split, or None to hand it
+            out whole.
 
     Returns:
-        A step with the same interface. Loss and gradients are sums over microbatches in order, divided once.
+        A step with the same interface. Loss and gradients are sums over microbatches in order,
+        divided once.
 
     >>> accumulated(lambda state, batch: (state, {}), microbatches=4).records[0].micro.count
     4

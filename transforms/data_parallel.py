@@ -1,4 +1,5 @@
-"""`data_parallel`: the batch dim of the batch split over mesh axes; gradients and metrics summed once per step."""
+"""`data_parallel`: the batch dim of the batch split over mesh axes; gradients and metrics summed
+once per step."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], di
     Args:
         step: the step; without it, a transform to apply later.
         axis: the mesh axis, or a tuple of axes, of which the first is major.
-        dims: a pytree prefix of the batch: the dim along which a leaf is split (default 0), or None to hand the leaf to
-            every rank whole.
+        dims: a pytree prefix of the batch: the dim along which a leaf is split (default 0), or None
+            to hand the leaf to every rank whole.
 
     Returns:
-        A step with the same interface and the same numbers, whatever the shards hold: loss and gradients are the sum of
-        all totals over the sum of all weights.
+        A step with the same interface and the same numbers, whatever the shards hold: loss and
+        gradients are the sum of all totals over the sum of all weights.
 
-    Weights, gradients and optimizer state are held by every rank of the axis; stack `sharded_weights` on the same axis
-    to split those as well.
+    Weights, gradients and optimizer state are held by every rank of the axis; stack
+    `sharded_weights` on the same axis to split those as well.
 
     >>> data_parallel(axis="data")(lambda state, batch: (state, {}))
     <step <lambda>

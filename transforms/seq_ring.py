@@ -1,4 +1,5 @@
-"""`seq_ring`: the sequence split over a mesh axis; in attention, keys and values travel around the ring of its ranks."""
+"""`seq_ring`: the sequence split over a mesh axis; in attention, keys and values travel around the
+ring of its ranks."""
 
 from __future__ import annotations
 
@@ -10,22 +11,27 @@ from funcpipe._src.spec.transform_spec import Record, Split, record
 from funcpipe.errors import StackError
 
 
-def seq_ring(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 1, zigzag: bool = True) -> Any:
-    """Split the sequence over a mesh axis of any size, also beyond the number of heads: ring attention.
+def seq_ring(
+    step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 1, zigzag: bool = True
+) -> Any:
+    """Split the sequence over a mesh axis of any size, also beyond the number of heads: ring
+    attention.
 
-    Every rank keeps its queries; keys and values go around, and partial results are merged by their log-sum-exp, in
-    float32 at least. Stacked with `seq_all_to_all` on another axis, heads are exchanged inside each piece of the ring
-    (USP): the ring then has fewer, larger messages.
+    Every rank keeps its queries; keys and values go around, and partial results are merged by their
+    log-sum-exp, in float32 at least. Stacked with `seq_all_to_all` on another axis, heads are
+    exchanged inside each piece of the ring (USP): the ring then has fewer, larger messages.
 
     Args:
         step: the step; without it, a transform to apply later.
         axis: the mesh axis, or a tuple of axes, of which the first is major.
-        dims: a pytree prefix of the batch: the dim of positions of a leaf, or None; as in `seq_all_to_all`.
-        zigzag: give every rank a piece from the front and one from the back of the sequence, so that under a causal mask
-            all have equal work; else one piece each.
+        dims: a pytree prefix of the batch: the dim of positions of a leaf, or None; as in
+            `seq_all_to_all`.
+        zigzag: give every rank a piece from the front and one from the back of the sequence, so
+            that under a causal mask all have equal work; else one piece each.
 
     Returns:
-        A step with the same interface and the same numbers, but for the rounding of merged sums (float64: 1e-10).
+        A step with the same interface and the same numbers, but for the rounding of merged sums
+        (float64: 1e-10).
 
     Raises:
         SequenceError, when the plan is made: as for `seq_all_to_all`.

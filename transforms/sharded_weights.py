@@ -1,4 +1,5 @@
-"""`sharded_weights`: weights, gradients and optimizer state split over mesh axes; whole only while a unit needs them."""
+"""`sharded_weights`: weights, gradients and optimizer state split over mesh axes; whole only while
+a unit needs them."""
 
 from __future__ import annotations
 
@@ -26,33 +27,38 @@ def sharded_weights(
 ) -> Any:
     """Split weights, gradients and optimizer state over mesh axes, and nothing else.
 
-    On an axis over which another transform splits the data it is FSDP / ZeRO-3; on one of two data axes, HSDP; on a
-    sequence axis, InternEvo's intern sequence parallelism. Every leaf is cut flat into equal pieces, any size will do;
-    0-d leaves stay whole. A leaf is gathered for one segment at a time, so mark a boundary after every block.
+    On an axis over which another transform splits the data it is FSDP / ZeRO-3; on one of two data
+    axes, HSDP; on a sequence axis, InternEvo's intern sequence parallelism. Every leaf is cut flat
+    into equal pieces, any size will do; 0-d leaves stay whole. A leaf is gathered for one segment
+    at a time, so mark a boundary after every block.
 
     Args:
         step: the step; without it, a transform to apply later.
         axis: the mesh axis, or a tuple of axes.
-        regather: when a leaf is gathered again: "microbatch" for each unit that uses it (unless the next one is within
-            ``prefetch``), "step" once (held from the first use to the last), or after a number of microbatches.
-        reduce: "each" microbatch's gradients are reduced and added up in shards; or "last": they are added up whole, and
-            reduced once.
+        regather: when a leaf is gathered again: "microbatch" for each unit that uses it (unless the
+            next one is within ``prefetch``), "step" once (held from the first use to the last), or
+            after a number of microbatches.
+        reduce: "each" microbatch's gradients are reduced and added up in shards; or "last": they
+            are added up whole, and reduced once.
         prefetch: how many units before its use a gather starts. Gathered memory grows with it.
         bucket_bytes: the most that one collective gathers; by default, all that a unit needs.
-        param_dtype: in which leaves are gathered and the loss function sees them (the state keeps its own).
+        param_dtype: in which leaves are gathered and the loss function sees them (the state keeps
+            its own).
         reduce_dtype: of gradients on the wire.
         only: a predicate on a parameter's path, such as ``lambda path: "embed" not in path``.
 
     Returns:
-        A step with the same interface and the same numbers. Outside ``value_and_grad`` a rank sees its shards.
+        A step with the same interface and the same numbers. Outside ``value_and_grad`` a rank sees
+        its shards.
 
     Raises:
-        StackError: an option that is not valid; once a plan is made, several `sharded_weights` that shard one leaf over
-            one axis, or with different options. With ``only`` each may shard its own leaves over axes, and with
-            options, of its own: dense leaves over ``("data", "expert")`` and experts over ``"data"``, for instance.
+        StackError: an option that is not valid; once a plan is made, several `sharded_weights` that
+            shard one leaf over one axis, or with different options. With ``only`` each may shard
+            its own leaves over axes, and with options, of its own: dense leaves over ``("data",
+            "expert")`` and experts over ``"data"``, for instance.
 
-    Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"; Zhao et al. 2023,
-    "PyTorch FSDP".
+    Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models";
+    Zhao et al. 2023, "PyTorch FSDP".
 
     >>> sharded_weights(axis="data")(lambda state, batch: (state, {}))
     <step <lambda>
@@ -60,22 +66,33 @@ def sharded_weights(
     """
     axes = as_axes(axis)
     if not axes:
-        raise StackError(f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over")
+        raise StackError(
+            f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over"
+        )
     if regather not in ("microbatch", "step") and not _positive(regather):
         raise StackError(
-            f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of microbatches"
+            f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of "
+            "microbatches"
         )
     if reduce not in ("each", "last"):
         raise StackError(f"sharded_weights: reduce={reduce!r}; write 'each' or 'last'")
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-        raise StackError(f"sharded_weights: prefetch is {prefetch!r}; it is a number of units, 0 or more")
+        raise StackError(
+            f"sharded_weights: prefetch is {prefetch!r}; it is a number of units, 0 or more"
+        )
     if bucket_bytes is not None:
         require_positive("sharded_weights", "bucket_bytes", bucket_bytes)
     for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise StackError(f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as torch.bfloat16")
+            raise StackError(
+                f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as "
+                "torch.bfloat16"
+            )
     if only is not None and not callable(only):
-        raise StackError(f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or False")
+        raise StackError(
+            f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or "
+            "False"
+        )
     options = Shard(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype, only)
     return record(step, Record("sharded_weights", axes, shard=options))
 

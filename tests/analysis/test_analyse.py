@@ -1,4 +1,5 @@
-"""Dyed runs: which leaf of a state is which parameter, which calls a step makes, and what a rank's state looks like."""
+"""Dyed runs: which leaf of a state is which parameter, which calls a step makes, and what a rank's
+state looks like."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class State(NamedTuple):
 
 def seen(step: Callable, init: Callable, p: Any = None, b: Any = None) -> tuple[Dyed, Callable]:
     mode = FakeTensorMode()
-    fakes = tree.map_tensors(lambda x: torch.empty_like(mode.from_tensor(x)), params() if p is None else p)
+    fakes = tree.map_tensors(
+        lambda x: torch.empty_like(mode.from_tensor(x)), params() if p is None else p
+    )
     return look(step, init, fakes, batch() if b is None else b, mode)
 
 
@@ -38,7 +41,12 @@ def owners(dyed: Dyed) -> dict[str, int | None]:
 def test_moments_masters_and_averages_belong_to_their_parameter(optimizer: Any) -> None:
     def init(p: Any) -> State:
         master = optree.tree_map(lambda x: x.float(), p)
-        return State(p, optimizer.init(p), torch.zeros(()), {"ema": [p["w"][1], p["w"][0]], "master": master, "n": 3})
+        return State(
+            p,
+            optimizer.init(p),
+            torch.zeros(()),
+            {"ema": [p["w"][1], p["w"][0]], "master": master, "n": 3},
+        )
 
     def step(state: State, b: Any) -> Any:
         _, grads = fp.value_and_grad(loss_fn)(state.params, b)
@@ -52,7 +60,10 @@ def test_moments_masters_and_averages_belong_to_their_parameter(optimizer: Any) 
     assert [found[f".extra['master']['w'][{i}]"] for i in (0, 1)] == [0, 1]
     assert found[".step"] is None and found[".extra['n']"] is None
     moments = [i for path, i in found.items() if path.startswith(".opt")]
-    assert sorted(i for i in moments if i is not None) == sorted([0, 1] * (len(moments) // 2)) and None in moments
+    assert (
+        sorted(i for i in moments if i is not None) == sorted([0, 1] * (len(moments) // 2))
+        and None in moments
+    )
 
 
 def test_leaves_of_equal_shape_any_dims_and_dtypes_are_told_apart() -> None:
@@ -69,7 +80,9 @@ def test_leaves_of_equal_shape_any_dims_and_dtypes_are_told_apart() -> None:
 
 
 def test_fresh_tensors_of_a_leafs_size_belong_to_it() -> None:
-    dyed, _ = seen(lambda s, b: (s, {}), lambda p: optree.tree_map(lambda x: torch.zeros(x.shape), p))
+    dyed, _ = seen(
+        lambda s, b: (s, {}), lambda p: optree.tree_map(lambda x: torch.zeros(x.shape), p)
+    )
     assert dyed.state == (0, 1)
 
 
@@ -83,7 +96,9 @@ def test_calls_and_sums_are_noted_in_order() -> None:
     def step(state: Any, b: Any) -> Any:
         _, grads = fp.value_and_grad(first)(state["w"][::-1], b)
         norm = fp.global_norm({"g": grads, "n": torch.zeros(())})
-        (_, aux), _ = fp.value_and_grad(second, has_aux=True)({"x": state["w"][1].float()}, {"x": b["x"][:4]})
+        (_, aux), _ = fp.value_and_grad(second, has_aux=True)(
+            {"x": state["w"][1].float()}, {"x": b["x"][:4]}
+        )
         return state, {
             "norm": norm,
             "m": aux["m"],
@@ -95,8 +110,13 @@ def test_calls_and_sums_are_noted_in_order() -> None:
         ((1, 0), False, (torch.float64,) * 2),
         ((1,), True, (torch.float32,)),
     ]
-    assert dyed.calls[1].batch["x"].shape == (4, D) and not isinstance(dyed.calls[1].batch["x"], FakeTensor)
-    assert [(s.params, s.dtype) for s in dyed.sums] == [((1, 0, None), torch.float64), ((), torch.int32)]
+    assert dyed.calls[1].batch["x"].shape == (4, D) and not isinstance(
+        dyed.calls[1].batch["x"], FakeTensor
+    )
+    assert [(s.params, s.dtype) for s in dyed.sums] == [
+        ((1, 0, None), torch.float64),
+        ((), torch.int32),
+    ]
 
 
 def test_a_step_is_looked_at_without_its_work() -> None:
@@ -106,7 +126,9 @@ def test_a_step_is_looked_at_without_its_work() -> None:
     fakes = {"w": torch.empty_like(mode.from_tensor(huge["w"]))}
 
     def loss(p: Any, b: Any) -> Any:
-        return fp.Mean(p["w"].sum() * b["x"].sum(), torch.ones(())), {"m": fp.Mean(p["w"].sum(), torch.ones(()))}
+        return fp.Mean(p["w"].sum() * b["x"].sum(), torch.ones(())), {
+            "m": fp.Mean(p["w"].sum(), torch.ones(()))
+        }
 
     def step(state: Any, b: Any) -> Any:
         (loss_, aux), grads = fp.value_and_grad(loss, has_aux=True)(state, b)
@@ -122,7 +144,9 @@ def test_the_state_of_a_rank_that_holds_some_leaves() -> None:
 
     def step(state: State, b: Any) -> Any:
         _, grads = fp.value_and_grad(loss_fn)(state.params, b)
-        return State(*optimizer.update(grads, state.opt, state.params), state.step + 1), {"norm": fp.global_norm(grads)}
+        return State(*optimizer.update(grads, state.opt, state.params), state.step + 1), {
+            "norm": fp.global_norm(grads)
+        }
 
     dyed, held_state = seen(step, lambda p: State(p, optimizer.init(p), torch.zeros(())))
     for held in (set(), {1}, {0, 1}):

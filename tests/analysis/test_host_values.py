@@ -1,4 +1,5 @@
-"""Python values that a loss reads count as they are at the call; those that are not followed are refused by the call."""
+"""Python values that a loss reads count as they are at the call; those that are not followed are
+refused by the call."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ def want(factor: float) -> torch.Tensor:
     return factor * (X @ W).square().sum() / len(X)
 
 
-def runner(loss_of: Callable[[], Callable], transform: Callable = lambda s: fp.accumulated(s, microbatches=2)) -> Any:
+def runner(
+    loss_of: Callable[[], Callable],
+    transform: Callable = lambda s: fp.accumulated(s, microbatches=2),
+) -> Any:
     """A runner of a step that leaves the params, with how often it planned."""
 
     def step(w: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -120,10 +124,14 @@ def test_values_of_a_module_and_a_class() -> None:
         return BETA
 
     check(
-        lambda: loss_of(of_global), {1.0: lambda: globals().update(BETA=1.0), 3.0: lambda: globals().update(BETA=3.0)}
+        lambda: loss_of(of_global),
+        {1.0: lambda: globals().update(BETA=1.0), 3.0: lambda: globals().update(BETA=3.0)},
     )
     set_class = functools.partial(setattr, Settings, "beta")
-    check(lambda: loss_of(lambda: Settings.beta), {1.0: lambda: set_class(1.0), 3.0: lambda: set_class(3.0)})
+    check(
+        lambda: loss_of(lambda: Settings.beta),
+        {1.0: lambda: set_class(1.0), 3.0: lambda: set_class(3.0)},
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,17 +143,29 @@ def test_attributes_of_an_object(make: Callable, read: Callable) -> None:
     change = functools.partial(setattr, settings, "beta")
     if isinstance(settings, dict):
         change = functools.partial(settings.__setitem__, "beta")
-    check(lambda: loss_of(lambda: read(settings)), {1.0: lambda: change(1.0), 3.0: lambda: change(3.0)})
+    check(
+        lambda: loss_of(lambda: read(settings)),
+        {1.0: lambda: change(1.0), 3.0: lambda: change(3.0)},
+    )
 
 
 def test_nested_values() -> None:
     outer = Outer()
     inner = functools.partial(setattr, outer.inner, "beta")
-    check(lambda: loss_of(lambda: outer.inner.beta), {1.0: lambda: inner(1.0), 3.0: lambda: inner(3.0)})
+    check(
+        lambda: loss_of(lambda: outer.inner.beta),
+        {1.0: lambda: inner(1.0), 3.0: lambda: inner(3.0)},
+    )
     element = functools.partial(outer.betas.__setitem__, 0)
-    check(lambda: loss_of(lambda: outer.betas[0]), {1.0: lambda: element(1.0), 3.0: lambda: element(3.0)})
+    check(
+        lambda: loss_of(lambda: outer.betas[0]),
+        {1.0: lambda: element(1.0), 3.0: lambda: element(3.0)},
+    )
     other = functools.partial(setattr, outer, "inner")
-    check(lambda: loss_of(lambda: outer.inner.beta), {1.0: lambda: other(Inner(1.0)), 3.0: lambda: other(Inner(3.0))})
+    check(
+        lambda: loss_of(lambda: outer.inner.beta),
+        {1.0: lambda: other(Inner(1.0)), 3.0: lambda: other(Inner(3.0))},
+    )
 
 
 @pytest.mark.parametrize("form", ["method", "object", "partial", "wrapped"])
@@ -164,7 +184,10 @@ def test_forms_of_a_loss(form: str) -> None:
     }
     raw = functools.partial(setattr, model, "raw")
     scale = functools.partial(setattr, model, "scale")
-    check(forms[form], {1.0: lambda: (raw(1.0), scale(1.0)), 3.0: lambda: raw(3.0), 6.0: lambda: scale(2.0)})
+    check(
+        forms[form],
+        {1.0: lambda: (raw(1.0), scale(1.0)), 3.0: lambda: raw(3.0), 6.0: lambda: scale(2.0)},
+    )
 
 
 class Meta(type):
@@ -211,7 +234,12 @@ def imported() -> float:
 
 
 BOX = types.SimpleNamespace(value=1.0, fn=lambda: 1.0)
-NAMED, ARRAY, QUEUE, OBJECTS = set[str](), np.ones(2), deque([1.0]), [types.SimpleNamespace(weight=1.0)]
+NAMED, ARRAY, QUEUE, OBJECTS = (
+    set[str](),
+    np.ones(2),
+    deque([1.0]),
+    [types.SimpleNamespace(weight=1.0)],
+)
 MODULE = types.ModuleType("a_module_of_settings")
 MODULE.__file__ = __file__
 MODULE.beta = 1.0  # type: ignore[attr-defined]
@@ -233,7 +261,10 @@ WAYS: dict[str, tuple[Callable, Callable[[Any], object]]] = {
     "default by name": (by_name, lambda k: by_name.__kwdefaults__.update(beta=k)),  # type: ignore[union-attr]
     "attribute of a function": (by_name, set_at(by_name, "scale")),
     "import": (loss_of(imported), set_at(MODULE, "beta")),
-    "set": (loss_of(lambda: 3.0 if "k" in NAMED else 1.0), lambda k: NAMED.add("k") if k == 3.0 else NAMED.clear()),
+    "set": (
+        loss_of(lambda: 3.0 if "k" in NAMED else 1.0),
+        lambda k: NAMED.add("k") if k == 3.0 else NAMED.clear(),
+    ),
     "array": (loss_of(lambda: float(ARRAY[0])), ARRAY.fill),
     "deque": (loss_of(lambda: QUEUE[-1]), QUEUE.append),
     "element": (loss_of(lambda: sum(x.weight for x in OBJECTS)), set_at(OBJECTS[0], "weight")),
@@ -291,7 +322,8 @@ def test_a_module_thaws_and_changes_its_dropout() -> None:
 
 def test_a_value_that_comes_back_has_its_plan() -> None:
     run = check(
-        lambda: loss_of(lambda: Settings.beta), {b: functools.partial(setattr, Settings, "beta", b) for b in (1.0, 3.0)}
+        lambda: loss_of(lambda: Settings.beta),
+        {b: functools.partial(setattr, Settings, "beta", b) for b in (1.0, 3.0)},
     )
     (variants,) = run._planner.variants.values()
     assert len(variants.plans) == 2 and len(run._bound) == 2
@@ -346,7 +378,10 @@ def test_a_loss_made_in_the_step_of_what_it_reads(steps: int) -> None:
         return lambda w, x: mean(now, w, x)
 
     set_beta = functools.partial(setattr, beta, "value")
-    check(annealed, {1.0: lambda: set_beta(1.0), 4.0: lambda: set_beta(2.0), 9.0: lambda: set_beta(3.0)})
+    check(
+        annealed,
+        {1.0: lambda: set_beta(1.0), 4.0: lambda: set_beta(2.0), 9.0: lambda: set_beta(3.0)},
+    )
 
 
 def test_a_value_that_is_another_at_each_run_of_the_step_is_refused() -> None:
@@ -357,10 +392,11 @@ def test_a_value_that_is_another_at_each_run_of_the_step_is_refused() -> None:
         return lambda w, x: mean(k, w, x)
 
     run, state = runner(changing)
-    said = (
-        r"the loss function at test_host_values.py:\d+ reads from Python `k` \(\d\.0 when it was planned, \d\.0 now\)"
-    )
-    with pytest.raises(StateError, match=rf"^{said}: it is another each time that the step runs.*tensor in the batch"):
+    said = r"the loss function at test_host_values.py:\d+ reads from Python `k` \(\d\.0 when it was planned, \d\.0 now\)"
+    with pytest.raises(
+        StateError,
+        match=rf"^{said}: it is another each time that the step runs.*tensor in the batch",
+    ):
         run(state, X)
 
 
@@ -373,8 +409,13 @@ def test_a_value_that_keeps_changing_warns_once() -> None:
             state, _ = run(state, X)
     Settings.beta = 1.0
     (warning,) = caught
-    said = "reads `Settings.beta` from Python, which has changed 5 times, and each value makes a new plan. Pass it as a tensor"
-    assert said in str(warning.message) and str(warning.message).startswith("the loss function at test_host_values.py:")
+    said = (
+        "reads `Settings.beta` from Python, which has changed 5 times, and each value makes a "
+        "new plan. Pass it as a tensor"
+    )
+    assert said in str(warning.message) and str(warning.message).startswith(
+        "the loss function at test_host_values.py:"
+    )
     assert warning.filename == __file__
 
 
@@ -438,7 +479,10 @@ def test_a_number_that_a_loss_changes_is_refused() -> None:
 
 def test_a_tensor_that_a_loss_reads_as_a_number() -> None:
     beta = torch.tensor(1.0)
-    check(lambda: loss_of(lambda: beta.item()), {1.0: lambda: beta.fill_(1.0), 3.0: lambda: beta.fill_(3.0)})
+    check(
+        lambda: loss_of(lambda: beta.item()),
+        {1.0: lambda: beta.fill_(1.0), 3.0: lambda: beta.fill_(3.0)},
+    )
 
 
 # ---- what is read
@@ -465,8 +509,8 @@ def test_only_what_is_named_counts() -> None:
 
 
 def annealed_on_ranks() -> tuple[list[float], str]:
-    """How far off losses are whose factor the step computes from what it reads, in both of its calls; what is said where an
-    optimizer has written to the state between them."""
+    """How far off losses are whose factor the step computes from what it reads, in both of its
+    calls; what is said where an optimizer has written to the state between them."""
     settings = types.SimpleNamespace(beta=1.0, second=1.0)
 
     def step(w: torch.Tensor, x: torch.Tensor) -> Any:
@@ -477,7 +521,13 @@ def annealed_on_ranks() -> tuple[list[float], str]:
 
     run = fp.spmd(fp.data_parallel(step, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30)
     state, far = run.init(lambda p: p, W, X), []
-    for settings.beta, settings.second in ((1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (2.0, 1.0), (2.0, 5.0)):
+    for settings.beta, settings.second in (
+        (1.0, 1.0),
+        (2.0, 1.0),
+        (3.0, 1.0),
+        (2.0, 1.0),
+        (2.0, 5.0),
+    ):
         state, metrics = run(state, X)
         far += [
             float((metrics["a"] - want(settings.beta**2)).abs()),
@@ -492,7 +542,9 @@ def annealed_on_ranks() -> tuple[list[float], str]:
         loss, _ = fp.value_and_grad(lambda w, x: mean(second, w, x))(w, x)
         return (w, kept), {"loss": loss}
 
-    run = fp.spmd(fp.data_parallel(two_updates, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30)
+    run = fp.spmd(
+        fp.data_parallel(two_updates, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30
+    )
     state = run.init(lambda p: (p, optimizer.init(p)), W, X)
     settings.second = 7.0
     try:
@@ -506,8 +558,8 @@ def test_ranks_plan_again_in_the_middle_of_a_step() -> None:
     for far, said in fp.launch(annealed_on_ranks, 2, timeout=60):
         assert max(far) <= 1e-12
         assert (
-            "reads from Python `second` (5.0 when it was planned, 7.0 now), in the middle of a step that has updated"
-            in said
+            "reads from Python `second` (5.0 when it was planned, 7.0 now), in the middle of a "
+            "step that has updated" in said
         )
 
 
@@ -550,4 +602,7 @@ def test_ranks_that_read_other_values_are_refused(how: str) -> None:
     first, second = fp.launch(ranks_that_differ, 2, how, timeout=60)
     assert first == second and first[2]
     for said in first[:2]:
-        assert "reads from Python: 'settings.beta = 1.0' on rank 0, 'settings.beta = 2.0' on rank 1" in said
+        assert (
+            "reads from Python: 'settings.beta = 1.0' on rank 0, 'settings.beta = 2.0' on rank 1"
+            in said
+        )

@@ -39,5 +39,7 @@ def test_weights_of_parts_add_up_to_that_of_the_whole() -> None:
     fakes = tree.map_tensors(lambda x: fake(x.shape, x, mode), params())
     check = lambda parts: check_additive(loss_fn, False, fakes, batch(), parts, mode)  # noqa: E731
     check([torch.tensor(3), torch.tensor(5.0)])
-    with refused(BatchError, "Mean.weight of the whole batch is 8, but those of its 2 parts add up to 7"):
+    with refused(
+        BatchError, "Mean.weight of the whole batch is 8, but those of its 2 parts add up to 7"
+    ):
         check([torch.tensor(3), torch.tensor(4)])

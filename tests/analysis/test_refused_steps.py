@@ -1,4 +1,5 @@
-"""Bad steps: what is done to leaves, state and metrics outside ``value_and_grad``, each refusal with its text."""
+"""Bad steps: what is done to leaves, state and metrics outside ``value_and_grad``, each refusal
+with its text."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from funcpipe.errors import StateError
 FLOAT64 = 1e-12  # sums over microbatches are reordered: a few roundings of 2**-53
 TWO = fp.Mesh(pipe=2)
 
-Rest = Callable[[Any, Any, torch.Tensor, Any], Any]  # (state, batch, loss, grads) -> what the step returns
+Rest = Callable[
+    [Any, Any, torch.Tensor, Any], Any
+]  # (state, batch, loss, grads) -> what the step returns
 
 
 def step_with(rest: Rest) -> Callable:
@@ -46,9 +49,18 @@ NOT_ELEMENTWISE: dict[str, tuple[Callable, str]] = {
     "mean of a leaf": (metric(lambda s, g: s["w"][1].mean()), "aten.mean to params['w'][1]"),
     "mean of a gradient": (metric(lambda s, g: g["w"][0].mean()), "aten.mean to params['w'][0]"),
     "norm": (metric(lambda s, g: g["w"][1].norm()), "aten.linalg_vector_norm to params['w'][1]"),
-    "get_total_norm": (metric(lambda s, g: torch.nn.utils.get_total_norm(g["w"])), "norm to params['w'][0]"),
-    "foreach norm": (metric(lambda s, g: torch._foreach_norm(g["w"])[0]), "aten._foreach_norm to params['w'][0]"),
-    "flatten and cat": (metric(lambda s, g: torch.cat([x.flatten() for x in g["w"]]).norm()), "to params['w'][0]"),
+    "get_total_norm": (
+        metric(lambda s, g: torch.nn.utils.get_total_norm(g["w"])),
+        "norm to params['w'][0]",
+    ),
+    "foreach norm": (
+        metric(lambda s, g: torch._foreach_norm(g["w"])[0]),
+        "aten._foreach_norm to params['w'][0]",
+    ),
+    "flatten and cat": (
+        metric(lambda s, g: torch.cat([x.flatten() for x in g["w"]]).norm()),
+        "to params['w'][0]",
+    ),
     "stack": (metric(lambda s, g: torch.stack(g["w"]).sum()), "aten.stack to params['w'][0]"),
     "matmul": (each(lambda w: w @ w), "aten.mm to params['w'][0]"),
     "transpose": (each(lambda w: w.t()), "aten.t to params['w'][0]"),
@@ -77,7 +89,9 @@ def test_init_state_touches_leaves_elementwise() -> None:
 ELEMENTWISE: dict[str, Callable] = {
     "where": each(lambda w: torch.where(torch.isfinite(w), w * 0.5, 0)),
     "clamp, sign, pow": each(lambda w: w.clamp(-1, 1).sign() * w.abs() ** 1.5),
-    "casts and fresh tensors": each(lambda w: (w.float() + torch.zeros(w.shape) + torch.full_like(w, 0.1)).double()),
+    "casts and fresh tensors": each(
+        lambda w: (w.float() + torch.zeros(w.shape) + torch.full_like(w, 0.1)).double()
+    ),
     "foreach": step_with(
         lambda s, b, loss, g: (
             optree.tree_map(lambda p, x: torch._foreach_sub([p], [x], alpha=0.1)[0], s, g),
@@ -87,7 +101,9 @@ ELEMENTWISE: dict[str, Callable] = {
             },
         )
     ),
-    "nan check": step_with(lambda s, b, loss, g: (descend(s, g), {"nan": torch.isnan(loss), "loss": loss})),
+    "nan check": step_with(
+        lambda s, b, loss, g: (descend(s, g), {"nan": torch.isnan(loss), "loss": loss})
+    ),
 }
 
 
@@ -104,15 +120,26 @@ def test_what_is_elementwise_is_not_refused(name: str) -> None:
 def test_two_leaves_mixed() -> None:
     for step in (
         step_with(lambda s, b, loss, g: ({"w": [s["w"][0] + s["w"][1], s["w"][1]]}, {})),
-        step_with(lambda s, b, loss, g: ({"w": list(torch._foreach_add(s["w"], g["w"][::-1]))}, {})),
+        step_with(
+            lambda s, b, loss, g: ({"w": list(torch._foreach_add(s["w"], g["w"][::-1]))}, {})
+        ),
     ):
-        with refused(StateError, "the step mixes params['w'][0] and params['w'][1] in aten.", "hold only one of them"):
+        with refused(
+            StateError,
+            "the step mixes params['w'][0] and params['w'][1] in aten.",
+            "hold only one of them",
+        ):
             start(pipe(step), TWO)
 
 
 def test_random_values_for_leaves() -> None:
     for noise in (torch.randn_like, lambda w: torch.randn(w.shape), F.dropout):
-        with refused(StateError, "draws random values (aten.", "for params['w'][0]", "would draw different ones"):
+        with refused(
+            StateError,
+            "draws random values (aten.",
+            "for params['w'][0]",
+            "would draw different ones",
+        ):
             start(pipe(each(lambda w, noise=noise: w + noise(w))), TWO)  # type: ignore[misc]
 
 
@@ -129,20 +156,29 @@ STATES: dict[str, tuple[Rest, tuple[str, ...]]] = {
     ),
     "leaves swapped": (
         lambda s, b, loss, g: ({"w": s["w"][::-1]}, {}),
-        ("state['w'][0] belongs to params['w'][0] before the step and to params['w'][1] after it", "keep its place"),
+        (
+            "state['w'][0] belongs to params['w'][0] before the step and to params['w'][1] after it",
+            "keep its place",
+        ),
     ),
     "leaf replaced": (
         lambda s, b, loss, g: ({"w": [s["w"][0], torch.zeros(())]}, {}),
         ("state['w'][1] belongs to params['w'][1] before", "no parameter after it"),
     ),
-    "no metrics": (lambda s, b, loss, g: s, ("a step returns (state, metrics); this one returned a dict",)),
+    "no metrics": (
+        lambda s, b, loss, g: s,
+        ("a step returns (state, metrics); this one returned a dict",),
+    ),
     "a list": (lambda s, b, loss, g: [s, {}], ("this one returned a list of 2",)),
     "three": (lambda s, b, loss, g: (s, {}, 1), ("this one returned a tuple of 3",)),
     "a param as metric": (
         lambda s, b, loss, g: (s, {"w": s["w"][1]}),
         ("metrics['w'] is params['w'][1]", "no rank holds alone", "fp.global_sum"),
     ),
-    "gradients as metrics": (lambda s, b, loss, g: (s, {"g": g}), ("metrics['g']['w'][0] is params['w'][0]",)),
+    "gradients as metrics": (
+        lambda s, b, loss, g: (s, {"g": g}),
+        ("metrics['g']['w'][0] is params['w'][0]",),
+    ),
 }
 
 
@@ -161,7 +197,11 @@ def test_params_of_value_and_grad_are_parameters() -> None:
         fp.value_and_grad(loss_fn)({"w": [torch.zeros(D, D)] * 2}, b)
         return state, {}
 
-    with refused(StateError, "value_and_grad: its params['w'][0] is no parameter of the state", "through batch"):
+    with refused(
+        StateError,
+        "value_and_grad: its params['w'][0] is no parameter of the state",
+        "through batch",
+    ):
         start(pipe(step), TWO)
 
 
@@ -170,7 +210,9 @@ def test_a_parameter_does_not_go_through_batch() -> None:
         fp.value_and_grad(loss_fn)(state, {**b, "target": state["w"][1]})
         return state, {}
 
-    with refused(StateError, "value_and_grad: batch['target'] is params['w'][1]", "pass it through params"):
+    with refused(
+        StateError, "value_and_grad: batch['target'] is params['w'][1]", "pass it through params"
+    ):
         start(pipe(step), TWO)
 
 
@@ -200,7 +242,10 @@ def test_a_decision_by_the_value_of_a_tensor(name: str) -> None:
 
 NOT_HELD: dict[str, Rest] = {
     "zip": lambda s, b, loss, g: ({"w": [p - x for p, x in zip(s["w"], g["w"], strict=True)]}, {}),
-    "in place": lambda s, b, loss, g: ({"w": [p.add_(x) for p, x in zip(s["w"], g["w"], strict=True)]}, {}),
+    "in place": lambda s, b, loss, g: (
+        {"w": [p.add_(x) for p, x in zip(s["w"], g["w"], strict=True)]},
+        {},
+    ),
     "foreach": lambda s, b, loss, g: ({"w": list(torch._foreach_add(s["w"], g["w"]))}, {}),
 }
 
@@ -208,7 +253,12 @@ NOT_HELD: dict[str, Rest] = {
 @pytest.mark.parametrize("name", NOT_HELD)
 def test_a_step_that_does_not_pass_over_absent_leaves(name: str) -> None:
     step = step_with(NOT_HELD[name])
-    with refused(StateError, "the step fails on a rank that does not hold all leaves", "None there", "optree.tree_map"):
+    with refused(
+        StateError,
+        "the step fails on a rank that does not hold all leaves",
+        "None there",
+        "optree.tree_map",
+    ):
         start(pipe(step), TWO)
     start(fp.accumulated(step, microbatches=2), fp.Mesh())  # one rank holds all
 
@@ -217,7 +267,10 @@ def test_an_init_state_that_does_not_pass_over_absent_leaves() -> None:
     init = lambda p: {"w": p["w"], "m": [torch.zeros_like(w) for w in p["w"]]}  # noqa: E731
     step = lambda s, b: ({**s, "w": fp.value_and_grad(loss_fn)({"w": s["w"]}, b)[1]["w"]}, {})  # noqa: E731
     with refused(
-        StateError, "init_state fails on a rank that does not hold all leaves", "zeros_like", "optree.tree_map"
+        StateError,
+        "init_state fails on a rank that does not hold all leaves",
+        "zeros_like",
+        "optree.tree_map",
     ):
         start(pipe(step), TWO, init=init)
 
@@ -251,9 +304,16 @@ def test_a_step_makes_the_same_calls_every_time() -> None:
 
     cases = [
         (more, "calls value_and_grad more often than when it was planned"),
-        (fewer, "called value_and_grad 0 times and global sums 0 times, but 1 and 0 times when it was planned"),
+        (
+            fewer,
+            "called value_and_grad 0 times and global sums 0 times, but 1 and 0 times when it "
+            "was planned",
+        ),
         (summing, "takes more global sums than when it was planned"),
-        (other_rows, "value_and_grad 0 got a batch of other shapes or values than when the step was planned"),
+        (
+            other_rows,
+            "value_and_grad 0 got a batch of other shapes or values than when the step was planned",
+        ),
     ]
     for rest, words in cases:
         run, state = start(pipe(counting(rest)), TWO, init=keep)

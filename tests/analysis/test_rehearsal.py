@@ -1,4 +1,5 @@
-"""What a step computes of leaves outside ``value_and_grad``: on ranks that lack leaves or hold shards, the same or refused."""
+"""What a step computes of leaves outside ``value_and_grad``: on ranks that lack leaves or hold
+shards, the same or refused."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def params() -> dict[str, Any]:
     """An embedding that is tied to the head, blocks, and an odd number of elements."""
     gen = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=gen, dtype=torch.float64)  # noqa: E731
-    return {"embed": draw(WORDS, WIDTH), "blocks": [{"w": draw(WIDTH, WIDTH), "b": draw(WIDTH)} for _ in range(2)]}
+    return {
+        "embed": draw(WORDS, WIDTH),
+        "blocks": [{"w": draw(WIDTH, WIDTH), "b": draw(WIDTH)} for _ in range(2)],
+    }
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -87,11 +91,18 @@ def and_a_metric(state: Any, grads: Any) -> Any:
     found, of_params = statistics(grads), statistics(state["p"])
     ratio = optree.tree_map(lambda a, b: a / b, found.norm, of_params.norm)
     large = optree.tree_map(lambda a: a > 1, of_params.max_abs)
-    return scaled(state, grads, ratio), {"found": found, "ratio": ratio, "large": large, "first": ratio["embed"]}
+    return scaled(state, grads, ratio), {
+        "found": found,
+        "ratio": ratio,
+        "large": large,
+        "first": ratio["embed"],
+    }
 
 
 def kept_in_the_state(state: Any, grads: Any) -> Any:
-    kept = optree.tree_map(lambda old, new: 0.9 * old + 0.1 * new, state["n"], statistics(grads).norm)
+    kept = optree.tree_map(
+        lambda old, new: 0.9 * old + 0.1 * new, state["n"], statistics(grads).norm
+    )
     return {**scaled(state, grads, kept), "n": kept}, {}
 
 
@@ -103,7 +114,10 @@ def the_largest_norm(state: Any, grads: Any) -> Any:
 
 def scaled_by_the_largest(state: Any, grads: Any) -> Any:
     largest = torch.stack(tree.leaves(statistics(grads).max_abs)).max()
-    return {**state, "p": optree.tree_map(lambda w, d: w - 0.1 * d / largest, state["p"], grads)}, {}
+    return {
+        **state,
+        "p": optree.tree_map(lambda w, d: w - 0.1 * d / largest, state["p"], grads),
+    }, {}
 
 
 def joined_and_apart(state: Any, grads: Any) -> Any:
@@ -114,7 +128,9 @@ def joined_and_apart(state: Any, grads: Any) -> Any:
 
 def one_leaf_for_all(state: Any, grads: Any) -> Any:
     norm = statistics(grads).norm["embed"]
-    return {**state, "p": optree.tree_map(lambda w, d: w - 0.1 * d / norm, state["p"], grads)}, {"norm": norm}
+    return {**state, "p": optree.tree_map(lambda w, d: w - 0.1 * d / norm, state["p"], grads)}, {
+        "norm": norm
+    }
 
 
 def foreach(state: Any, grads: Any) -> Any:
@@ -131,7 +147,8 @@ def in_place(state: Any, grads: Any) -> Any:
 def metrics_of_leaves(state: Any, grads: Any) -> Any:
     """Of the dtypes and shapes that there are, and numbers of Python."""
     made = optree.tree_map(
-        lambda x: {"half": torch.full((2, 1), 0.5).half(), "n": torch.tensor(7), "dims": x.dim()}, grads
+        lambda x: {"half": torch.full((2, 1), 0.5).half(), "n": torch.tensor(7), "dims": x.dim()},
+        grads,
     )
     return state, {"made": made, "kept": state["n"]}
 
@@ -163,7 +180,9 @@ def test_ranks_compute_what_one_device_does(name: str, stack: str) -> None:
 def lamb(state: Any, grads: Any) -> Any:
     """Layer-wise trust ratios: the update of a leaf has the norm of the leaf."""
     direction = optree.tree_map(lambda d, w: d.sign() + 0.01 * w, grads, state["p"])
-    ratio = optree.tree_map(lambda a, b: a / b, statistics(state["p"]).norm, statistics(direction).norm)
+    ratio = optree.tree_map(
+        lambda a, b: a / b, statistics(state["p"]).norm, statistics(direction).norm
+    )
     return scaled(state, direction, ratio), {"ratio": ratio}
 
 
@@ -178,14 +197,21 @@ def test_lamb(stack: str) -> None:
     for w, d, got, ratio in zip(*map(tree.leaves, (params(), grads, new, ratios)), strict=True):
         direction = d.sign() + 0.01 * w
         assert (
-            distance((got, ratio), (w - 0.1 * w.norm() / direction.norm() * direction, w.norm() / direction.norm()))
+            distance(
+                (got, ratio),
+                (w - 0.1 * w.norm() / direction.norm() * direction, w.norm() / direction.norm()),
+            )
             < FLOAT64
         )
 
 
 # ---- what is refused, when the step is planned
 
-LACKS = ("on a rank that does not hold params['", "optree.tree_map", "fp.optim.statistics(tree).norm")
+LACKS = (
+    "on a rank that does not hold params['",
+    "optree.tree_map",
+    "fp.optim.statistics(tree).norm",
+)
 
 
 def by_the_number_of_leaves(state: Any, grads: Any) -> Any:
@@ -232,19 +258,33 @@ def of_the_first_leaf(state: Any, grads: Any) -> Any:
 
 WRONG: dict[str, tuple[Rest, tuple[str, ...]]] = {
     "number of leaves": (by_the_number_of_leaves, ("the step computes another state['p']", *LACKS)),
-    "leaf of a place": (by_the_leaf_of_a_place, ("a global norm or sum at test_rehearsal.py:", *LACKS)),
+    "leaf of a place": (
+        by_the_leaf_of_a_place,
+        ("a global norm or sum at test_rehearsal.py:", *LACKS),
+    ),
     "norm of each leaf": (
         by_the_norm_of_each_leaf,
         ("a global norm or sum at test_rehearsal.py:", "gets another value for params['", *LACKS),
     ),
     "norms in a list": (by_norms_in_a_list, ("a global norm or sum at test_rehearsal.py:", *LACKS)),
-    "numbers of the state": (joined_numbers_of_the_state, ("the step computes another metrics['sum']", *LACKS)),
+    "numbers of the state": (
+        joined_numbers_of_the_state,
+        ("the step computes another metrics['sum']", *LACKS),
+    ),
     "counted": (counted, ("the step computes another metrics['leaves']", *LACKS)),
     "joined and beside params": (
         joined_and_beside_params,
-        ("fails on a rank", "are joined at test_rehearsal.py:", "torch.stack(", "Call it twice, once for each use"),
+        (
+            "fails on a rank",
+            "are joined at test_rehearsal.py:",
+            "torch.stack(",
+            "Call it twice, once for each use",
+        ),
     ),
-    "joined and kept": (joined_and_kept, ("the step adds state['n']", "its state has other leaves", *LACKS)),
+    "joined and kept": (
+        joined_and_kept,
+        ("the step adds state['n']", "its state has other leaves", *LACKS),
+    ),
     "first leaf": (of_the_first_leaf, ("the step computes another state['n']", *LACKS)),
 }
 
@@ -280,7 +320,9 @@ def test_a_reduction_of_a_leaf_is_told_what_gives_it(name: str) -> None:
 
 
 def test_clipping_by_torchopt_is_told_of_ours() -> None:
-    optimizer = fp.optim.from_optax(torchopt.chain(torchopt.clip.clip_grad_norm(0.5), torchopt.sgd(0.1)))
+    optimizer = fp.optim.from_optax(
+        torchopt.chain(torchopt.clip.clip_grad_norm(0.5), torchopt.sgd(0.1))
+    )
 
     def step(state: Any, b: Any) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(state[0], b)
@@ -332,4 +374,6 @@ def test_the_sizes_of_leaves_that_stay_whole() -> None:
     step = step_with(rest)
     matrices = fp.sharded_weights(axis="data", only=lambda path: "['b']" not in path)
     transform = fp.compose(fp.data_parallel(axis="data"), matrices)
-    assert_equivalent(step, transform(step), fp.Mesh(data=2), init, params(), [batch()], rtol=FLOAT64)
+    assert_equivalent(
+        step, transform(step), fp.Mesh(data=2), init, params(), [batch()], rtol=FLOAT64
+    )

@@ -1,6 +1,8 @@
-"""What a compiled backend fuses: products into accumulators, units that run back to back, sums in more bits.
+"""What a compiled backend fuses: products into accumulators, units that run back to back, sums in
+more bits.
 
-Most tests run the fused units' graphs op by op, without a compiler, so that many cases can be drawn; the last ones compile.
+Most tests run the fused units' graphs op by op, without a compiler, so that many cases can be
+drawn; the last ones compile.
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ def training(model: Model) -> tuple[Callable, Callable]:
 
 
 @given(
-    model=models(), microbatches=microbatch_counts(), schedule=schedules(v=2), ranks=st.integers(1, 3), data=st.data()
+    model=models(),
+    microbatches=microbatch_counts(),
+    schedule=schedules(v=2),
+    ranks=st.integers(1, 3),
+    data=st.data(),
 )
 def test_fused_steps_equal_one_device(
     model: Model, microbatches: int, schedule: Any, ranks: int, data: st.DataObject
@@ -58,7 +64,9 @@ def test_fused_steps_equal_one_device(
     piped = fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule)
     batches = [model.batch(seed, rows=2 * microbatches) for seed in range(2)]
     with fusing(data.draw(st.sampled_from([torch.bfloat16, torch.float64]))):
-        assert_equivalent(step, piped, fp.Mesh(pipe=ranks), init_state, model.init(), batches, rtol=FLOAT64)
+        assert_equivalent(
+            step, piped, fp.Mesh(pipe=ranks), init_state, model.init(), batches, rtol=FLOAT64
+        )
 
 
 @given(
@@ -79,7 +87,9 @@ def test_fused_steps_with_sharded_weights(
     ]
     batches = [model.batch(seed, rows=4 * microbatches) for seed in range(2)]
     with fusing():
-        assert_equivalent(step, fp.compose(*stack)(step), mesh, init_state, model.init(), batches, rtol=FLOAT64)
+        assert_equivalent(
+            step, fp.compose(*stack)(step), mesh, init_state, model.init(), batches, rtol=FLOAT64
+        )
 
 
 # ---- a language model, of which it is known what can be fused
@@ -88,7 +98,10 @@ def test_fused_steps_with_sharded_weights(
 def init(dtype: torch.dtype = torch.float64, layers: int = 3) -> dict[str, Any]:
     g = torch.Generator().manual_seed(0)
     new = lambda *shape: (torch.randn(shape, generator=g, dtype=torch.float64) * 0.3).to(dtype)  # noqa: E731
-    blocks = [{"norm": torch.ones(8, dtype=dtype), "up": new(12, 8), "down": new(8, 12)} for _ in range(layers)]
+    blocks = [
+        {"norm": torch.ones(8, dtype=dtype), "up": new(12, 8), "down": new(8, 12)}
+        for _ in range(layers)
+    ]
     return {"embed": new(11, 8), "blocks": blocks, "head": new(11, 8)}
 
 
@@ -101,7 +114,9 @@ def loss_fn(params: Any, data: Any, dtype: torch.dtype | None = None) -> fp.Mean
     p = tree.map(lambda x: x if dtype is None else x.to(dtype), params)
     x = F.embedding(data["tokens"], p["embed"])
     for b in p["blocks"]:
-        x = fp.stage_boundary(x + F.linear(F.silu(F.linear(F.rms_norm(x, (8,), b["norm"]), b["up"])), b["down"]))
+        x = fp.stage_boundary(
+            x + F.linear(F.silu(F.linear(F.rms_norm(x, (8,), b["norm"]), b["up"])), b["down"])
+        )
     logits = F.linear(x, p["head"]).flatten(0, 1)
     total = F.cross_entropy(logits.double(), data["labels"].flatten(), reduction="sum")
     return fp.Mean(total, logits.new_tensor(logits.shape[0], dtype=torch.float64))
@@ -119,7 +134,9 @@ def init_state(params: Any) -> Any:
     return {"params": params, "grads": tree.map(torch.zeros_like, params)}
 
 
-def gradients(backend: Fusing | None, schedule: Any, dtype: torch.dtype, loss: Callable = loss_fn) -> tuple[Any, Any]:
+def gradients(
+    backend: Fusing | None, schedule: Any, dtype: torch.dtype, loss: Callable = loss_fn
+) -> tuple[Any, Any]:
     """A pipeline's gradients after one step, and its plan."""
     piped = fp.pipelined(step_of(loss), axis="pipe", microbatches=4, schedule=schedule)
     run = fp.simulate(piped, fp.Mesh(pipe=2))
@@ -135,10 +152,14 @@ def names(plan: Any, backend: Backend) -> set[str]:
     for program in plan.calls[0].programs:
         work, _ = fused(program, backend)
         for k, w in work.items():
-            for name, slot in zip(program.rows[k].writes, program.instructions[k].writes, strict=True):
+            for name, slot in zip(
+                program.rows[k].writes, program.instructions[k].writes, strict=True
+            ):
                 made = slot in w.writes and name in _handed(program, backend)
                 found |= {
-                    plan.placement.dyed.paths[row.writes[0][1]] for row in program.rows if made and name in row.reads
+                    plan.placement.dyed.paths[row.writes[0][1]]
+                    for row in program.rows
+                    if made and name in row.reads
                 }
     return found
 
@@ -149,14 +170,20 @@ def _handed(program: Any, backend: Backend) -> set:
     return _products(program, backend)
 
 
-@pytest.mark.parametrize("schedule", [fp.schedules.one_f_one_b(), fp.schedules.zb_h1()], ids=["1f1b", "zb_h1"])
+@pytest.mark.parametrize(
+    "schedule", [fp.schedules.one_f_one_b(), fp.schedules.zb_h1()], ids=["1f1b", "zb_h1"]
+)
 def test_matrices_and_tables_are_products(schedule: Any) -> None:
     backend = Fusing()
     grads, plan = gradients(backend, schedule, torch.float64)
     want, _ = gradients(Backend(), schedule, torch.float64)  # type: ignore[arg-type]
     for got, expected in zip(tree.leaves(grads), tree.leaves(want), strict=True):
         assert (got - expected).norm() <= FLOAT64 * expected.norm()
-    matrices = {"['embed']", "['head']", *(f"['blocks'][{i}]['{w}']" for i in range(3) for w in ("up", "down"))}
+    matrices = {
+        "['embed']",
+        "['head']",
+        *(f"['blocks'][{i}]['{w}']" for i in range(3) for w in ("up", "down")),
+    }
     assert names(plan, backend) == matrices
 
 
@@ -165,9 +192,14 @@ def test_what_runs_back_to_back_is_one_unit() -> None:
     _, plan = gradients(backend, fp.schedules.one_f_one_b(), torch.float64)
     program = plan.calls[0].programs[1]
     targets = [{str(x.target) for x in code.module.graph.nodes} for code, _ in backend.asked]
-    both = [t for t in targets if {"aten._log_softmax.default", "aten._log_softmax_backward_data.default"} <= t]
+    both = [
+        t
+        for t in targets
+        if {"aten._log_softmax.default", "aten._log_softmax_backward_data.default"} <= t
+    ]
     assert both and not any(
-        len({"aten._log_softmax.default", "aten._log_softmax_backward_data.default"} & t) == 1 for t in targets
+        len({"aten._log_softmax.default", "aten._log_softmax_backward_data.default"} & t) == 1
+        for t in targets
     )
     assert len(bind(program, (0, 1), "0", None, backend)) == len(program.instructions)  # type: ignore[arg-type]
 
@@ -179,7 +211,10 @@ def test_profiles_time_what_is_fused() -> None:
     costs = fp.profile_units(run, state, batch(), rounds=1)
     segments = max(s for _, s in costs.units) + 1
     assert set(costs.units) == {(kind, s) for kind in "FBIW" for s in range(segments)}
-    assert all(costs.of("F", s) > 0 and costs.of("I", s) > 0 and costs.of("W", s) > 0 for s in range(segments))
+    assert all(
+        costs.of("F", s) > 0 and costs.of("I", s) > 0 and costs.of("W", s) > 0
+        for s in range(segments)
+    )
     units = {unit.code for unit in run._made.split_cut(run.plan(state, batch()), 0).units.values()}
     assert any(products for _, products in backend.asked)
     assert any(code not in units for code, _ in backend.asked)  # two that are one
@@ -198,9 +233,12 @@ def test_sums_in_more_bits() -> None:
 
 
 def test_halves_add_up_in_the_precision_of_the_params() -> None:
-    """Params in float32, computed with in bfloat16: products go into float32 accumulators without being cast."""
+    """Params in float32, computed with in bfloat16: products go into float32 accumulators without
+    being cast."""
     backend = Fusing()
-    grads, plan = gradients(backend, fp.schedules.one_f_one_b(), torch.float32, partial(loss_fn, dtype=torch.bfloat16))
+    grads, plan = gradients(
+        backend, fp.schedules.one_f_one_b(), torch.float32, partial(loss_fn, dtype=torch.bfloat16)
+    )
     assert "['blocks'][0]['up']" in names(plan, backend)
     assert all(x.dtype == torch.float32 for x in tree.leaves(grads))
 
@@ -264,7 +302,9 @@ def test_a_product_that_others_read_is_made() -> None:
     assert form_of(outputs_of(graph_of(fn, A, B))[0]) is None
 
 
-@pytest.mark.parametrize("padding, scaled, found", [(-1, False, True), (0, False, False), (-1, True, False)])
+@pytest.mark.parametrize(
+    "padding, scaled, found", [(-1, False, True), (0, False, False), (-1, True, False)]
+)
 def test_tables(padding: int, scaled: bool, found: bool) -> None:
     rows, places = torch.randn(2, 3, 4), torch.tensor([[0, 5, 0], [1, 1, 6]])
     fn = lambda r, p: torch.ops.aten.embedding_dense_backward(r, p, 7, padding, scaled)  # noqa: E731
@@ -283,7 +323,9 @@ def test_accumulators(dtype: torch.dtype) -> None:
     for made in (torch.float32, torch.bfloat16):
         form = form_of(outputs_of(graph_of(lambda a, b: a @ b, A.to(made), B.to(made)))[0])
         assert form is not None
-        assert form.sums(dtype) == (dtype == made or (made, dtype) == (torch.bfloat16, torch.float32))
+        assert form.sums(dtype) == (
+            dtype == made or (made, dtype) == (torch.bfloat16, torch.float32)
+        )
 
 
 def test_halves_into_float32() -> None:
@@ -298,8 +340,11 @@ def test_halves_into_float32() -> None:
 
 @pytest.mark.parametrize("backend", [Fusing(), Backend()], ids=["fusing", "eager"])
 def test_sums_over_a_weight(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the division is compiled; here the graph runs that would be, and under a mode as when a step is watched."""
-    monkeypatch.setattr(divide, "_is_slow", lambda x, weight: x.is_floating_point() and x.is_contiguous())
+    """On a GPU the division is compiled; here the graph runs that would be, and under a mode as
+    when a step is watched."""
+    monkeypatch.setattr(
+        divide, "_is_slow", lambda x, weight: x.is_floating_point() and x.is_contiguous()
+    )
     x, weight = torch.arange(6.0).view(2, 3), torch.tensor(7.0)
     sums = [x, x.bfloat16(), x.t(), None, torch.arange(3), x + 1, torch.ones(())]
     want = [None if s is None else averaged(s, weight) for s in sums]
@@ -307,14 +352,17 @@ def test_sums_over_a_weight(backend: Backend, monkeypatch: pytest.MonkeyPatch) -
         divide.divide(sums, weight, backend)
     assert all(s is w is None or torch.equal(s, w) for s, w in zip(sums, want, strict=True))
     assert all(s is None or s.shape == w.shape for s, w in zip(sums, want, strict=True))
-    assert len(backend._made) == (3 if backend.fuses else 0)  # for 6 elements of either dtype, and for one
+    assert len(backend._made) == (
+        3 if backend.fuses else 0
+    )  # for 6 elements of either dtype, and for one
 
 
 # ---- with the compiler
 
 
 def compiles(folder: str) -> tuple[float, dict[str, int]]:
-    """How far a compiled step is from one device, and how often torch's cache on disk was hit while it was compiled."""
+    """How far a compiled step is from one device, and how often torch's cache on disk was hit while
+    it was compiled."""
     counters["inductor"].clear()
     transformed = fp.accumulated(step_of(loss_fn), microbatches=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -330,11 +378,14 @@ def compiles(folder: str) -> tuple[float, dict[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # torch's own, where inductor is imported
+@pytest.mark.filterwarnings(
+    "ignore:.*is deprecated:DeprecationWarning"
+)  # torch's own, where inductor is imported
 def test_compiled_units_and_their_cache_on_disk(tmp_path: Any) -> None:
     error, first = compiles(str(tmp_path / "cache"))
     assert error <= FLOAT64
-    # F and B of the first segment, both of the last one as one unit, the divisions of two sizes of matrices.
+    # F and B of the first segment, both of the last one as one unit, the divisions of two sizes of
+    # matrices.
     assert first == {"fxgraph_cache_miss": 5}
     assert compiles(str(tmp_path / "cache"))[1] == {"fxgraph_cache_hit": 5}
 
@@ -353,12 +404,15 @@ def test_a_compiled_unit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 def test_what_inductor_refuses() -> None:
     unboxed = fx.GraphModule({}, graph_of(lambda a, b: a @ b, A, B))
-    with pytest.raises(TraceError, match=r"torch's inductor cannot compile unit abc: .*use backend='eager'"):
+    with pytest.raises(
+        TraceError, match=r"torch's inductor cannot compile unit abc: .*use backend='eager'"
+    ):
         Backend("inductor")._inductor(unboxed, "abc")
 
 
 def searched_and_compiled() -> tuple[float, list[dict[str, int]]]:
-    """In processes: the units of a pipeline, timed and compiled; how far its gradients are from one device's."""
+    """In processes: the units of a pipeline, timed and compiled; how far its gradients are from one
+    device's."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformed = fp.pipelined(step_of(loss_fn), axis="pipe", microbatches=2, schedule="auto")
@@ -378,15 +432,21 @@ def test_compiled_units_in_processes() -> None:
     """Every rank knows what the units of all take."""
     (error, memory), (other, same) = fp.launch(searched_and_compiled, 2, timeout=240)
     assert max(error, other) <= FLOAT64
-    assert memory == same and all(0 < m["residuals"] <= m["activations"] <= m["step"] for m in memory)
+    assert memory == same and all(
+        0 < m["residuals"] <= m["activations"] <= m["step"] for m in memory
+    )
 
 
 def test_a_captured_step_donates() -> None:
-    with pytest.raises(StackError, match=r"spmd: a captured step updates its state in place; leave donate=False or"):
+    with pytest.raises(
+        StackError, match=r"spmd: a captured step updates its state in place; leave donate=False or"
+    ):
         fp.spmd(step_of(loss_fn), fp.Mesh(), cuda_graph=True, donate=False)
 
 
 def test_sums_are_for_compiled_units() -> None:
     for backend, sums in (("eager", torch.float32), ("inductor", torch.int64)):
-        with pytest.raises(StackError, match=r"sums=torch.*give a floating-point dtype, with backend='inductor'"):
+        with pytest.raises(
+            StackError, match=r"sums=torch.*give a floating-point dtype, with backend='inductor'"
+        ):
             fp.spmd(step_of(loss_fn), fp.Mesh(), backend=backend, sums=sums)

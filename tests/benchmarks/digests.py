@@ -1,11 +1,12 @@
-"""What it takes ranks to agree before a step: every one tells all others a number, beside gloo's sum of vectors in which each
-has a place.
+"""What it takes ranks to agree before a step: every one tells all others a number, beside gloo's
+sum of vectors in which each has a place.
 
 python tests/benchmarks/digests.py [--ranks 2 4] [--rounds 100]
 
-*Rest*: after 20 ms in which no rank did anything, as when the host waits for every step. *Row*: the median one of four in a row
-after that, with 0.3 ms of other work before each, as when it is ahead. *Hot*: one after another. Meanwhile, in the first two, a
-rank makes something for 40 us, as the next state. Medians on rank 0, us.
+*Rest*: after 20 ms in which no rank did anything, as when the host waits for every step. *Row*: the
+median one of four in a row after that, with 0.3 ms of other work before each, as when it is ahead.
+*Hot*: one after another. Meanwhile, in the first two, a rank makes something for 40 us, as the next
+state. Medians on rank 0, us.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def worker(rounds: int) -> list[list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()

@@ -1,4 +1,5 @@
-"""The model of the GPU benchmark: a Llama-like language model, as params and functions; its data; what a step costs.
+"""The model of the GPU benchmark: a Llama-like language model, as params and functions; its data;
+what a step costs.
 
 In: a size by name. Out: params, a loss function, a batch, FLOPs.
 """
@@ -38,9 +39,12 @@ class Size(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a step: matrix products three times (forward, and two in backward), attention as
-        the causal half of its matrices."""
-        weights = self.layers * (4 * self.width**2 + 3 * self.width * self.hidden) + VOCABULARY * self.width
+        """Floating-point operations of a step: matrix products three times (forward, and two in
+        backward), attention as the causal half of its matrices."""
+        weights = (
+            self.layers * (4 * self.width**2 + 3 * self.width * self.hidden)
+            + VOCABULARY * self.width
+        )
         return 6.0 * self.tokens * (weights + self.layers * self.length * self.width)
 
 
@@ -70,18 +74,25 @@ def init(size: Size, dtype: torch.dtype = torch.bfloat16) -> dict:
 def data(size: Size) -> dict:
     """A batch on this GPU."""
     g = torch.Generator().manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (size.rows * size.microbatches, size.length + 1), generator=g).cuda()
+    tokens = torch.randint(
+        VOCABULARY, (size.rows * size.microbatches, size.length + 1), generator=g
+    ).cuda()
     return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
 
 def attention(x: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, length, width = x.shape
-    parts = (u.view(rows, length, width // HEAD, HEAD).transpose(1, 2) for u in F.linear(x, qkv).split(width, -1))
+    parts = (
+        u.view(rows, length, width // HEAD, HEAD).transpose(1, 2)
+        for u in F.linear(x, qkv).split(width, -1)
+    )
     mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
     return F.linear(mixed.transpose(1, 2).reshape(rows, length, width), out)
 
 
-def block(p: Any, x: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
+def block(
+    p: Any, x: torch.Tensor, between: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+) -> torch.Tensor:
     width = (x.shape[-1],)
     x = between(x + attention(F.rms_norm(x, width, p["norm1"]), p["qkv"], p["out"]))
     h = F.rms_norm(x, width, p["norm2"])

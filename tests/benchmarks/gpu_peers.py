@@ -1,4 +1,5 @@
-"""The peers of the GPU benchmark, on the same model and data: plain PyTorch on one GPU, its pipelines, and FSDP2.
+"""The peers of the GPU benchmark, on the same model and data: plain PyTorch on one GPU, its
+pipelines, and FSDP2.
 
 In: a size. Out: a function that runs one step and returns its loss where this process knows it.
 """
@@ -28,8 +29,9 @@ class Block(nn.Module):
 
 
 class BlockInHalves(Block):
-    """A block whose backward runs twice, once for each half: compiled, it must keep what it reads. Its code is another one, since
-    what is compiled for a code is used for all modules that have it."""
+    """A block whose backward runs twice, once for each half: compiled, it must keep what it reads.
+    Its code is another one, since what is compiled for a code is used for all modules that have
+    it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return block(self.p, x)
@@ -38,12 +40,15 @@ class BlockInHalves(Block):
 class Chunk(nn.Module):
     """A stage of the model."""
 
-    def __init__(self, params: dict, stage: int = 0, stages: int = 1, of: type[Block] = Block) -> None:
+    def __init__(
+        self, params: dict, stage: int = 0, stages: int = 1, of: type[Block] = Block
+    ) -> None:
         super().__init__()
         n = len(params["blocks"]) // stages
         blocks = params["blocks"][stage * n : (stage + 1) * n]
         self.blocks = nn.ModuleList(of(p) for p in blocks)
-        # Of blocks in halves: before 2.13, torch forgets their backward after its first half, unless somebody holds it.
+        # Of blocks in halves: before 2.13, torch forgets their backward after its first half,
+        # unless somebody holds it.
         self.held: list[GradientEdge] = []
         self.embed = nn.Parameter(params["embed"]) if stage == 0 else None
         self.head = nn.Parameter(params["head"]) if stage == stages - 1 else None
@@ -62,7 +67,8 @@ def loss_of(out: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def compile_blocks(chunk: Chunk, compiled: bool) -> None:
-    """What is compiled stays so: a contender that would fall back to eager, having been compiled too often, fails."""
+    """What is compiled stays so: a contender that would fall back to eager, having been compiled
+    too often, fails."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for b in chunk.blocks if compiled else ():
@@ -74,11 +80,14 @@ def adamw(params: Any, **options: Any) -> torch.optim.Optimizer:
 
 
 def one_gpu(size: Size, compiled: bool = False, graph: bool = False) -> Go:
-    """Plain PyTorch on one GPU, every microbatch after the other; perhaps the whole step in a CUDA graph."""
+    """Plain PyTorch on one GPU, every microbatch after the other; perhaps the whole step in a CUDA
+    graph."""
     chunk, batch = Chunk(init(size)), data(size)
     compile_blocks(chunk, compiled)
     optimizer = adamw(chunk.parameters(), capturable=graph)
-    parts = list(zip(*(batch[k].chunk(size.microbatches) for k in ("tokens", "labels")), strict=True))
+    parts = list(
+        zip(*(batch[k].chunk(size.microbatches) for k in ("tokens", "labels")), strict=True)
+    )
 
     def go() -> Any:
         losses = []
@@ -127,7 +136,9 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
     for chunk in chunks:
         compile_blocks(chunk, compiled)
     device = torch.device("cuda", torch.cuda.current_device())
-    made = [pipelining.PipelineStage(c, s, stages, device) for c, s in zip(chunks, numbers, strict=True)]
+    made = [
+        pipelining.PipelineStage(c, s, stages, device) for c, s in zip(chunks, numbers, strict=True)
+    ]
     schedule = getattr(pipelining, name)(
         made[0] if len(made) == 1 else made, n_microbatches=size.microbatches, loss_fn=loss_of
     )
@@ -135,7 +146,9 @@ def pipeline(size: Size, name: str, compiled: bool) -> Go:
 
     def go() -> Any:
         losses: list = []
-        config.donated_buffer = not halves  # which counts when a block is compiled: in the first step
+        config.donated_buffer = (
+            not halves
+        )  # which counts when a block is compiled: in the first step
         kwargs = {"target": batch["labels"], "losses": losses} if stages - 1 in numbers else {}
         schedule.step(*([batch["tokens"]] if 0 in numbers else []), **kwargs)
         for chunk in chunks:

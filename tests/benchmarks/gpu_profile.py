@@ -1,6 +1,7 @@
 """Where the time of a step goes on each rank, by kind of kernel.
 
-In: a function that runs a step. Out: for every rank, ms of a step by kind, when nothing ran, and at which clock and power.
+In: a function that runs a step. Out: for every rank, ms of a step by kind, when nothing ran, and at
+which clock and power.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ KINDS = (
     ("attention", ("flash", "fmha", "cudnn_generated", "sdpa")),
     ("matrix product", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
     ("optimizer", ("adam",)),
-    ("table", ("embedding", "sort", "radix", "indexing", "index_put", "krn_partial", "compute_grad")),
+    (
+        "table",
+        ("embedding", "sort", "radix", "indexing", "index_put", "krn_partial", "compute_grad"),
+    ),
     ("triton", ("triton",)),
     ("softmax", ("softmax", "nll")),
     ("norm", ("norm", "gammabeta", "cucompute")),
@@ -46,7 +50,10 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
     spans = []
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            kind = next((kind for kind, parts in KINDS if any(x in event.name.lower() for x in parts)), "other")
+            kind = next(
+                (kind for kind, parts in KINDS if any(x in event.name.lower() for x in parts)),
+                "other",
+            )
             took = event.time_range.elapsed_us() / 1e3 / _STEPS
             ms[kind] += took
             others[event.name[:80]] += took if kind in ("other", "triton", "copy") else 0.0
@@ -54,9 +61,13 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
                 spans.append((event.time_range.start, event.time_range.end))
     mine: dict[str, Any] = {kind: round(x, 2) for kind, x in ms.most_common()} | clock
     gaps = _gaps(spans)
-    mine["idle or waiting for messages"] = round(sum(length for _, length in gaps) / 1e3 / _STEPS, 2)
+    mine["idle or waiting for messages"] = round(
+        sum(length for _, length in gaps) / 1e3 / _STEPS, 2
+    )
     longest = sorted((x for x in gaps if x[1] > _LONG), key=lambda gap: -gap[1])[: 10 * _STEPS]
-    mine["longest gaps: us at ms"] = [(round(length), round(at / 1e3, 1)) for at, length in sorted(longest)]
+    mine["longest gaps: us at ms"] = [
+        (round(length), round(at / 1e3, 1)) for at, length in sorted(longest)
+    ]
     mine["longest others"] = {name: round(x, 2) for name, x in others.most_common(6)}
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
@@ -64,15 +75,24 @@ def breakdown(go: Callable[[], Any]) -> list[dict[str, float]]:
 
 
 def _clock(go: Callable[[], Any]) -> dict[str, float]:
-    """MHz and W of this GPU while steps run, medians; nothing where ``nvidia-smi`` does not tell."""
+    """MHz and W of this GPU while steps run, medians; nothing where ``nvidia-smi`` does not
+    tell."""
     start = time.perf_counter()
     go()
     torch.cuda.synchronize()
     took = time.perf_counter() - start
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix("GPU-")
-    what = ["--query-gpu=clocks.sm,power.draw.instant", "--format=csv,noheader,nounits", "--loop-ms=50"]
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix(
+        "GPU-"
+    )
+    what = [
+        "--query-gpu=clocks.sm,power.draw.instant",
+        "--format=csv,noheader,nounits",
+        "--loop-ms=50",
+    ]
     try:
-        asked = subprocess.Popen(["nvidia-smi", f"--id=GPU-{uuid}", *what], stdout=subprocess.PIPE, text=True)
+        asked = subprocess.Popen(
+            ["nvidia-smi", f"--id=GPU-{uuid}", *what], stdout=subprocess.PIPE, text=True
+        )
         asked.stdout.readline()  # it takes a while to start
     except OSError:
         asked = None

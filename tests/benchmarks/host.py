@@ -1,12 +1,14 @@
-"""Host cost of the runtime per action, with empty units, beside torch.distributed.pipelining's 1F1B in the same run.
+"""Host cost of the runtime per action, with empty units, beside torch.distributed.pipelining's 1F1B
+in the same run.
 
 python tests/benchmarks/host.py [--microbatches 64] [--rounds 15]
 
-An *action* is a forward, a backward, a send or a receive. Units are empty on both sides: ours return ready tensors,
-torch's stages are identities. *Host* is the CPU time of the thread that runs the step: what the runtime itself costs.
-*Bare gloo* is the host time of the same sends and receives, in the same order, with nothing around them: what no runtime over
-gloo can save. *Itself* is the rest.
-*Wall* has waiting for the other rank in it, most of which is the wire: with empty units, ranks run in lockstep.
+An *action* is a forward, a backward, a send or a receive. Units are empty on both sides: ours
+return ready tensors, torch's stages are identities. *Host* is the CPU time of the thread that runs
+the step: what the runtime itself costs. *Bare gloo* is the host time of the same sends and
+receives, in the same order, with nothing around them: what no runtime over gloo can save. *Itself*
+is the rest. *Wall* has waiting for the other rank in it, most of which is the wire: with empty
+units, ranks run in lockstep.
 """
 
 from __future__ import annotations
@@ -53,7 +55,10 @@ def emptied(call: rank_._BoundCall) -> None:
 
 
 def ours(run, ranks: int, microbatches: int) -> tuple[Callable[[], object], int]:
-    params, batch = [torch.zeros(WIDTH) for _ in range(ranks)], torch.zeros(ROWS * microbatches, WIDTH)
+    params, batch = (
+        [torch.zeros(WIDTH) for _ in range(ranks)],
+        torch.zeros(ROWS * microbatches, WIDTH),
+    )
     state = run.init(lambda p: p, params, batch)
     run(state, batch)
     bound = run._bound.values()  # type: ignore[attr-defined]
@@ -65,7 +70,9 @@ def ours(run, ranks: int, microbatches: int) -> tuple[Callable[[], object], int]
 
 
 def pipeline(ranks: int, microbatches: int):
-    return fp.pipelined(step, axis="pipe", microbatches=microbatches, stages=[1] * (ranks - 1) + [2])
+    return fp.pipelined(
+        step, axis="pipe", microbatches=microbatches, stages=[1] * (ranks - 1) + [2]
+    )
 
 
 def torchs(ranks: int, microbatches: int) -> Callable[[], object]:
@@ -136,7 +143,9 @@ def worker(microbatches: int, rounds: int) -> tuple[list[list], int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--microbatches", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
@@ -148,15 +157,28 @@ def main() -> None:
         fn, _ = ours(run, ranks, m)
         times = [seconds(fn) for _ in range(rounds)]
         row = run.plan(None, torch.zeros(ROWS * m, WIDTH)).calls[0].schedule.ranks
-        _, wall = per_action(times, sum(map(len, row)))  # ranks are threads: their host time is the wall time
+        _, wall = per_action(
+            times, sum(map(len, row))
+        )  # ranks are threads: their host time is the wall time
         cells = [str(sum(map(len, row))), *[f"{wall:.1f}"] * 3]
         table.add_row(f"simulated, ranks: {ranks}", "funcpipe", *cells)
     times, actions = fp.launch(worker, 2, m, rounds)[0]
-    (host, wall), (their_host, their_wall), (wire, wire_wall) = (per_action(t, actions) for t in times)
-    for who, a, b in (("funcpipe", host, wall), ("torch 1F1B", their_host, their_wall), ("bare gloo", wire, wire_wall)):
-        table.add_row("gloo, 2 processes", who, str(actions), f"{a:.1f}", f"{a - wire:.1f}", f"{b:.1f}")
+    (host, wall), (their_host, their_wall), (wire, wire_wall) = (
+        per_action(t, actions) for t in times
+    )
+    for who, a, b in (
+        ("funcpipe", host, wall),
+        ("torch 1F1B", their_host, their_wall),
+        ("bare gloo", wire, wire_wall),
+    ):
+        table.add_row(
+            "gloo, 2 processes", who, str(actions), f"{a:.1f}", f"{a - wire:.1f}", f"{b:.1f}"
+        )
     Console().print(table)
-    ratios = f"host time {host / their_host:.2f}, of the runtime itself {(host - wire) / (their_host - wire):.2f}"
+    ratios = (
+        f"host time {host / their_host:.2f}, of the runtime itself "
+        f"{(host - wire) / (their_host - wire):.2f}"
+    )
     print(f"funcpipe / torch over gloo: {ratios}")
 
 

@@ -1,9 +1,11 @@
-"""Host cost of following Python values: reading a hundred of them, and their share in a call of a runner.
+"""Host cost of following Python values: reading a hundred of them, and their share in a call of a
+runner.
 
 python tests/benchmarks/host_values.py [--values 100] [--rounds 60]
 
-*Read* is one reading of what a loss reads, where nothing has changed; a call of a runner takes two of them. *Call* is the CPU time
-of the thread that calls a runner of one rank, with all of that in it.
+*Read* is one reading of what a loss reads, where nothing has changed; a call of a runner takes two
+of them. *Call* is the CPU time of the thread that calls a runner of one rank, with all of that in
+it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def main() -> None:
     torch.set_num_threads(1)
     loss_fn = loss_of(types.SimpleNamespace(**{f"v{k}": float(k) for k in range(args.values)}))
     follower = Follower(set())
-    print(f"read {args.values} values: {least(lambda: follower.values(loss_fn), args.rounds):.1f} us")
+    print(
+        f"read {args.values} values: {least(lambda: follower.values(loss_fn), args.rounds):.1f} us"
+    )
 
     def step(w: torch.Tensor, x: torch.Tensor) -> Any:
         loss, grad = fp.value_and_grad(loss_fn)(w, x)

@@ -1,10 +1,13 @@
-"""Measured against predicted: steps over gloo whose units sleep for known times, for every schedule.
+"""Measured against predicted: steps over gloo whose units sleep for known times, for every
+schedule.
 
-python tests/benchmarks/schedules.py [--pipe 2] [--microbatches 8] [--unit 0.02] [--names one_f_one_b zb_v]
+python tests/benchmarks/schedules.py [--pipe 2] [--microbatches 8] [--unit 0.02] [--names
+one_f_one_b zb_v]
 
-Units compute nothing and sleep: F, I and W of a segment for ``--unit`` seconds each, B for two of them; so that what is
-measured is the order of the actions, the wire and the runtime. *Error* is measured over predicted. *Steady state* is what each
-further step takes where ranks go from one to the next without waiting for each other, as captured steps on GPUs do.
+Units compute nothing and sleep: F, I and W of a segment for ``--unit`` seconds each, B for two of
+them; so that what is measured is the order of the actions, the wire and the runtime. *Error* is
+measured over predicted. *Steady state* is what each further step takes where ranks go from one to
+the next without waiting for each other, as captured steps on GPUs do.
 """
 
 from __future__ import annotations
@@ -60,7 +63,8 @@ class _Sleeper:
 
 
 def in_a_row(run: Any, state: Any, batch: Any, steps: int) -> float:
-    """Seconds that the slowest rank takes for so many steps, with nothing between them that ranks agree on."""
+    """Seconds that the slowest rank takes for so many steps, with nothing between them that ranks
+    agree on."""
     (rank,) = run._bound.values()
     rank.comm.exchange(None)
     start = time.perf_counter()
@@ -82,7 +86,8 @@ def worker(
         found_for = fp.schedules.auto(costs=fp.schedules.Costs(seconds))
         schedule_fn = found_for if name == "auto" else by_name(name)
         run = fp.spmd(
-            fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule_fn), fp.Mesh(pipe=ranks)
+            fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule_fn),
+            fp.Mesh(pipe=ranks),
         )
         params = [torch.eye(WIDTH) for _ in range(2 * ranks - 1)]
         batch = torch.zeros(microbatches, WIDTH)
@@ -98,18 +103,26 @@ def worker(
         steady = (in_a_row(run, state, batch, 1 + rounds) - in_a_row(run, state, batch, 1)) / rounds
         laid_out = run.plan(state, batch).calls[0].schedule.name
         shown = f"auto, found {laid_out}" if name == "auto" else laid_out
-        out.append((shown, predicted.step_time, statistics.median(times[1:]), predicted.period, steady))
+        out.append(
+            (shown, predicted.step_time, statistics.median(times[1:]), predicted.period, steady)
+        )
         run.close()
     return out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pipe", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--unit", type=float, default=0.02, help="seconds of an F, I or W of a segment")
+    parser.add_argument(
+        "--unit", type=float, default=0.02, help="seconds of an F, I or W of a segment"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--names", nargs="+", default=[*(n for n in NAMES if n != "forward_only"), "auto"])
+    parser.add_argument(
+        "--names", nargs="+", default=[*(n for n in NAMES if n != "forward_only"), "auto"]
+    )
     o = parser.parse_args()
     titles = ("predicted ms", "measured ms", "error")
     table = Table("schedule", *titles, "steady state: predicted", *titles[1:])
@@ -117,7 +130,11 @@ def main() -> None:
     for name, *times in fp.launch(worker, o.pipe, o.names, o.microbatches, o.unit, o.rounds)[0]:
         cells = []
         for predicted, measured in zip(times[::2], times[1::2], strict=True):
-            cells += [f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}", f"{measured / predicted - 1:+.1%}"]
+            cells += [
+                f"{1e3 * predicted:.1f}",
+                f"{1e3 * measured:.1f}",
+                f"{measured / predicted - 1:+.1%}",
+            ]
         table.add_row(name, *cells)
     Console().print(table)
 

@@ -1,12 +1,14 @@
-"""`seq_all_to_all` and `seq_ring` beside a hand-written Ulysses and torch's context_parallel: step time, one sequence split.
+"""`seq_all_to_all` and `seq_ring` beside a hand-written Ulysses and torch's context_parallel: step
+time, one sequence split.
 
     python tests/benchmarks/sequence.py [--ranks 4] [--length 2048] [--steps 12]        gloo, one thread a process
     python tests/benchmarks/sequence.py --ranks 2 --cuda --length 32768 --width 2048    NCCL, one GPU a process
 
-All run the same transformer on the same batch: forward, backward, gradients summed over ranks, SGD; in turns, in the same
-processes. Printed are medians of rank 0 and their ratio, ours over theirs. torch's context_parallel (an experimental ring
-attention) knows kernels of GPUs only, so it stands on GPUs alone. With ``--cuda`` weights are bfloat16, and ours runs as one
-CUDA graph beside eagerly, theirs eagerly and with compiled blocks.
+All run the same transformer on the same batch: forward, backward, gradients summed over ranks, SGD;
+in turns, in the same processes. Printed are medians of rank 0 and their ratio, ours over theirs.
+torch's context_parallel (an experimental ring attention) knows kernels of GPUs only, so it stands
+on GPUs alone. With ``--cuda`` weights are bfloat16, and ours runs as one CUDA graph beside eagerly,
+theirs eagerly and with compiled blocks.
 """
 
 from __future__ import annotations
@@ -40,8 +42,18 @@ def init(args: argparse.Namespace) -> Any:
     g = torch.Generator().manual_seed(0)
     w = args.width
     dtype = torch.bfloat16 if args.cuda else torch.float32
-    rand = lambda *shape: (torch.randn(shape, generator=g) * shape[-1] ** -0.5).to(args.device, dtype)  # noqa: E731
-    block = lambda: {"qkv": rand(3 * w, w), "out": rand(w, w), "up": rand(4 * w, w), "down": rand(w, 4 * w)}  # noqa: E731
+
+    def rand(*shape):
+        return (torch.randn(shape, generator=g) * shape[-1] ** -0.5).to(args.device, dtype)
+
+    def block():
+        return {
+            "qkv": rand(3 * w, w),
+            "out": rand(w, w),
+            "up": rand(4 * w, w),
+            "down": rand(w, 4 * w),
+        }
+
     return {"embed": rand(args.vocabulary, w), "blocks": [block() for _ in range(args.blocks)]}
 
 
@@ -53,19 +65,27 @@ def block(p: Any, x: torch.Tensor, heads: int, attention: Attention) -> torch.Te
 
 
 def total_loss(
-    p: Any, ids: torch.Tensor, labels: torch.Tensor, heads: int, attention: Attention, layer: Any = block
+    p: Any,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    heads: int,
+    attention: Attention,
+    layer: Any = block,
 ) -> Any:
     x = F.embedding(ids, p["embed"])
     for some in p["blocks"]:
         x = fp.stage_boundary(layer(some, x, heads, attention))
-    return F.cross_entropy(F.linear(x, p["embed"]).flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return F.cross_entropy(
+        F.linear(x, p["embed"]).flatten(0, 1).float(), labels.flatten(), reduction="sum"
+    )
 
 
 # ---- by hand
 
 
 class Exchange(torch.autograd.Function):
-    """DeepSpeed-Ulysses' all-to-all: (batch, heads, slice, d) to (batch, some heads, all, d), or back."""
+    """DeepSpeed-Ulysses' all-to-all: (batch, heads, slice, d) to (batch, some heads, all, d), or
+    back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, split: int, join: int) -> torch.Tensor:
@@ -87,7 +107,9 @@ def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return Exchange.apply(attend(q, k, v), 2, 1)
 
 
-def theirs(args: argparse.Namespace, attention: Attention, compiled: bool, context: Callable) -> Callable[[Any], float]:
+def theirs(
+    args: argparse.Namespace, attention: Attention, compiled: bool, context: Callable
+) -> Callable[[Any], float]:
     params = init(args)
     leaves = optree.tree_leaves(params)
     layer = torch.compile(block) if compiled else block
@@ -129,7 +151,10 @@ def torch_context(mesh: Any) -> Callable:
         with (
             sdpa_kernel(SDPBackend.FLASH_ATTENTION),
             context_parallel(
-                mesh, buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
+                mesh,
+                buffers=buffers,
+                buffer_seq_dims=[1] * len(buffers),
+                no_restore_buffers=set(buffers),
             ),
         ):
             yield
@@ -140,9 +165,14 @@ def torch_context(mesh: Any) -> Callable:
 # ---- ours
 
 
-def ours(args: argparse.Namespace, transform: Callable, axis: str, **options: Any) -> Callable[[Any], float]:
+def ours(
+    args: argparse.Namespace, transform: Callable, axis: str, **options: Any
+) -> Callable[[Any], float]:
     def loss_fn(p: Any, b: Any) -> fp.Mean:
-        return fp.Mean(total_loss(p, b["ids"], b["labels"], args.heads, attend), torch.ones_like(b["ids"]).sum())
+        return fp.Mean(
+            total_loss(p, b["ids"], b["labels"], args.heads, attend),
+            torch.ones_like(b["ids"]).sum(),
+        )
 
     def step(state: Any, batch: Any) -> Any:
         out, grads = fp.value_and_grad(loss_fn)(state, batch)
@@ -150,7 +180,9 @@ def ours(args: argparse.Namespace, transform: Callable, axis: str, **options: An
         torch._foreach_add_(leaves, optree.tree_leaves(grads), alpha=-RATE)
         return optree.tree_unflatten(spec, leaves), {"loss": out}
 
-    run = fp.spmd(transform(axis=axis)(step), fp.Mesh(**{axis: args.ranks}), device=args.device, **options)
+    run = fp.spmd(
+        transform(axis=axis)(step), fp.Mesh(**{axis: args.ranks}), device=args.device, **options
+    )
     state = [run.init(lambda p: p, init(args), batches(args)[0])]
 
     def go(batch: Any) -> float:
@@ -165,7 +197,9 @@ def ours(args: argparse.Namespace, transform: Callable, axis: str, **options: An
 
 def batches(args: argparse.Namespace) -> list[Any]:
     g = torch.Generator().manual_seed(1)
-    out = torch.randint(args.vocabulary, (args.steps, 2, 1, args.length), generator=g).to(args.device)
+    out = torch.randint(args.vocabulary, (args.steps, 2, 1, args.length), generator=g).to(
+        args.device
+    )
     return [{"ids": ids, "labels": labels} for ids, labels in out]
 
 
@@ -176,9 +210,13 @@ def contestants(args: argparse.Namespace) -> dict[str, Callable[[Any], float]]:
         "by hand, heads": theirs(args, ulysses, False, alone),
     }
     if args.cuda:
-        out["ours, heads, graph"] = ours(args, fp.seq_all_to_all, "seq", backend="inductor", cuda_graph=True)
+        out["ours, heads, graph"] = ours(
+            args, fp.seq_all_to_all, "seq", backend="inductor", cuda_graph=True
+        )
         if args.all:  # its units take a minute to compile
-            out["ours, ring, graph"] = ours(args, fp.seq_ring, "ring", backend="inductor", cuda_graph=True)
+            out["ours, ring, graph"] = ours(
+                args, fp.seq_ring, "ring", backend="inductor", cuda_graph=True
+            )
         out["by hand, heads, compiled"] = theirs(args, ulysses, True, alone)
         context = torch_context(init_device_mesh("cuda", (args.ranks,)))
         out["torch context_parallel"] = theirs(args, attend, False, context)
@@ -192,7 +230,9 @@ def work(args: argparse.Namespace) -> None:
         args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(args.device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if args.cuda else "gloo", device_id=args.device if args.cuda else None)
+        dist.init_process_group(
+            "nccl" if args.cuda else "gloo", device_id=args.device if args.cuda else None
+        )
     some, data = contestants(args), batches(args)
     times: dict[str, list[float]] = {name: [] for name in some}
     for k, batch in enumerate(data):
@@ -203,19 +243,33 @@ def work(args: argparse.Namespace) -> None:
             losses[name] = step(batch)
             times[name].append(time.perf_counter() - start)
             if k == 0 and dist.get_rank() == 0:
-                print(f"  {name}: first step after {times[name][0]:.1f} s", file=sys.stderr, flush=True)
+                print(
+                    f"  {name}: first step after {times[name][0]:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         first = losses["by hand, heads"]
-        assert all(abs(x - first) < (2e-2 if args.cuda else 1e-4) * first for x in losses.values()), losses
+        assert all(
+            abs(x - first) < (2e-2 if args.cuda else 1e-4) * first for x in losses.values()
+        ), losses
     if dist.get_rank() == 0:
         medians = {name: statistics.median(x[2:]) * 1e3 for name, x in times.items()}
         theirs_best = min(t for name, t in medians.items() if not name.startswith("ours"))
-        print(f"{args.ranks} ranks, {args.length} tokens, width {args.width}, {args.blocks} blocks, {args.heads} heads")
+        print(
+            f"{args.ranks} ranks, {args.length} tokens, width {args.width}, {args.blocks} "
+            f"blocks, {args.heads} heads"
+        )
         for name, t in medians.items():
-            print(f"  {name:26} {t:8.1f} ms, over the best of theirs {t / theirs_best:.2f}", flush=True)
+            print(
+                f"  {name:26} {t:8.1f} ms, over the best of theirs {t / theirs_best:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (
         ("ranks", 4), ("steps", 12), ("width", 256), ("blocks", 4), ("heads", 8), ("length", 2048), ("vocabulary", 512)
     ):  # fmt: skip

@@ -1,11 +1,14 @@
-"""`sharded_weights` beside FSDP2 (`fully_shard`): step time and bytes moved, gloo, four processes of one thread each.
+"""`sharded_weights` beside FSDP2 (`fully_shard`): step time and bytes moved, gloo, four processes
+of one thread each.
 
     python tests/benchmarks/sharding.py [--steps 12] [--width 256] [--blocks 6]
 
-Both run the same transformer-like model on the same microbatches, gradients accumulated and reduced once for each
-microbatch (FSDP2's default), then SGD; in turns, in the same processes. Printed are medians of rank 0 and their ratio, ours over
-theirs, and the bytes that a rank receives in a step: for FSDP2 counted at torch.distributed, for funcpipe both counted
-there and as its plan predicts. Bytes are counted as rings do: n - 1 of n parts of a gather or reduce-scatter.
+Both run the same transformer-like model on the same microbatches, gradients accumulated and reduced
+once for each microbatch (FSDP2's default), then SGD; in turns, in the same processes. Printed are
+medians of rank 0 and their ratio, ours over
+theirs, and the bytes that a rank receives in a step: for FSDP2 counted at torch.distributed, for
+funcpipe both counted there and as its plan predicts. Bytes are counted as rings do: n - 1 of n
+parts of a gather or reduce-scatter.
 """
 
 from __future__ import annotations
@@ -38,8 +41,14 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.n1, self.n2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.gate, self.up = nn.Linear(width, 4 * width, bias=False), nn.Linear(width, 4 * width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.gate, self.up = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(width, 4 * width, bias=False),
+        )
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +56,16 @@ class Block(nn.Module):
 
 
 def block(p: dict[str, torch.Tensor], x: torch.Tensor, heads: int) -> torch.Tensor:
-    qkv = F.linear(F.rms_norm(x, p["n1"].shape, p["n1"]), p["qkv.weight"]).unflatten(-1, (3, heads, -1))
+    qkv = F.linear(F.rms_norm(x, p["n1"].shape, p["n1"]), p["qkv.weight"]).unflatten(
+        -1, (3, heads, -1)
+    )
     q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
     x = x + F.linear(y, p["out.weight"])
     h = F.rms_norm(x, p["n2"].shape, p["n2"])
-    return x + F.linear(F.silu(F.linear(h, p["gate.weight"])) * F.linear(h, p["up.weight"]), p["down.weight"])
+    return x + F.linear(
+        F.silu(F.linear(h, p["gate.weight"])) * F.linear(h, p["up.weight"]), p["down.weight"]
+    )
 
 
 class Model(nn.Module):
@@ -90,7 +103,8 @@ def theirs(args: argparse.Namespace, microbatches: int) -> Callable[[Any], float
         mine = {k: x.chunk(RANKS)[index].chunk(microbatches) for k, x in batch.items()}
         total = torch.zeros(())
         for ids, labels in zip(mine["ids"], mine["labels"], strict=True):
-            # FSDP2 averages gradients over ranks: the loss of a part is scaled so that the average is the mean.
+            # FSDP2 averages gradients over ranks: the loss of a part is scaled so that the average
+            # is the mean.
             loss = cross_entropy(model(ids), labels) / batch["ids"].numel() * RANKS
             loss.backward()
             total += loss.detach() / RANKS
@@ -107,12 +121,17 @@ def loss_fn(heads: int) -> Callable:
         x = F.embedding(batch["ids"], p["embed"])
         for layer in p["blocks"]:
             x = fp.stage_boundary(block(layer, x, heads))
-        return fp.Mean(cross_entropy(F.linear(x, p["head"]), batch["labels"]), torch.ones_like(batch["ids"]).sum())
+        return fp.Mean(
+            cross_entropy(F.linear(x, p["head"]), batch["labels"]),
+            torch.ones_like(batch["ids"]).sum(),
+        )
 
     return run
 
 
-def ours(args: argparse.Namespace, microbatches: int, batch: Any) -> tuple[Callable[[Any], float], Any]:
+def ours(
+    args: argparse.Namespace, microbatches: int, batch: Any
+) -> tuple[Callable[[Any], float], Any]:
     model = Model(args)
     params = {
         "embed": model.embed.weight.detach(),
@@ -127,7 +146,10 @@ def ours(args: argparse.Namespace, microbatches: int, batch: Any) -> tuple[Calla
         torch._foreach_add_(leaves, optree.tree_leaves(grads), alpha=-RATE)
         return optree.tree_unflatten(spec, leaves), {"loss": out}
 
-    transforms = [fp.data_parallel(axis="data"), fp.sharded_weights(axis="data", prefetch=args.prefetch)]
+    transforms = [
+        fp.data_parallel(axis="data"),
+        fp.sharded_weights(axis="data", prefetch=args.prefetch),
+    ]
     transforms += [fp.accumulated(microbatches=microbatches)] if microbatches > 1 else []
     run = fp.spmd(fp.compose(*transforms)(step), fp.Mesh(data=RANKS), device="cpu")
     state = [run.init(lambda p: p, params, batch)]
@@ -143,14 +165,22 @@ def ours(args: argparse.Namespace, microbatches: int, batch: Any) -> tuple[Calla
 
 
 class Counted:
-    """Bytes that torch.distributed's collectives bring to this rank, by kind, while it is in a ``with``."""
+    """Bytes that torch.distributed's collectives bring to this rank, by kind, while it is in a
+    ``with``."""
 
-    NAMES = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single")
+    NAMES = (
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "reduce_scatter_tensor",
+        "reduce_scatter_single",
+    )
 
     def __enter__(self) -> Counter[str]:
         self.bytes: Counter[str] = Counter()
         self.before: list[tuple[Any, str, Any]] = []
-        places = [(dist, name) for name in (*self.NAMES, "all_to_all_single") if hasattr(dist, name)]
+        places = [
+            (dist, name) for name in (*self.NAMES, "all_to_all_single") if hasattr(dist, name)
+        ]
         places += [(teams, "_gather")]
         for place, name in places:
             if hasattr(place, name):
@@ -208,7 +238,10 @@ def report(args: argparse.Namespace, microbatches: int, times: Any, moved: Any, 
     if dist.get_rank():
         return
     a, b = (statistics.median(times[name][2:]) * 1e3 for name in ("ours", "theirs"))
-    print(f"{microbatches} microbatches: ours {a:.1f} ms, FSDP2 {b:.1f} ms, ratio {a / b:.2f}", flush=True)
+    print(
+        f"{microbatches} microbatches: ours {a:.1f} ms, FSDP2 {b:.1f} ms, ratio {a / b:.2f}",
+        flush=True,
+    )
     for name, counted in moved.items():
         each = ", ".join(f"{kind} {n / 1e6:.2f} MB" for kind, n in sorted(counted.items()))
         print(f"  {name:6} {sum(counted.values()) / 1e6:.2f} MB: {each}")

@@ -1,4 +1,5 @@
-"""Trace and cut time for 4, 16 and 64 layers, with backwards whole and as I and W: it has to be linear in depth.
+"""Trace and cut time for 4, 16 and 64 layers, with backwards whole and as I and W: it has to be
+linear in depth.
 
 python tests/benchmarks/trace.py [--layers 4 16 64]
 """
@@ -32,7 +33,11 @@ def init(layers: int) -> dict:
         **{name: new(WIDTH, WIDTH) for name in ("q", "k", "v", "o")},
         **{"up": new(HIDDEN, WIDTH), "gate": new(HIDDEN, WIDTH), "down": new(WIDTH, HIDDEN)},
     }
-    ends = {"embed": new(VOCABULARY, WIDTH), "norm": torch.ones(WIDTH), "head": new(VOCABULARY, WIDTH)}
+    ends = {
+        "embed": new(VOCABULARY, WIDTH),
+        "norm": torch.ones(WIDTH),
+        "head": new(VOCABULARY, WIDTH),
+    }
     return {**ends, "blocks": [block() for _ in range(layers)]}
 
 
@@ -61,7 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
     torch.set_num_threads(1)
-    table = Table("layers", "trace ms/layer", "cut ms/layer", "whole plan ms/layer", "with I and W", "distinct units")
+    table = Table(
+        "layers",
+        "trace ms/layer",
+        "cut ms/layer",
+        "whole plan ms/layer",
+        "with I and W",
+        "distinct units",
+    )
     measure(1)  # warm up
     for layers in parser.parse_args().layers:
         table.add_row(str(layers), *measure(layers))
@@ -81,7 +93,9 @@ def measure(layers: int) -> list[str]:
     times = [b - a for a, b in ((t0, t1), (t1, t2))]
     for schedule in (fp.schedules.one_f_one_b(), fp.schedules.zb_h1()):
         start = time.perf_counter()
-        run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=schedule), fp.Mesh(pipe=2))
+        run = fp.simulate(
+            fp.pipelined(step, axis="pipe", microbatches=2, schedule=schedule), fp.Mesh(pipe=2)
+        )
         state = run.init(lambda p: p, params, batch)
         times.append(time.perf_counter() - start)
     units = {u.code.key for u in run.plan(state, batch).calls[0].cuts[0].units.values()}

@@ -1,4 +1,5 @@
-"""Checkpoints of simulated meshes: the bits come back, on any mesh; what is there survives every failure."""
+"""Checkpoints of simulated meshes: the bits come back, on any mesh; what is there survives every
+failure."""
 
 from __future__ import annotations
 
@@ -58,7 +59,9 @@ def no_thread_is_left() -> Iterator[None]:
 
 
 @given(st.data(), models(max_segments=3), st.integers(1, 40))
-def test_any_stack_loads_what_any_other_saved(draw: st.DataObject, model: Model, chunk: int) -> None:
+def test_any_stack_loads_what_any_other_saved(
+    draw: st.DataObject, model: Model, chunk: int
+) -> None:
     """Full states are equal, and the stack that saved goes on as if it had not stopped: bitwise."""
     step, init_state = training(model)
 
@@ -88,7 +91,8 @@ def planned(name: str) -> Any:
 @pytest.mark.parametrize("new", STACKS)
 @pytest.mark.parametrize("old", STACKS)
 def test_from_one_mesh_to_another(old: str, new: str, chunk: int, tmp_path: Path) -> None:
-    """0-d leaves, empty ones, integers, numbers, shards with no element: all states are what `place` makes."""
+    """0-d leaves, empty ones, integers, numbers, shards with no element: all states are what
+    `place` makes."""
     run, other = planned(old), planned(new)
     state, _ = run(run.place(with_counts(linear_params())), BATCHES[0])
     full = run.unplace(state)
@@ -100,7 +104,9 @@ def test_from_one_mesh_to_another(old: str, new: str, chunk: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", STACKS)
-def test_a_run_that_stops_and_goes_on_computes_what_one_that_does_not_stop_computes(name: str, tmp_path: Path) -> None:
+def test_a_run_that_stops_and_goes_on_computes_what_one_that_does_not_stop_computes(
+    name: str, tmp_path: Path
+) -> None:
     """Bitwise, through a new runner."""
     run, state = started(name)
     wanted = []
@@ -120,15 +126,23 @@ def test_a_run_that_stops_and_goes_on_computes_what_one_that_does_not_stop_compu
 def test_leaves_in_another_order_of_memory_have_it_again(tmp_path: Path) -> None:
     """A product of matrices may round differently for another order."""
     p = {"w": [params()["w"][0].T, torch.ones(1, dtype=torch.float64).expand(D)]}
-    step = step_of(lambda p, b: fp.Mean((b["x"] @ p["w"][0] * p["w"][1]).sum(), float(len(b["x"])) * torch.ones(())))
+    step = step_of(
+        lambda p, b: fp.Mean(
+            (b["x"] @ p["w"][0] * p["w"][1]).sum(), float(len(b["x"])) * torch.ones(())
+        )
+    )
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
     state = run.init(keep, p, batch())
     assert state[0]["w"][0].stride() == (1, D)
     checkpoint.save(tmp_path, run, state, step=0)
     loaded, _ = checkpoint.load(tmp_path, run)
     assert equal(loaded, state)
-    assert [x.stride() for x in optree.tree_leaves(loaded)] == [x.stride() for x in optree.tree_leaves(state)]
-    cut = fp.simulate(fp.sharded_weights(fp.data_parallel(step, axis="data"), axis="data"), fp.Mesh(data=2))
+    assert [x.stride() for x in optree.tree_leaves(loaded)] == [
+        x.stride() for x in optree.tree_leaves(state)
+    ]
+    cut = fp.simulate(
+        fp.sharded_weights(fp.data_parallel(step, axis="data"), axis="data"), fp.Mesh(data=2)
+    )
     cut.init(keep, p, batch())
     assert equal(checkpoint.load(tmp_path, cut)[0], cut.place(p))
 
@@ -146,15 +160,17 @@ def test_dtypes_that_are_not_those_of_params(tmp_path: Path) -> None:
         return {
             "p": p,
             "opt": Moments(
-                optree.tree_map(lambda x: x.to(torch.bfloat16), p), None, [torch.ones(2, dtype=k) for k in kinds]
+                optree.tree_map(lambda x: x.to(torch.bfloat16), p),
+                None,
+                [torch.ones(2, dtype=k) for k in kinds],
             ),
         }
 
     def step(state: Any, b: Any) -> Any:
         return state, {
-            "loss": fp.value_and_grad(lambda p, b: fp.Mean((b["x"] @ p["w"][0]).sum(), torch.tensor(1.0)))(
-                state["p"], b
-            )[0]
+            "loss": fp.value_and_grad(
+                lambda p, b: fp.Mean((b["x"] @ p["w"][0]).sum(), torch.tensor(1.0))
+            )(state["p"], b)[0]
         }
 
     run = fp.simulate(fp.sharded_weights(step, axis="data"), fp.Mesh(data=3))
@@ -163,13 +179,17 @@ def test_dtypes_that_are_not_those_of_params(tmp_path: Path) -> None:
     loaded, _ = checkpoint.load(tmp_path, run)
     flat = [optree.tree_leaves(x) for x in (loaded, state)]
     assert [x.dtype for x in flat[0]] == [x.dtype for x in flat[1]]
-    assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(*flat, strict=True))
+    assert all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(*flat, strict=True)
+    )
 
 
 # ---- who reads and writes what
 
 
-def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 4)
     run, state = started("pipe=3")
     checkpoint.save(tmp_path, run, state, step=0)
@@ -183,7 +203,9 @@ def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(monkeypatch: pyte
         return threading.current_thread().name
 
     def filling(path: Path, found: list[pieces.Wanted], values: Any) -> None:
-        wanted[rank()] = wanted.get(rank(), 0) + sum(x.end - x.start for x in found if x.part.shape is not None)
+        wanted[rank()] = wanted.get(rank(), 0) + sum(
+            x.end - x.start for x in found if x.part.shape is not None
+        )
         fill(path, found, values)
 
     def making(part: Any) -> torch.Tensor:
@@ -200,7 +222,9 @@ def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(monkeypatch: pyte
     monkeypatch.setattr(pieces, "_empty", making)
     monkeypatch.setattr(torch, "load", loading)
     loaded, _ = checkpoint.load(tmp_path, new)
-    held = [sum(x.numel() for x in optree.tree_leaves(s) if isinstance(x, torch.Tensor)) for s in placed]
+    held = [
+        sum(x.numel() for x in optree.tree_leaves(s) if isinstance(x, torch.Tensor)) for s in placed
+    ]
     assert sorted(wanted.values()) == sorted(made.values()) == sorted(held) and max(fetched) == 4
     for x in optree.tree_leaves(loaded):
         assert not isinstance(x, torch.Tensor) or x.untyped_storage().nbytes() == x.nbytes
@@ -226,7 +250,9 @@ def test_loading_makes_no_second_state(tmp_path: Path) -> None:
     assert seen and all(isinstance(x, FakeTensor) for x in seen)
 
 
-def test_ranks_that_hold_the_same_share_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ranks_that_hold_the_same_share_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 4)
     run, state = started("data=3 whole")
     path = checkpoint.save(tmp_path, run, state, step=0)
@@ -264,10 +290,14 @@ def test_export(chunk: int, tmp_path: Path) -> None:
 # ---- the background
 
 
-def test_a_save_in_the_background_is_of_the_state_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_save_in_the_background_is_of_the_state_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """It writes nothing before the state has changed."""
     changed, write = threading.Event(), dcp.FileSystemWriter.write_data
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *args: changed.wait(60) and write(*args))
+    monkeypatch.setattr(
+        dcp.FileSystemWriter, "write_data", lambda *args: changed.wait(60) and write(*args)
+    )
     run, state = started("pipe=2 data=2 sharded")
     full = run.unplace(state)
     saving = checkpoint.save_async(tmp_path, run, state, step=0, extra={"a": None})
@@ -286,12 +316,16 @@ def test_two_saves_in_the_background_at_once(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [0, 1]
 
 
-def test_what_fails_in_the_background_is_raised_by_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_fails_in_the_background_is_raised_by_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run, state = started("data=4 sharded")
     fail_in(monkeypatch, dcp.FileSystemWriter, "write_data")
     saving = checkpoint.save_async(tmp_path, run, state, step=3)
     for _ in range(2):
-        with refused(CheckpointError, f"saving step 3 to {tmp_path} failed on rank 0: OSError: no space left"):
+        with refused(
+            CheckpointError, f"saving step 3 to {tmp_path} failed on rank 0: OSError: no space left"
+        ):
             saving.wait()
     assert checkpoint.steps(tmp_path) == []
 
@@ -301,7 +335,8 @@ def test_what_fails_in_the_background_is_raised_by_wait(monkeypatch: pytest.Monk
 
 @contextlib.contextmanager
 def held_up(save: Callable[[], checkpoint.Saving]) -> Iterator[checkpoint.Saving]:
-    """A save in the background that has begun, and ends after the block; other saves are not held up."""
+    """A save in the background that has begun, and ends after the block; other saves are not held
+    up."""
     go, begun, write = threading.Event(), threading.Event(), dcp.FileSystemWriter.write_data
     folders: list[Path] = []
 
@@ -324,13 +359,18 @@ def test_of_two_saves_of_a_step_the_one_that_is_complete_first_is_there(tmp_path
     """The other one is refused, and what is there is of one state."""
     run, state = started("data=4 sharded")
     later, _ = run(run.place(run.unplace(state)), BATCHES[0])
-    for second in (checkpoint.save, lambda *args, **options: checkpoint.save_async(*args, **options).wait()):
+    for second in (
+        checkpoint.save,
+        lambda *args, **options: checkpoint.save_async(*args, **options).wait(),
+    ):
         root = tmp_path / second.__name__.strip("<>")
         with held_up(lambda root=root: checkpoint.save_async(root, run, state, step=1)) as saving:
             second(root, run, later, step=1)
             assert checkpoint.steps(root) == [1] and len(os.listdir(root)) == 2
         for _ in range(2):
-            with refused(CheckpointError, f"{root}/step-1 is there already: save into another directory, or"):
+            with refused(
+                CheckpointError, f"{root}/step-1 is there already: save into another directory, or"
+            ):
                 saving.wait()
         assert os.listdir(root) == ["step-1"]
         assert equal(checkpoint.load(root, run)[0], later)
@@ -467,7 +507,9 @@ def test_a_save_that_fails_leaves_what_is_there(
     with monkeypatch.context() as patch:
         # DCP renames its own file first
         fail_in(patch, owner, name, calls + (name == "rename"))
-        with refused(CheckpointError, "saving step 2 to", "failed on rank", "OSError: no space left"):
+        with refused(
+            CheckpointError, "saving step 2 to", "failed on rank", "OSError: no space left"
+        ):
             checkpoint.save(tmp_path, run, state, step=2, keep=1)
     assert not list(tmp_path.glob("*.tmp"))
     loaded, info = checkpoint.load(tmp_path, run)

@@ -1,4 +1,5 @@
-"""Checkpoints of real processes: the files of a simulation and back; failures; a training that is killed and goes on."""
+"""Checkpoints of real processes: the files of a simulation and back; failures; a training that is
+killed and goes on."""
 
 from __future__ import annotations
 
@@ -75,7 +76,10 @@ def outcome(body: Callable[[], Any]) -> tuple[str, str]:
 def failures(root: Path, run: Any, state: Any) -> dict[str, tuple[str, str]]:
     """Errors that all ranks must raise alike; the run goes on after each."""
     last, out = dist.get_rank() == 3, {}
-    save = lambda **options: outcome(lambda: checkpoint.save(root, run, state, **{"step": 9, **options}))  # noqa: E731
+
+    def save(**options):
+        return outcome(lambda: checkpoint.save(root, run, state, **{"step": 9, **options}))
+
     out["step"] = save(step=9 + last)
     out["extra"] = save(extra={"seed": int(last)})
     out["none"] = outcome(lambda: checkpoint.load(root / "none", run))
@@ -85,7 +89,9 @@ def failures(root: Path, run: Any, state: Any) -> dict[str, tuple[str, str]]:
         out["write"] = save()
         saving = checkpoint.save_async(root, run, state, step=9)
         out["background"] = outcome(saving.wait)
-    out["other call"] = outcome(lambda: checkpoint.load(root, run) if last else run(state, BATCHES[0]))
+    out["other call"] = outcome(
+        lambda: checkpoint.load(root, run) if last else run(state, BATCHES[0])
+    )
     out["again"] = save()
     out["there"] = save()
     out["damaged"] = damaged(root, run)
@@ -94,7 +100,8 @@ def failures(root: Path, run: Any, state: Any) -> dict[str, tuple[str, str]]:
 
 
 def damaged(root: Path, run: Any) -> tuple[str, str]:
-    """A load in which the file of rank 3 has a wrong byte. Rank 0 puts it there, before the load begins for anyone."""
+    """A load in which the file of rank 3 has a wrong byte. Rank 0 puts it there, before the load
+    begins for anyone."""
     file = root / "step-9" / "__3_0.distcp"
     whole = file.read_bytes()
     dist.barrier()
@@ -112,7 +119,8 @@ def full_disk(*_: Any) -> Any:
 
 
 def work(root: Path) -> dict[str, Any]:
-    """Steps with saves between them, loads on another mesh and of what a simulation saved, failures."""
+    """Steps with saves between them, loads on another mesh and of what a simulation saved,
+    failures."""
     torch.set_num_threads(1)
     run, state = started(spmd, "pipe=2 data=2")
     out: dict[str, Any] = {"simulated": checkpoint.load(root / "simulated", run)}
@@ -124,16 +132,21 @@ def work(root: Path) -> dict[str, Any]:
     out["run"] = first + second, run.unplace(state)
     out["failures"] = failures(root / "failures", run, state)
     other, _ = started(spmd, "data=4")
-    out["other"] = [other.unplace(checkpoint.load(root / "real", other, step=k)[0]) for k in (2, 20)]
+    out["other"] = [
+        other.unplace(checkpoint.load(root / "real", other, step=k)[0]) for k in (2, 20)
+    ]
     resumed, info = checkpoint.load(root / "real", run, step=2)
     resumed, metrics = steps(run, resumed, 2, 3)
     out["resumed"] = metrics, run.unplace(resumed), info
-    checkpoint.save_async(root / "left", run, state, step=4)  # nobody waits for it, and nobody closes the run
+    checkpoint.save_async(
+        root / "left", run, state, step=4
+    )  # nobody waits for it, and nobody closes the run
     return out
 
 
 def of_a_pair(root: Path) -> tuple[list[Any], tuple[str, str]]:
-    """Two processes go on with what a simulation saved, and with what they saved; a disk is full for one of them."""
+    """Two processes go on with what a simulation saved, and with what they saved; a disk is full
+    for one of them."""
     torch.set_num_threads(1)
     run, _ = started(spmd, "data=2")
     state, _ = steps(run, checkpoint.load(root / "simulated", run)[0], 1)
@@ -187,7 +200,9 @@ def test_processes_load_what_a_simulation_saved(ran: list[dict[str, Any]], root:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STACKS)
-def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, Any]], root: Path) -> None:
+def test_a_simulation_loads_what_processes_saved(
+    name: str, ran: list[dict[str, Any]], root: Path
+) -> None:
     """Saved in the background or not; it goes on with the bits that the processes computed."""
     simulated, _ = started(fp.simulate, name)
     run, state = started(fp.simulate, "pipe=2 data=2")
@@ -206,7 +221,9 @@ def test_a_simulation_loads_what_processes_saved(name: str, ran: list[dict[str, 
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(ran: list[dict[str, Any]]) -> None:
+def test_a_run_that_goes_on_has_the_bits_of_one_that_did_not_stop(
+    ran: list[dict[str, Any]],
+) -> None:
     for result in ran:
         metrics, full, info = result["resumed"]
         assert info.step == 2
@@ -220,28 +237,42 @@ def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], roo
     there = root / "failures"
     kind, text = said[0].pop("damaged")
     assert kind == "CheckpointError"
-    assert text.startswith(f"{there}/step-9/__3_0.distcp is damaged, or belongs to another checkpoint: bytes 0 to ")
+    assert text.startswith(
+        f"{there}/step-9/__3_0.distcp is damaged, or belongs to another checkpoint: bytes 0 to "
+    )
     assert said[0] == {
         "step": (
             "MismatchError",
-            f"fp.checkpoint.save: rank 0 saves step=9, extra=null, keep=None to {there}, but rank 3 saves step=10, extra=null, "
-            f"keep=None to {there}: every rank saves the same step of the same run, with the same extra and keep",
+            f"fp.checkpoint.save: rank 0 saves step=9, extra=null, keep=None to {there}, but "
+            "rank 3 saves step=10, extra=null, "
+            f"keep=None to {there}: every rank saves the same step of the same run, with the "
+            "same extra and keep",
         ),
         "extra": (
             "MismatchError",
-            f'fp.checkpoint.save: rank 0 saves step=9, extra={{"seed": 0}}, keep=None to {there}, but rank 3 saves step=9, '
-            f'extra={{"seed": 1}}, keep=None to {there}: every rank saves the same step of the same run, with the same extra '
+            f'fp.checkpoint.save: rank 0 saves step=9, extra={{"seed": 0}}, keep=None to '
+            f"{there}, but rank 3 saves step=9, "
+            f'extra={{"seed": 1}}, keep=None to {there}: every rank saves the same step of the '
+            "same run, with the same extra "
             "and keep",
         ),
         "none": (
             "CheckpointError",
-            f"{there / 'none'} holds no checkpoint: pass the directory that fp.checkpoint.save was given",
+            f"{there / 'none'} holds no checkpoint: pass the directory that fp.checkpoint.save "
+            "was given",
         ),
-        "write": ("CheckpointError", f"saving step 9 to {there} failed on rank 3: OSError: no space left"),
-        "background": ("CheckpointError", f"saving step 9 to {there} failed on rank 3: OSError: no space left"),
+        "write": (
+            "CheckpointError",
+            f"saving step 9 to {there} failed on rank 3: OSError: no space left",
+        ),
+        "background": (
+            "CheckpointError",
+            f"saving step 9 to {there} failed on rank 3: OSError: no space left",
+        ),
         "other call": (
             "MismatchError",
-            "rank 0 is about to run 'step', rank 3 'load a checkpoint': all ranks run the same calls in the same order",
+            "rank 0 is about to run 'step', rank 3 'load a checkpoint': all ranks run the same "
+            "calls in the same order",
         ),
         "again": ("no error", ""),
         "there": (
@@ -265,7 +296,9 @@ def dies(root: Path, background: bool) -> None:
     checkpoint.save(root, run, state, step=0)
     if run.rank:
         dcp.FileSystemWriter.write_data = lambda *_: kill()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher stops the others; this one is to speak first
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # the launcher stops the others; this one is to speak first
     began = time.monotonic()
     try:
         if background:
@@ -293,7 +326,8 @@ def test_a_process_that_dies_in_a_save(background: bool, tmp_path: Path) -> None
 
 
 def waits_in_vain(root: Path) -> str:
-    """Rank 1 does not come to make the process groups of a save in the background, until rank 0 has given it up."""
+    """Rank 1 does not come to make the process groups of a save in the background, until rank 0 has
+    given it up."""
     run = fp.spmd(data(clipped), fp.Mesh(data=2), device="cpu", timeout=5)
     state = run.init(start, linear_params(), BATCHES[0])
     new_group = dist.new_group
@@ -315,18 +349,33 @@ def waits_in_vain(root: Path) -> str:
 def test_a_save_in_the_background_is_as_patient_as_its_runner(tmp_path: Path) -> None:
     """By default ranks wait for ten minutes; the launcher does not."""
     told = fp.launch(waits_in_vain, 2, tmp_path, timeout=60)
-    assert told[0].startswith("RankError: not every rank of Mesh(data=2) came to make process groups within 5 s: ")
+    assert told[0].startswith(
+        "RankError: not every rank of Mesh(data=2) came to make process groups within 5 s: "
+    )
     assert told[1].startswith("RankError: ") and checkpoint.steps(tmp_path) == []
 
 
-OPTIONS = ["--short", "--blocks", "1", "--width", "32", "--length", "16", "--rows", "4", "--microbatches", "2"]
+OPTIONS = [
+    "--short",
+    "--blocks",
+    "1",
+    "--width",
+    "32",
+    "--length",
+    "16",
+    "--rows",
+    "4",
+    "--microbatches",
+    "2",
+]
 OPTIONS += ["--steps", "8", "--mesh", "pipe=2"]
 # Losses of another mesh: sums in another order, 2**-24 each, on which some steps of Adam build.
 FLOAT32 = 1e-4
 
 
 def train(options: list[str], armed: tuple[int, str, int] | None = None) -> list[float]:
-    """The losses of ``examples/train_lm.py``; ``armed`` says which rank dies, where, and at which step."""
+    """The losses of ``examples/train_lm.py``; ``armed`` says which rank dies, where, and at which
+    step."""
     sys.path.insert(0, str(EXAMPLES))
     import train_lm
 
@@ -362,7 +411,8 @@ def arm_save(number: int) -> None:
 def test_a_training_that_is_killed_twice_goes_on_as_if_it_were_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 dies in the sixth step, then rank 0 in the save after it; the losses are those of an uninterrupted run."""
+    """Rank 1 dies in the sixth step, then rank 0 in the save after it; the losses are those of an
+    uninterrupted run."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "saved"
     wanted = train([*OPTIONS, "--simulate"])
@@ -394,5 +444,7 @@ def test_a_training_that_cannot_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint, "load", lambda *_: ("state", info))
     with refused(CheckpointError, "step-8 is of the last step: there is nothing to go on with"):
         train_lm.resume(None, args)
-    with refused(CheckpointError, "step-8 was saved with", "'rows': 4", "this run has", "'rows': 16"):
+    with refused(
+        CheckpointError, "step-8 was saved with", "'rows': 4", "this run has", "'rows': 16"
+    ):
         train_lm.resume(None, train_lm.parse([*OPTIONS, "--rows", "16"]))

@@ -1,4 +1,5 @@
-"""Checkpoints that cannot be saved or loaded: every error names the place and the leaf, what is there and what is wanted."""
+"""Checkpoints that cannot be saved or loaded: every error names the place and the leaf, what is
+there and what is wanted."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def loading(root: Path, init: Callable = with_counts, step: Callable = counting, **options: Any) -> Any:
+def loading(
+    root: Path, init: Callable = with_counts, step: Callable = counting, **options: Any
+) -> Any:
     return checkpoint.load(root, started("data=4 sharded", init, step)[0], **options)
 
 
@@ -54,8 +57,10 @@ def test_a_leaf_that_the_checkpoint_lacks(saved: Path) -> None:
     init, step = changed(lambda s: {**s, "ema": s["of"][0]})
     with refused(
         CheckpointError,
-        f"{saved}/step-4 has no leaf state['ema']['none'], which the state of this run has (float64[0, 2]). Load it with "
-        "the model, optimizer and dtypes that it was saved with; for anything else, fp.checkpoint.export it",
+        f"{saved}/step-4 has no leaf state['ema']['none'], which the state of this run has "
+        "(float64[0, 2]). Load it with "
+        "the model, optimizer and dtypes that it was saved with; for anything else, "
+        "fp.checkpoint.export it",
     ):
         loading(saved, init, step)
 
@@ -63,7 +68,8 @@ def test_a_leaf_that_the_checkpoint_lacks(saved: Path) -> None:
 def test_a_leaf_that_the_run_lacks(saved: Path) -> None:
     init, step = changed(lambda s: {k: x for k, x in s.items() if k != "key"})
     with refused(
-        CheckpointError, f"{saved}/step-4 has a leaf state['key'] (int64[2]), which the state of this run lacks"
+        CheckpointError,
+        f"{saved}/step-4 has a leaf state['key'] (int64[2]), which the state of this run lacks",
     ):
         loading(saved, init, step)
 
@@ -80,7 +86,8 @@ def test_a_leaf_that_the_run_lacks(saved: Path) -> None:
 def test_another_shape_or_dtype(value: Any, told: str, saved: Path) -> None:
     init, step = changed(lambda s: {**s, "key": value})
     with refused(
-        CheckpointError, f"{saved}/step-4: state['key'] was saved as int64[2], but this run has {told}. Load it with"
+        CheckpointError,
+        f"{saved}/step-4: state['key'] was saved as int64[2], but this run has {told}. Load it with",
     ):
         loading(saved, init, step)
 
@@ -97,27 +104,37 @@ def test_places_without_a_checkpoint(saved: Path) -> None:
         return str(caught.value)
 
     assert text(saved, step=5) == f"{saved} has no checkpoint of step 5; its steps are 4"
-    assert text(saved / "step-4").startswith(f"{saved / 'step-4'} is one checkpoint: pass the directory above it")
+    assert text(saved / "step-4").startswith(
+        f"{saved / 'step-4'} is one checkpoint: pass the directory above it"
+    )
     assert (
         text(saved / "no")
-        == f"{saved / 'no'} holds no checkpoint: pass the directory that fp.checkpoint.save was given"
+        == f"{saved / 'no'} holds no checkpoint: pass the directory that fp.checkpoint.save was "
+        "given"
     )
     manifest = saved / "step-4" / "checkpoint.json"
     found = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**found, "format": 3, "leaves": "other"}))
     assert text(saved) == (
-        f"{saved}/step-4 has format 3, but this funcpipe reads format 2: use the funcpipe that wrote it, or a newer one"
+        f"{saved}/step-4 has format 3, but this funcpipe reads format 2: use the funcpipe that "
+        "wrote it, or a newer one"
     )
     manifest.write_text(json.dumps({**found, "format": 1}))
     assert text(saved) == (
-        f"{saved}/step-4 has format 1, which has no digests of its files, so this funcpipe does not read it: "
-        "fp.checkpoint.export it with the funcpipe that wrote it, and hand run.place here the state that you make of it"
+        f"{saved}/step-4 has format 1, which has no digests of its files, so this funcpipe does "
+        "not read it: "
+        "fp.checkpoint.export it with the funcpipe that wrote it, and hand run.place here the "
+        "state that you make of it"
     )
     for broken in ("{", "[]", "{}", json.dumps({"format": 2})):
         manifest.write_text(broken)
-        assert text(saved).startswith(f"{saved}/step-4 is not a checkpoint: its checkpoint.json cannot be read (")
+        assert text(saved).startswith(
+            f"{saved}/step-4 is not a checkpoint: its checkpoint.json cannot be read ("
+        )
     manifest.unlink()
-    assert text(saved) == f"{saved} holds no complete checkpoint; step-4 was begun and never finished"
+    assert (
+        text(saved) == f"{saved} holds no complete checkpoint; step-4 was begun and never finished"
+    )
 
 
 INSTEAD = "Put the right file back, or load another step: fp.checkpoint.steps says which there are"
@@ -148,7 +165,9 @@ def halved(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [emptied, halved, Path.unlink])
-def test_a_file_that_is_damaged(damage: Callable[[Path], None], saved: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_damaged(
+    damage: Callable[[Path], None], saved: Path, tmp_path: Path
+) -> None:
     """Refused with the name of the file, and of a leaf in it; by a load and by an export."""
     run, _ = started("data=4 sharded")
     step = saved / "step-4"
@@ -175,11 +194,17 @@ def test_what_is_said_of_damage(saved: Path) -> None:
     file = step / "__0_0.distcp"
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
-    with refused(CheckpointError, f"{file} ends after 100 bytes, but state['", f"the file was cut off. {INSTEAD}"):
+    with refused(
+        CheckpointError,
+        f"{file} ends after 100 bytes, but state['",
+        f"the file was cut off. {INSTEAD}",
+    ):
         checkpoint.load(saved, run)
     file.write_bytes(whole[:100] + b"?" + whole[101:])
     said = f"{file} is damaged, or belongs to another checkpoint: bytes 0 to "
-    with refused(CheckpointError, said, "which hold state['", f"are not those that were saved. {INSTEAD}"):
+    with refused(
+        CheckpointError, said, "which hold state['", f"are not those that were saved. {INSTEAD}"
+    ):
         checkpoint.load(saved, run)
     file.unlink()
     with refused(CheckpointError, f"{file} is missing, which holds state['", INSTEAD):
@@ -203,7 +228,9 @@ def test_any_flipped_bit_is_noticed_or_without_effect(saved: Path) -> None:
             try:
                 loaded, info = checkpoint.load(saved, run)
             except CheckpointError as error:
-                assert file.name in str(error) or "format" in str(error)  # "format" may be what is hit
+                assert file.name in str(error) or "format" in str(
+                    error
+                )  # "format" may be what is hit
             else:  # between pieces, or in spaces of the manifest
                 assert equal(loaded, right) and info.step == 4 and info.extra is None
         file.write_bytes(whole)
@@ -222,7 +249,9 @@ def test_files_of_another_step(saved: Path) -> None:
             checkpoint.load(saved, run, step=4)
         text = str(caught.value)
         if file.name == "checkpoint.json":
-            assert text.startswith(f"{saved}/step-4 holds the checkpoint of step 5: it was renamed, or copied over")
+            assert text.startswith(
+                f"{saved}/step-4 holds the checkpoint of step 5: it was renamed, or copied over"
+            )
         else:
             assert text.startswith(f"{file} is damaged, or belongs to another checkpoint: ")
         file.write_bytes(whole)
@@ -240,12 +269,15 @@ class Calls:
 
 
 def test_nothing_that_a_file_brings_along_is_run(saved: Path) -> None:
-    """Also where the digests are right: DCP's metadata is not unpickled, and values only as torch allows."""
+    """Also where the digests are right: DCP's metadata is not unpickled, and values only as torch
+    allows."""
     run, state = started("plain")
     step = saved / "step-4"
     payload = pickle.dumps(Calls())
     (step / ".metadata").write_bytes(payload)
-    with refused(CheckpointError, f"{step}/.metadata is damaged, or belongs to another checkpoint: its bytes"):
+    with refused(
+        CheckpointError, f"{step}/.metadata is damaged, or belongs to another checkpoint: its bytes"
+    ):
         checkpoint.load(saved, run)
     signed(step, lambda found: found.update(metadata=files.digest_of(payload)))
     assert equal(checkpoint.load(saved, run)[0], state)
@@ -253,14 +285,20 @@ def test_nothing_that_a_file_brings_along_is_run(saved: Path) -> None:
     stored = (step / "other.distcp").read_bytes()
     piece = [0, 1, "other.distcp", 0, len(stored), files.digest_of(stored)]
     signed(step, lambda found: found["pieces"].update({"state['on']": [piece]}))
-    said = f"{step}/other.distcp: state['on'] is not stored as a tensor, number or text, so it is not read ("
+    said = (
+        f"{step}/other.distcp: state['on'] is not stored as a tensor, number or text, so it "
+        "is not read ("
+    )
     with refused(CheckpointError, said, f"{__name__}.called"):
         checkpoint.load(saved, run)
 
 
 def test_a_step_that_is_there_already(saved: Path) -> None:
     run, state = started("pipe=3")
-    with refused(CheckpointError, f"{saved}/step-4 is there already: save into another directory, or remove it first"):
+    with refused(
+        CheckpointError,
+        f"{saved}/step-4 is there already: save into another directory, or remove it first",
+    ):
         checkpoint.save(saved, run, state, step=4)
     with refused(CheckpointError, "is there already"):
         checkpoint.save_async(saved, run, state, step=4)
@@ -269,12 +307,21 @@ def test_a_step_that_is_there_already(saved: Path) -> None:
 @pytest.mark.parametrize(
     "number, told",
     [
-        (errno.ENOSPC, "no space is left on that disk: free some, or save into another directory (OSError: "),
+        (
+            errno.ENOSPC,
+            "no space is left on that disk: free some, or save into another directory (OSError: ",
+        ),
         (errno.EROFS, "that file system is read-only: save into another directory (OSError: "),
-        (errno.EACCES, "this user has no right to it: change its mode, or use another directory (PermissionError: "),
+        (
+            errno.EACCES,
+            "this user has no right to it: change its mode, or use another directory "
+            "(PermissionError: ",
+        ),
     ],
 )
-def test_places_that_cannot_be_written(number: int, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written(
+    number: int, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """In plain words; also from inside of torch.save, which calls it a RuntimeError."""
     run, state = started("pipe=3")
 
@@ -284,8 +331,14 @@ def test_places_that_cannot_be_written(number: int, told: str, monkeypatch: pyte
     class Full(io.BytesIO):
         write = fail
 
-    said = f"saving step 1 to {tmp_path} failed on rank 0: {told}[Errno {number}] {os.strerror(number)})"
-    for owner, name, new in ((Path, "mkdir", fail), (FileSystem, "create_stream", lambda *_: Full())):
+    said = (
+        f"saving step 1 to {tmp_path} failed on rank 0: {told}[Errno {number}] "
+        f"{os.strerror(number)})"
+    )
+    for owner, name, new in (
+        (Path, "mkdir", fail),
+        (FileSystem, "create_stream", lambda *_: Full()),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, new)
             with refused(CheckpointError, said):
@@ -296,9 +349,15 @@ def test_places_that_cannot_be_written(number: int, told: str, monkeypatch: pyte
 def test_a_place_that_is_a_file(tmp_path: Path) -> None:
     run, state = started("plain")
     (tmp_path / "file").touch()
-    with refused(CheckpointError, "a file is where a directory must be: use another directory (NotADirectoryError: "):
+    with refused(
+        CheckpointError,
+        "a file is where a directory must be: use another directory (NotADirectoryError: ",
+    ):
         checkpoint.save(tmp_path / "file", run, state, step=1)
-    with refused(CheckpointError, f"{tmp_path}/file holds no checkpoint: pass the directory that fp.checkpoint.save"):
+    with refused(
+        CheckpointError,
+        f"{tmp_path}/file holds no checkpoint: pass the directory that fp.checkpoint.save",
+    ):
         checkpoint.load(tmp_path / "file", run)
 
 
@@ -330,7 +389,10 @@ class Other:
 
 def test_leaves_that_are_not_stored(tmp_path: Path) -> None:
     run, state = started("data=3 whole", lambda p: {**with_counts(p), "on": Other()})
-    with refused(CheckpointError, "state['on'] is a Other, which is not stored: keep tensors, numbers, text, True"):
+    with refused(
+        CheckpointError,
+        "state['on'] is a Other, which is not stored: keep tensors, numbers, text, True",
+    ):
         checkpoint.save(tmp_path, run, state, step=0)
 
 
@@ -340,12 +402,16 @@ def test_leaves_that_are_not_what_init_state_makes(tmp_path: Path) -> None:
     state[1] = {**state[1], "of": (state[1]["of"][0], moments)}
     with refused(
         CheckpointError,
-        "state['of'][1]['w'] on rank 1 is float32[4, 1], but init_state makes it float64[4, 1]: it could not be loaded again. "
+        "state['of'][1]['w'] on rank 1 is float32[4, 1], but init_state makes it float64[4, 1]: "
+        "it could not be loaded again. "
         "Let the step keep shapes and dtypes, and save what it returned",
     ):
         checkpoint.save(tmp_path, run, state, step=0)
     state[1] = {**state[1], "of": (state[1]["of"][0], {**moments, "w": None})}
-    with refused(CheckpointError, "state['of'][1]['w'] on rank 1 is None, but init_state makes it float64[4, 1]"):
+    with refused(
+        CheckpointError,
+        "state['of'][1]['w'] on rank 1 is None, but init_state makes it float64[4, 1]",
+    ):
         checkpoint.save(tmp_path, run, state, step=0)
 
 
@@ -353,9 +419,14 @@ def test_states_of_another_kind(tmp_path: Path) -> None:
     run, state = started("data=3 whole")
     with refused(StateError, "a simulated state is a list with one state for each of 3 ranks"):
         checkpoint.save(tmp_path, run, state[0], step=0)
-    with refused(CheckpointError, "fp.checkpoint.save: the state has another structure than init_state made"):
+    with refused(
+        CheckpointError, "fp.checkpoint.save: the state has another structure than init_state made"
+    ):
         checkpoint.save(tmp_path, run, [{"of": 1}] * 3, step=0)
     new = fp.simulate(counting, fp.Mesh())
-    for use in (lambda: checkpoint.save(tmp_path, new, [state[0]], step=0), lambda: checkpoint.load(tmp_path, new)):
+    for use in (
+        lambda: checkpoint.save(tmp_path, new, [state[0]], step=0),
+        lambda: checkpoint.load(tmp_path, new),
+    ):
         with refused(StateError, "call run.init(init_state, params, batch) first"):
             use()

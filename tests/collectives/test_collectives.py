@@ -71,7 +71,10 @@ def test_other_dims_may_be_mapped_inside(case, runner, seed):
     got = runner(lambda x: torch.func.vmap(case, in_dims=-1)(x), case.sizes, xs)
     same(got, want)
     c = rand(seed + 1, want.shape)
-    pull = lambda x, c: torch.func.vmap(lambda x, c: torch.func.vjp(case, x)[1](c)[0], (-1, 0), -1)(x, c)  # noqa: E731
+
+    def pull(x, c):
+        return torch.func.vmap(lambda x, c: torch.func.vjp(case, x)[1](c)[0], (-1, 0), -1)(x, c)
+
     grads = [gradient(case, xs[..., k], c[:, :, k]) for k in range(3)]
     same(runner(pull, case.sizes, xs, c), torch.stack(grads, -1))
 
@@ -89,7 +92,8 @@ def test_second_derivatives(case, runner, seed):
 
 @given(cases(), st.integers(0, 99))
 def test_operands_that_are_not_mapped(case, seed):
-    """A constant is there on every rank: psum(c) is n * c, and its gradient on a rank is from all ranks."""
+    """A constant is there on every rank: psum(c) is n * c, and its gradient on a rank is from all
+    ranks."""
     x = case.operand(seed, equal=True)
     whole = {"axis_size": None, "in_dims": None}
     a, b = ({**whole, "axis_size": n} for n in case.sizes)
@@ -99,20 +103,28 @@ def test_operands_that_are_not_mapped(case, seed):
     pull = lambda c, x: torch.func.vjp(case, x)[1](c)[0]  # noqa: E731
     got = fp.vmap(fp.vmap(pull, "b", (0, None)), "a", (0, None))(c, x[0, 0])
     same(got, gradient(case, x, c))
-    outside = torch.func.grad(lambda x: (fp.vmap(fp.vmap(case, "b", **b), "a", **a)(x) * c).sum())(x[0, 0])
+    outside = torch.func.grad(lambda x: (fp.vmap(fp.vmap(case, "b", **b), "a", **a)(x) * c).sum())(
+        x[0, 0]
+    )
     same(outside, gradient(case, x, c).sum((0, 1)))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_axis_index_and_size(runner):
     def place(x):
-        return {axes: fp.axis_index(axes) + 0 * x.long() for axes in ("a", "b", ("a", "b"), ("b", "a"))} | {
-            "size": x * fp.axis_size(("b", "a"))
-        }
+        return {
+            axes: fp.axis_index(axes) + 0 * x.long() for axes in ("a", "b", ("a", "b"), ("b", "a"))
+        } | {"size": x * fp.axis_size(("b", "a"))}
 
     out = runner(place, (2, 3), torch.ones(2, 3))
     a, b = torch.arange(2)[:, None].expand(2, 3), torch.arange(3).expand(2, 3)
-    want = {"a": a, "b": b, ("a", "b"): a * 3 + b, ("b", "a"): b * 2 + a, "size": torch.full((2, 3), 6.0)}
+    want = {
+        "a": a,
+        "b": b,
+        ("a", "b"): a * 3 + b,
+        ("b", "a"): b * 2 + a,
+        "size": torch.full((2, 3), 6.0),
+    }
     assert out.keys() == want.keys()
     assert all(torch.equal(out[k], want[k]) for k in want)
 
@@ -158,7 +170,11 @@ def test_gradients_of_a_maximum_are_shared(runner):
     same(got, 4 * torch.tensor([[0.25, 0.25], [0.5, 0.0]]))
     low = torch.full((2, 2), -torch.inf)
     same(runner(lambda x: fp.pmax(x, ("a", "b")), (2, 2), low), low)
-    assert runner(lambda x: fp.pmax(x, "a"), (2, 2), torch.tensor([[1.0, torch.nan], [2.0, 0]]))[:, 1].isnan().all()
+    assert (
+        runner(lambda x: fp.pmax(x, "a"), (2, 2), torch.tensor([[1.0, torch.nan], [2.0, 0]]))[:, 1]
+        .isnan()
+        .all()
+    )
 
 
 def test_the_innermost_binding_wins():
@@ -174,13 +190,16 @@ def test_vmap_takes_trees_dims_and_keywords():
         return {"sum": fp.psum(p["x"], "i") * scale, "own": (p["w"] + n, p["x"])}
 
     x, w, scale = rand(0, (4, 3), 4, 3)
-    got = fp.vmap(f, "i", in_dims=({"x": 1, "w": None}, None), out_dims={"sum": 0, "own": (None, -1)})(
-        {"x": x, "w": w}, 2, scale=scale
-    )
+    got = fp.vmap(
+        f, "i", in_dims=({"x": 1, "w": None}, None), out_dims={"sum": 0, "own": (None, -1)}
+    )({"x": x, "w": w}, 2, scale=scale)
     same(got["sum"], x.sum(1) * scale[:, None])
     same(got["own"][0], w + 2)
     same(got["own"][1], x)
-    same(fp.vmap(lambda x: fp.psum(x, "i"), "i", in_dims=-1, out_dims=1)(x), x.sum(1, keepdim=True).expand(4, 3))
+    same(
+        fp.vmap(lambda x: fp.psum(x, "i"), "i", in_dims=-1, out_dims=1)(x),
+        x.sum(1, keepdim=True).expand(4, 3),
+    )
     same(fp.vmap(lambda: fp.axis_index("i"), "i", axis_size=3)(), torch.arange(3))
 
 
@@ -250,9 +269,17 @@ def in_a_process(sizes, seed):
     comm.flush()
     step = make_step(list(LAYERS), drop_last=True)
     params, batches = setup(len(LAYERS), rows=4, seed=seed)
-    fast = fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=1, schedule=fp.schedules.zb_h1()), axis="data")
+    fast = fp.data_parallel(
+        fp.pipelined(step, axis="pipe", microbatches=1, schedule=fp.schedules.zb_h1()), axis="data"
+    )
     return assert_equivalent(
-        step, fast, fp.Mesh(pipe=sizes[0], data=sizes[1]), lambda p: p, params, batches, runner=fp.spmd
+        step,
+        fast,
+        fp.Mesh(pipe=sizes[0], data=sizes[1]),
+        lambda p: p,
+        params,
+        batches,
+        runner=fp.spmd,
     ).compared
 
 
@@ -264,7 +291,9 @@ def samples(sizes):
         yield Case("all_gather", sizes, axes, (2, 3), {"dim": 1, "tiled": True})
         yield Case("all_gather", sizes, axes, (2,), {"dim": -1, "tiled": False})
         yield Case("psum_scatter", sizes, axes, (3, 2 * n), {"dim": 1, "tiled": True})
-        yield Case("all_to_all", sizes, axes, (n, 3), {"split_dim": 0, "concat_dim": 1, "tiled": True})
+        yield Case(
+            "all_to_all", sizes, axes, (n, 3), {"split_dim": 0, "concat_dim": 1, "tiled": True}
+        )
         yield Case("ppermute", sizes, axes, (2, 2), {"perm": [(i, (i + 1) % n) for i in range(n)]})
         yield Case("ppermute", sizes, axes, (2,), {"perm": [(0, n - 1)]})
     yield Case("pmax", sizes, ("a",), (5,), {})

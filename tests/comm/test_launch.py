@@ -1,4 +1,5 @@
-"""Starting processes: results in rank order, the error of the rank that failed first, a quiet console."""
+"""Starting processes: results in rank order, the error of the rank that failed first, a quiet
+console."""
 
 from __future__ import annotations
 
@@ -23,13 +24,23 @@ from funcpipe.errors import RankError
 
 def describe(word, x):
     assert os.environ["LOCAL_RANK"] == os.environ["RANK"]
-    return word, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), x + 1, torch.get_num_threads()
+    return (
+        word,
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        x + 1,
+        torch.get_num_threads(),
+    )
 
 
 def test_results_in_rank_order():
     handler = signal.getsignal(signal.SIGINT)
     results = launch(describe, 2, "a", torch.arange(3), timeout=120)
-    threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else results[0][4]
+    threads = (
+        max(1, len(os.sched_getaffinity(0)) // 2)
+        if hasattr(os, "sched_getaffinity")
+        else results[0][4]
+    )
     for rank, (word, r, size, x, t) in enumerate(results):
         assert (word, r, size, x.tolist(), t) == ("a", rank, 2, [1, 2, 3], threads)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -44,7 +55,9 @@ def sleep():
 def test_a_signal_acts_as_it_does_without_a_launch(name, error):
     got = []
     number = getattr(signal, name)
-    handler = signal.signal(number, (lambda n, _: got.append(n)) if error else signal.default_int_handler)
+    handler = signal.signal(
+        number, (lambda n, _: got.append(n)) if error else signal.default_int_handler
+    )
     timer = threading.Timer(3, os.kill, (os.getpid(), number))
     timer.start()
     try:
@@ -59,9 +72,12 @@ def test_a_script_that_is_told_to_end_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import time\nimport funcpipe as fp\n"
-        "if __name__ == '__main__':\n    print('here', flush=True)\n    fp.launch(time.sleep, 2, 60)\n"
+        "if __name__ == '__main__':\n    print('here', flush=True)\n    fp.launch(time.sleep, 2, "
+        "60)\n"
     )
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout.readline() == b"here\n"
         time.sleep(3)  # the launcher listens
         process.terminate()
@@ -109,11 +125,16 @@ def test_an_exit_without_a_word_and_reports_that_follow_from_it(tmp_path):
     assert str(_cause(failures, tmp_path)) == "rank 1 failed: exited with code 3"
     _report(2, KeyError("k"), "trace 2", tmp_path)
     error = _cause(failures, tmp_path)
-    assert (str(error), error.__notes__) == ("rank 2 failed: KeyError: 'k'", ["in rank 2:\ntrace 2"])
+    assert (str(error), error.__notes__) == (
+        "rank 2 failed: KeyError: 'k'",
+        ["in rank 2:\ntrace 2"],
+    )
 
 
 def test_a_rank_that_does_not_finish_in_time():
-    with pytest.raises(RankError, match=r"rank . failed: TimeoutError: not finished after 0.5 s") as caught:
+    with pytest.raises(
+        RankError, match=r"rank . failed: TimeoutError: not finished after 0.5 s"
+    ) as caught:
         launch(fail, 2, "late", timeout=0.5)
     assert "time.sleep(60)" in caught.value.__notes__[0]
 
@@ -123,7 +144,9 @@ def returns(how):
     if how == "late":
         time.sleep(60 if os.environ["RANK"] == "0" else 0)
         return
-    run = spmd(data_parallel(lambda state, batch: (state, {}), axis="data"), Mesh(data=2), device="cpu")
+    run = spmd(
+        data_parallel(lambda state, batch: (state, {}), axis="data"), Mesh(data=2), device="cpu"
+    )
     KEPT.append(run)
     run._comm.exchange_digest(0)
     if os.environ["RANK"] == "0":
@@ -136,7 +159,10 @@ KEPT = []
 @pytest.mark.parametrize(
     "how, told",
     [
-        ("waits", "rank 1 failed: it ended, or closed its runner, while rank 0 was in exchange_digest"),
+        (
+            "waits",
+            "rank 1 failed: it ended, or closed its runner, while rank 0 was in exchange_digest",
+        ),
         ("late", "rank 0 failed: TimeoutError: not finished after 2 s"),
     ],
 )
@@ -166,10 +192,20 @@ open(f"ran-{comm.rank}", "w").write(f"{out} {os.environ['TORCHELASTIC_RESTART_CO
 
 @pytest.mark.slow
 def test_a_job_that_torchrun_restarts(tmp_path):
-    """The processes of the second start meet each other, not the addresses of the first; also those that had finished."""
+    """The processes of the second start meet each other, not the addresses of the first; also those
+    that had finished."""
     (tmp_path / "script.py").write_text(RESTARTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
-    paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "GLOO_SOCKET_IFNAME": LOOPBACK}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
+    paths = {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
+    }
     done = subprocess.run(
         [*command, "script.py"],
         cwd=tmp_path,

@@ -1,4 +1,5 @@
-"""Mail: what travels over NCCL, as far as it can be seen without a GPU; the rest is in tests/gpu."""
+"""Mail: what travels over NCCL, as far as it can be seen without a GPU; the rest is in
+tests/gpu."""
 
 from __future__ import annotations
 

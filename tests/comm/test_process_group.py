@@ -1,4 +1,5 @@
-"""What ranks say to each other over process groups, gloo's, in four processes. Failures: `test_process_group_failures.py`."""
+"""What ranks say to each other over process groups, gloo's, in four processes. Failures:
+`test_process_group_failures.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.runtime.launch import launch
 from funcpipe.errors import MeshError
 
-# --- checks -------------------------------------------------------------------------------------------
+# --- checks
+# -------------------------------------------------------------------------------------------
 
 
 def collectives_equal_plain_loops():
@@ -31,16 +33,25 @@ def collectives_equal_plain_loops():
         comm.prepare(reversed(axes_sets))
         shapes = [(), (3,), (2, 3, 2), (0, 2)]
         cases = list(itertools.product(axes_sets, KINDS, shapes, DTYPES))
-        # All dtypes for one shape, all shapes for one dtype, and one operand too large to be gathered at
-        # once.
+        # All dtypes for one shape, all shapes for one dtype, and one operand too large to be
+        # gathered at once.
         few = [c for c in cases if c[2] == (2, 3, 2) or c[3] == torch.float32]
-        for axes, kind, shape, dtype in [*few, (axes_sets[0], "all_reduce", (50_001,), torch.float32)]:
+        for axes, kind, shape, dtype in [
+            *few,
+            (axes_sets[0], "all_reduce", (50_001,), torch.float32),
+        ]:
             if kind == "all_reduce_max" and dtype.is_complex:
                 continue
             n = mesh.axis_size(axes)
             xs = [operand(kind, r, shape, dtype, n) for r in range(mesh.size)]
             got = call(comm, kind, xs[comm.rank], axes)
-            assert same(got, expected(kind, xs, mesh, axes)[comm.rank]), (mesh, axes, kind, shape, dtype)
+            assert same(got, expected(kind, xs, mesh, axes)[comm.rank]), (
+                mesh,
+                axes,
+                kind,
+                shape,
+                dtype,
+            )
             assert got.data_ptr() != xs[comm.rank].data_ptr() or not got.numel()
         comm.close()
 
@@ -65,7 +76,8 @@ def digests_of_ranks_ahead(mesh=LINE):
 
 
 def messages():
-    """Every rank sends to every other one, on two channels, before anyone receives; received out of order."""
+    """Every rank sends to every other one, on two channels, before anyone receives; received out of
+    order."""
     comm = communicator()
     others = [r for r in range(4) if r != comm.rank]
     for i, other, channel in itertools.product(range(20), others, "FB"):
@@ -94,7 +106,10 @@ def layouts():
         comm.send(xs, other, "layouts")
         got = comm.recv(outs, other, "layouts")
         assert all(map(torch.equal, got, want)), (got, want)
-        assert all(a.data_ptr() == b.data_ptr() and a.stride() == b.stride() for a, b in zip(got, outs, strict=True))
+        assert all(
+            a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+            for a, b in zip(got, outs, strict=True)
+        )
     wide = torch.zeros(2, 3, 8)
     comm.send([torch.ones(2, 3, 4)], other, "layouts")
     comm.recv([wide[:, :, ::2]], other, "layouts")
@@ -117,7 +132,8 @@ def large_messages_cross():
 
 
 def what_has_arrived_is_let_go():
-    """A tensor lives until its sender knows that it has arrived: here since the other end has answered."""
+    """A tensor lives until its sender knows that it has arrived: here since the other end has
+    answered."""
     comm = communicator()
     other = comm.rank ^ 1
     x = torch.ones(1_000_000)
@@ -138,7 +154,10 @@ def what_has_arrived_is_let_go():
 def flush_waits_for_what_was_started():
     comm = communicator()
     comm.prepare([("pipe",)])
-    begun = [comm.start_all_gather(torch.ones(2), ("pipe",)), comm.start_reduce_scatter(torch.ones(2, 2), ("pipe",))]
+    begun = [
+        comm.start_all_gather(torch.ones(2), ("pipe",)),
+        comm.start_reduce_scatter(torch.ones(2, 2), ("pipe",)),
+    ]
     assert list(comm._begun) == begun
     begun[0].wait()
     comm.flush()
@@ -199,7 +218,8 @@ def results():
     return launched(CHECKS)
 
 
-# --- the tests ----------------------------------------------------------------------------------------
+# --- the tests
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -209,7 +229,10 @@ def test_check_passes_on_every_rank(check, results):
 
 def test_exchange(results):
     digests = [(r - 2) * 2**61 for r in range(4)]
-    assert result(results, exchange) == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests, [True])] * 4
+    assert (
+        result(results, exchange)
+        == [([0, 1, 2, 3], [[r, r] for r in range(4)], digests, [True])] * 4
+    )
 
 
 @pytest.mark.slow
@@ -240,7 +263,9 @@ def test_two_communicators(results):
 def test_a_process_that_is_not_one_of_several(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(MeshError, match=r"not one of several.*start 4 with `torchrun --nproc-per-node=4"):
+    with pytest.raises(
+        MeshError, match=r"not one of several.*start 4 with `torchrun --nproc-per-node=4"
+    ):
         ProcessGroupCommunicator(GRID, "cpu")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -1,4 +1,5 @@
-"""What the others get to know of a rank that fails, is late or is killed: over gloo, in four processes.
+"""What the others get to know of a rank that fails, is late or is killed: over gloo, in four
+processes.
 
 Each check makes a communicator of its own, and breaks it.
 """
@@ -22,11 +23,13 @@ from funcpipe.errors import RankError
 
 SOON = 5.0  # seconds in which every rank must have stopped; one second is usual
 
-# --- checks -------------------------------------------------------------------------------------------
+# --- checks
+# -------------------------------------------------------------------------------------------
 
 
 def broken(body, timeout=60.0):
-    """What a rank gets to know, and after how many seconds, when ``body`` breaks the communicator."""
+    """What a rank gets to know, and after how many seconds, when ``body`` breaks the
+    communicator."""
     comm = communicator(LINE, timeout)
     comm.prepare([("pipe",)])
     comm.exchange_digest(0)
@@ -58,7 +61,8 @@ def a_rank_raises():
 
 
 def a_rank_raises_while_messages_are_awaited():
-    """Who holds a receive that was begun holds its connection, which then does not close when the rank gives up."""
+    """Who holds a receive that was begun holds its connection, which then does not close when the
+    rank gives up."""
 
     def body(comm):
         HELD.append(comm._groups.mail.recv([torch.empty(1)], (comm.rank + 1) % 4, 7))
@@ -93,7 +97,8 @@ def a_rank_raises_before_its_digest():
 
 
 def a_rank_raises_while_all_else_is_busy():
-    """Rank 0 waits for rank 2, which is far from any communication; neither talks to rank 1, which fails."""
+    """Rank 0 waits for rank 2, which is far from any communication; neither talks to rank 1, which
+    fails."""
 
     def body(comm):
         if comm.rank == 0:
@@ -172,7 +177,8 @@ def results():
     return launched(CHECKS)
 
 
-# --- the tests ----------------------------------------------------------------------------------------
+# --- the tests
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -210,7 +216,9 @@ def test_a_late_rank_is_named_with_what_waited_for_it(results):
 
 def test_a_rank_late_for_the_construction(results):
     texts = result(results, a_rank_is_late_for_the_construction)
-    assert texts[0].startswith("not every rank of Mesh(pipe=4) came to make process groups within 1 s: ")
+    assert texts[0].startswith(
+        "not every rank of Mesh(pipe=4) came to make process groups within 1 s: "
+    )
 
 
 def test_a_rank_late_for_a_collective_ends_it(results):
@@ -228,16 +236,22 @@ def test_a_rank_late_for_its_digest_ends_the_exchange(results):
     texts, seconds = zip(*result(results, a_rank_is_late_for_its_digest), strict=True)
     assert max(seconds) < SOON
     assert len(set(texts)) == 1
-    assert re.fullmatch(r"rank . was in exchange_digest; not all of ranks ., ., . answered within 1 s", texts[0])
+    assert re.fullmatch(
+        r"rank . was in exchange_digest; not all of ranks ., ., . answered within 1 s", texts[0]
+    )
 
 
-# --- a process that is killed ---------------------------------------------------------------------------
+# --- a process that is killed
+# ---------------------------------------------------------------------------
 
 
 def beside_a_killed_rank(rank, port, answers, victim):
-    """A rank ends without a word. Rank 0 waits for it, and rank 2 for rank 0; or both exchange digests."""
+    """A rank ends without a word. Rank 0 waits for it, and rank 2 for rank 0; or both exchange
+    digests."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     comm = communicator(Mesh(pipe=3))
     comm.exchange_digest(0)
@@ -256,25 +270,32 @@ def beside_a_killed_rank(rank, port, answers, victim):
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank_stops_the_others_and_is_named(victim):
-    """Also by a rank whose connections to several others close, and where the store goes with rank 0."""
+    """Also by a rank whose connections to several others close, and where the store goes with rank
+    0."""
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [context.Process(target=beside_a_killed_rank, args=(r, port, answers, victim)) for r in range(3)]
+    workers = [
+        context.Process(target=beside_a_killed_rank, args=(r, port, answers, victim))
+        for r in range(3)
+    ]
     for worker in workers:
         worker.start()
     try:
         for worker in workers:
             worker.join(60)
-        assert [w.exitcode for w in workers] == [-signal.SIGKILL if r == victim else 0 for r in range(3)]
+        assert [w.exitcode for w in workers] == [
+            -signal.SIGKILL if r == victim else 0 for r in range(3)
+        ]
     finally:
         for worker in workers:
             worker.kill()
     told = "receiving (float32[2]) on channel 'F': " if victim == 1 else "in exchange_digest: "
     for _, text, seconds in [answers.get(), answers.get()]:
         assert re.match(
-            rf"rank {victim} failed: it lost contact with rank [^{victim}], which was {re.escape(told)}", text
+            rf"rank {victim} failed: it lost contact with rank [^{victim}], which was {re.escape(told)}",
+            text,
         )
         assert seconds < SOON

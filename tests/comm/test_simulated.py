@@ -1,4 +1,5 @@
-"""In-process ranks: collectives against plain loops, order of messages, who goes on when, error texts."""
+"""In-process ranks: collectives against plain loops, order of messages, who goes on when, error
+texts."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def meshes_and_axes(draw):
     return mesh, tuple(axes)
 
 
-# --- collectives ------------------------------------------------------------------------------------
+# --- collectives
+# ------------------------------------------------------------------------------------
 
 
 @given(
@@ -89,10 +91,14 @@ def test_exchange_is_in_rank_order():
 @pytest.mark.parametrize(
     "wrong, text",
     [
-        (lambda comm: comm.all_reduce(ZEROS, ("pipe",), op="min"), "takes op='sum' or op='max', not 'min'"),
+        (
+            lambda comm: comm.all_reduce(ZEROS, ("pipe",), op="min"),
+            "takes op='sum' or op='max', not 'min'",
+        ),
         (
             lambda comm: comm.reduce_scatter(ZEROS[:1], ("pipe",)),
-            "reduce_scatter over ('pipe',) takes one piece for each of 2 ranks along dim 0, not float32[1]",
+            "reduce_scatter over ('pipe',) takes one piece for each of 2 ranks along dim 0, not "
+            "float32[1]",
         ),
         (lambda comm: comm.all_to_all(torch.tensor(1), ("pipe",)), "not int64[]"),
     ],
@@ -101,7 +107,8 @@ def test_wrong_arguments(wrong, text):
     assert text in str(error_of(PIPE, wrong, ValueError))
 
 
-# --- messages ---------------------------------------------------------------------------------------
+# --- messages
+# ---------------------------------------------------------------------------------------
 
 
 def number(x):
@@ -177,7 +184,8 @@ def test_a_message_that_nobody_receives():
     assert str(error) == "rank 1 finished without receiving 2 messages from rank 0 on channel 'F'"
 
 
-# --- deadlocks and mismatches -----------------------------------------------------------------------
+# --- deadlocks and mismatches
+# -----------------------------------------------------------------------
 
 
 def test_a_deadlock_says_where_each_rank_stands():
@@ -235,11 +243,15 @@ def test_a_deadlock_of_two_receivers():
 )
 def test_members_of_a_group_that_call_different_things(first, second, told):
     error = error_of(PIPE, lambda comm: (first if comm.rank == 0 else second)(comm), MismatchError)
-    assert str(error) == f"{told}; ranks 0, 1 form a group and must make the same calls in the same order"
+    assert (
+        str(error)
+        == f"{told}; ranks 0, 1 form a group and must make the same calls in the same order"
+    )
     assert error.__notes__ == ["raised by rank 1 of Mesh(pipe=2)"]
 
 
-# --- a rank that fails ------------------------------------------------------------------------------
+# --- a rank that fails
+# ------------------------------------------------------------------------------
 
 
 def test_the_first_error_is_raised_and_stops_the_others():
@@ -305,14 +317,17 @@ def test_an_interrupt_stops_the_ranks():
             comm.exchange(0)
             time.sleep(0.001)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in a shell's background
     try:
         error_of(PIPE, body, KeyboardInterrupt)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# --- who runs when, and where -----------------------------------------------------------------------
+# --- who runs when, and where
+# -----------------------------------------------------------------------
 
 
 def interleaving():
@@ -415,7 +430,11 @@ def test_ranks_inside_ranks():
 
 def test_no_thread_and_no_result_is_left_behind():
     def rank_threads():
-        return [t for t in threading.enumerate() if t.name.startswith("funcpipe-rank") and t not in others]
+        return [
+            t
+            for t in threading.enumerate()
+            if t.name.startswith("funcpipe-rank") and t not in others
+        ]
 
     others = threading.enumerate()  # a failure, or a runner that a test keeps, may hold threads
     run_ranks(GRID, lambda comm: comm.rank)

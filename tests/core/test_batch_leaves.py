@@ -1,4 +1,5 @@
-"""What a batch may consist of: numpy and mappings work on one device and on ranks alike, other leaves are refused by path."""
+"""What a batch may consist of: numpy and mappings work on one device and on ranks alike, other
+leaves are refused by path."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def check_same(batch: Any, read: Any, rows: torch.Tensor = X) -> None:
 # ---- numpy
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int32", "uint8", "bool", ">f8"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "int64", "int32", "uint8", "bool", ">f8"]
+)
 def test_arrays_are_tensors(dtype: str) -> None:
     x = (X * 10 % 2).numpy().astype(dtype)
     check_same({"x": x}, lambda b: b["x"], torch.from_numpy(x.astype(x.dtype.newbyteorder("="))))
@@ -112,7 +115,9 @@ class TokenizerOutput(collections.UserDict):
         return self.data[name]
 
 
-@pytest.mark.parametrize("make", [collections.UserDict, types.MappingProxyType, TokenizerOutput, collections.Counter])
+@pytest.mark.parametrize(
+    "make", [collections.UserDict, types.MappingProxyType, TokenizerOutput, collections.Counter]
+)
 def test_mappings_are_dicts(make: Any) -> None:
     check_same(make({"x": X, "key": torch.arange(8)}), lambda b: b["x"])
     check_same({"text": make({"x": X.numpy()}), "name": "train"}, lambda b: b["text"]["x"])
@@ -121,7 +126,9 @@ def test_mappings_are_dicts(make: Any) -> None:
 def test_entries_of_a_mapping_can_be_read_as_attributes() -> None:
     batch = TokenizerOutput({"x": X.numpy(), "key": np.arange(8)})
     check_same(batch, lambda b: b.x)
-    with refused(BatchError, "no entry 'to' at test_batch_leaves.py", "['x', 'key']", "before the step"):
+    with refused(
+        BatchError, "no entry 'to' at test_batch_leaves.py", "['x', 'key']", "before the step"
+    ):
         trained(batch, lambda b: b.to("cpu"), STACKS[0])
 
 
@@ -144,7 +151,9 @@ def test_dims_of_a_mapping_are_named_as_those_of_a_dict() -> None:
     batch = collections.UserDict(x=X, table=torch.ones(3, dtype=torch.float64))
     read = lambda b: b["x"] * b["table"]  # noqa: E731
     stack = fp.accumulated(microbatches=2, dims={"x": 0, "table": None}), fp.Mesh()
-    torch.testing.assert_close(trained(batch, read, stack), step_of(read)(W, batch)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        trained(batch, read, stack), step_of(read)(W, batch)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 # ---- tensors that are not dense
@@ -159,9 +168,15 @@ class Tagged(torch.Tensor):
     [
         (lambda: X.to_sparse(), ("sparse", "to_dense()")),
         (lambda: torch.empty(8, device="meta"), ("meta device",)),
-        (lambda: torch.nested.nested_tensor(list(X), layout=torch.jagged), ("nested", "pad it", "values()")),
+        (
+            lambda: torch.nested.nested_tensor(list(X), layout=torch.jagged),
+            ("nested", "pad it", "values()"),
+        ),
         (lambda: X.as_subclass(Tagged), ("Tagged", "as_subclass(torch.Tensor)")),
-        (lambda: torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.quint8), ("quantized", "dequantize()")),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(8), 0.1, 0, torch.quint8),
+            ("quantized", "dequantize()"),
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -223,7 +238,14 @@ def test_constants_keep_their_meaning(constant: Any) -> None:
 
 def test_keys_tell_values_apart_that_python_takes_for_equal() -> None:
     values = [1, True, 1.0, 1 + 0j, 0.0, -0.0, 0j, complex(0.0, -0.0), "1", b"1"]
-    values += [frozenset([1]), frozenset([True]), Settings(0.0), Settings(-0.0), slice(1), slice(True)]
+    values += [
+        frozenset([1]),
+        frozenset([True]),
+        Settings(0.0),
+        Settings(-0.0),
+        slice(1),
+        slice(True),
+    ]
     assert len({key_of(x) for x in values}) == len(values)
 
 
@@ -231,7 +253,15 @@ def test_keys_tell_values_apart_that_python_takes_for_equal() -> None:
 @pytest.mark.parametrize(
     ("leaf", "words"),
     [
-        (Record(X), ("a Record (a dataclass)", "tensors are not seen", "dict", "optree.register_pytree_node(Record")),
+        (
+            Record(X),
+            (
+                "a Record (a dataclass)",
+                "tensors are not seen",
+                "dict",
+                "optree.register_pytree_node(Record",
+            ),
+        ),
         (Frozen(X), ("a Frozen (a dataclass)", "optree.register_pytree_node(Frozen")),
         (Frozen([1]), ("a Frozen whose x is a list",)),
         (Record(1), ("a Record (a dataclass)", "cannot be hashed")),
@@ -283,7 +313,10 @@ def test_a_batch_that_does_not_divide_names_the_ways_out() -> None:
     "stack",
     [
         *STACKS,
-        (fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")), fp.Mesh(data=2)),
+        (
+            fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")),
+            fp.Mesh(data=2),
+        ),
         (fp.compose(fp.pipelined(axis="pipe", microbatches=2)), fp.Mesh(pipe=2)),
     ],
 )
@@ -353,7 +386,11 @@ def test_bits_are_those_of_a_dense_lookup() -> None:
 
     def ran(sparse: bool) -> torch.Tensor:
         def step(table: torch.Tensor, ids: torch.Tensor) -> Any:
-            look_up = lambda t, i: fp.Mean(F.embedding(i, t, sparse=sparse).exp().sum(), torch.tensor(float(len(i))))  # noqa: E731
+            def look_up(t, i):
+                return fp.Mean(
+                    F.embedding(i, t, sparse=sparse).exp().sum(), torch.tensor(float(len(i)))
+                )
+
             loss, grads = fp.value_and_grad(look_up)(table, ids)
             return table - grads, {"loss": loss}
 

@@ -42,7 +42,8 @@ def test_any_change_of_one_element_and_any_swap_is_seen(data):
 
 
 def test_swaps_far_apart_are_seen():
-    """Zeros and ones have equal low bits; positions a power of two apart have nearly equal weights in simpler sums."""
+    """Zeros and ones have equal low bits; positions a power of two apart have nearly equal weights
+    in simpler sums."""
     seen = []
     for k in range(12):
         x = torch.zeros(4096, dtype=torch.float64)
@@ -61,7 +62,9 @@ def test_a_tensor_in_several_pieces(monkeypatch):
 
 def test_what_is_no_tensor_and_what_is_empty():
     assert checksums([]) == []
-    one, true, text, empty, meta = checksums([1, True, "1", torch.zeros(0), torch.empty(3, device="meta")])
+    one, true, text, empty, meta = checksums(
+        [1, True, "1", torch.zeros(0), torch.empty(3, device="meta")]
+    )
     assert len({one, true, text}) == 3 and empty == meta == 0
     assert all(0 <= n < 2**56 for n in (one, true, text))
 

@@ -1,4 +1,5 @@
-"""States and params in objects that trees do not look into: refused by name when a run begins; registered, they are trees."""
+"""States and params in objects that trees do not look into: refused by name when a run begins;
+registered, they are trees."""
 
 from __future__ import annotations
 
@@ -86,7 +87,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("wrap", "what", "remedy"), WAYS)
-def test_a_container_that_is_not_registered_is_refused_in_a_state(wrap: Any, what: str, remedy: str) -> None:
+def test_a_container_that_is_not_registered_is_refused_in_a_state(
+    wrap: Any, what: str, remedy: str
+) -> None:
     with refused(StateError, f"state is {what}, which holds tensors but is not registered", remedy):
         start(unused, wrap)
     with refused(StateError, f"state['inner'][1] is {what}", remedy):
@@ -105,7 +108,9 @@ def test_it_is_refused_in_params() -> None:
 def test_it_is_refused_where_a_step_returns_it() -> None:
     with refused(StateError, "the step returns state: state is an instance of the dataclass Data"):
         start(lambda p, x: (Data(p), {}), lambda p: p)
-    with refused(StateError, "the step returns metrics: metrics['m'] is an instance of the dataclass Data"):
+    with refused(
+        StateError, "the step returns metrics: metrics['m'] is an instance of the dataclass Data"
+    ):
         start(lambda p, x: (p, {"m": Data(fp.global_norm(p))}), lambda p: p)
 
 
@@ -113,11 +118,15 @@ def test_settings_without_tensors_are_leaves() -> None:
     start(lambda s, x: (s, {}), lambda p: {"p": p, "settings": Data(None, 3), "names": {"a", "b"}})
 
 
-@pytest.mark.parametrize("make", [lambda p: Registered(p, torch.zeros(())), Node], ids=["dataclass", "class"])
+@pytest.mark.parametrize(
+    "make", [lambda p: Registered(p, torch.zeros(())), Node], ids=["dataclass", "class"]
+)
 def test_a_registered_container_is_a_tree(make: Callable) -> None:
     def step(state: Any, x: torch.Tensor) -> Any:
         params, metrics = descend(state.params, x)
-        return (Registered(params, state.count + 1) if isinstance(state, Registered) else Node(params)), metrics
+        return (
+            Registered(params, state.count + 1) if isinstance(state, Registered) else Node(params)
+        ), metrics
 
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
     state, metrics = run(run.init(make, PARAMS, X), X)

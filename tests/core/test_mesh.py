@@ -33,7 +33,9 @@ def test_ranks_count_places_with_the_last_axis_fastest(sizes: list[int]) -> None
 @given(SIZES, st.data())
 def test_groups_divide_the_ranks(sizes: list[int], data: st.DataObject) -> None:
     mesh = mesh_of(sizes)
-    axes = tuple(data.draw(st.permutations(list(mesh.axes))))[: data.draw(st.integers(0, len(sizes)))]
+    axes = tuple(data.draw(st.permutations(list(mesh.axes))))[
+        : data.draw(st.integers(0, len(sizes)))
+    ]
     groups = {mesh.group(r, axes) for r in range(mesh.size)}
     assert sorted(itertools.chain(*groups)) == list(range(mesh.size))
     for group in groups:
@@ -43,7 +45,10 @@ def test_groups_divide_the_ranks(sizes: list[int], data: st.DataObject) -> None:
             there, first = mesh.coords(r), mesh.coords(group[0])
             assert all(there[a] == first[a] for a in mesh.axes if a not in axes)
     if len(axes) > 1:  # the last of the given axes varies fastest
-        assert mesh.coords(mesh.group(0, axes)[mesh.axis_size(axes[-1:]) - 1])[axes[-1]] == mesh.axes[axes[-1]] - 1
+        assert (
+            mesh.coords(mesh.group(0, axes)[mesh.axis_size(axes[-1:]) - 1])[axes[-1]]
+            == mesh.axes[axes[-1]] - 1
+        )
 
 
 def test_a_mesh_without_axes_is_one_rank() -> None:
@@ -65,7 +70,11 @@ def test_axes_in_mesh_order_without_doubles() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2", None])
 def test_sizes_are_whole_numbers(size: object) -> None:
-    with refused(MeshError, f"axis 'pipe' of the mesh has size {size!r}", "a whole number of ranks, 1 or more"):
+    with refused(
+        MeshError,
+        f"axis 'pipe' of the mesh has size {size!r}",
+        "a whole number of ranks, 1 or more",
+    ):
         Mesh(pipe=size)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,10 @@ class Point(NamedTuple):
 TREES = st.recursive(
     st.one_of(st.integers(), st.none(), st.text(max_size=2)),
     lambda t: st.one_of(
-        st.lists(t, max_size=3), st.tuples(t, t), st.dictionaries(st.sampled_from("abc"), t), st.builds(Point, t, t)
+        st.lists(t, max_size=3),
+        st.tuples(t, t),
+        st.dictionaries(st.sampled_from("abc"), t),
+        st.builds(Point, t, t),
     ),
     max_leaves=8,
 )
@@ -50,19 +53,28 @@ def test_every_tree_is_a_prefix_of_itself_and_a_leaf_of_all(x: object) -> None:
 
 def test_none_is_no_leaf_of_a_tree_but_one_of_a_prefix() -> None:
     assert tree.leaves({"a": None, "b": [1, None]}) == [1]
-    assert tree.broadcast_prefix({"a": 1, "b": None}, {"a": [5, None], "b": [6, 7]}) == [1, None, None]
+    assert tree.broadcast_prefix({"a": 1, "b": None}, {"a": [5, None], "b": [6, 7]}) == [
+        1,
+        None,
+        None,
+    ]
 
 
 def test_what_a_rank_holds_is_read_up_to_the_full_structure() -> None:
     _, spec = tree.flatten({"a": 1, "b": [2, 3]})
     assert tree.leaves_up_to(spec, {"a": None, "b": [5, None]}) == [None, 5, None]
-    with pytest.raises(ValueError, match="list arity mismatch; expected: 2, got: 1; list: \\[\\*\\]") as caught:
+    with pytest.raises(
+        ValueError, match="list arity mismatch; expected: 2, got: 1; list: \\[\\*\\]"
+    ) as caught:
         tree.leaves_up_to(spec, {"a": None, "b": [torch.zeros(3)]})
     assert "tensor" not in str(caught.value)
 
 
 def test_a_tree_for_messages_shows_no_data() -> None:
-    assert repr(tree.without_data({"a": torch.zeros(2), "b": Point(1, None)})) == "{'a': *, 'b': Point(x=*, y=None)}"
+    assert (
+        repr(tree.without_data({"a": torch.zeros(2), "b": Point(1, None)}))
+        == "{'a': *, 'b': Point(x=*, y=None)}"
+    )
 
 
 def test_map_tensors_leaves_others_alone() -> None:

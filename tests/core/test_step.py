@@ -1,4 +1,5 @@
-"""What a step calls, in plain PyTorch: ``torch.autograd.grad``, to the bit; under torch.func, torch.func's."""
+"""What a step calls, in plain PyTorch: ``torch.autograd.grad``, to the bit; under torch.func,
+torch.func's."""
 
 from __future__ import annotations
 
@@ -10,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import D, batch, body, count, distance, loss_fn, params, refused, same_bits, step_of
+from support.models import (
+    D,
+    batch,
+    body,
+    count,
+    distance,
+    loss_fn,
+    params,
+    refused,
+    same_bits,
+    step_of,
+)
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
@@ -26,7 +38,10 @@ FLOAT64 = 1e-12
 def autograd(loss: Any, p: Any, b: Any) -> tuple[torch.Tensor, Any]:
     """Loss and gradients as anybody would write them down."""
     leaves, spec = optree.tree_flatten(p)
-    inputs = [x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x for x in leaves]
+    inputs = [
+        x.detach().requires_grad_() if x.is_floating_point() or x.is_complex() else x
+        for x in leaves
+    ]
     out = loss(optree.tree_unflatten(spec, inputs), b)
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, allow_unused=True, materialize_grads=True))
@@ -51,10 +66,17 @@ def test_it_is_autograd_to_the_bit() -> None:
 
 
 def test_an_unused_leaf_has_zeros_and_an_integer_one_too() -> None:
-    p = {**params(), "unused": torch.ones(3), "ids": torch.arange(D), "flag": torch.tensor(True), "none": None}
+    p = {
+        **params(),
+        "unused": torch.ones(3),
+        "ids": torch.arange(D),
+        "flag": torch.tensor(True),
+        "none": None,
+    }
     _, grads = fp.value_and_grad(lambda p, b: scalar(p, {"x": b["x"][:, p["ids"]]}))(p, batch())
     assert same_bits(
-        [grads[k] for k in ("unused", "ids", "flag")], [torch.zeros(3), torch.zeros(D).long(), torch.tensor(False)]
+        [grads[k] for k in ("unused", "ids", "flag")],
+        [torch.zeros(3), torch.zeros(D).long(), torch.tensor(False)],
     )
     assert grads["none"] is None
     assert optree.tree_structure(grads) == optree.tree_structure(p)
@@ -148,7 +170,13 @@ def test_a_weight_may_be_an_integer_and_frozen_leaves_stay_integers() -> None:
 def test_aux() -> None:
     def loss(p: Any, b: Any) -> Any:
         x = body(p, b)
-        aux = {"mean": fp.Mean(x.sum(), count(x)), "rows": fp.Rows(x), "plain": x.max(), "n": 3, "none": None}
+        aux = {
+            "mean": fp.Mean(x.sum(), count(x)),
+            "rows": fp.Rows(x),
+            "plain": x.max(),
+            "n": 3,
+            "none": None,
+        }
         return loss_fn(p, b), aux
 
     (value, aux), grads = fp.value_and_grad(loss, has_aux=True)(params(), batch())
@@ -165,12 +193,18 @@ def test_microbatches_in_plain_pytorch_are_summed_in_order() -> None:
 
     def loss(p: Any, b: Any) -> Any:
         x = body(p, b)
-        return loss_fn(p, b), {"mean": fp.Mean(x.sum(), count(x)), "rows": fp.Rows(x), "columns": fp.Rows(x.t(), 1)}
+        return loss_fn(p, b), {
+            "mean": fp.Mean(x.sum(), count(x)),
+            "rows": fp.Rows(x),
+            "columns": fp.Rows(x.t(), 1),
+        }
 
     split = fp.value_and_grad(loss, has_aux=True)(params(), fp.Microbatches(parts))
     assert distance(split, fp.value_and_grad(loss, has_aux=True)(params(), whole)) < FLOAT64
     one = fp.Microbatches([whole])
-    assert same_bits(fp.value_and_grad(scalar)(params(), one), fp.value_and_grad(scalar)(params(), whole))
+    assert same_bits(
+        fp.value_and_grad(scalar)(params(), one), fp.value_and_grad(scalar)(params(), whole)
+    )
 
 
 def test_params_are_tensors() -> None:
@@ -195,15 +229,22 @@ def test_inside_torch_func_grad() -> None:
 
 def test_inside_vmap_over_params_and_over_batches() -> None:
     many = optree.tree_map(
-        lambda *x: torch.stack(x), *(optree.tree_map(lambda w, k=k: w * k, params()) for k in (1, 2, 3))
+        lambda *x: torch.stack(x),
+        *(optree.tree_map(lambda w, k=k: w * k, params()) for k in (1, 2, 3)),
     )
     loss, grads = torch.vmap(fp.value_and_grad(loss_fn), in_dims=(0, None))(many, batch())
-    each = [fp.value_and_grad(loss_fn)(optree.tree_map(lambda w, i=i: w[i], many), batch()) for i in range(3)]
+    each = [
+        fp.value_and_grad(loss_fn)(optree.tree_map(lambda w, i=i: w[i], many), batch())
+        for i in range(3)
+    ]
     assert distance((loss, grads), optree.tree_map(lambda *x: torch.stack(x), *each)) < FLOAT64
     rows = batch()["x"][:, None]  # per-sample gradients
     _, per_row = torch.vmap(fp.value_and_grad(scalar), in_dims=(None, 0))(params(), {"x": rows})
     assert (
-        distance(optree.tree_map(lambda g: g.sum(0), per_row), fp.value_and_grad(scalar)(params(), batch())[1])
+        distance(
+            optree.tree_map(lambda g: g.sum(0), per_row),
+            fp.value_and_grad(scalar)(params(), batch())[1],
+        )
         < FLOAT64
     )
 
@@ -224,7 +265,10 @@ def test_aux_and_frozen_leaves_inside_torch_func() -> None:
     def outer(w: torch.Tensor) -> Any:
         p = {"w": [w], "ids": torch.arange(D)}
         (loss, aux), grads = fp.value_and_grad(
-            lambda p, b: (loss_fn(p, {"x": b["x"][:, p["ids"]]}), {"m": fp.Mean(p["w"][0].sum(), torch.tensor(2.0))}),
+            lambda p, b: (
+                loss_fn(p, {"x": b["x"][:, p["ids"]]}),
+                {"m": fp.Mean(p["w"][0].sum(), torch.tensor(2.0))},
+            ),
             True,
         )(p, batch())
         assert not grads["ids"].any()
@@ -256,7 +300,9 @@ def test_clipping_is_torchs() -> None:
 
 
 def test_norms_are_taken_in_float32_or_better_and_pass_over_integers() -> None:
-    half = torch.full((1 << 16,), 1.0, dtype=torch.float16)  # its squares add up to more than float16 holds
+    half = torch.full(
+        (1 << 16,), 1.0, dtype=torch.float16
+    )  # its squares add up to more than float16 holds
     tree = {"half": half, "ids": torch.arange(5), "none": None}
     assert fp.global_norm(tree) == 256 and fp.global_norm(tree).dtype == torch.float32
     assert fp.global_norm([half, torch.zeros(1, dtype=torch.float64)]).dtype == torch.float64
@@ -312,7 +358,13 @@ def norm_of(tree: Any) -> torch.Tensor:
 KINDS = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 
 
-@given(st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([(), (0,), (3,), (2, 4)])), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(KINDS), st.sampled_from([(), (0,), (3,), (2, 4)])),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_the_norm_of_leaves_of_any_kinds(leaves: list[tuple[str, tuple[int, ...]]]) -> None:
     drawn = [torch.randn(shape, dtype=torch.complex128) + 1 for _, shape in leaves]
     tree = [
@@ -327,7 +379,11 @@ def test_the_norm_of_leaves_of_any_kinds(leaves: list[tuple[str, tuple[int, ...]
 
 
 def test_clipping_of_real_and_complex_leaves_is_torchs() -> None:
-    tree = [torch.randn(3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.complex128), torch.randn(0).double()]
+    tree = [
+        torch.randn(3, dtype=torch.float64),
+        torch.randn(2, 2, dtype=torch.complex128),
+        torch.randn(0).double(),
+    ]
     twins = [torch.nn.Parameter(x.clone()) for x in tree]
     for twin, x in zip(twins, tree, strict=True):
         twin.grad = x.clone()
@@ -340,7 +396,11 @@ def test_clipping_of_real_and_complex_leaves_is_torchs() -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_norms_and_sums_of_mixed_leaves_over_ranks(sharded: bool) -> None:
     """A leaf that a rank does not count is none: what it sums up may then be a Python number."""
-    p = {"a": torch.randn(3, dtype=torch.float64), "c": torch.randn(3, dtype=torch.complex128), "n": torch.arange(2)}
+    p = {
+        "a": torch.randn(3, dtype=torch.float64),
+        "c": torch.randn(3, dtype=torch.complex128),
+        "n": torch.arange(2),
+    }
     x = torch.randn(8, 3, dtype=torch.float64)
 
     def loss_fn(p: Any, x: torch.Tensor) -> fp.Mean:
@@ -351,7 +411,9 @@ def test_norms_and_sums_of_mixed_leaves_over_ranks(sharded: bool) -> None:
         loss, grads = fp.value_and_grad(loss_fn)(p, x)
         size = fp.global_sum(grads, lambda leaves: sum(x.abs().double().sum() for x in leaves))
         grads, norm = fp.clip_by_global_norm(grads, 0.5)
-        new = optree.tree_map(lambda x, g: x - 0.1 * g if x.is_floating_point() or x.is_complex() else x, p, grads)
+        new = optree.tree_map(
+            lambda x, g: x - 0.1 * g if x.is_floating_point() or x.is_complex() else x, p, grads
+        )
         return new, {"loss": loss, "norm": norm, "size": size}
 
     want, metrics = step(p, x)
@@ -360,10 +422,16 @@ def test_norms_and_sums_of_mixed_leaves_over_ranks(sharded: bool) -> None:
 
     run = fp.simulate(fast, fp.Mesh(pipe=2, data=2))
     state, got = run(run.init(lambda p: p, p, x), x)
-    for a, b in zip(optree.tree_leaves((run.unplace(state), got)), optree.tree_leaves((want, metrics)), strict=True):
+    for a, b in zip(
+        optree.tree_leaves((run.unplace(state), got)),
+        optree.tree_leaves((want, metrics)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_a_sum_of_no_leaves_is_a_tensor() -> None:
-    assert torch.equal(fp.global_sum({}, lambda leaves: sum(x.sum() for x in leaves)), torch.tensor(0))
+    assert torch.equal(
+        fp.global_sum({}, lambda leaves: sum(x.sum() for x in leaves)), torch.tensor(0)
+    )
     assert fp.global_norm({}) == 0

@@ -1,4 +1,5 @@
-"""Packing: every token once, few shapes, and a loss that does not depend on how documents were packed."""
+"""Packing: every token once, few shapes, and a loss that does not depend on how documents were
+packed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def documents(sizes: list[int], weighted: bool = False) -> list[Document]:
 
 
 def unpacked(batch: fp.Microbatches) -> list[list[list[dict[str, torch.Tensor]]]]:
-    """Microbatch by microbatch, row by row, the documents by ``cu_seqlens``, padding and empty ones included."""
+    """Microbatch by microbatch, row by row, the documents by ``cu_seqlens``, padding and empty ones
+    included."""
     out = []
     for part in batch.parts:
         bounds = part["cu_seqlens"].reshape(len(part["tokens"]), -1)
@@ -54,12 +56,26 @@ def policies(draw: st.DrawFn, max_tokens: int) -> Buckets:
     if draw(st.booleans()):
         return Buckets(multiple_of=draw(st.integers(1, 5)), documents=documents, ragged=ragged)
     lengths = draw(st.lists(st.integers(1, 30), max_size=3))
-    return Buckets([max_tokens + draw(st.integers(0, 3)), *lengths], documents=documents, ragged=ragged)
+    return Buckets(
+        [max_tokens + draw(st.integers(0, 3)), *lengths], documents=documents, ragged=ragged
+    )
 
 
-@given(sizes_, st.integers(1, 4), st.none() | st.integers(1, 3), st.integers(9, 20), st.booleans(), st.data())
+@given(
+    sizes_,
+    st.integers(1, 4),
+    st.none() | st.integers(1, 3),
+    st.integers(9, 20),
+    st.booleans(),
+    st.data(),
+)
 def test_every_token_is_in_one_place(
-    sizes: list[int], microbatches: int, rows: int | None, max_tokens: int, weighted: bool, data: st.DataObject
+    sizes: list[int],
+    microbatches: int,
+    rows: int | None,
+    max_tokens: int,
+    weighted: bool,
+    data: st.DataObject,
 ) -> None:
     given_, buckets = documents(sizes, weighted), data.draw(policies(max_tokens))
     batch, leftover, fill = pack(given_, max_tokens, microbatches, rows=rows, buckets=buckets)
@@ -79,7 +95,9 @@ def test_every_token_is_in_one_place(
     kept = [d for d in given_ if int(d.tokens[0]) not in left]
     assert len(found) + len(left) == len(given_)
     for d, x in zip(kept, found, strict=True):
-        assert torch.equal(x["tokens"], d.tokens) and torch.equal(x["positions"], torch.arange(len(d.tokens)))
+        assert torch.equal(x["tokens"], d.tokens) and torch.equal(
+            x["positions"], torch.arange(len(d.tokens))
+        )
         assert x["labels"].tolist() == [*d.tokens[1:].tolist(), -100]
         weights = torch.ones(len(d.tokens)) if d.weights is None else d.weights
         assert x["weights"].tolist() == [*weights[:-1].tolist(), 0.0]
@@ -100,17 +118,25 @@ def test_shapes_come_from_buckets(
         assert all(n % buckets.multiple_of == 0 for n in lengths)
     else:
         assert set(lengths) <= set(buckets.lengths)
-    assert all(n & (n - 1) == 0 if buckets.documents is None else n == buckets.documents + 1 for n in counts)
+    assert all(
+        n & (n - 1) == 0 if buckets.documents is None else n == buckets.documents + 1
+        for n in counts
+    )
     assert buckets.ragged or len(set(zip(lengths, counts, strict=True))) == 1
     lead = () if rows is None else (rows,)
     for part, length, count in zip(batch.parts, lengths, counts, strict=True):
         names = ("tokens", "labels", "positions", "weights")
-        assert {part[k].shape for k in names} == {(rows or 1, length)} and part["cu_seqlens"].shape == (
+        assert {part[k].shape for k in names} == {(rows or 1, length)} and part[
+            "cu_seqlens"
+        ].shape == (
             *lead,
             count + 1,
         )
         assert [part[k].dtype for k in names] == [torch.int64] * 3 + [torch.float32]
-        assert part["cu_seqlens"].dtype == torch.int32 and (part["cu_seqlens"][..., -1] == length).all()
+        assert (
+            part["cu_seqlens"].dtype == torch.int32
+            and (part["cu_seqlens"][..., -1] == length).all()
+        )
 
 
 @given(sizes_, st.integers(1, 6), st.integers(9, 40))
@@ -122,7 +148,8 @@ def test_nothing_is_left_over_that_would_fit_and_rows_are_balanced(
     for d in leftover:
         assert all(n + len(d.tokens) > max_tokens for n in held)
     assert [int(d.tokens[0]) for d in leftover] == sorted(int(d.tokens[0]) for d in leftover)
-    # A first fit, longest first, into rows of twice the mean (and of the longest document) never fails.
+    # A first fit, longest first, into rows of twice the mean (and of the longest document) never
+    # fails.
     enough = max(*sizes, -(-2 * sum(sizes) // microbatches)) if len(sizes) > 1 else sizes[0]
     if enough <= max_tokens:
         assert not leftover and max(held) <= enough
@@ -137,7 +164,8 @@ def test_rows_are_as_short_as_can_be() -> None:
 @given(sizes_, st.integers(1, 3), st.booleans())
 def test_the_same_sequences_give_the_same_batch(sizes: list[int], rows: int, ragged: bool) -> None:
     once, again = (
-        pack(documents(sizes), 12, 2, rows=rows, buckets=Buckets(multiple_of=2, ragged=ragged)) for _ in range(2)
+        pack(documents(sizes), 12, 2, rows=rows, buckets=Buckets(multiple_of=2, ragged=ragged))
+        for _ in range(2)
     )
     assert same_bits([once.batch.parts, once.leftover], [again.batch.parts, again.leftover])
 
@@ -145,7 +173,9 @@ def test_the_same_sequences_give_the_same_batch(sizes: list[int], rows: int, rag
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_long_documents_are_split_and_no_label_is_lost(sizes: list[int]) -> None:
     packed = pack(documents(sizes), 7, 40, split=True)
-    pieces = [d for rows in unpacked(packed.batch) for row in rows for d in row if d["tokens"].any()]
+    pieces = [
+        d for rows in unpacked(packed.batch) for row in rows for d in row if d["tokens"].any()
+    ]
     pieces.sort(key=lambda d: int(d["tokens"][0]))
     assert not packed.leftover and max(len(d["tokens"]) for d in pieces) <= 7
     whole = [pack([d], 40, 1).batch.parts[0] for d in documents(sizes)]
@@ -160,14 +190,21 @@ def test_what_is_left_over_is_packed_next_time() -> None:
     leftover = pack(documents([12]), 5, 1, split=True).leftover
     assert [d.tokens.tolist() for d in leftover] == [[5, 6, 7, 8], [9, 10, 11, 12]]
     batch, none_left, _ = pack([*leftover, *documents([1])], 5, 2)
-    assert [part["labels"].tolist() for part in batch.parts] == [[[6, 7, 8, 9, -100]], [[10, 11, 12, -100, -100]]]
+    assert [part["labels"].tolist() for part in batch.parts] == [
+        [[6, 7, 8, 9, -100]],
+        [[10, 11, 12, -100, -100]],
+    ]
     assert not none_left
 
 
 def test_labels_of_ones_own() -> None:
     labels = torch.tensor([7, -100, 8])
-    part = pack([Document(torch.tensor([1, 2, 3]), labels, torch.tensor([2.0, 5.0, 0.5]))], 3, 1).batch.parts[0]
-    assert part["labels"].tolist() == [[7, -100, 8]] and part["weights"].tolist() == [[2.0, 0.0, 0.5]]
+    part = pack(
+        [Document(torch.tensor([1, 2, 3]), labels, torch.tensor([2.0, 5.0, 0.5]))], 3, 1
+    ).batch.parts[0]
+    assert part["labels"].tolist() == [[7, -100, 8]] and part["weights"].tolist() == [
+        [2.0, 0.0, 0.5]
+    ]
 
 
 def test_buckets_count_batches() -> None:
@@ -241,7 +278,11 @@ CASES: dict[str, tuple[fp.Mesh, list[Any], int | None]] = {
         None,
     ),
     "data": (fp.Mesh(data=2), [fp.accumulated(microbatches=None), DATA], 2),
-    "pipelined data sharded": (fp.Mesh(pipe=2, data=2), [PIPE, DATA, fp.sharded_weights(axis="data")], 4),
+    "pipelined data sharded": (
+        fp.Mesh(pipe=2, data=2),
+        [PIPE, DATA, fp.sharded_weights(axis="data")],
+        4,
+    ),
 }
 
 
@@ -275,13 +316,18 @@ def test_the_loss_is_that_of_the_documents(name: str, ragged: bool, seed: int, c
 
 def test_a_microbatch_of_no_weight() -> None:
     """Its documents are there, but count nothing; nor do they make anything undefined."""
-    nothing = [Document(d.tokens, weights=torch.zeros(len(d.tokens))) for d in texts(1, 3, weighted=False)]
+    nothing = [
+        Document(d.tokens, weights=torch.zeros(len(d.tokens))) for d in texts(1, 3, weighted=False)
+    ]
     some = texts(2, 4, weighted=False)
     batch = fp.Microbatches([*pack(nothing, 36, 1).batch.parts, *pack(some, 24, 2).batch.parts])
     assert not batch.parts[0]["weights"].any() and (batch.parts[0]["labels"] >= 0).any()
     params = init_params()
     want = step(params, alone(some))
-    for mesh, transform in ((fp.Mesh(pipe=2), PIPE), (fp.Mesh(), fp.accumulated(microbatches=None))):
+    for mesh, transform in (
+        (fp.Mesh(pipe=2), PIPE),
+        (fp.Mesh(), fp.accumulated(microbatches=None)),
+    ):
         run = fp.simulate(transform(step), mesh)
         state, metrics = run(run.init(keep, params, batch), batch)
         assert distance((run.unplace(state), metrics), want) <= FLOAT64
@@ -298,7 +344,10 @@ def test_a_plan_for_every_miss() -> None:
 
 # ---- processes, each with rows of its own
 
-MESH, STACK = fp.Mesh(data=2), [fp.accumulated(microbatches=None), DATA, fp.sharded_weights(axis="data")]
+MESH, STACK = (
+    fp.Mesh(data=2),
+    [fp.accumulated(microbatches=None), DATA, fp.sharded_weights(axis="data")],
+)
 TEXTS = [texts(seed, 9) for seed in range(3)]
 
 
@@ -360,17 +409,22 @@ def test_local_rows_are_the_global_batch(ran: list[dict[str, Any]]) -> None:
 
 
 def test_ranks_that_pack_for_themselves(ran: list[dict[str, Any]]) -> None:
-    both = [fp.Microbatches([*a.parts, *b.parts]) for a, b in zip(own_texts(0), own_texts(1), strict=True)]
+    both = [
+        fp.Microbatches([*a.parts, *b.parts])
+        for a, b in zip(own_texts(0), own_texts(1), strict=True)
+    ]
     assert all(distance(result["own"], expected(both)) <= FLOAT64 for result in ran)
 
 
 def test_shapes_that_differ_between_ranks_are_refused_by_name(ran: list[dict[str, Any]]) -> None:
     for result in ran:
         assert result["longer"].startswith(
-            "batch.parts[0]['labels'] is int64[1, 24] on rank 0 and int64[1, 30] on rank 1: every rank passes"
+            "batch.parts[0]['labels'] is int64[1, 24] on rank 0 and int64[1, 30] on rank 1: "
+            "every rank passes"
         )
         assert result["more"].startswith(
-            "batch.parts[3]['cu_seqlens'] is no such leaf on rank 0 and int32[22] on rank 1: every rank passes"
+            "batch.parts[3]['cu_seqlens'] is no such leaf on rank 0 and int32[22] on rank 1: "
+            "every rank passes"
         )
 
 
@@ -389,17 +443,42 @@ W = torch.ones(3)
 @pytest.mark.parametrize(
     ("sequence", "words"),
     [
-        ([1, 2], ("the tokens of sequence 1 are a list of 2; write a 1-d tensor", "leave empty sequences out")),
-        (torch.ones(1, 2).long(), ("the tokens of sequence 1 are a tensor of shape (1, 2)", "1-d tensor")),
+        (
+            [1, 2],
+            (
+                "the tokens of sequence 1 are a list of 2; write a 1-d tensor",
+                "leave empty sequences out",
+            ),
+        ),
+        (
+            torch.ones(1, 2).long(),
+            ("the tokens of sequence 1 are a tensor of shape (1, 2)", "1-d tensor"),
+        ),
         (torch.tensor(3), ("the tokens of sequence 1 are a tensor of shape ()", "1-d tensor")),
-        (torch.ones(0).long(), ("the tokens of sequence 1 are a tensor of shape (0,)", "leave empty sequences out")),
-        (W, ("the tokens of sequence 1 are a tensor of shape (3,) and dtype torch.float32; they have to be integers",)),
-        (Document(W.long(), W), ("the labels of sequence 1", "torch.float32; they have to be integers")),
-        (Document(W.long(), weights=W[:2]), ("the weights of sequence 1 are a tensor of shape (2,)", "every token")),
+        (
+            torch.ones(0).long(),
+            ("the tokens of sequence 1 are a tensor of shape (0,)", "leave empty sequences out"),
+        ),
+        (
+            W,
+            (
+                "the tokens of sequence 1 are a tensor of shape (3,) and dtype torch.float32; "
+                "they have to be integers",
+            ),
+        ),
+        (
+            Document(W.long(), W),
+            ("the labels of sequence 1", "torch.float32; they have to be integers"),
+        ),
+        (
+            Document(W.long(), weights=W[:2]),
+            ("the weights of sequence 1 are a tensor of shape (2,)", "every token"),
+        ),
         (
             torch.arange(9),
             (
-                "sequence 1 has 9 tokens, more than max_tokens=8; write split=True to cut it into pieces, or leave it out",
+                "sequence 1 has 9 tokens, more than max_tokens=8; write split=True to cut it "
+                "into pieces, or leave it out",
             ),
         ),
     ],
@@ -416,12 +495,16 @@ def test_settings_that_are_refused() -> None:
         pack([torch.arange(3)], 8, 0)
     with refused(BatchError, "pack: rows is 1.5; it has to be a whole number"):
         pack([torch.arange(3)], 8, 1, rows=1.5)  # type: ignore[arg-type]
-    with refused(BatchError, "Buckets: 16 tokens are more than the longest of [4, 8]; add a longer one"):
+    with refused(
+        BatchError, "Buckets: 16 tokens are more than the longest of [4, 8]; add a longer one"
+    ):
         pack([torch.arange(3)], 16, 1, buckets=Buckets([8, 4]))
     for kwargs in ({}, {"lengths": [4], "multiple_of": 4}):
         with refused(BatchError, "Buckets takes one of lengths=[...] and multiple_of=..."):
             Buckets(**kwargs)
     with refused(BatchError, "Buckets: documents is 0; it has to be a whole number, 1 or more"):
         Buckets([4], documents=0)
-    with refused(BatchError, "local_rows: a tensor of shape (3,)", "pack with rows=2, or a multiple"):
+    with refused(
+        BatchError, "local_rows: a tensor of shape (3,)", "pack with rows=2, or a multiple"
+    ):
         local_rows(pack([torch.arange(3)], 8, 1).batch, 0, 2)

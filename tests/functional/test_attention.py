@@ -34,14 +34,18 @@ def rand(seed, *shape):
 
 
 def gradients(f, operands, seed=0):
-    """The result of a function and the gradients of a random linear form of it; zeros for what it does not depend on."""
+    """The result of a function and the gradients of a random linear form of it; zeros for what it
+    does not depend on."""
     leaves = [x.detach().clone().requires_grad_() for x in operands]
     with torch.enable_grad():
         out = f(*leaves)
     form = (out * rand(seed, *out.shape).to(out.dtype)).sum()
     if not form.requires_grad:
         return [out, *map(torch.zeros_like, leaves)]
-    return [out.detach(), *torch.autograd.grad(form, leaves, allow_unused=True, materialize_grads=True)]
+    return [
+        out.detach(),
+        *torch.autograd.grad(form, leaves, allow_unused=True, materialize_grads=True),
+    ]
 
 
 # ---- what it is
@@ -68,13 +72,17 @@ class Case:
         return Spec(self.causal, self.scale, self.bias, self.cu)
 
     def operands(self):
-        shapes = (self.heads * self.groups, self.queries, self.dims[0]), (self.heads, self.keys, self.dims[0])
+        shapes = (
+            (self.heads * self.groups, self.queries, self.dims[0]),
+            (self.heads, self.keys, self.dims[0]),
+        )
         shapes += ((self.heads, self.keys, self.dims[1]),)
         return [rand(self.seed + i, self.batch, *s) for i, s in enumerate(shapes)]
 
 
 def documents(draw, n, batch):
-    """Where documents begin and the last one ends; some are empty, and they need not cover everything."""
+    """Where documents begin and the last one ends; some are empty, and they need not cover
+    everything."""
     one = st.lists(st.integers(0, n), min_size=2, max_size=5).map(sorted)
     rows = draw(st.one_of(one, st.lists(one, min_size=batch, max_size=batch)))
     if isinstance(rows[0], list):
@@ -152,7 +160,12 @@ def test_it_is_what_a_loop_over_queries_computes(case):
 
     def layout(q, k, v):  # the public layout
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        options = {"causal": case.causal, "scale": case.scale, "cu_seqlens": case.cu, "bias": case.bias}
+        options = {
+            "causal": case.causal,
+            "scale": case.scale,
+            "cu_seqlens": case.cu,
+            "bias": case.bias,
+        }
         return attention(q, k, v, **options).transpose(1, 2)
 
     assert all(
@@ -169,7 +182,9 @@ def test_it_is_what_a_loop_over_queries_computes(case):
 def test_some_rows_of_it(case, data):
     """Queries that know their places, against all keys, are those rows of the whole."""
     q, k, v = case.operands()
-    rows = torch.tensor(data.draw(st.permutations(range(case.queries)))[: case.queries // 2 + 1], dtype=torch.int64)
+    rows = torch.tensor(
+        data.draw(st.permutations(range(case.queries)))[: case.queries // 2 + 1], dtype=torch.int64
+    )
     spec = case.spec
     if spec.bias is not None and spec.bias.shape[2] > 1:
         spec = Spec(spec.causal, spec.scale, spec.bias[:, :, rows], spec.cu_seqlens)
@@ -189,13 +204,19 @@ def test_the_plain_case_is_torchs_own_bit_by_bit(causal, groups, dtype):
 
     def direct(*x):
         x = [t.transpose(1, 2) for t in x]
-        return F.scaled_dot_product_attention(*x, is_causal=causal, enable_gqa=groups > 1).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *x, is_causal=causal, enable_gqa=groups > 1
+        ).transpose(1, 2)
 
     want = gradients(direct, (q, k, v))
     for got in (
         gradients(lambda *x: attention(*x, causal=causal), (q, k, v)),
         gradients(lambda q, k, v: attention(q, torch.stack([k, v], -3), causal=causal), (q, k, v)),
-        *([gradients(lambda *x: attention(torch.stack(x, -3), causal=causal), (q, k, v))] if groups == 1 else []),
+        *(
+            [gradients(lambda *x: attention(torch.stack(x, -3), causal=causal), (q, k, v))]
+            if groups == 1
+            else []
+        ),
     ):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     alone = attention(q[1], k[1], v[1], causal=causal)
@@ -225,14 +246,18 @@ def test_a_bias_may_be_learned():
         case = Case(2, 2, 1, 3, 3, (4, 4), True, None, None, bias[None], 0)
         return by_hand(case, *[q.transpose(1, 2)] * 3).transpose(1, 2)
 
-    same(gradients(lambda b: attention(q, q, q, causal=True, bias=b), [bias]), gradients(loop, [bias]))
+    same(
+        gradients(lambda b: attention(q, q, q, causal=True, bias=b), [bias]),
+        gradients(loop, [bias]),
+    )
 
 
 # ---- the kernels that CUDA has, stood in for
 
 
 def stand_in(groups):
-    """``varlen_attn`` as its documentation has it; what belongs to no document stays as it was: garbage."""
+    """``varlen_attn`` as its documentation has it; what belongs to no document stays as it was:
+    garbage."""
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
         assert cu_q.dtype == torch.int32 and torch.equal(cu_q, cu_k)
@@ -242,7 +267,10 @@ def stand_in(groups):
             assert b - a <= max_q == max_k
             x = [t[a:b].transpose(0, 1)[None] for t in (q, k, v)]
             done = F.scaled_dot_product_attention(
-                *x, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                *x,
+                is_causal=window_size == (-1, 0),
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             out = torch.cat([out[:a], done[0].transpose(0, 1), out[b:]])
         return out
@@ -298,7 +326,10 @@ def test_it_traces_on_fakes(case):
 
     operands = case.operands()
     operands.append(rand(9, *operands[0].shape[:3], operands[2].shape[3]))
-    same(make_fx(joint, tracing_mode="fake")(*operands, *extra)(*operands, *extra), joint(*operands, *extra))
+    same(
+        make_fx(joint, tracing_mode="fake")(*operands, *extra)(*operands, *extra),
+        joint(*operands, *extra),
+    )
 
 
 # ---- calls of torch's own attention
@@ -328,7 +359,8 @@ def caught(f, *operands):
 
 @st.composite
 def calls(draw):
-    """Operands and keywords of ``scaled_dot_product_attention``, with any leading dims that broadcast."""
+    """Operands and keywords of ``scaled_dot_product_attention``, with any leading dims that
+    broadcast."""
     lead = draw(st.lists(sizes, max_size=3))
     grouped = draw(st.booleans()) and len(lead) > 0
     heads = draw(sizes) if grouped else lead[-1] if lead else 1
@@ -339,7 +371,8 @@ def calls(draw):
         some = [draw(st.sampled_from([1, size])) for size in dims]
         return some[draw(st.integers(0, len(some))) :]
 
-    # Without dims of its own, torch takes an operand for (positions, head dim); what is left out is broadcast.
+    # Without dims of its own, torch takes an operand for (positions, head dim); what is left out is
+    # broadcast.
     q = full if grouped or not lead else draw(st.sampled_from([full, leading(full)]))
     kv = [*lead[:-1], heads] if grouped else None
     k, v = (kv or leading(full) for _ in range(2))
@@ -369,7 +402,9 @@ def test_any_call_of_torchs_attention_is_caught(call):
 
 def test_dims_of_size_one_of_a_mask_stay():
     def seen(mask, *shape):
-        recorder, _ = caught(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask), rand(0, *shape, 5, 8))
+        recorder, _ = caught(
+            lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask), rand(0, *shape, 5, 8)
+        )
         return tuple(recorder.asked[0][3].bias.shape)
 
     mask = torch.ones(1, 5, dtype=torch.bool)
@@ -381,7 +416,9 @@ def test_dims_of_size_one_of_a_mask_stay():
 
 def test_positional_arguments_and_packed_operands():
     x = rand(0, 2, 3, 4, 8)
-    recorder, _ = caught(lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.0, True, scale=2.0), x)
+    recorder, _ = caught(
+        lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.0, True, scale=2.0), x
+    )
     assert recorder.asked[0][3] != Spec(True, 2.0) and recorder.asked[0][3].causal
     recorder, got = caught(lambda x: attention(torch.stack([x, x, x], -3), causal=True), x)
     assert [t.shape for t in recorder.asked[0][:3]] == [(2, 4, 3, 8)] * 3  # heads are dim -2 here
@@ -398,7 +435,13 @@ def test_without_a_hook_nothing_is_caught():
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"key_padding_mask": True}, {"is_causal": True, "key_padding_mask": True}]
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"key_padding_mask": True},
+        {"is_causal": True, "key_padding_mask": True},
+    ],
 )
 def test_multihead_attention_is_caught(batch_first, options):
     torch.manual_seed(0)
@@ -412,28 +455,45 @@ def test_multihead_attention_is_caught(batch_first, options):
     f = lambda x: layer(x, x, x, need_weights=False, **options)[0]  # noqa: E731
     recorder, got = caught(f, x)
     assert all(torch.equal(a, b) for a, b in zip(got, gradients(f, [x]), strict=True))
-    assert [t.shape for t in recorder.asked[0][:3]] == [(3, 4, 3, 2)] * 3 and len(recorder.asked) == 1
+    assert [t.shape for t in recorder.asked[0][:3]] == [(3, 4, 3, 2)] * 3 and len(
+        recorder.asked
+    ) == 1
 
 
 def test_the_transformer_layer_of_torch_is_caught():
-    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    layer = torch.nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64
+    )
     x = rand(1, 2, 5, 8)
     recorder, got = caught(layer, x)
     assert len(recorder.asked) == 1 and torch.equal(got[0], layer(x).detach())
 
 
 def test_a_checkpoint_recomputes_through_the_hook():
-    """Driven as the tracer drives it: ``torch.autograd.grad`` would have the mode off while it recomputes."""
+    """Driven as the tracer drives it: ``torch.autograd.grad`` would have the mode off while it
+    recomputes."""
     x = rand(0, 1, 2, 3, 4).requires_grad_()
     recorder = Recorder()
     engine = torch.autograd.graph._engine_run_backward
     with hook.bound(recorder), Intercept(), torch.autograd.set_multithreading_enabled(False):
-        out = checkpoint(lambda x: F.scaled_dot_product_attention(x, x, x).sin(), x, use_reentrant=False)
+        out = checkpoint(
+            lambda x: F.scaled_dot_product_attention(x, x, x).sin(), x, use_reentrant=False
+        )
         assert len(recorder.asked) == 1
-        (got,) = engine((out.sum(),), (torch.ones((), dtype=x.dtype),), False, False, (x,), True, accumulate_grad=False)
+        (got,) = engine(
+            (out.sum(),),
+            (torch.ones((), dtype=x.dtype),),
+            False,
+            False,
+            (x,),
+            True,
+            accumulate_grad=False,
+        )
         assert len(recorder.asked) == 2
         layer = torch.nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
-        y = checkpoint(lambda x: layer(x, x, x, need_weights=False)[0], x[0], use_reentrant=False).sum()
+        y = checkpoint(
+            lambda x: layer(x, x, x, need_weights=False)[0], x[0], use_reentrant=False
+        ).sum()
         engine((y,), (torch.ones_like(y),), False, False, (x,), True, accumulate_grad=False)
         assert len(recorder.asked) == 4
     want = torch.autograd.grad(F.scaled_dot_product_attention(x, x, x).sin().sum(), x)[0]
@@ -454,7 +514,11 @@ X, KV = torch.zeros(2, 5, 4, 8), torch.zeros(2, 5, 2, 2, 8)
         ((X,), {}, "q alone holds queries, keys and values, .* has shape \\(2, 5, 4, 8\\)"),
         ((X, X), {}, "without v, k holds keys and values, .* stack them along dim -3"),
         ((X[0, 0], KV[0, 0]), {}, "q has shape \\(4, 8\\)"),
-        ((X, X[0], X[0]), {}, "k has shape \\(5, 4, 8\\) and q \\(2, 5, 4, 8\\): both have a batch dim"),
+        (
+            (X, X[0], X[0]),
+            {},
+            "k has shape \\(5, 4, 8\\) and q \\(2, 5, 4, 8\\): both have a batch dim",
+        ),
         ((X, X[:1], X[:1]), {}, "batch sizes differ: .*expand them"),
         ((X, X, X[:, 1:]), {}, "k and v have 5 and 4 positions"),
         ((X, X, X[:, :, 1:]), {}, "k and v have 4 and 3 heads"),
@@ -465,9 +529,21 @@ X, KV = torch.zeros(2, 5, 4, 8), torch.zeros(2, 5, 2, 2, 8)
         ((X, X.to("meta"), X), {}, "devices differ: .*k on meta"),
         ((X, X, X), {"cu_seqlens": [0, 5]}, "cu_seqlens is \\[0, 5\\]"),
         ((X, X, X), {"cu_seqlens": torch.tensor([0.0, 5])}, "cu_seqlens is torch.float32"),
-        ((X, X, X), {"cu_seqlens": torch.tensor([5])}, "cu_seqlens has shape \\(1,\\) .*or \\(2, documents \\+ 1\\)"),
-        ((X[0], X[0], X[0]), {"cu_seqlens": torch.zeros(1, 3).int()}, "cu_seqlens has shape \\(1, 3\\)"),
-        ((X, X[:, 1:], X[:, 1:]), {"cu_seqlens": torch.tensor([0, 5])}, "there are 5 queries and 4 keys"),
+        (
+            (X, X, X),
+            {"cu_seqlens": torch.tensor([5])},
+            "cu_seqlens has shape \\(1,\\) .*or \\(2, documents \\+ 1\\)",
+        ),
+        (
+            (X[0], X[0], X[0]),
+            {"cu_seqlens": torch.zeros(1, 3).int()},
+            "cu_seqlens has shape \\(1, 3\\)",
+        ),
+        (
+            (X, X[:, 1:], X[:, 1:]),
+            {"cu_seqlens": torch.tensor([0, 5])},
+            "there are 5 queries and 4 keys",
+        ),
         ((X, X, X), {"bias": torch.zeros(5, 5).int()}, "bias is torch.int32"),
         ((X, X, X), {"bias": 1.0}, "bias is 1.0"),
         (
@@ -486,7 +562,10 @@ def test_operands_that_do_not_fit_are_refused(args, options, words):
 def test_under_a_hook_positions_of_a_bias_may_be_those_of_all_ranks():
     with hook.bound(Recorder()), pytest.raises(RuntimeError):  # it is the hook that finds out
         attention(X, X, X, bias=torch.zeros(9, 5))
-    with hook.bound(Recorder()), pytest.raises(TraceError, match="\\(2, 4, query positions, key positions\\)"):
+    with (
+        hook.bound(Recorder()),
+        pytest.raises(TraceError, match="\\(2, 4, query positions, key positions\\)"),
+    ):
         attention(X, X, X, bias=torch.zeros(3, 5, 5))
 
 
@@ -496,7 +575,9 @@ def test_calls_of_torchs_attention_that_cannot_be_split_are_refused():
         with hook.bound(Recorder()), Intercept():
             F.scaled_dot_product_attention(q, k, v, **keywords)
 
-    with pytest.raises(TraceError, match=r"dropout_p=0.1 cannot be split.*Set attention dropout to 0"):
+    with pytest.raises(
+        TraceError, match=r"dropout_p=0.1 cannot be split.*Set attention dropout to 0"
+    ):
         call((4, 4, 4), dropout_p=0.1)
     with pytest.raises(TraceError, match=r"4, 2, 2 heads .*with enable_gqa=False"):
         call((4, 2, 2))

@@ -47,17 +47,27 @@ class Case:
     ignored: float  # which part of the tokens
     seed: int
 
-    def data(self, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
+    def data(
+        self, dtype: torch.dtype = torch.float64
+    ) -> tuple[list[torch.Tensor], torch.Tensor, list[torch.Tensor]]:
         g = torch.Generator().manual_seed(self.seed)
         rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
         labels = torch.randint(self.vocab, (sum(self.tokens),), generator=g)
         labels[torch.rand(labels.shape, generator=g) < self.ignored] = IGNORED
         x = 3 * rand(sum(self.tokens), self.features)
-        return list(x.split(self.tokens)), rand(self.vocab, self.features), list(labels.split(self.tokens))
+        return (
+            list(x.split(self.tokens)),
+            rand(self.vocab, self.features),
+            list(labels.split(self.tokens)),
+        )
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"ignore_index": IGNORED, "label_smoothing": self.smoothing, "chunk_tokens": self.chunk}
+        return {
+            "ignore_index": IGNORED,
+            "label_smoothing": self.smoothing,
+            "chunk_tokens": self.chunk,
+        }
 
     def torchs(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(
@@ -80,7 +90,8 @@ def cases(draw: st.DrawFn, ranks: int = 1, even: bool = False) -> Case:
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> None:
-    """Relative to the largest element: gradients that cancel are rounding errors of what was added up."""
+    """Relative to the largest element: gradients that cancel are rounding errors of what was added
+    up."""
     assert got.shape == want.shape and got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=FLOAT64, atol=FLOAT64 * max(1.0, _largest(want)))
 
@@ -89,7 +100,9 @@ def _largest(x: torch.Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
-def gradients(total: torch.Tensor, *leaves: torch.Tensor, seed: float = 1.0) -> tuple[torch.Tensor, ...]:
+def gradients(
+    total: torch.Tensor, *leaves: torch.Tensor, seed: float = 1.0
+) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(total, leaves, torch.full_like(total, seed))
 
 
@@ -109,7 +122,9 @@ def test_loss_and_gradients_are_those_of_torch(case: Case, headless: bool, axis:
         want = case.torchs(x @ head.T, labels)
     same(total, want)
     same(weight, (labels != IGNORED).sum().double())
-    for got, wanted in zip(gradients(total, *leaves, seed=0.7), gradients(want, *leaves, seed=0.7), strict=True):
+    for got, wanted in zip(
+        gradients(total, *leaves, seed=0.7), gradients(want, *leaves, seed=0.7), strict=True
+    ):
         same(got, wanted)
 
 
@@ -139,7 +154,11 @@ def test_a_head_that_is_also_the_embedding(case: Case) -> None:
 
     def loss(ours: bool) -> torch.Tensor:
         x = torch.tanh(F.embedding(ids, table))
-        return cross_entropy(x, table, labels, **case.options).total if ours else case.torchs(x @ table.T, labels)
+        return (
+            cross_entropy(x, table, labels, **case.options).total
+            if ours
+            else case.torchs(x @ table.T, labels)
+        )
 
     table.requires_grad_()
     same(gradients(loss(True), table)[0], gradients(loss(False), table)[0])
@@ -165,7 +184,10 @@ def test_transforms_of_functions(case: Case, headless: bool) -> None:
         optree.tree_map(same, got, want)
     if len(x):
         examples = (x[:, None], head, labels[:, None])
-        each = [torch.func.vmap(torch.func.grad(f, (0, 1)), (0, None, 0))(*examples) for f in (ours, theirs)]
+        each = [
+            torch.func.vmap(torch.func.grad(f, (0, 1)), (0, None, 0))(*examples)
+            for f in (ours, theirs)
+        ]
         optree.tree_map(same, *each)
 
 
@@ -173,7 +195,8 @@ def test_transforms_of_functions(case: Case, headless: bool) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 100, 1024])
 def test_half_precision(dtype: torch.dtype, smoothing: float, chunk: int) -> None:
-    """Errors are those of rounding logits and products once; many chunks add none, for gradients are summed in float32."""
+    """Errors are those of rounding logits and products once; many chunks add none, for gradients
+    are summed in float32."""
     case = Case((700,), vocab=33, features=8, smoothing=smoothing, chunk=chunk, ignored=0.1, seed=0)
     (x,), head, (labels,) = case.data(dtype)
     wide = [t.double().requires_grad_() for t in (x, head)]
@@ -188,7 +211,8 @@ def test_half_precision(dtype: torch.dtype, smoothing: float, chunk: int) -> Non
 
 
 def test_under_autocast() -> None:
-    """As if operands came in half precision: backward, which runs outside, computes the same logits again."""
+    """As if operands came in half precision: backward, which runs outside, computes the same logits
+    again."""
     case = Case((50,), vocab=33, features=8, smoothing=0.0, chunk=16, ignored=0.1, seed=0)
     (x,), head, (labels,) = case.data(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -199,7 +223,10 @@ def test_under_autocast() -> None:
     assert torch.equal(loss.total, want.total)
     assert torch.equal(got, gradients(want.total, half)[0].float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert cross_entropy(x.double(), head.double(), labels, **case.options).total.dtype == torch.float64
+        assert (
+            cross_entropy(x.double(), head.double(), labels, **case.options).total.dtype
+            == torch.float64
+        )
         with pytest.raises(TraceError, match=r"it takes floating-point rows"):
             cross_entropy(x.long(), head, labels)
     logits = torch.randn(50, 33)
@@ -228,13 +255,18 @@ def test_a_label_that_is_no_column_is_seen(label: int, ranks: int) -> None:
     case = Case((2,) * ranks, vocab=7, features=3, smoothing=0.0, chunk=4, ignored=0.0, seed=0)
     xs, head, labels = case.data()
     labels[0][1] = label
-    totals, grads, heads, _ = zip(*on_ranks(case, xs, head, labels, fp.Mesh(a=ranks), ("a",)), strict=True)
+    totals, grads, heads, _ = zip(
+        *on_ranks(case, xs, head, labels, fp.Mesh(a=ranks), ("a",)), strict=True
+    )
     assert totals[0].isnan() and sum(heads).isnan().all()
     assert grads[0][1].isnan().all() and grads[0][0].isfinite().all()
-    assert all(t.isfinite() and g.isfinite().all() for t, g in zip(totals[1:], grads[1:], strict=True))
+    assert all(
+        t.isfinite() and g.isfinite().all() for t, g in zip(totals[1:], grads[1:], strict=True)
+    )
     labels[0][1] = IGNORED
     assert all(
-        t.isfinite() and h.isfinite().all() for t, _, h, _ in on_ranks(case, xs, head, labels, fp.Mesh(a=ranks), "a")
+        t.isfinite() and h.isfinite().all()
+        for t, _, h, _ in on_ranks(case, xs, head, labels, fp.Mesh(a=ranks), "a")
     )
 
 
@@ -243,7 +275,10 @@ def test_masked_logits_have_no_part() -> None:
     logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     logits[:, 3] = -torch.inf
     logits.requires_grad_()
-    loss, want = cross_entropy(logits, None, labels).total, F.cross_entropy(logits, labels, reduction="sum")
+    loss, want = (
+        cross_entropy(logits, None, labels).total,
+        F.cross_entropy(logits, labels, reduction="sum"),
+    )
     same(loss, want)
     same(gradients(loss, logits)[0], gradients(want, logits)[0])
 
@@ -251,8 +286,11 @@ def test_masked_logits_have_no_part() -> None:
 # ---- the vocabulary over ranks
 
 
-def on_ranks(case: Case, xs: Any, head: Any, labels: Any, mesh: fp.Mesh, axis: Any, tokens: Any = None) -> list[Any]:
-    """Of every rank: total, gradients of x and head, weight. Rank r seeds r + 1, so that mixed-up seeds show."""
+def on_ranks(
+    case: Case, xs: Any, head: Any, labels: Any, mesh: fp.Mesh, axis: Any, tokens: Any = None
+) -> list[Any]:
+    """Of every rank: total, gradients of x and head, weight. Rank r seeds r + 1, so that mixed-up
+    seeds show."""
     options = Options(axis, **case.options, tokens=tokens)
 
     def body(comm: Any) -> Any:
@@ -268,7 +306,9 @@ def _one_thread() -> contextlib.AbstractContextManager[None]:
     return torch.autograd.set_multithreading_enabled(False)
 
 
-def by_torch(case: Case, xs: Any, head: Any, labels: Any) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+def by_torch(
+    case: Case, xs: Any, head: Any, labels: Any
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
     """The totals of all ranks, and the gradients of x and head."""
     leaves = [x.clone().requires_grad_() for x in (*xs, head)]
     totals = [case.torchs(x @ leaves[-1].T, y) for x, y in zip(leaves, labels, strict=False)]
@@ -307,7 +347,8 @@ def test_on_some_axes_of_a_mesh(case: Case, axes: tuple[str, ...]) -> None:
 
 @given(cases(3, even=True))
 def test_ranks_in_one_tensor(case: Case) -> None:
-    """`fp.vmap` over the axis, with the head of all ranks the same tensor; and torch.func inside and outside."""
+    """`fp.vmap` over the axis, with the head of all ranks the same tensor; and torch.func inside
+    and outside."""
     xs, head, labels = case.data()
     x, y, seeds = torch.stack(xs), torch.stack(labels), torch.arange(1.0, 4, dtype=torch.float64)
     totals, want = by_torch(case, xs, head, labels)
@@ -316,15 +357,21 @@ def test_ranks_in_one_tensor(case: Case) -> None:
         total, weight = cross_entropy(x, head, y, axis="i", **case.options)
         return total * seed, (total, weight)
 
-    run = fp.vmap(lambda *args: torch.func.grad(rank, (0, 1), has_aux=True)(*args), "i", (0, None, 0, 0))
+    run = fp.vmap(
+        lambda *args: torch.func.grad(rank, (0, 1), has_aux=True)(*args), "i", (0, None, 0, 0)
+    )
     (g_x, g_head), (total, weight) = run(x, head, y, seeds)
     same(total, torch.stack(totals))
     same(weight, (y != IGNORED).sum(1).double())
     same(g_x, torch.stack(want[:-1]))
     same(g_head.sum(0), want[-1])
     leaves = x.clone().requires_grad_(), head.clone().requires_grad_()
-    by_autograd = torch.autograd.grad(fp.vmap(rank, "i", (0, None, 0, 0))(*leaves, y, seeds)[0].sum(), leaves)
-    optree.tree_map(same, by_autograd, (torch.stack(want[:-1]), want[-1]))  # runs backward after the mapped function
+    by_autograd = torch.autograd.grad(
+        fp.vmap(rank, "i", (0, None, 0, 0))(*leaves, y, seeds)[0].sum(), leaves
+    )
+    optree.tree_map(
+        same, by_autograd, (torch.stack(want[:-1]), want[-1])
+    )  # runs backward after the mapped function
     outside = lambda x, head: fp.vmap(rank, "i", (0, None, 0, 0))(x, head, y, seeds)[0].sum()  # noqa: E731
     g_x, g_head = torch.func.grad(outside, (0, 1))(x, head)
     same(g_x, torch.stack(want[:-1]))
@@ -356,7 +403,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.largest = max(
-            self.largest, *(t.numel() for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)), 0
+            self.largest,
+            *(t.numel() for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)),
+            0,
         )
         return out
 
@@ -376,15 +425,24 @@ def test_full_logits_never_exist() -> None:
 
 
 def test_full_logits_exist_on_no_rank() -> None:
-    """What was said of a chunk holds of its logits on a rank, too: those of all ranks' tokens, for a share of columns."""
+    """What was said of a chunk holds of its logits on a rank, too: those of all ranks' tokens, for
+    a share of columns."""
     mesh = fp.Mesh(a=4)
     case = replace(MEMORY, tokens=(96,) * 4)
     xs, head, labels = case.data()
 
     def body(comm: Any) -> int:
-        with bind_rank(comm), bind_mesh(mesh, "a"), torch.enable_grad(), _one_thread(), Watch() as watch:
+        with (
+            bind_rank(comm),
+            bind_mesh(mesh, "a"),
+            torch.enable_grad(),
+            _one_thread(),
+            Watch() as watch,
+        ):
             leaves = xs[comm.rank].clone().requires_grad_(), head.clone().requires_grad_()
-            gradients(cross_entropy(*leaves, labels[comm.rank], axis="a", **case.options).total, *leaves)
+            gradients(
+                cross_entropy(*leaves, labels[comm.rank], axis="a", **case.options).total, *leaves
+            )
         return watch.largest
 
     # Beside a chunk's logits there are lse and its two gradients of all tokens: 3 * 4 * 96.
@@ -396,9 +454,15 @@ def test_logits_are_widened_in_chunks() -> None:
     sizes: list[int] = []
 
     class Wide(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in optree.tree_leaves(out) if getattr(t, "dtype", None) == torch.float32)
+            sizes.extend(
+                t.numel()
+                for t in optree.tree_leaves(out)
+                if getattr(t, "dtype", None) == torch.float32
+            )
             return out
 
     with _one_thread(), Wide():
@@ -411,7 +475,8 @@ def test_logits_are_widened_in_chunks() -> None:
 
 @given(st.integers(1, 4).flatmap(lambda n: cases(n, even=True)))
 def test_one_graph_serves_all_ranks(case: Case) -> None:
-    """Traced outside of any rank on fakes, forward and backward; every rank then runs the same graph, bit by bit."""
+    """Traced outside of any rank on fakes, forward and backward; every rank then runs the same
+    graph, bit by bit."""
     xs, head, labels = case.data()
     mesh = fp.Mesh(a=len(xs))
 
@@ -443,13 +508,16 @@ def test_one_graph_serves_all_ranks(case: Case) -> None:
 @pytest.mark.parametrize("data", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_in_a_transformed_step(pipe: int, data: int, sharded: bool) -> None:
-    """Tied to the embedding, a vocabulary that does not divide, padding that shards hold unequally."""
+    """Tied to the embedding, a vocabulary that does not divide, padding that shards hold
+    unequally."""
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
         x = F.embedding(batch["tokens"], params["embed"])
         for w in params["layers"]:
             x = fp.stage_boundary(x + torch.tanh(x @ w))
-        return cross_entropy(x, params["embed"], batch["labels"], axis="data", label_smoothing=0.1, chunk_tokens=3)
+        return cross_entropy(
+            x, params["embed"], batch["labels"], axis="data", label_smoothing=0.1, chunk_tokens=3
+        )
 
     def step(state: Any, batch: Any) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(state, batch)
@@ -466,7 +534,9 @@ def test_in_a_transformed_step(pipe: int, data: int, sharded: bool) -> None:
     fast = fp.data_parallel(step, axis="data")
     fast = fp.pipelined(fast, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1())
     fast = fp.sharded_weights(fast, axis="data") if sharded else fast
-    assert_equivalent(step, fast, fp.Mesh(pipe=pipe, data=data), lambda p: p, params, batches, rtol=FLOAT64)
+    assert_equivalent(
+        step, fast, fp.Mesh(pipe=pipe, data=data), lambda p: p, params, batches, rtol=FLOAT64
+    )
 
 
 # ---- the hook
@@ -483,10 +553,14 @@ def test_a_hook_is_asked() -> None:
                 return losses.compute(*args)
 
     with hook.bound(Asked()):  # type: ignore[arg-type]
-        got = cross_entropy(x, head, labels, axis="seq", chunk_tokens=1, label_smoothing=0.5, ignore_index=2)
+        got = cross_entropy(
+            x, head, labels, axis="seq", chunk_tokens=1, label_smoothing=0.5, ignore_index=2
+        )
     ((*operands, options),) = asked
     assert all(a is b for a, b in zip(operands, (x, head, labels), strict=True))
-    assert options == Options("seq", ignore_index=2, label_smoothing=0.5, chunk_tokens=1, tokens=None)
+    assert options == Options(
+        "seq", ignore_index=2, label_smoothing=0.5, chunk_tokens=1, tokens=None
+    )
     assert isinstance(got, fp.Mean) and got.weight.item() == 1
 
 
@@ -511,28 +585,47 @@ X, HEAD, LABELS = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 2])
         (
             (X, None, LABELS),
             {"axis": "seq"},
-            "axis='seq' spreads the vocabulary over ranks, but without a head x is logits of all of it already; pass hidden "
+            "axis='seq' spreads the vocabulary over ranks, but without a head x is logits of all "
+            "of it already; pass hidden "
             "states and the head, or leave axis out",
         ),
         (
             (X, HEAD.T, LABELS),
             {},
-            "head has shape (3, 5), and x (2, 3); for x (..., d) it takes (vocab, d), as in torch.nn.Linear(d, vocab).weight",
+            "head has shape (3, 5), and x (2, 3); for x (..., d) it takes (vocab, d), as in "
+            "torch.nn.Linear(d, vocab).weight",
         ),
         (
             (X, HEAD.bfloat16(), LABELS),
             {},
-            "head has dtype torch.bfloat16, and x torch.float32; write head.to(x.dtype), or use torch.autocast",
+            "head has dtype torch.bfloat16, and x torch.float32; write head.to(x.dtype), or use "
+            "torch.autocast",
         ),
         (
             (X, HEAD, LABELS.int()),
             {},
             "labels have dtype torch.int32; they are the numbers of columns: write labels.long()",
         ),
-        ((X, HEAD, LABELS[:1]), {}, "labels have shape (1,), and x (2, 3); there is one label per row of x"),
-        ((X, HEAD, LABELS), {"label_smoothing": 1.5}, "label_smoothing=1.5; it is a number from 0 to 1"),
-        ((X, HEAD, LABELS), {"chunk_tokens": 0}, "chunk_tokens=0; a chunk has a whole number of tokens, 1 or more"),
-        ((X, HEAD, LABELS), {"chunk_tokens": 2.0}, "chunk_tokens=2.0; a chunk has a whole number of tokens, 1 or more"),
+        (
+            (X, HEAD, LABELS[:1]),
+            {},
+            "labels have shape (1,), and x (2, 3); there is one label per row of x",
+        ),
+        (
+            (X, HEAD, LABELS),
+            {"label_smoothing": 1.5},
+            "label_smoothing=1.5; it is a number from 0 to 1",
+        ),
+        (
+            (X, HEAD, LABELS),
+            {"chunk_tokens": 0},
+            "chunk_tokens=0; a chunk has a whole number of tokens, 1 or more",
+        ),
+        (
+            (X, HEAD, LABELS),
+            {"chunk_tokens": 2.0},
+            "chunk_tokens=2.0; a chunk has a whole number of tokens, 1 or more",
+        ),
     ],
 )
 def test_operands_that_do_not_fit(args: Any, options: Any, text: str) -> None:
@@ -544,15 +637,20 @@ def test_an_axis_that_is_not_bound() -> None:
     with bind_mesh(fp.Mesh(data=2), ("data",)), pytest.raises(AxisError) as caught:
         cross_entropy(X, HEAD, LABELS, axis="seq")
     assert str(caught.value) == (
-        "cross_entropy: axis 'seq' is not bound here: Mesh(data=2) lacks it, and bound are 'data' (of the mesh). Name one of "
+        "cross_entropy: axis 'seq' is not bound here: Mesh(data=2) lacks it, and bound are "
+        "'data' (of the mesh). Name one of "
         "those, or add it to the mesh and stack a transform on it"
     )
 
 
 def test_more_axes_than_split_the_sequence() -> None:
     text = (
-        "cross_entropy: axis=('a', 'b') has 4 ranks, but the sequence is split over 2: name the axes that split the "
+        "cross_entropy: axis=('a', 'b') has 4 ranks, but the sequence is split over 2: name the "
+        "axes that split the "
         "sequence, and no others"
     )
-    with bind_mesh(fp.Mesh(a=2, b=2), ("a", "b")), pytest.raises(TraceError, match=f"^{re.escape(text)}$"):
+    with (
+        bind_mesh(fp.Mesh(a=2, b=2), ("a", "b")),
+        pytest.raises(TraceError, match=f"^{re.escape(text)}$"),
+    ):
         losses.compute(X, HEAD, LABELS, Options(("a", "b"), tokens=(2, 1)))

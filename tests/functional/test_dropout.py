@@ -34,7 +34,9 @@ def batch(step: int = 0, rows: int = ROWS) -> dict[str, torch.Tensor]:
 
 def block(w: torch.Tensor, x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     q = F.linear(x, w).unflatten(-1, (2, 2))
-    x = x + fp.random.dropout(fp.attention(q, q, q, causal=True).flatten(2), RATE, fp.random.fold_in(key, "attention"))
+    x = x + fp.random.dropout(
+        fp.attention(q, q, q, causal=True).flatten(2), RATE, fp.random.fold_in(key, "attention")
+    )
     return x + fp.random.dropout(torch.tanh(F.linear(x, w)), RATE, fp.random.fold_in(key, "mlp"))
 
 
@@ -66,7 +68,9 @@ def stepping(loss_fn: Callable) -> Callable:
     st.booleans(),
     st.booleans(),
 )
-def test_the_same_on_every_mesh(schedule: Any, microbatches: int, axis: str, remat: bool, sharded: bool) -> None:
+def test_the_same_on_every_mesh(
+    schedule: Any, microbatches: int, axis: str, remat: bool, sharded: bool
+) -> None:
     step = stepping(loss(remat))
     dims = {"x": 1, "key": None}
     split = {
@@ -74,7 +78,9 @@ def test_the_same_on_every_mesh(schedule: Any, microbatches: int, axis: str, rem
         "seq": fp.seq_all_to_all(axis="seq", dims=dims),
         "ring": fp.seq_ring(axis="ring", dims=dims),
     }[axis]
-    transformed = fp.pipelined(split(step), axis="pipe", microbatches=microbatches, schedule=schedule)
+    transformed = fp.pipelined(
+        split(step), axis="pipe", microbatches=microbatches, schedule=schedule
+    )
     if sharded:
         transformed = fp.sharded_weights(transformed, axis=axis)
     mesh = fp.Mesh(**{"pipe": 2, axis: 2})
@@ -131,9 +137,18 @@ def test_modules() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((torch.ones(2, 3), 1.0, fp.random.key(0)), r"rate=1.0; it is a probability, at least 0 and less than 1"),
-        ((torch.ones(2, 3), 0.5, torch.zeros(2)), r"the key is .*float32.*; take it from fp.random.keys"),
-        ((torch.ones(2, 3), 0.5, torch.zeros(3).long()), r"its shape is that of the leading dims of x"),
+        (
+            (torch.ones(2, 3), 1.0, fp.random.key(0)),
+            r"rate=1.0; it is a probability, at least 0 and less than 1",
+        ),
+        (
+            (torch.ones(2, 3), 0.5, torch.zeros(2)),
+            r"the key is .*float32.*; take it from fp.random.keys",
+        ),
+        (
+            (torch.ones(2, 3), 0.5, torch.zeros(3).long()),
+            r"its shape is that of the leading dims of x",
+        ),
         ((torch.ones(2, 3).long(), 0.5, fp.random.key(0)), r"x takes floating-point numbers"),
     ],
 )

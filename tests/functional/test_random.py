@@ -1,4 +1,5 @@
-"""Keys: what is drawn depends on the key and the shape alone, and keys that differ draw values that do."""
+"""Keys: what is drawn depends on the key and the shape alone, and keys that differ draw values that
+do."""
 
 from __future__ import annotations
 
@@ -27,14 +28,17 @@ def test_keys_do_not_collide(numbers: list[int]) -> None:
 
 
 def test_keys_stay_what_they_are() -> None:
-    """A checkpoint's run can be repeated by a later version: the first outputs of splitmix64 seeded with 0 and 1."""
+    """A checkpoint's run can be repeated by a later version: the first outputs of splitmix64 seeded
+    with 0 and 1."""
     assert [int(random.key(n)) % 2**64 for n in (0, 1)] == [0xE220A8397B1DCDAF, 0x910A2DEC89025CC1]
 
 
 def test_the_order_of_folding_matters() -> None:
     key = random.key(0)
     assert random.fold_in(random.fold_in(key, 1), 2) != random.fold_in(random.fold_in(key, 2), 1)
-    assert random.fold_in(random.fold_in(key, "a"), "b") != random.fold_in(random.fold_in(key, "b"), "a")
+    assert random.fold_in(random.fold_in(key, "a"), "b") != random.fold_in(
+        random.fold_in(key, "b"), "a"
+    )
 
 
 def test_a_tensor_folds_like_its_number() -> None:
@@ -61,7 +65,9 @@ def test_what_is_drawn_has_the_moments_it_should() -> None:
 def test_init_draws_every_leaf_from_its_own_path() -> None:
     make = random.scaled_normal((3,), std=1.0, dtype=torch.float64)
     small = random.init(random.key(0), {"a": make, "b": make})
-    large = random.init(random.key(0), {"a": make, "b": make, "c": [make, random.constant((2, 2), 5.0)]})
+    large = random.init(
+        random.key(0), {"a": make, "b": make, "c": [make, random.constant((2, 2), 5.0)]}
+    )
     assert torch.equal(small["a"], large["a"]) and torch.equal(small["b"], large["b"])
     leaves = [large["a"], large["b"], large["c"][0]]
     assert all(not torch.equal(x, y) for i, x in enumerate(leaves) for y in leaves[:i])

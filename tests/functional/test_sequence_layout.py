@@ -28,7 +28,9 @@ def test_every_position_has_one_member(part: Part) -> None:
     lengths = [part.length(m) for m in range(part.members)]
     assert sorted(i for m in range(part.members) for i in held(part, m)) == list(range(part.size))
     assert lengths == [len(held(part, m)) for m in range(part.members)]
-    for r in range(part.ring):  # members of one ring rank differ by one position at most, the first have more
+    for r in range(
+        part.ring
+    ):  # members of one ring rank differ by one position at most, the first have more
         own = lengths[r * part.heads : (r + 1) * part.heads]
         assert own == sorted(own, reverse=True) and own[0] - own[-1] <= 1
     if part.even:
@@ -39,7 +41,10 @@ def test_every_position_has_one_member(part: Part) -> None:
 def test_members_know_their_positions(part: Part) -> None:
     """By ops that are the same for all members of a variant."""
     mesh = fp.Mesh(r=part.ring, h=part.heads)
-    like = {m: min(x for x in range(part.members) if part.variant(x) == part.variant(m)) for m in range(part.members)}
+    like = {
+        m: min(x for x in range(part.members) if part.variant(x) == part.variant(m))
+        for m in range(part.members)
+    }
 
     def body(comm: Communicator) -> list[int]:
         with bind_rank(comm), bind_mesh(mesh, ("r", "h")):

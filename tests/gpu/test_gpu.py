@@ -1,4 +1,5 @@
-"""The core on real GPUs: equal to one device, in simulation, over NCCL, and captured into a CUDA graph.
+"""The core on real GPUs: equal to one device, in simulation, over NCCL, and captured into a CUDA
+graph.
 
 Skipped where there are not enough GPUs. Run with: pytest tests/gpu
 """
@@ -44,13 +45,20 @@ def reference(steps: int = 4, rows: int = 8) -> tuple[State, list[dict]]:
 STACKS = {
     "alone": ((), [fp.accumulated(microbatches=4)]),
     "pipe": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4)]),
-    "zb_h1": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_h1())]),
+    "zb_h1": (
+        ("pipe",),
+        [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_h1())],
+    ),
     "zb_v": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())]),
     "auto": (("pipe",), [fp.pipelined(axis="pipe", microbatches=4, schedule="auto")]),
     "data": (("data",), [fp.data_parallel(axis="data")]),
     "sharded": (
         ("data",),
-        [fp.accumulated(microbatches=2), fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")],
+        [
+            fp.accumulated(microbatches=2),
+            fp.data_parallel(axis="data"),
+            fp.sharded_weights(axis="data"),
+        ],
     ),
 }
 
@@ -84,7 +92,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 def modes(name: str) -> list[str]:
     """Compiling takes a while: some stacks say whether it works."""
-    return [mode for mode in MODES if mode != "compiled graph" or name in ("alone", "zb_h1", "auto", "sharded")]
+    return [
+        mode
+        for mode in MODES
+        if mode != "compiled graph" or name in ("alone", "zb_h1", "auto", "sharded")
+    ]
 
 
 def ranks_of(name: str) -> int:
@@ -112,7 +124,12 @@ def launched(ranks: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "name, mode", [pytest.param(name, m, marks=GPU_MARKS[ranks_of(name)]) for name in STACKS for m in modes(name)]
+    "name, mode",
+    [
+        pytest.param(name, m, marks=GPU_MARKS[ranks_of(name)])
+        for name in STACKS
+        for m in modes(name)
+    ],
 )
 def test_in_processes(name: str, mode: str) -> None:
     found = [rank[name, mode] for rank in launched(ranks_of(name))]
@@ -135,9 +152,13 @@ def gradients(dtype: torch.dtype) -> Any:
 
 
 def halves() -> dict[str, float]:
-    """How far bfloat16 gradients are from those in float32: plain PyTorch's, ours, ours summed in float32."""
+    """How far bfloat16 gradients are from those in float32: plain PyTorch's, ours, ours summed in
+    float32."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    want, out = gradients(torch.float32), {"torch": error(gradients(torch.bfloat16), gradients(torch.float32))}
+    want, out = (
+        gradients(torch.float32),
+        {"torch": error(gradients(torch.bfloat16), gradients(torch.float32))},
+    )
     for name, sums in (("ours", torch.bfloat16), ("ours in float32", None)):
         run = runner(half_step, cuda_graph=True, backend="inductor", sums=sums)
         params, batch = example(torch.bfloat16)
@@ -158,7 +179,8 @@ def test_halves_are_as_near_as_those_of_plain_pytorch(ranks: int) -> None:
 
 @one_gpu
 def test_halves_into_float32_accumulators() -> None:
-    """``mm`` and ``addmm`` with ``out_dtype``: products of halves are not rounded before they are added."""
+    """``mm`` and ``addmm`` with ``out_dtype``: products of halves are not rounded before they are
+    added."""
     from funcpipe._src.backends.grad_accumulation import Factors
 
     g = torch.Generator().manual_seed(0)

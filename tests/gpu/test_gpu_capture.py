@@ -1,4 +1,5 @@
-"""A captured step on real GPUs: what it does with states and batches, what it refuses, what its graph holds."""
+"""A captured step on real GPUs: what it does with states and batches, what it refuses, what its
+graph holds."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def events_in_the_graph() -> int:
         state, _ = run(state, batch)
     (step_,) = run._captured.values()
     driver = memsets._driver()
-    nodes = memsets._listed(driver.cuGraphGetNodes, driver.CUgraph(init_value=step_.graph.raw_cuda_graph()))
+    nodes = memsets._listed(
+        driver.cuGraphGetNodes, driver.CUgraph(init_value=step_.graph.raw_cuda_graph())
+    )
     kinds = [memsets._asked(driver.cuGraphNodeGetType(node)).name for node in nodes]
     run.close()
     return sum("EVENT" in kind for kind in kinds)
@@ -122,7 +125,8 @@ def synchronizing(state: State, batch: dict) -> tuple[State, dict]:
 
 
 def not_captured(bad: Any) -> tuple[str, float]:
-    """What is said of a step that cannot be captured, and how far off the state is after it: nothing is lost."""
+    """What is said of a step that cannot be captured, and how far off the state is after it:
+    nothing is lost."""
     run, state, params, batch = captured({}, bad)
     state, _ = run(state, batch)  # the first step runs as it is
     text, want = "", step(init_state(params), batch)[0]
@@ -138,9 +142,13 @@ def not_captured(bad: Any) -> tuple[str, float]:
 
 
 def all_of_capture() -> dict[str, Any]:
-    out: dict[str, Any] = {f.__name__: f() for f in (another_shape, from_the_cpu, events_in_the_graph)}
+    out: dict[str, Any] = {
+        f.__name__: f() for f in (another_shape, from_the_cpu, events_in_the_graph)
+    }
     out["old_state"] = [old_state("step"), old_state("unplace")]
-    return out | {bad.__name__: not_captured(bad) for bad in (waiting, copying, once, synchronizing)}
+    return out | {
+        bad.__name__: not_captured(bad) for bad in (waiting, copying, once, synchronizing)
+    }
 
 
 @functools.cache
@@ -210,13 +218,21 @@ def test_memory_of_what_has_travelled_is_used_again_within_a_graph() -> None:
 
 @one_gpu
 def test_small_memsets_become_kernels() -> None:
-    """Where they stood; not one of another value, nor a large one, which the driver runs as a kernel by itself."""
+    """Where they stood; not one of another value, nor a large one, which the driver runs as a
+    kernel by itself."""
     runtime = pytest.importorskip("cuda.bindings.runtime")
     graph, stream = torch.cuda.CUDAGraph(keep_graph=True), torch.cuda.Stream()
-    x, large = torch.zeros(4, dtype=torch.int32, device="cuda"), torch.ones(1 << 14, dtype=torch.uint8, device="cuda")
+    x, large = (
+        torch.zeros(4, dtype=torch.int32, device="cuda"),
+        torch.ones(1 << 14, dtype=torch.uint8, device="cuda"),
+    )
     with torch.cuda.graph(graph, stream=stream):
         x.add_(1)
-        for start, value, nbytes in ((x.data_ptr(), 0, 4), (x[1:].data_ptr(), 1, 4), (large.data_ptr(), 0, 1 << 14)):
+        for start, value, nbytes in (
+            (x.data_ptr(), 0, 4),
+            (x[1:].data_ptr(), 1, 4),
+            (large.data_ptr(), 0, 1 << 14),
+        ):
             (failed,) = runtime.cudaMemsetAsync(start, value, nbytes, stream.cuda_stream)
             assert not int(failed)
         x.add_(2)

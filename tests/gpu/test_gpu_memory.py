@@ -1,4 +1,5 @@
-"""What a step takes on a GPU is what its plan says: eagerly, compiled, captured into a CUDA graph."""
+"""What a step takes on a GPU is what its plan says: eagerly, compiled, captured into a CUDA
+graph."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ MODES: dict[str, dict[str, Any]] = {
 STACKS = {
     "alone": (1, {}, fp.accumulated(microbatches=4)),
     "1f1b": (2, {"pipe": 2}, fp.pipelined(axis="pipe", microbatches=8)),
-    "zb_h1": (2, {"pipe": 2}, fp.pipelined(axis="pipe", microbatches=8, schedule=fp.schedules.zb_h1())),
+    "zb_h1": (
+        2,
+        {"pipe": 2},
+        fp.pipelined(axis="pipe", microbatches=8, schedule=fp.schedules.zb_h1()),
+    ),
     "sharded": (
         2,
         {"data": 2},
@@ -44,9 +49,15 @@ STACKS = {
 def loss_fn(p: Any, batch: Any) -> fp.Mean:
     x = F.embedding(batch["tokens"], p["embed"])
     for w in p["blocks"]:
-        q, k, v = F.linear(F.rms_norm(x, (WIDTH,)), w["qkv"]).unflatten(-1, (3, WIDTH // 64, 64)).unbind(2)
+        q, k, v = (
+            F.linear(F.rms_norm(x, (WIDTH,)), w["qkv"])
+            .unflatten(-1, (3, WIDTH // 64, 64))
+            .unbind(2)
+        )
         x = x + F.linear(fp.attention(q, k, v, causal=True).flatten(2), w["out"])
-        x = fp.stage_boundary(x + F.linear(F.silu(F.linear(F.rms_norm(x, (WIDTH,)), w["up"])), w["down"]))
+        x = fp.stage_boundary(
+            x + F.linear(F.silu(F.linear(F.rms_norm(x, (WIDTH,)), w["up"])), w["down"])
+        )
     logits = F.linear(x, p["head"]).float().flatten(0, 1)
     total = F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
     return fp.Mean(total, torch.full((), float(len(logits)), device=logits.device))
@@ -90,7 +101,9 @@ def ratios(name: str) -> dict[str, list[float]]:
             took = torch.cuda.max_memory_allocated() - before
         plan = run.plan(state, batch)
         memory = plan.memory[plan.placement.stage_rank(run.rank)]
-        out[mode] = [took / memory["step"]] + [memory["graph"] / memory["step"]] * ("cuda_graph" in options)
+        out[mode] = [took / memory["step"]] + [memory["graph"] / memory["step"]] * (
+            "cuda_graph" in options
+        )
         assert memory["graph"] >= run.graph_memory  # the most of the ranks at this place
         assert (run.graph_memory > 0) == (memory["graph"] > 0) == ("cuda_graph" in options)
         run.close()
@@ -103,8 +116,12 @@ def measured(name: str) -> list[dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GPU_MARKS[ranks]) for name, (ranks, *_) in STACKS.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=GPU_MARKS[ranks]) for name, (ranks, *_) in STACKS.items()]
+)
 def test_a_step_takes_what_its_plan_says(name: str, mode: str) -> None:
     for took, *pool in (rank[mode] for rank in measured(name)):
         assert abs(took - 1) <= NEAR, f"{took:.3f} times what was predicted"
-        assert all(abs(x - 1) <= POOL for x in pool), f"a pool of {pool[0]:.3f} times what was predicted"
+        assert all(abs(x - 1) <= POOL for x in pool), (
+            f"a pool of {pool[0]:.3f} times what was predicted"
+        )

@@ -1,4 +1,5 @@
-"""Ranks on real GPUs: none waits for another to end its step, and one that fails stops the others."""
+"""Ranks on real GPUs: none waits for another to end its step, and one that fails stops the
+others."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def squares(params: dict, batch: dict) -> fp.Mean:
 
 
 def descent(params: dict, batch: dict, slow: str = "") -> tuple[dict, dict]:
-    """Nothing in it makes ranks wait for each other. One of them may be slow: it does nothing for a second or two."""
+    """Nothing in it makes ranks wait for each other. One of them may be slow: it does nothing for a
+    second or two."""
     loss, grads = fp.value_and_grad(squares)(params, batch)
     if slow and os.environ["RANK"] == slow:
         torch.cuda._sleep(2_000_000_000)
@@ -46,7 +48,8 @@ def descent(params: dict, batch: dict, slow: str = "") -> tuple[dict, dict]:
 
 
 def ahead(slow: str) -> tuple[float, bool]:
-    """How far off the params are after some steps, and whether this rank was done when the other one was."""
+    """How far off the params are after some steps, and whether this rank was done when the other
+    one was."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     fast = functools.partial(descent, slow=slow)
     piped = fp.pipelined(fast, axis="pipe", microbatches=4, schedule=fp.schedules.zb_v())
@@ -112,12 +115,16 @@ def too_large(options: dict) -> None:
     if run.rank == run.mesh.size - 1:
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved() + (16 << 20)
-        torch.cuda.set_per_process_memory_fraction(held / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            held / torch.cuda.get_device_properties(0).total_memory
+        )
     run(state, batch)
 
 
 @on_one_or_two
 @pytest.mark.parametrize("options", [{}, {"cuda_graph": True}], ids=["eager", "graph"])
 def test_too_little_memory_says_what_the_plan_needs(options: dict, ranks: int) -> None:
-    with pytest.raises(fp.errors.RankError, match=rf"rank {ranks - 1} .*out of memory.*activations.*microbatches"):
+    with pytest.raises(
+        fp.errors.RankError, match=rf"rank {ranks - 1} .*out of memory.*activations.*microbatches"
+    ):
         fp.launch(too_large, ranks, options, timeout=120)

@@ -1,4 +1,5 @@
-"""Sequence parallelism on real GPUs: torch's fused kernels, documents, rings; over NCCL; captured into a CUDA graph."""
+"""Sequence parallelism on real GPUs: torch's fused kernels, documents, rings; over NCCL; captured
+into a CUDA graph."""
 
 from __future__ import annotations
 
@@ -36,18 +37,26 @@ def attended(q: Any, k: Any, v: Any, w: Any, **options: Any) -> list[torch.Tenso
 @pytest.mark.parametrize("documents", [None, [0, 192], [0, 50, 50, 192], [3, 60, 61, 100]], ids=str)
 @pytest.mark.parametrize("bias", [None, "float", "bool"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_kernels(dtype: torch.dtype, kv: int, causal: bool, documents: Any, bias: str | None, batch: int) -> None:
+def test_kernels(
+    dtype: torch.dtype, kv: int, causal: bool, documents: Any, bias: str | None, batch: int
+) -> None:
     g = torch.Generator().manual_seed(0)
     n = 192
     q, k, v, w = (torch.randn(batch, n, h, D, generator=g) for h in (4, kv, kv, 4))
-    b = {None: None, "float": torch.randn(1, 1, n, n, generator=g), "bool": torch.rand(batch, 1, n, n) > 0.3}[bias]
+    b = {
+        None: None,
+        "float": torch.randn(1, 1, n, n, generator=g),
+        "bool": torch.rand(batch, 1, n, n) > 0.3,
+    }[bias]
     cu = None if documents is None else torch.tensor(documents)
     wide = b.double() if bias == "float" else b  # type: ignore[union-attr]
     want = attended(*(t.double() for t in (q, k, v, w)), causal=causal, bias=wide, cu_seqlens=cu)
     on = lambda t: None if t is None else t.cuda().to(dtype) if t.is_floating_point() else t.cuda()  # noqa: E731
     got = attended(*(on(t) for t in (q, k, v, w)), causal=causal, bias=on(b), cu_seqlens=on(cu))
     for a, c in zip(got, want, strict=True):
-        assert float((a.double().cpu() - c).abs().max() / c.abs().max()) < (HALF if dtype == torch.bfloat16 else SINGLE)
+        assert float((a.double().cpu() - c).abs().max() / c.abs().max()) < (
+            HALF if dtype == torch.bfloat16 else SINGLE
+        )
 
 
 # ---- a model
@@ -55,7 +64,14 @@ def test_kernels(dtype: torch.dtype, kv: int, causal: bool, documents: Any, bias
 
 def init(dtype: torch.dtype) -> Any:
     g = torch.Generator().manual_seed(0)
-    rand = lambda *shape: (torch.randn(shape, generator=g, dtype=torch.float64) * shape[-1] ** -0.5).to(dtype).cuda()  # noqa: E731
+
+    def rand(*shape):
+        return (
+            (torch.randn(shape, generator=g, dtype=torch.float64) * shape[-1] ** -0.5)
+            .to(dtype)
+            .cuda()
+        )
+
     width = HEADS * D
     block = lambda: {"qkv": rand((HEADS + 2 * KV) * D, width), "out": rand(width, width)}  # noqa: E731
     return {"embed": rand(VOCAB, width) * 8, "blocks": [block() for _ in range(LAYERS)]}
@@ -71,7 +87,9 @@ def loss_fn(p: Any, b: Any) -> fp.Mean:
     for block in p["blocks"]:
         qkv = F.linear(F.rms_norm(x, x.shape[-1:]), block["qkv"]).unflatten(-1, (-1, D))
         q, k, v = qkv.split([HEADS, KV, KV], 2)
-        x = fp.stage_boundary(x + F.linear(fp.attention(q, k, v, causal=True).flatten(2), block["out"]))
+        x = fp.stage_boundary(
+            x + F.linear(fp.attention(q, k, v, causal=True).flatten(2), block["out"])
+        )
     return fp.losses.cross_entropy(x, p["embed"], b["labels"], chunk_tokens=64)
 
 
@@ -84,7 +102,9 @@ def init_state(params: Any) -> Any:
     return params, optree.tree_map(torch.zeros_like, params)
 
 
-def run_steps(run: Any, dtype: torch.dtype, lengths: tuple[int, ...] = (N, N)) -> tuple[Any, list[float]]:
+def run_steps(
+    run: Any, dtype: torch.dtype, lengths: tuple[int, ...] = (N, N)
+) -> tuple[Any, list[float]]:
     state, seen = run.init(init_state, init(dtype), make_batch(lengths[0])), []
     for length in lengths:
         state, metrics = run(state, make_batch(length))
@@ -104,7 +124,8 @@ def error(got: Any, want: Any) -> float:
     pairs = zip(optree.tree_leaves(got), optree.tree_leaves(want), strict=True)
     norm = lambda x: torch.as_tensor(x, dtype=torch.float64).cpu().norm()  # noqa: E731
     return max(
-        float(norm(torch.as_tensor(a).double().cpu() - torch.as_tensor(b).double().cpu()) / norm(b)) for a, b in pairs
+        float(norm(torch.as_tensor(a).double().cpu() - torch.as_tensor(b).double().cpu()) / norm(b))
+        for a, b in pairs
     )
 
 

@@ -1,4 +1,5 @@
-"""Grouped products: fakes as the kernels give them, steps in every dtype, and what is said where there is no kernel."""
+"""Grouped products: fakes as the kernels give them, steps in every dtype, and what is said where
+there is no kernel."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def test_a_fake_is_what_the_kernel_gives(dtype: torch.dtype, inner: int, columns
         ((columns, 8), (8, inner), OFFSETS),
         ((2, 8, inner), (2, inner, columns), None),
     ]
-    kinds += [(shape_a, shape_b, None if offs is not None else OFFSETS) for shape_a, shape_b, offs in kinds]
+    kinds += [
+        (shape_a, shape_b, None if offs is not None else OFFSETS)
+        for shape_a, shape_b, offs in kinds
+    ]
     for shape_a, shape_b, offs in kinds:
         for a, b in itertools.product(layouts(shape_a, dtype), layouts(shape_b, dtype)):
             with FakeTensorMode() as mode:
@@ -90,7 +94,9 @@ def loss_fn(p: Any, tokens: torch.Tensor) -> fp.Mean:
     y = F.grouped_mm(F.grouped_mm(x[order], p["up"], offs=ends).tanh(), p["down"], offs=ends)
     y = torch.zeros_like(x).index_copy(0, order, y * best[order][:, None])
     x = fp.stage_boundary((x + y).view(*tokens.shape, DIM))
-    return fp.Mean(F.linear(x, p["embed"]).logsumexp(-1).sum().float(), torch.tensor(float(tokens.numel())))
+    return fp.Mean(
+        F.linear(x, p["embed"]).logsumexp(-1).sum().float(), torch.tensor(float(tokens.numel()))
+    )
 
 
 def step(p: Any, tokens: torch.Tensor) -> Any:
@@ -100,7 +106,10 @@ def step(p: Any, tokens: torch.Tensor) -> Any:
 
 STACKS: dict[str, tuple[Callable, fp.Mesh]] = {
     "microbatches": (fp.accumulated(microbatches=2), fp.Mesh()),
-    "sharded": (fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")), fp.Mesh(data=2)),
+    "sharded": (
+        fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")),
+        fp.Mesh(data=2),
+    ),
     "pipeline": (fp.pipelined(axis="pipe", microbatches=2), fp.Mesh(pipe=2)),
 }
 
@@ -108,13 +117,16 @@ STACKS: dict[str, tuple[Callable, fp.Mesh]] = {
 @pytest.mark.parametrize("stack", STACKS)
 def test_float32(stack: str) -> None:
     transform, mesh = STACKS[stack]
-    assert_equivalent(step, transform(step), mesh, lambda p: p, params(torch.float32), [TOKENS], rtol=1e-5)
+    assert_equivalent(
+        step, transform(step), mesh, lambda p: p, params(torch.float32), [TOKENS], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision(stack: str, dtype: str) -> None:
-    """Products in few bits, masters in float32: as on one device, to the roundings of the compute dtype."""
+    """Products in few bits, masters in float32: as on one device, to the roundings of the compute
+    dtype."""
     transform, mesh = STACKS[stack]
     masters = params(torch.float32)
 
@@ -170,5 +182,10 @@ def test_an_expanded_gradient() -> None:
     with pytest.raises(RuntimeError, match="strides"):
         summed(weights, x)
     run = fp.simulate(fp.accumulated(summed, microbatches=2), fp.Mesh())
-    with refused(TraceError, "grouped_mm", "Invalid strides/sizes", "Make it contiguous (an expanded gradient"):
+    with refused(
+        TraceError,
+        "grouped_mm",
+        "Invalid strides/sizes",
+        "Make it contiguous (an expanded gradient",
+    ):
         run.init(lambda p: p, weights, x)

@@ -1,4 +1,5 @@
-"""Cuts: units run by hand are eager PyTorch, to the bit; what is carried, folded, rebuilt, shared and deferred."""
+"""Cuts: units run by hand are eager PyTorch, to the bit; what is carried, folded, rebuilt, shared
+and deferred."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from support.models import D, batch, block, count, loss_fn, params
 from support.units import assert_units_are_eager, heavy, ops, traced, units
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import funcpipe as fp
 from funcpipe._src.graph.partition import Cut, cut
@@ -109,18 +114,26 @@ BLOCKS: dict[str, Block] = {
     "chunk of a param": lambda w, x: torch.cat([x @ c for c in w.chunk(2, -1)], -1),
     "row of a param": lambda w, x: x * w[1] + w.unbind(0)[0],
     "max and sort": lambda w, x: (x @ w).sort(-1).values + x.max(-1, keepdim=True).values,
-    "topk and scatter": lambda w, x: torch.zeros_like(x).scatter(-1, *reversed((x @ w).topk(2, -1))),
+    "topk and scatter": lambda w, x: torch.zeros_like(x).scatter(
+        -1, *reversed((x @ w).topk(2, -1))
+    ),
     "index by a list": lambda w, x: (x @ w)[[1, 0, 3, 2, 5, 4, 7, 6]],
-    "complex": lambda w, x: torch.view_as_real(torch.view_as_complex((x @ w).view(-1, 2, 2)) * (1 + 2j)).flatten(1),
+    "complex": lambda w, x: torch.view_as_real(
+        torch.view_as_complex((x @ w).view(-1, 2, 2)) * (1 + 2j)
+    ).flatten(1),
     "fft": lambda w, x: torch.fft.ifft(torch.fft.fft(x @ w) * 2).real,
     "solve": lambda w, x: torch.linalg.solve(w @ w.t() + torch.eye(D, dtype=w.dtype), x.t()).t(),
-    "constants": lambda w, x: x @ w * torch.tensor([1.0, 2, 3, 4]) + torch.linspace(0, 1, D, dtype=x.dtype),
+    "constants": lambda w, x: (
+        x @ w * torch.tensor([1.0, 2, 3, 4]) + torch.linspace(0, 1, D, dtype=x.dtype)
+    ),
     "not contiguous": lambda w, x: (w.t() @ x.t()).t().tanh(),
     "strided": lambda w, x: (x @ torch.cat([w, w], 1)).tanh()[:, ::2],
     "expanded": lambda w, x: (x @ w).sum(-1, keepdim=True).expand(-1, D),
     "vmap": lambda w, x: torch.vmap(lambda r: torch.tanh(r @ w))(x),
     "torch.func.grad": lambda w, x: torch.func.grad(lambda y: torch.tanh(y @ w).sum())(x) + x,
-    "functional_call": lambda w, x: torch.func.functional_call(LINEAR, {"weight": w, "bias": w[0]}, (x,)).tanh(),
+    "functional_call": lambda w, x: torch.func.functional_call(
+        LINEAR, {"weight": w, "bias": w[0]}, (x,)
+    ).tanh(),
     "a param that gets no gradient": lambda w, x: x.sin() @ w.detach(),
     "nothing": lambda w, x: x,
 }
@@ -148,12 +161,19 @@ def test_autocast() -> None:
 
 
 def language_model(p: Any, b: Any) -> fp.Mean:
-    """Embedding and head are one leaf; a skip over all blocks; a frozen table; a boundary that carries a dict."""
+    """Embedding and head are one leaf; a skip over all blocks; a frozen table; a boundary that
+    carries a dict."""
     x = F.embedding(p["table"][b["ids"]], p["embed"])
     first = x
     for w in p["w"]:
         out = fp.stage_boundary(
-            {"x": block(p["w"][0], block(w, x)), "mask": b["ids"] > 2, "n": 3, "none": None, "on": True}
+            {
+                "x": block(p["w"][0], block(w, x)),
+                "mask": b["ids"] > 2,
+                "n": 3,
+                "none": None,
+                "on": True,
+            }
         )
         x = out["x"] * out["n"] if out["on"] else x
     logits = F.rms_norm(x + first, (D,)) @ p["embed"].t()
@@ -177,8 +197,16 @@ def test_tied_leaves_have_a_partial_gradient_for_every_segment_that_uses_them() 
     segments = dict(zip(optree.tree_paths(p), partial_segments(c), strict=True))
     assert segments["embed",] == (3, 0) and segments["table",] == ()
     assert segments["w", 1] == (1,) and set(segments["w", 0]) == {0, 1, 2}
-    places = dict(zip(optree.tree_paths(p), owners(c, [(0,), (1,), (2, 3)], (0, 1, 2)), strict=True))
-    assert places == {("embed",): {0, 2}, ("table",): {0}, ("w", 0): {0, 1, 2}, ("w", 1): {1}, ("w", 2): {2}}
+    places = dict(
+        zip(optree.tree_paths(p), owners(c, [(0,), (1,), (2, 3)], (0, 1, 2)), strict=True)
+    )
+    assert places == {
+        ("embed",): {0, 2},
+        ("table",): {0},
+        ("w", 0): {0, 1, 2},
+        ("w", 1): {1},
+        ("w", 2): {2},
+    }
 
 
 def test_one_gradient_of_two_leaves() -> None:
@@ -200,7 +228,9 @@ def test_params_cast_at_the_top_belong_to_the_segments_that_use_them() -> None:
     assert owners(c, [(0,), (1,), (2, 3)], (0, 1, 2)) == [{0}, {1}, {2}]
     for u in c.units.values():  # weights come in as they are held, and are cast where they are used
         assert all(v.dtype == torch.float32 for v in u.inputs if v.kind == "param")
-        assert u.kind == "W" or not any(v.shape == (D, D) for v in u.outputs if v not in sum(c.grads, ()))
+        assert u.kind == "W" or not any(
+            v.shape == (D, D) for v in u.outputs if v not in sum(c.grads, ())
+        )
 
 
 # ---- constants, views, values of the batch
@@ -215,7 +245,11 @@ def masked(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_constants_are_folded_once_whatever_the_depth() -> None:
     for depth in (2, 5):
         c = assert_units_are_eager(chain(masked), params(depth), batch())
-        assert sorted(v.shape for v in c.constants) == [(), (D,), (8, 8)]  # the number of rows, the sines, the mask
+        assert sorted(v.shape for v in c.constants) == [
+            (),
+            (D,),
+            (8, 8),
+        ]  # the number of rows, the sines, the mask
         assert not any(v in c.constants for u in c.units.values() for v in u.outputs)
         assert not {"tril", "sin", "arange"} & {name for u in c.units.values() for name in ops(u)}
 
@@ -227,7 +261,9 @@ def test_constants_are_the_ranks_own() -> None:
 
 
 def carried(c: Cut) -> list[str]:
-    return [str(v) for u in c.units.values() if u.kind == "F" for v in u.outputs if v not in c.heads]
+    return [
+        str(v) for u in c.units.values() if u.kind == "F" for v in u.outputs if v not in c.heads
+    ]
 
 
 def test_views_are_rebuilt_and_not_carried() -> None:
@@ -236,7 +272,10 @@ def test_views_are_rebuilt_and_not_carried() -> None:
         return (y.sin() * y[..., :1].expand(-1, -1, -1, 2)).transpose(1, 2).reshape(-1, D)
 
     c = assert_units_are_eager(chain(turned), params(2), batch())
-    assert not any(name.startswith(("view", "transpose", "expand", "_unsafe_view", "clone")) for name in carried(c))
+    assert not any(
+        name.startswith(("view", "transpose", "expand", "_unsafe_view", "clone"))
+        for name in carried(c)
+    )
     assert "mm: float64[8, 4]" in carried(c) and "slice_1: float64[2, 2, 4, 1]" in carried(c)
     first = {v.name: v for v in c.units["F", 0].outputs}
     assert first["slice_1"].storage == "mm" and first["slice_1"].nbytes == first["mm"].nbytes
@@ -257,7 +296,9 @@ def test_values_of_the_batch_alone_are_rebuilt_and_not_carried() -> None:
 def test_only_what_the_backward_pass_needs_is_carried() -> None:
     c = units(loss_fn, params(3), batch())
     assert carried(c) == [
-        f"{name}{'' if s == 0 else f'_{s}'}: float64[8, 4]" for s in range(3) for name in ("tanh", "add")
+        f"{name}{'' if s == 0 else f'_{s}'}: float64[8, 4]"
+        for s in range(3)
+        for name in ("tanh", "add")
     ]
 
 
@@ -269,9 +310,13 @@ def test_recomputed_blocks_carry_their_input_alone() -> None:
 # ---- shared code
 
 
-@pytest.mark.parametrize("fn", [block, masked, BLOCKS["attention"], BLOCKS["checkpoint"], BLOCKS["layer_norm"]])
+@pytest.mark.parametrize(
+    "fn", [block, masked, BLOCKS["attention"], BLOCKS["checkpoint"], BLOCKS["layer_norm"]]
+)
 def test_equal_blocks_share_their_code_whatever_the_depth(fn: Block) -> None:
-    codes = [{u.code.key for u in units(chain(fn), params(n), batch()).units.values()} for n in (4, 7)]
+    codes = [
+        {u.code.key for u in units(chain(fn), params(n), batch()).units.values()} for n in (4, 7)
+    ]
     assert codes[0] == codes[1] and len(codes[0]) <= 12
 
 
@@ -290,7 +335,9 @@ def test_code_that_differs_in_a_constant_is_not_shared() -> None:
 # ---- I and W
 
 
-@pytest.mark.parametrize("name", ["tanh", "attention", "layer_norm", "custom Function", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["tanh", "attention", "layer_norm", "custom Function", "checkpoint"]
+)
 def test_weight_gradients_wait_also_in_the_first_segment(name: str) -> None:
     c = units(chain(BLOCKS[name]), params(3), batch())
     for s in range(3):
@@ -302,7 +349,11 @@ def test_weight_gradients_wait_also_in_the_first_segment(name: str) -> None:
 def test_what_comes_before_the_first_block_is_not_on_the_way_to_another_segment() -> None:
     p, b = language()
     c = units(language_model, p, b)
-    assert heavy(c.units["W", 0]) == ["aten.mm.default", "aten.mm.default", "aten.embedding_dense_backward.default"]
+    assert heavy(c.units["W", 0]) == [
+        "aten.mm.default",
+        "aten.mm.default",
+        "aten.embedding_dense_backward.default",
+    ]
     assert heavy(c.units["W", 3]) == ["aten.mm.default"]
 
 
@@ -319,6 +370,8 @@ def test_flops_of_grouped_queries() -> None:
     inputs = [graph.placeholder(name) for name in "qkv"]
     for x, val in zip(inputs, (q, k, k), strict=True):
         x.meta["val"] = val
-    out = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, tuple(inputs))
+    out = graph.call_function(
+        torch.ops.aten._scaled_dot_product_flash_attention.default, tuple(inputs)
+    )
     out.meta["val"] = (q,)
     assert flops(out) == 2 * 2 * 4 * 8 * 8 * (16 + 16)

@@ -1,4 +1,5 @@
-"""Bad loss functions, each refused when the plan is made, with a text that says what, where, why and what instead."""
+"""Bad loss functions, each refused when the plan is made, with a text that says what, where, why
+and what instead."""
 
 from __future__ import annotations
 
@@ -9,7 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import D, batch, block, body, count, distance, loss_fn, params, refused, run_loss, start, step_of
+from support.models import (
+    D,
+    batch,
+    block,
+    body,
+    count,
+    distance,
+    loss_fn,
+    params,
+    refused,
+    run_loss,
+    start,
+    step_of,
+)
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
@@ -36,7 +50,10 @@ def l2(p: Any) -> torch.Tensor:
 # ---- not a loss
 
 NOT_A_LOSS: dict[str, tuple[Head, str]] = {
-    "vector": (lambda p, b, x: x.sum(1), "the loss .* tensor of shape \\(4,\\) .* 0-d tensor: sum it, and return Mean"),
+    "vector": (
+        lambda p, b, x: x.sum(1),
+        "the loss .* tensor of shape \\(4,\\) .* 0-d tensor: sum it, and return Mean",
+    ),
     "one-element": (
         lambda p, b, x: x.sum().reshape(1),
         "shape \\(1,\\) and dtype torch.float64; it has to be a 0-d tensor",
@@ -48,10 +65,19 @@ NOT_A_LOSS: dict[str, tuple[Head, str]] = {
     "complex": (lambda p, b, x: torch.complex(x, x).sum(), "the loss has dtype torch.complex128"),
     "float": (lambda p, b, x: 3.0, "the loss .* is a float; .* write torch.tensor\\(3.0\\)"),
     "None": (lambda p, b, x: None, "the loss that the loss function returned is None"),
-    "tuple": (lambda p, b, x: (x.sum(), count(x)), "is a tuple of 2; .* fp.Mean\\(total, weight\\); with has_aux=True"),
+    "tuple": (
+        lambda p, b, x: (x.sum(), count(x)),
+        "is a tuple of 2; .* fp.Mean\\(total, weight\\); with has_aux=True",
+    ),
     "float total": (lambda p, b, x: fp.Mean(1.0, count(x)), "the Mean.total .* is a float"),  # type: ignore[arg-type]
-    "int weight": (lambda p, b, x: fp.Mean(x.sum(), len(x)), "the Mean.weight .* an int; .* write torch.tensor\\(4\\)"),  # type: ignore[arg-type]
-    "row weights": (lambda p, b, x: fp.Mean(x.sum(), x[:, 0] * 0), "the Mean.weight .* tensor of shape \\(4,\\)"),
+    "int weight": (
+        lambda p, b, x: fp.Mean(x.sum(), len(x)),
+        "the Mean.weight .* an int; .* write torch.tensor\\(4\\)",
+    ),  # type: ignore[arg-type]
+    "row weights": (
+        lambda p, b, x: fp.Mean(x.sum(), x[:, 0] * 0),
+        "the Mean.weight .* tensor of shape \\(4,\\)",
+    ),
 }
 
 
@@ -79,8 +105,18 @@ MEAN = (
 ADDED = (HERE, "and a mean over the rows of a part", *MEAN[2:])
 LABELS = ("aten.nll_loss_forward", HERE, "reduction='sum'", "number of labels as Mean.weight")
 FREE = (HERE, "it adds", "for every microbatch and shard", "total + weight * l2")
-NEITHER = ("over the rows of a part", HERE, "no sum over them", "Compute it for every row and sum over rows")
-MEET = (HERE, "Rows of a batch that is split do not meet", "a first fp.value_and_grad", "fp.batch_statistic(fn)(x)")
+NEITHER = (
+    "over the rows of a part",
+    HERE,
+    "no sum over them",
+    "Compute it for every row and sum over rows",
+)
+MEET = (
+    HERE,
+    "Rows of a batch that is split do not meet",
+    "a first fp.value_and_grad",
+    "fp.batch_statistic(fn)(x)",
+)
 
 DOES_NOT_ADD_UP: dict[str, tuple[tuple[str, ...], Head]] = {
     "mean": (MEAN, lambda p, b, x: x.mean()),
@@ -92,13 +128,22 @@ DOES_NOT_ADD_UP: dict[str, tuple[tuple[str, ...], Head]] = {
         lambda p, b, x: x.sum() / (b["x"] > 0).sum().clamp(min=1),
     ),
     "cross_entropy": (LABELS, lambda p, b, x: F.cross_entropy(x, labels(b))),
-    "cross_entropy, smooth": (LABELS, lambda p, b, x: F.cross_entropy(x, labels(b), label_smoothing=0.1)),
+    "cross_entropy, smooth": (
+        LABELS,
+        lambda p, b, x: F.cross_entropy(x, labels(b), label_smoothing=0.1),
+    ),
     "cross_entropy, soft": (MEAN, lambda p, b, x: F.cross_entropy(x, b["x"].softmax(-1))),
     "mse_loss": (MEAN, lambda p, b, x: F.mse_loss(x, b["x"])),
     "l1_loss": (MEAN, lambda p, b, x: F.l1_loss(x, b["x"])),
     "huber_loss": (MEAN, lambda p, b, x: F.huber_loss(x, b["x"])),
-    "bce with logits": (MEAN, lambda p, b, x: F.binary_cross_entropy_with_logits(x, b["x"].sigmoid())),
-    "kl_div": (MEAN, lambda p, b, x: F.kl_div(x.log_softmax(-1), b["x"].softmax(-1), reduction="batchmean")),
+    "bce with logits": (
+        MEAN,
+        lambda p, b, x: F.binary_cross_entropy_with_logits(x, b["x"].sigmoid()),
+    ),
+    "kl_div": (
+        MEAN,
+        lambda p, b, x: F.kl_div(x.log_softmax(-1), b["x"].softmax(-1), reduction="batchmean"),
+    ),
     "mean * weight of data": (MEET, lambda p, b, x: x.mean() * (b["x"] == b["x"]).sum()),
     "+ l2": (FREE, lambda p, b, x: x.sum() + l2(p)),
     "+ 0.1 l2": (FREE, lambda p, b, x: x.sum() + 0.1 * l2(p)),
@@ -136,14 +181,21 @@ ADDS_UP: dict[str, Head] = {
     "label smoothing": lambda p, b, x: fp.Mean(
         F.cross_entropy(x, labels(b), label_smoothing=0.1, reduction="sum"), count(x)
     ),
-    "reduction none": lambda p, b, x: fp.Mean(F.cross_entropy(x, labels(b), reduction="none").sum(), count(x)),
-    "masked": lambda p, b, x: fp.Mean((x.sum(-1) * (b["x"][:, 0] > 0)).sum(), (b["x"][:, 0] > 0).sum()),
+    "reduction none": lambda p, b, x: fp.Mean(
+        F.cross_entropy(x, labels(b), reduction="none").sum(), count(x)
+    ),
+    "masked": lambda p, b, x: fp.Mean(
+        (x.sum(-1) * (b["x"][:, 0] > 0)).sum(), (b["x"][:, 0] > 0).sum()
+    ),
     "where": lambda p, b, x: fp.Mean(torch.where(b["x"] > 0, x, 0).sum(), (b["x"] > 0).sum()),
     "ignore_index": lambda p, b, x: fp.Mean(
-        F.cross_entropy(x, torch.where(b["x"][:, 0] > 0, labels(b), -100), reduction="sum"), (b["x"][:, 0] > 0).sum()
+        F.cross_entropy(x, torch.where(b["x"][:, 0] > 0, labels(b), -100), reduction="sum"),
+        (b["x"][:, 0] > 0).sum(),
     ),
     "over a constant": lambda p, b, x: fp.Mean(x.pow(2).sum() / 3.0, count(x)),
-    "several sums": lambda p, b, x: fp.Mean(x.pow(2).sum() + 0.1 * x.abs().sum() - x.sum(), count(x)),
+    "several sums": lambda p, b, x: fp.Mean(
+        x.pow(2).sum() + 0.1 * x.abs().sum() - x.sum(), count(x)
+    ),
     "python sum": lambda p, b, x: fp.Mean(sum(r.sum() for r in x), count(x)),  # type: ignore[arg-type]
     "means of rows": lambda p, b, x: fp.Mean(sum(r.mean() for r in x), count(x)),  # type: ignore[arg-type]
     "zeros +": lambda p, b, x: fp.Mean(x.new_zeros(()) + x.sum(), count(x)),
@@ -167,16 +219,22 @@ def test_a_total_that_adds_up_is_not_refused(name: str) -> None:
 def test_ready_microbatches_have_no_whole_batch_but_are_checked() -> None:
     ready = fp.Microbatches([batch(4), batch(2)])
     with refused(BatchError, *FREE):
-        run_loss(headed(lambda p, b, x: fp.Mean(x.sum() + l2(p), count(x))), b=ready, microbatches=None)
+        run_loss(
+            headed(lambda p, b, x: fp.Mean(x.sum() + l2(p), count(x))), b=ready, microbatches=None
+        )
     with refused(BatchError, *MEAN):
         run_loss(headed(lambda p, b, x: fp.Mean(x.mean(), count(x))), b=ready, microbatches=None)
-    run_loss(headed(lambda p, b, x: fp.Mean(x.mean() * len(x), count(x))), b=ready, microbatches=None)
+    run_loss(
+        headed(lambda p, b, x: fp.Mean(x.mean() * len(x), count(x))), b=ready, microbatches=None
+    )
 
 
 def test_what_differs_between_ranks_counts_as_from_the_batch() -> None:
     def loss(p: Any, b: Any) -> fp.Mean:
         x = body(p, b)
-        return fp.Mean(x.sum() * (fp.axis_index("data") * 0 + 1) + fp.psum(x, "data").sum() * 0, count(x))
+        return fp.Mean(
+            x.sum() * (fp.axis_index("data") * 0 + 1) + fp.psum(x, "data").sum() * 0, count(x)
+        )
 
     step = step_of(loss)
     run, state = start(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
@@ -199,9 +257,16 @@ def test_a_scalar_loss_is_fine_when_it_is_not() -> None:
 
 
 def test_a_weight_adds_up_and_comes_from_the_batch_alone() -> None:
-    with refused(BatchError, "Mean.weight of the whole batch is 1", "2 parts add up to 2", "number of tokens or rows"):
+    with refused(
+        BatchError,
+        "Mean.weight of the whole batch is 1",
+        "2 parts add up to 2",
+        "number of tokens or rows",
+    ):
         run_loss(headed(lambda p, b, x: fp.Mean(x.sum(), torch.ones(()))))
-    with refused(BatchError, "Mean.weight of the whole batch is", "add up to", "change with the split"):
+    with refused(
+        BatchError, "Mean.weight of the whole batch is", "add up to", "change with the split"
+    ):
         run_loss(headed(lambda p, b, x: fp.Mean(x.sum(), b["x"].norm())))
     with refused(BatchError, "Mean.weight depends on params", "from the batch alone"):
         run_loss(headed(lambda p, b, x: fp.Mean(x.sum(), x.detach().abs().sum())))
@@ -214,7 +279,11 @@ def test_a_weight_adds_up_and_comes_from_the_batch_alone() -> None:
 
 def test_aux_of_a_split_batch_is_mean_or_rows() -> None:
     with refused(
-        BatchError, "aux['a']['z'] is a plain value", "no rule to join", "fp.Mean(total, weight)", "fp.Rows(x, dim)"
+        BatchError,
+        "aux['a']['z'] is a plain value",
+        "no rule to join",
+        "fp.Mean(total, weight)",
+        "fp.Rows(x, dim)",
     ):
         run_loss(lambda p, b: (loss_fn(p, b), {"a": {"z": b["x"].sum()}}), has_aux=True)
     with refused(BatchError, "aux['a'] is a plain value"):
@@ -223,14 +292,21 @@ def test_aux_of_a_split_batch_is_mean_or_rows() -> None:
         )
 
 
-@pytest.mark.parametrize("out", [lambda x: x, lambda x: [x, 1], lambda x: (x, 1, 2)], ids=["loss", "list", "three"])
+@pytest.mark.parametrize(
+    "out", [lambda x: x, lambda x: [x, 1], lambda x: (x, 1, 2)], ids=["loss", "list", "three"]
+)
 def test_has_aux_wants_a_pair(out: Callable) -> None:
-    with refused(TraceError, "with has_aux=True the loss function returns (loss, aux)", "this one returned a"):
+    with refused(
+        TraceError, "with has_aux=True the loss function returns (loss, aux)", "this one returned a"
+    ):
         run_loss(lambda p, b: out(loss_fn(p, b)), has_aux=True)
 
 
 AUX: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "Mean of numbers": (lambda x: fp.Mean(1.0, 2.0), ("aux['a'] is a Mean of a float, a float", "torch.tensor")),  # type: ignore[arg-type]
+    "Mean of numbers": (
+        lambda x: fp.Mean(1.0, 2.0),
+        ("aux['a'] is a Mean of a float, a float", "torch.tensor"),
+    ),  # type: ignore[arg-type]
     "Rows of a number": (lambda x: fp.Rows(1.0), ("aux['a'] is a Rows of a float",)),  # type: ignore[arg-type]
     "Rows without the dim": (
         lambda x: fp.Rows(x, 4),
@@ -289,7 +365,10 @@ CLOSED_OVER: dict[str, tuple[Callable, str]] = {
 def test_a_closed_over_tensor_is_named(name: str) -> None:
     loss, named = CLOSED_OVER[name]
     with refused(
-        TraceError, "a tensor that did not come in through its arguments at test_refused_losses.py", named, "pass it"
+        TraceError,
+        "a tensor that did not come in through its arguments at test_refused_losses.py",
+        named,
+        "pass it",
     ):
         run_loss(loss)
 
@@ -303,7 +382,10 @@ def test_a_closed_over_state_is_named() -> None:
         return grads, {"loss": out}
 
     with refused(
-        TraceError, "did not come in through its arguments", "(it closes over 'state')", "through params or batch"
+        TraceError,
+        "did not come in through its arguments",
+        "(it closes over 'state')",
+        "through params or batch",
     ):
         start(fp.pipelined(step, axis="pipe", microbatches=2), fp.Mesh(pipe=2))
 
@@ -318,7 +400,9 @@ def _dropped(*, inside: bool) -> Callable:
     def loss(p: Any, b: Any) -> fp.Mean:
         x = b["x"]
         for w in p["w"]:
-            x = fp.stage_boundary(checkpoint(drop, w, x, use_reentrant=False) if inside else drop(w, x))
+            x = fp.stage_boundary(
+                checkpoint(drop, w, x, use_reentrant=False) if inside else drop(w, x)
+            )
         return fp.Mean(x.sum(), count(x))
 
     return loss
@@ -385,7 +469,10 @@ def test_a_decision_by_the_value_of_a_tensor(name: str) -> None:
 @pytest.mark.parametrize("name", BY_SHAPE)
 def test_a_shape_that_depends_on_data(name: str) -> None:
     with refused(
-        TraceError, "shape depends on data at test_refused_losses.py:", "mask as index", "multiply by the mask"
+        TraceError,
+        "shape depends on data at test_refused_losses.py:",
+        "mask as index",
+        "multiply by the mask",
     ):
         run_loss(headed(lambda p, b, x: fp.Mean(BY_SHAPE[name](p, b, x), count(x))))
 
@@ -415,14 +502,18 @@ def test_an_input_changed_in_place_is_named() -> None:
         return loss_fn(p, b)
 
     for loss in (batch_changed, row_changed):
-        with refused(TraceError, "changes batch['x'] in place", "has to be pure", "Write to a clone"):
+        with refused(
+            TraceError, "changes batch['x'] in place", "has to be pure", "Write to a clone"
+        ):
             run_loss(loss)
     with refused(TraceError, "changes params['w'][1] in place", "has to be pure"):
         run_loss(param_changed)
 
 
 def test_a_change_that_autograd_refuses_is_explained() -> None:
-    with refused(TraceError, "changes a tensor in place", "plain PyTorch refuses too", "Write to a clone"):
+    with refused(
+        TraceError, "changes a tensor in place", "plain PyTorch refuses too", "Write to a clone"
+    ):
         run_loss(headed(lambda p, b, x: fp.Mean((b["x"].add_(1) * x).sum(), count(x))))
 
 
@@ -442,7 +533,10 @@ def _checkpointed(fn: Callable, **options: Any) -> Callable:
 def test_a_boundary_inside_a_checkpoint() -> None:
     loss = _checkpointed(lambda w, x: block(w, fp.stage_boundary(x)), use_reentrant=False)
     with refused(
-        CutError, "stage_boundary", "while a checkpoint recomputes", "checkpoint one block, then stage_boundary"
+        CutError,
+        "stage_boundary",
+        "while a checkpoint recomputes",
+        "checkpoint one block, then stage_boundary",
     ):
         run_loss(loss)
 

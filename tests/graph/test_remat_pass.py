@@ -1,4 +1,5 @@
-"""The pass behind `remat`: what is saved and cloned; choices against all there are; units run by hand, to the bit."""
+"""The pass behind `remat`: what is saved and cloned; choices against all there are; units run by
+hand, to the bit."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def assert_eager(c: Cut, loss: Callable, p: Any, b: Any) -> None:
 # ---- units
 
 
-@pytest.mark.parametrize(("name", "remat"), grid(BLOCKS, [BLOCK, PRODUCTS, Remat(budget=0.6)], (), turns=True))
+@pytest.mark.parametrize(
+    ("name", "remat"), grid(BLOCKS, [BLOCK, PRODUCTS, Remat(budget=0.6)], (), turns=True)
+)
 def test_units_are_eager_to_the_bit(name: str, remat: Remat) -> None:
     loss, p, b = chain(BLOCKS[name]), params(3), batch()
     c = cut_of(loss, p, b, remat)
@@ -88,7 +91,8 @@ def test_tied_leaves_skips_and_dicts(remat: Remat) -> None:
 def trace_model(model: Model) -> Traced:
     mode = FakeTensorMode()
     (p, p_spec), (b, b_spec) = (
-        tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, mode), x)) for x in (model.init(), model.batch())
+        tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, mode), x))
+        for x in (model.init(), model.batch())
     )
     return trace(model.loss_fn, model.has_aux, (p, p_spec), (b, b_spec), mode)
 
@@ -110,20 +114,27 @@ def test_bytes_and_flops_are_those_announced(model: Model, remat: Remat) -> None
             assert not saved.over or saved.outcome.nbytes == least
     again = sum(s.outcome.flops for s in c.saved)
     assert flops(c, "FB") == flops(plain, "FB") + again  # once,
-    assert flops(c, "FIW") == flops(plain, "FIW") + again  # also where I and W are units of their own
+    assert (
+        flops(c, "FIW") == flops(plain, "FIW") + again
+    )  # also where I and W are units of their own
 
 
 def test_without_remat_nothing_changes() -> None:
     for loss, p, b in ((chain(block), params(3), batch()), (language_model, *language())):
         plain = units(loss, p, b)
         for c in (cut_of(loss, p, b), cut_of(loss, p, b, Remat(budget=1.0))):
-            assert {k: u.code.key for k, u in c.units.items()} == {k: u.code.key for k, u in plain.units.items()}
+            assert {k: u.code.key for k, u in c.units.items()} == {
+                k: u.code.key for k, u in plain.units.items()
+            }
 
 
 @pytest.mark.parametrize("remat", [BLOCK, PRODUCTS, Remat(budget=0.6)], ids=str)
 def test_equal_blocks_share_their_code_whatever_the_depth(remat: Remat) -> None:
     codes = [
-        {u.code.key for u in cut_of(chain(BLOCKS["attention"]), params(n), batch(), remat).units.values()}
+        {
+            u.code.key
+            for u in cut_of(chain(BLOCKS["attention"]), params(n), batch(), remat).units.values()
+        }
         for n in (4, 7)
     ]
     assert codes[0] == codes[1]
@@ -147,10 +158,22 @@ def of_ffn(*remats: Remat) -> Cut:
 
 def test_a_block_saves_what_enters_it_alone() -> None:
     c = of_ffn(BLOCK)
-    assert [len(u.outputs) for u in c.units.values() if u.kind == "F"] == [1, 1, 1, 2]  # total and weight
-    assert [residuals(c, s) for s in range(4)] == [0, ROWS, ROWS, ROWS]  # what enters segment 0 is the batch
+    assert [len(u.outputs) for u in c.units.values() if u.kind == "F"] == [
+        1,
+        1,
+        1,
+        2,
+    ]  # total and weight
+    assert [residuals(c, s) for s in range(4)] == [
+        0,
+        ROWS,
+        ROWS,
+        ROWS,
+    ]  # what enters segment 0 is the batch
     assert heavy(c.units["F", 1]) == ["aten.mm.default"] * 3
-    assert heavy(c.units["B", 1]) == ["aten.mm.default"] * (2 + 6)  # the last product of the block is not needed
+    assert heavy(c.units["B", 1]) == ["aten.mm.default"] * (
+        2 + 6
+    )  # the last product of the block is not needed
 
 
 def test_a_budget_takes_what_costs_no_flops_first() -> None:
@@ -188,7 +211,12 @@ def test_segments_that_are_chosen() -> None:
     plain = of_ffn()
     for segments in ((1,), lambda s: s == 1):
         c = of_ffn(Remat("block", segments=segments))
-        assert [residuals(c, s) < residuals(plain, s) for s in range(4)] == [False, True, False, False]
+        assert [residuals(c, s) < residuals(plain, s) for s in range(4)] == [
+            False,
+            True,
+            False,
+            False,
+        ]
     c = of_ffn(Remat("block", segments=(0,)), Remat(budget=0.5, segments=(1, 2)))
     assert [s.remat and s.remat.budget for s in c.saved] == [None, 0.5, 0.5, None]
     assert [residuals(c, s) // ROWS for s in range(4)] == [0, 2, 2, 1]
@@ -222,7 +250,9 @@ def test_values_of_other_segments_are_read_as_they_are() -> None:
     p, b = params(2), batch()
     c = cut_of(loss, p, b, BLOCK)
     assert_eager(c, loss, p, b)
-    assert [ops(c.units["B", s]).count("tanh") for s in range(3)] == [1, 1, 0] and "exp" in ops(c.units["B", 2])
+    assert [ops(c.units["B", s]).count("tanh") for s in range(3)] == [1, 1, 0] and "exp" in ops(
+        c.units["B", 2]
+    )
 
 
 def test_communication_is_never_repeated() -> None:
@@ -234,7 +264,8 @@ def test_communication_is_never_repeated() -> None:
 
     mesh, mode = fp.Mesh(data=2), FakeTensorMode()
     (p, p_spec), (b, b_spec) = (
-        tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, mode), x)) for x in (params(), batch())
+        tree.flatten(tree.map_tensors(lambda x: fake(x.shape, x, mode), x))
+        for x in (params(), batch())
     )
     found = []
     for remats in ((), (BLOCK,)):
@@ -248,7 +279,9 @@ def test_communication_is_never_repeated() -> None:
 def test_a_checkpoint_of_ones_own_beside_it() -> None:
     def inner(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         y = torch.tanh(x @ w)
-        return y + checkpoint(lambda w, x: checkpoint_name(torch.tanh(x @ w), "inner"), w, y, use_reentrant=False)
+        return y + checkpoint(
+            lambda w, x: checkpoint_name(torch.tanh(x @ w), "inner"), w, y, use_reentrant=False
+        )
 
     p, b = params(3), batch()
     for remat in (BLOCK, Remat(save=("inner",))):
@@ -262,11 +295,14 @@ def test_a_checkpoint_of_ones_own_beside_it() -> None:
 
 @st.composite
 def choices(draw: st.DrawFn) -> Choice:
-    """Small choices: something enters, the others need what was before them; some are views, some cannot be repeated."""
+    """Small choices: something enters, the others need what was before them; some are views, some
+    cannot be repeated."""
     items: list[Item] = []
     for i in range(draw(st.integers(2, 7))):
         nbytes, work = draw(st.integers(0, 9)), draw(st.integers(0, 9))
-        needs = tuple(sorted(draw(st.sets(st.integers(0, i - 1), min_size=1, max_size=3)))) if i else ()
+        needs = (
+            tuple(sorted(draw(st.sets(st.integers(0, i - 1), min_size=1, max_size=3)))) if i else ()
+        )
         kind = draw(st.sampled_from(["op", "op", "op", "view", "fixed"])) if i else "fixed"
         if kind == "view":
             items.append(Item(0, 0, 0, items[needs[0]].base, needs[:1], False, True, False))
@@ -278,7 +314,9 @@ def choices(draw: st.DrawFn) -> Choice:
 
 def every_outcome(c: Choice) -> list[Outcome]:
     bases = sorted(c.bases)
-    subsets = itertools.chain.from_iterable(itertools.combinations(bases, n) for n in range(len(bases) + 1))
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(bases, n) for n in range(len(bases) + 1)
+    )
     return [outcome(c, frozenset(s)) for s in subsets]
 
 
@@ -297,7 +335,9 @@ def test_a_budget_is_kept_with_little_work(c: Choice, budget: float) -> None:
     if found.nbytes > limit:
         assert found.nbytes == min(x.nbytes for x in there)
         return
-    for prices in itertools.product(range(12), range(1, 12)):  # no better than the choices that some prices make best
+    for prices in itertools.product(
+        range(12), range(1, 12)
+    ):  # no better than the choices that some prices make best
         best = min(there, key=lambda x: prices[0] * x.nbytes + prices[1] * x.work)
         assert best.nbytes > limit or found.work <= best.work
 
@@ -321,7 +361,9 @@ NAMED: dict[str, Callable] = {
     "checkpoint": lambda w, x: checkpoint(ffn, w, x, use_reentrant=False),
     "in place": lambda w, x: _in_place(checkpoint_name(x @ w, "hidden")),
     "vmap": lambda w, x: torch.vmap(lambda row: torch.tanh(checkpoint_name(row @ w, "hidden")))(x),
-    "torch.func.grad": lambda w, x: torch.func.grad(lambda y: checkpoint_name(y @ w, "hidden").tanh().sum())(x) + x,
+    "torch.func.grad": lambda w, x: (
+        torch.func.grad(lambda y: checkpoint_name(y @ w, "hidden").tanh().sum())(x) + x
+    ),
     "custom Function": lambda w, x: _Doubled.apply(x @ w),
     "a view": lambda w, x: checkpoint_name((x @ w).view(2, -1, D), "hidden").tanh().view(-1, D),
 }
@@ -364,7 +406,9 @@ def test_a_name_is_nothing_outside_of_a_trace() -> None:
 
 def test_a_name_is_a_text() -> None:
     for name, text in ((3, "an int"), ("", "a str"), (None, "None")):
-        with refused(TraceError, f"checkpoint_name: the name is {text}; write a text such as 'attention'"):
+        with refused(
+            TraceError, f"checkpoint_name: the name is {text}; write a text such as 'attention'"
+        ):
             checkpoint_name(torch.ones(2), name)  # type: ignore[arg-type]
 
 
@@ -376,7 +420,8 @@ def test_names_that_no_value_has() -> None:
     check_used([Remat(save=("act", "hidden")), Remat(recompute=("act",))], [saved])
     with refused(
         StackError,
-        "remat(recompute=['gone']): no value of the loss function has the name 'gone'; it names 'act', 'hidden'. Write x = fp.checkpoint_name(x, 'gone') where",
+        "remat(recompute=['gone']): no value of the loss function has the name 'gone'; it names "
+        "'act', 'hidden'. Write x = fp.checkpoint_name(x, 'gone') where",
     ):
         check_used([Remat(recompute=("gone",))], [saved])
     with refused(StackError, "the name 'gone'; it names none. Write"):
@@ -386,13 +431,17 @@ def test_names_that_no_value_has() -> None:
 def test_segments_that_do_not_fit() -> None:
     with refused(
         StackError,
-        "remat(policy='block', segments=[4]): there is no segment 4: the loss function has 4, counted from 0",
+        "remat(policy='block', segments=[4]): there is no segment 4: the loss function has 4, "
+        "counted from 0",
     ):
         check_used([Remat("block", segments=(4,))], [of_ffn().saved])
     longer = cut_of(chain(block), params(4), batch()).saved
-    check_used([Remat("block", segments=(4,))], [of_ffn().saved, longer])  # one of several losses has it
+    check_used(
+        [Remat("block", segments=(4,))], [of_ffn().saved, longer]
+    )  # one of several losses has it
     with refused(
         StackError,
-        "remat(policy='block') and remat(budget=0.5, segments=[2]) both choose what segment 2 saves; give each its own segments",
+        "remat(policy='block') and remat(budget=0.5, segments=[2]) both choose what segment 2 "
+        "saves; give each its own segments",
     ):
         of_ffn(BLOCK, Remat(budget=0.5, segments=(2,)))

@@ -21,7 +21,13 @@ def test_inputs_are_params_then_batch_and_outputs_are_heads_then_gradients() -> 
     nodes = list(t.module.graph.nodes)
     assert (t.params, t.batch, t.boundaries, t.has_weight, t.aux_count) == (3, 1, 3, True, 0)
     assert [x.op for x in nodes[:4]] == ["placeholder"] * 4 and nodes[4].op != "placeholder"
-    assert [tuple(x.meta["val"].shape) for x in nodes[-1].args[0]] == [(), (), (D, D), (D, D), (D, D)]
+    assert [tuple(x.meta["val"].shape) for x in nodes[-1].args[0]] == [
+        (),
+        (),
+        (D, D),
+        (D, D),
+        (D, D),
+    ]
 
 
 def test_marks_go_up_through_the_forward_half_and_on_through_the_backward_half() -> None:
@@ -37,7 +43,11 @@ def test_a_boundary_adds_nothing_to_the_graph() -> None:
         return fp.Mean(x.pow(2).sum(), count(x))
 
     with_boundaries, without = (
-        [str(x.target) for x in traced(loss, params(3), batch()).module.graph.nodes if x.target is not MARK]
+        [
+            str(x.target)
+            for x in traced(loss, params(3), batch()).module.graph.nodes
+            if x.target is not MARK
+        ]
         for loss in (loss_fn, unmarked)
     )
     assert with_boundaries == without
@@ -118,7 +128,9 @@ def test_a_boundary_at_the_end_of_a_checkpoint_is_as_good_as_one_behind_it() -> 
 
 def test_a_boundary_in_a_checkpoint_is_refused() -> None:
     def loss(p: Any, b: Any) -> fp.Mean:
-        x = checkpoint(lambda x: fp.stage_boundary(x.sin()).cos(), b["x"] @ p["w"][0], use_reentrant=False)
+        x = checkpoint(
+            lambda x: fp.stage_boundary(x.sin()).cos(), b["x"] @ p["w"][0], use_reentrant=False
+        )
         return fp.Mean(x.sum(), count(x))
 
     with refused(CutError, "while a checkpoint recomputes"):
@@ -136,9 +148,15 @@ def test_random_ops_are_known_by_their_arguments() -> None:
     weight = torch.tensor
     assert seeded(lambda p, b: fp.Mean(torch.rand(3).sum() * p["w"][0].sum(), weight(1.0)))
     for options in ({}, {"is_causal": True}, {"dropout_p": 0.0}):
-        assert not seeded(lambda p, b, o=options: fp.Mean(attend(q(p, b), q(p, b), q(p, b), **o).sum(), weight(1.0)))
+        assert not seeded(
+            lambda p, b, o=options: fp.Mean(
+                attend(q(p, b), q(p, b), q(p, b), **o).sum(), weight(1.0)
+            )
+        )
     mask = lambda x: torch.zeros(x.shape[-2], x.shape[-2], dtype=x.dtype)  # noqa: E731
-    assert not seeded(lambda p, b: fp.Mean(attend(q(p, b), q(p, b), q(p, b), mask(q(p, b))).sum(), weight(1.0)))
+    assert not seeded(
+        lambda p, b: fp.Mean(attend(q(p, b), q(p, b), q(p, b), mask(q(p, b))).sum(), weight(1.0))
+    )
 
 
 def test_labels_follow_the_order_of_units() -> None:

@@ -25,7 +25,10 @@ DISTRIBUTIONS = {
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize(
     ("transform", "mesh"),
-    [(fp.data_parallel(axis="data"), fp.Mesh(data=2)), (fp.pipelined(axis="pipe", microbatches=2), fp.Mesh(pipe=2))],
+    [
+        (fp.data_parallel(axis="data"), fp.Mesh(data=2)),
+        (fp.pipelined(axis="pipe", microbatches=2), fp.Mesh(pipe=2)),
+    ],
 )
 def test_distributions_in_a_loss(name: str, transform: Any, mesh: fp.Mesh) -> None:
     make, actions = DISTRIBUTIONS[name]
@@ -33,7 +36,9 @@ def test_distributions_in_a_loss(name: str, transform: Any, mesh: fp.Mesh) -> No
     def loss_fn(w: torch.Tensor, b: Any) -> Any:
         found = make(fp.stage_boundary(b["x"] @ w))
         rows = torch.tensor(float(len(b["x"])))
-        return fp.Mean(-found.log_prob(b["action"]).sum(), rows), {"entropy": fp.Mean(found.entropy().sum(), rows)}
+        return fp.Mean(-found.log_prob(b["action"]).sum(), rows), {
+            "entropy": fp.Mean(found.entropy().sum(), rows)
+        }
 
     def step(w: torch.Tensor, b: Any) -> Any:
         (loss, aux), grads = fp.value_and_grad(loss_fn, has_aux=True)(w, b)
@@ -43,7 +48,9 @@ def test_distributions_in_a_loss(name: str, transform: Any, mesh: fp.Mesh) -> No
     fp.testing.assert_equivalent(step, transform(step), mesh, lambda w: w, W, [batch])
 
 
-def test_distributions_check_their_arguments_again_after_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributions_check_their_arguments_again_after_a_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Distribution, "_validate_args", True)  # torch.compile turns it off for good
     with traceable():
         Categorical(logits=torch.tensor([float("nan")]))

@@ -1,7 +1,7 @@
 """Losses of every kind that PyTorch allows: what a tracer, a cut or a marker might trip over.
 
-Each runs on pipelines of one, two and three stages, with whole and split backwards. With one microbatch the bits are those
-of one device, in losses, gradients, metrics and params alike.
+Each runs on pipelines of one, two and three stages, with whole and split backwards. With one
+microbatch the bits are those of one device, in losses, gradients, metrics and params alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def strides(p: Any, batch: Any) -> Any:
 
 
 def around(p: Any, batch: Any) -> Any:
-    """A tensor twice through a boundary and once around it: its gradient is added up as if there were none."""
+    """A tensor twice through a boundary and once around it: its gradient is added up as if there
+    were none."""
     x = torch.tanh(batch["x"] @ p["w"])
     a, b = cut((x, x))
     a, b, v = cut((a.sin(), b * x, b.view(-1)))
@@ -49,7 +50,14 @@ def around(p: Any, batch: Any) -> Any:
 def checkpointed(p: Any, batch: Any) -> Any:
     x = batch["x"]
     for scale in (1.0, 0.5, 2.0):
-        x = cut(checkpoint(lambda x, w, s=scale: torch.tanh(x @ w * s).sin() + x, x, p["w"], use_reentrant=False))
+        x = cut(
+            checkpoint(
+                lambda x, w, s=scale: torch.tanh(x @ w * s).sin() + x,
+                x,
+                p["w"],
+                use_reentrant=False,
+            )
+        )
     return ends(x, batch)
 
 
@@ -127,7 +135,8 @@ def dead_value(p: Any, batch: Any) -> Any:
 
 
 def sums_within_sums(p: Any, batch: Any) -> Any:
-    """One weight under two names: the gradient of the second is a sum before it is added to the first's."""
+    """One weight under two names: the gradient of the second is a sum before it is added to the
+    first's."""
     again = p["w"].clone()
     x = cut(torch.tanh(batch["x"] @ again))
     x = cut(torch.tanh(x @ again) + x)
@@ -165,10 +174,16 @@ def training(loss_fn: Callable) -> tuple[Callable, Any, list[Any]]:
     return step, params, [{"x": rand(ROWS, D), "y": rand(ROWS, D)} for _ in range(2)]
 
 
-@pytest.mark.parametrize(("name", "microbatches"), grid([fn.__name__ for fn in LOSSES], [1, 2], (), turns=True))
+@pytest.mark.parametrize(
+    ("name", "microbatches"), grid([fn.__name__ for fn in LOSSES], [1, 2], (), turns=True)
+)
 def test_loss(name: str, microbatches: int) -> None:
     step, params, batches = training(next(fn for fn in LOSSES if fn.__name__ == name))
-    for ranks, schedule in [(1, fp.schedules.zb_h1()), (2, fp.schedules.one_f_one_b()), (3, fp.schedules.zb_h1())]:
+    for ranks, schedule in [
+        (1, fp.schedules.zb_h1()),
+        (2, fp.schedules.one_f_one_b()),
+        (3, fp.schedules.zb_h1()),
+    ]:
         transformed = fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule)
         whole = microbatches == 1
         assert_equivalent(

@@ -1,4 +1,5 @@
-"""`from_module` and `to_module`: a module as a pure function computes what the module does, and is not changed by it."""
+"""`from_module` and `to_module`: a module as a pure function computes what the module does, and is
+not changed by it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Residual(nn.Module):
         self.inner, self.recompute = inner, recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + (checkpoint(self.inner, x, use_reentrant=False) if self.recompute else self.inner(x))
+        return x + (
+            checkpoint(self.inner, x, use_reentrant=False) if self.recompute else self.inner(x)
+        )
 
 
 class Average(nn.Module):
@@ -71,7 +74,16 @@ class Fused(nn.Module):
         n = self.norm
         if self.training:
             n.num_batches_tracked.add_(1)
-        return F.batch_norm(self.linear(x), n.running_mean, n.running_var, n.weight, n.bias, self.training, 0.2, n.eps)
+        return F.batch_norm(
+            self.linear(x),
+            n.running_mean,
+            n.running_var,
+            n.weight,
+            n.bias,
+            self.training,
+            0.2,
+            n.eps,
+        )
 
 
 class Tied(nn.Module):
@@ -89,8 +101,12 @@ class Tied(nn.Module):
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Linear(D, D), nn.Tanh()),
-    "mlp": lambda: Residual(nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))),
-    "recomputed": lambda: Residual(nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)), recompute=True),
+    "mlp": lambda: Residual(
+        nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D, bias=False))
+    ),
+    "recomputed": lambda: Residual(
+        nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)), recompute=True
+    ),
     "tied": Tied,
     "norm": lambda: nn.LayerNorm(D),
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(D, D)),
@@ -100,7 +116,9 @@ CHANGING: dict[str, Callable[[], nn.Module]] = {
     "batch_norm": lambda: nn.BatchNorm1d(D),
     "average": Average,
     "fused": Fused,
-    "recomputed_norm": lambda: Residual(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Tanh()), recompute=True),
+    "recomputed_norm": lambda: Residual(
+        nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D), nn.Tanh()), recompute=True
+    ),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(D, D)),
 }
 
@@ -123,7 +141,9 @@ def others(tensors: dict[str, torch.Tensor], seed: int = 2) -> dict[str, torch.T
     """Other values of the same shapes and dtypes, near the given ones."""
     g = torch.Generator().manual_seed(seed)
     return {
-        n: x + 0.1 * torch.rand(x.shape, generator=g, dtype=x.dtype) if x.is_floating_point() else x + 3
+        n: x + 0.1 * torch.rand(x.shape, generator=g, dtype=x.dtype)
+        if x.is_floating_point()
+        else x + 3
         for n, x in tensors.items()
     }
 
@@ -141,7 +161,8 @@ def gradients(out: torch.Tensor, inputs: dict[str, torch.Tensor]) -> dict[str, t
 
 @given(kinds(LAYERS | CHANGING), st.booleans())
 def test_the_function_computes_what_the_module_does(kinds: list[str], training: bool) -> None:
-    """Bitwise, with tensors that are not the module's, gradients and new buffers included; the module stays as it is."""
+    """Bitwise, with tensors that are not the module's, gradients and new buffers included; the
+    module stays as it is."""
     module = build(kinds).train(training)
     before = tensors_of(module)
     apply_fn, params, buffers = from_module(module)
@@ -159,14 +180,17 @@ def test_the_function_computes_what_the_module_does(kinds: list[str], training: 
     assert same_bits(grads, gradients(want, dict(twin.named_parameters())))
     assert same_bits(new_buffers, after)
     assert same_bits(params | buffers, given)
-    assert same_bits(tensors_of(module), before) and not any(x.grad_fn for x in new_buffers.values())
+    assert same_bits(tensors_of(module), before) and not any(
+        x.grad_fn for x in new_buffers.values()
+    )
     assert {n for n in buffers if new_buffers[n] is not buffers[n]} >= {
         n for n in buffers if not torch.equal(after[n], buffers[n])
     }
 
 
 def test_a_cumulative_average() -> None:
-    """Its factor is a Python number made from a buffer: plain PyTorch only, the tracer refuses it."""
+    """Its factor is a Python number made from a buffer: plain PyTorch only, the tracer refuses
+    it."""
     module = nn.BatchNorm1d(D, momentum=None).double()
     apply_fn, params, buffers = from_module(module, copy=True)
     for _ in range(2):
@@ -195,7 +219,11 @@ def test_params_share_memory_unless_copied() -> None:
 def test_a_tied_parameter_is_one_leaf() -> None:
     module = build(["tied"])
     apply_fn, params, buffers = from_module(module)
-    assert "1.first.weight" in params and "1.second.weight" not in params and "1.also.weight" not in params
+    assert (
+        "1.first.weight" in params
+        and "1.second.weight" not in params
+        and "1.also.weight" not in params
+    )
     leaves = {n: x.clone().requires_grad_() for n, x in params.items()}
     grads = gradients(apply_fn(leaves, buffers, rows())[0], leaves)
     assert same_bits(grads, gradients(module(rows()), dict(module.named_parameters())))
@@ -256,7 +284,14 @@ def test_inside_torch_func() -> None:
     grads, new = torch.func.grad(loss, has_aux=True)(params)
     leaves = {n: x.clone().requires_grad_() for n, x in params.items()}
     want = gradients(apply_fn(leaves, buffers, rows())[0], leaves)
-    assert max(float((grads[n] - want[n]).norm() / want[n].norm()) for n in want if want[n].norm() > 1e-9) < FLOAT64
+    assert (
+        max(
+            float((grads[n] - want[n]).norm() / want[n].norm())
+            for n in want
+            if want[n].norm() > 1e-9
+        )
+        < FLOAT64
+    )
     assert same_bits(new, apply_fn(params, buffers, rows())[1])
     module.eval()
     stacked = optree.tree_map(lambda *xs: torch.stack(xs), params, others(params))
@@ -269,7 +304,8 @@ def test_inside_torch_func() -> None:
 
 
 class Wired(nn.Module):
-    """References outside of ``_modules``: an attribute, a list, a dict, a bound method, a partial."""
+    """References outside of ``_modules``: an attribute, a list, a dict, a bound method, a
+    partial."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +320,9 @@ class Wired(nn.Module):
         return self.call(self.method(self.listed[0](x))) * weight * factor
 
 
-@pytest.mark.parametrize("make", [Wired, lambda: nn.LSTM(D, D, num_layers=2), lambda: nn.MultiheadAttention(D, 2)])
+@pytest.mark.parametrize(
+    "make", [Wired, lambda: nn.LSTM(D, D, num_layers=2), lambda: nn.MultiheadAttention(D, 2)]
+)
 def test_references_follow(make: Callable[[], nn.Module]) -> None:
     module = make().double()
     x = (rows()[:, None],) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
@@ -418,11 +456,15 @@ def training(apply_fn: Callable, buffers: Any) -> tuple[Callable, Callable]:
     def step(state: Any, batch: Any) -> Any:
         parts = batch.parts if isinstance(batch, fp.Microbatches) else None
         held = {"buffers": state["buffers"]}
-        batch = fp.Microbatches([{**part, **held} for part in parts]) if parts else {**batch, **held}
+        batch = (
+            fp.Microbatches([{**part, **held} for part in parts]) if parts else {**batch, **held}
+        )
         run = fp.value_and_grad(loss_of(apply_fn, weigh=True), has_aux=True)
         (loss, means), grads = run(state["params"], batch)
         params = optree.tree_map(lambda p, g: p - 0.01 * g, state["params"], grads)
-        return {"params": params, "buffers": update_buffers(state["buffers"], means)}, {"loss": loss}
+        return {"params": params, "buffers": update_buffers(state["buffers"], means)}, {
+            "loss": loss
+        }
 
     return step, init_state
 
@@ -431,7 +473,8 @@ def training(apply_fn: Callable, buffers: Any) -> tuple[Callable, Callable]:
 def test_running_statistics_are_averaged_over_microbatches_and_shards(
     kinds: list[str], microbatches: int, shards: int, data: st.DataObject
 ) -> None:
-    """Each microbatch of each shard is a batch of its own: as one device does with the same pieces."""
+    """Each microbatch of each shard is a batch of its own: as one device does with the same
+    pieces."""
     apply_fn, params, buffers = from_module(build([*kinds, "linear"]), boundaries=["*"])
     step, init_state = training(apply_fn, buffers)
     mesh = data.draw(meshes(pipe=len(kinds) + 1, data=1), label="mesh")
@@ -483,7 +526,9 @@ def test_checkpointed_blocks_may_end_in_a_boundary_but_not_hold_one() -> None:
         assert_equivalent(step, fast, fp.Mesh(pipe=2), lambda p: p, params, [batch], rtol=FLOAT64)
     apply_fn, params, buffers = from_module(module, ["1.inner.0"])
     fast = fp.pipelined(plain_step(apply_fn, buffers), axis="pipe", microbatches=2, dims=DIMS)
-    with refused(CutError, "a boundary inside torch.utils.checkpoint cannot be cut", "checkpoint one block"):
+    with refused(
+        CutError, "a boundary inside torch.utils.checkpoint cannot be cut", "checkpoint one block"
+    ):
         fp.simulate(fast, fp.Mesh(pipe=2)).init(lambda p: p, params, batch)
 
 
@@ -507,13 +552,20 @@ def test_a_module_takes_back_what_it_gave() -> None:
 
 def test_refused_boundaries() -> None:
     module = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(D, D)])})
-    with refused(ModuleError, "boundary 'layers.1' matches no submodule", "between two dots", "'layers', 'layers.0'"):
+    with refused(
+        ModuleError,
+        "boundary 'layers.1' matches no submodule",
+        "between two dots",
+        "'layers', 'layers.0'",
+    ):
         from_module(module, ["layers.1"])
     with refused(ModuleError, "boundary '*.*.*' matches no submodule"):
         from_module(module, ["*.*.*"])
     with refused(ModuleError, "boundary 'x' matches no submodule", "this module has no submodules"):
         from_module(nn.Linear(D, D), ["x"])
-    with refused(ModuleError, "boundary 'layers' is a ModuleList", "never called itself", "write 'layers.*'"):
+    with refused(
+        ModuleError, "boundary 'layers' is a ModuleList", "never called itself", "write 'layers.*'"
+    ):
         from_module(module, ["layers"])
     with refused(ModuleError, "a predicate, is true of no submodule", "nowhere to cut"):
         from_module(module, lambda path, m: False)
@@ -529,28 +581,50 @@ def test_refused_tensors(call: str) -> None:
 
     def use(params: Any, buffers: Any) -> None:
         params = {n: x + 1 if isinstance(x, torch.Tensor) else x for n, x in params.items()}
-        apply_fn(params, buffers, rows()) if call == "apply_fn" else to_module(module, params, buffers)
+        apply_fn(params, buffers, rows()) if call == "apply_fn" else to_module(
+            module, params, buffers
+        )
 
     without = {n: x for n, x in params.items() if n != "1.norm.bias"}
-    with refused(ModuleError, f"{call}: params lacks '1.norm.bias'", "every name that from_module gave"):
+    with refused(
+        ModuleError, f"{call}: params lacks '1.norm.bias'", "every name that from_module gave"
+    ):
         use(without, buffers)
     with refused(ModuleError, f"{call}: params lacks ", " and 6 more: "):
         use({}, buffers)
-    with refused(ModuleError, f"{call}: buffers lacks '2.running_mean', '2.running_var', '2.num_batches_tracked': "):
+    with refused(
+        ModuleError,
+        f"{call}: buffers lacks '2.running_mean', '2.running_var', '2.num_batches_tracked': ",
+    ):
         use(params, {})
     with refused(ModuleError, f"{call}: params has 'x': the module has no tensor of that name"):
         use({**params, "x": params["0.bias"]}, buffers)
-    with refused(ModuleError, f"{call}: params has '1.second.weight': it is tied", "first name, '1.first.weight'"):
+    with refused(
+        ModuleError,
+        f"{call}: params has '1.second.weight': it is tied",
+        "first name, '1.first.weight'",
+    ):
         use({**params, "1.second.weight": params["0.weight"]}, buffers)
-    with refused(ModuleError, f"{call}: params has '2.running_mean'", "params and buffers are two dicts"):
+    with refused(
+        ModuleError, f"{call}: params has '2.running_mean'", "params and buffers are two dicts"
+    ):
         use(params | buffers, buffers)
-    with refused(ModuleError, f"{call}: buffers['2.running_var'] is a tensor of shape (1,)", "has shape (4,)"):
+    with refused(
+        ModuleError, f"{call}: buffers['2.running_var'] is a tensor of shape (1,)", "has shape (4,)"
+    ):
         use(params, {**buffers, "2.running_var": torch.ones(1)})
     with refused(
-        ModuleError, f"{call}: params['0.bias'] is None, but the module's has shape (4,)", "run.unplace(state)"
+        ModuleError,
+        f"{call}: params['0.bias'] is None, but the module's has shape (4,)",
+        "run.unplace(state)",
     ):
         use({**params, "0.bias": None}, buffers)
-    with refused(ModuleError, f"{call}: buffers is a tensor of shape (8, 4)", "the call is ", "params, buffers"):
+    with refused(
+        ModuleError,
+        f"{call}: buffers is a tensor of shape (8, 4)",
+        "the call is ",
+        "params, buffers",
+    ):
         use(params, rows())
     assert same_bits(tensors_of(module), before)
 
@@ -560,7 +634,9 @@ def test_refused_modules() -> None:
         from_module(lambda x: x)  # type: ignore[arg-type]
     with refused(ModuleError, "take a torch.nn.Module", "not an int"):
         to_module(3, {})  # type: ignore[arg-type]
-    with refused(ModuleError, "'0.weight' has no shape yet (a lazy module)", "on an example input first"):
+    with refused(
+        ModuleError, "'0.weight' has no shape yet (a lazy module)", "on an example input first"
+    ):
         from_module(nn.Sequential(nn.LazyLinear(D)))
     with refused(ModuleError, "submodule '0' is a SyncBatchNorm", "use nn.BatchNorm1d, 2d or 3d"):
         from_module(nn.Sequential(nn.SyncBatchNorm(D)))
@@ -569,11 +645,17 @@ def test_refused_modules() -> None:
 def test_refused_memory() -> None:
     module = nn.Linear(D, D)
     module.weight = nn.Parameter(torch.ones(D, 1).expand(D, D))
-    with refused(ModuleError, "parameter 'weight' of shape (4, 4) is expanded", "expand it in forward"):
+    with refused(
+        ModuleError, "parameter 'weight' of shape (4, 4) is expanded", "expand it in forward"
+    ):
         from_module(module)
     module.weight = nn.Parameter(torch.ones(D, D))
     module.bias = nn.Parameter(module.weight.detach()[0])
-    with refused(ModuleError, "parameters 'bias' and 'weight' are views of the same memory", "assign one nn.Parameter"):
+    with refused(
+        ModuleError,
+        "parameters 'bias' and 'weight' are views of the same memory",
+        "assign one nn.Parameter",
+    ):
         from_module(module)
     flat = torch.ones(D * D + D)  # beside one another in one storage
     module.weight, module.bias = nn.Parameter(flat[: D * D].view(D, D)), nn.Parameter(flat[D * D :])
@@ -589,10 +671,17 @@ def test_refused_references() -> None:
 
     module = build(["linear"])
     module.act = lambda x: module[0](x)
-    with refused(ModuleError, "act is a function that holds the module itself", "in an attribute, list or dict"):
+    with refused(
+        ModuleError,
+        "act is a function that holds the module itself",
+        "in an attribute, list or dict",
+    ):
         from_module(module)
     module.act = [Holder({"weight": module[0].weight})]
-    with refused(ModuleError, "act is a list of 1 that holds '0.weight', where a call cannot put other tensors"):
+    with refused(
+        ModuleError,
+        "act is a list of 1 that holds '0.weight', where a call cannot put other tensors",
+    ):
         from_module(module)
     del module.act
     module[1].owner = Holder(module[0])
@@ -606,7 +695,9 @@ def test_refused_references() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # what torch.compile imports
 def test_a_compiled_module_is_refused() -> None:
-    with refused(ModuleError, "that holds submodule '_orig_mod'", "before torch.compile", "module._orig_mod"):
+    with refused(
+        ModuleError, "that holds submodule '_orig_mod'", "before torch.compile", "module._orig_mod"
+    ):
         from_module(torch.compile(nn.Linear(D, D)))
 
 
@@ -625,7 +716,8 @@ def test_refused_calls() -> None:
         ("appears", "buffer 'seen' is None before the call and a tensor of shape (1, 4)"),
         (
             "vanishes",
-            "buffer 'seen' is a tensor of shape (1,) and dtype torch.float32 before the call and None after it",
+            "buffer 'seen' is a tensor of shape (1,) and dtype torch.float32 before the call and "
+            "None after it",
         ),
         ("grows", "buffer 'seen' is a tensor of shape (1,)"),
     ):
@@ -634,11 +726,20 @@ def test_refused_calls() -> None:
             apply_fn(params, buffers, rows())
 
     apply_fn, params, buffers = from_module(nn.BatchNorm1d(D).double())
-    with refused(ModuleError, "got a tensor of shape (1, 4)", "one value for each channel", "give those more rows"):
+    with refused(
+        ModuleError,
+        "got a tensor of shape (1, 4)",
+        "one value for each channel",
+        "give those more rows",
+    ):
         apply_fn(params, buffers, rows(1))
     module = nn.InstanceNorm1d(D, track_running_stats=True).double()
     apply_fn, params, buffers = from_module(module)
-    with refused(ModuleError, "instance normalization of a tensor of shape (1, 4, 8)", "track_running_stats=False"):
+    with refused(
+        ModuleError,
+        "instance normalization of a tensor of shape (1, 4, 8)",
+        "track_running_stats=False",
+    ):
         apply_fn(params, buffers, rows().t()[None])
     module.eval()
     assert same_bits(apply_fn(params, buffers, rows().t()[None])[0], module(rows().t()[None]))
@@ -649,7 +750,9 @@ def test_refused_calls() -> None:
 
 def test_a_graph_module_is_a_module() -> None:
     for inner in (nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.Tanh()):
-        module = nn.Sequential(nn.Linear(D, D), torch.fx.symbolic_trace(inner), nn.Linear(D, 1)).double()
+        module = nn.Sequential(
+            nn.Linear(D, D), torch.fx.symbolic_trace(inner), nn.Linear(D, 1)
+        ).double()
         apply_fn, params, buffers = from_module(module, boundaries=["0", "1"])
         x = torch.randn(8, D, dtype=torch.float64)
         assert torch.equal(apply_fn(params, buffers, x)[0], module(x))
@@ -659,9 +762,9 @@ def test_a_graph_module_is_a_module() -> None:
 
         def step(p: Any, x: torch.Tensor, run: Any = apply_fn, held: Any = buffers) -> Any:
             rows = torch.tensor(float(len(x)))
-            loss, grads = fp.value_and_grad(lambda p, x: fp.Mean(run(p, held, x)[0].square().sum(), rows * 0 + len(x)))(
-                p, x
-            )
+            loss, grads = fp.value_and_grad(
+                lambda p, x: fp.Mean(run(p, held, x)[0].square().sum(), rows * 0 + len(x))
+            )(p, x)
             return optree.tree_map(lambda p, g: p - 0.1 * g, p, grads), {"loss": loss}
 
         fast = fp.pipelined(step, axis="pipe", microbatches=2)
@@ -689,7 +792,11 @@ def test_a_cache_that_the_module_filled_behind_a_copy_is_refused() -> None:
     apply_fn, params, buffers = from_module(module, copy=True)
     out = apply_fn(params, buffers, x)[0]  # of a stand-in: the module itself stays as it was
     assert torch.equal(out, module(x))
-    with refused(ModuleError, "filled buffer '1.table' and set '1.filled' since from_module", "Call the module first"):
+    with refused(
+        ModuleError,
+        "filled buffer '1.table' and set '1.filled' since from_module",
+        "Call the module first",
+    ):
         apply_fn(params, buffers, x)
     apply_fn, params, buffers = from_module(module, copy=True)
     assert torch.equal(apply_fn(params, buffers, x)[0], out)

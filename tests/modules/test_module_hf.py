@@ -1,4 +1,5 @@
-"""Hugging Face models under transforms: what their makers wrote, cut into stages, computes what it does on one device."""
+"""Hugging Face models under transforms: what their makers wrote, cut into stages, computes what it
+does on one device."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe.errors import BatchError
 from funcpipe.testing import assert_equivalent
 
-transformers: Any = pytest.importorskip("transformers", reason="the extra 'test' installs transformers")
+transformers: Any = pytest.importorskip(
+    "transformers", reason="the extra 'test' installs transformers"
+)
 
 # Sums over microbatches are taken in another order than on one device: see test_equivalence.py.
 FLOAT64 = 1e-12
@@ -43,13 +46,20 @@ def llama(attention: str) -> Any:
 def gpt2(attention: str) -> Any:
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(
-        **TOKENS, **none, n_embd=16, n_layer=3, n_head=2, n_positions=16, attn_implementation=attention
+        **TOKENS,
+        **none,
+        n_embd=16,
+        n_layer=3,
+        n_head=2,
+        n_positions=16,
+        attn_implementation=attention,
     )
     return transformers.GPT2LMHeadModel(config)  # the head is the embedding
 
 
 def t5(attention: str) -> Any:
-    """Encoder and decoder of two blocks each; every block of the decoder reads the encoder's output."""
+    """Encoder and decoder of two blocks each; every block of the decoder reads the encoder's
+    output."""
     config = transformers.T5Config(
         **TOKENS,
         d_model=16,
@@ -64,7 +74,11 @@ def t5(attention: str) -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
-BLOCKS = {llama: ["model.layers.*"], gpt2: ["transformer.h.*"], t5: ["encoder.block.*", "decoder.block.*"]}
+BLOCKS = {
+    llama: ["model.layers.*"],
+    gpt2: ["transformer.h.*"],
+    t5: ["encoder.block.*", "decoder.block.*"],
+}
 MODELS = pytest.mark.parametrize("make", BLOCKS, ids=lambda make: make.__name__)
 
 
@@ -78,7 +92,12 @@ def make_batch(seed: int, make: Callable, **more: torch.Tensor) -> dict[str, tor
     tokens = torch.randint(3, VOCABULARY, (ROWS, LENGTH + 1), generator=g)
     decoder = {"decoder_input_ids": tokens[:, :-1].contiguous()} if make is t5 else {}
     ids = tokens.flip(1) if make is t5 else tokens
-    return {"input_ids": ids[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), **decoder, **more}
+    return {
+        "input_ids": ids[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        **decoder,
+        **more,
+    }
 
 
 def training(model: Any, make: Callable) -> tuple[Callable, Any]:
@@ -88,7 +107,9 @@ def training(model: Any, make: Callable) -> tuple[Callable, Any]:
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "buffers")}
         out, _ = apply_fn(params, batch["buffers"], **inputs, use_cache=False)
-        total = F.cross_entropy(out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        total = F.cross_entropy(
+            out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum"
+        )
         return fp.Mean(total, torch.ones_like(batch["labels"]).sum())
 
     def step(params: Any, batch: Any) -> Any:
@@ -102,20 +123,24 @@ def dims(batch: Any) -> Any:
     return {name: 0 for name in batch} | {"buffers": None}
 
 
-def check(model: Any, make: Callable, mesh: fp.Mesh, microbatches: int, **more: torch.Tensor) -> None:
+def check(
+    model: Any, make: Callable, mesh: fp.Mesh, microbatches: int, **more: torch.Tensor
+) -> None:
     step, params = training(model, make)
     batches = [make_batch(seed, make, **more) for seed in range(2)]
     fast = fp.pipelined(step, axis="pipe", microbatches=microbatches, dims=dims(batches[0]))
     if "data" in mesh.axes:
-        fast = fp.sharded_weights(fp.data_parallel(fast, axis="data", dims=dims(batches[0])), axis="data")
+        fast = fp.sharded_weights(
+            fp.data_parallel(fast, axis="data", dims=dims(batches[0])), axis="data"
+        )
     bitwise = microbatches == 1 and "data" not in mesh.axes
     assert_equivalent(step, fast, mesh, lambda p: p, params, batches, rtol=FLOAT64, bitwise=bitwise)
 
 
 @MODELS
 def test_pipelined_bits(make: Callable) -> None:
-    """With attention op by op: transformers calls torch's fused one otherwise while it is traced (with a mask, and keys that are
-    repeated), which on some processors has other bits."""
+    """With attention op by op: transformers calls torch's fused one otherwise while it is traced
+    (with a mask, and keys that are repeated), which on some processors has other bits."""
     check(build(make, "eager"), make, fp.Mesh(pipe=3), microbatches=1)
 
 
@@ -133,8 +158,12 @@ def test_pipelined_and_sharded(make: Callable) -> None:
 @MODELS
 def test_recomputed(make: Callable) -> None:
     model = build(make)
-    new = hasattr(model, "activation_checkpointing_enable")  # renamed in the course of transformers 5
-    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)({"use_reentrant": False})
+    new = hasattr(
+        model, "activation_checkpointing_enable"
+    )  # renamed in the course of transformers 5
+    (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
+        {"use_reentrant": False}
+    )
     check(model, make, fp.Mesh(pipe=2), microbatches=2)
 
 
@@ -162,11 +191,15 @@ def test_one_device_computes_what_the_model_does(make: Callable) -> None:
     new, metrics = step(params, batch)
     out = model(**{**batch, "use_cache": False, "labels": None})
     loss = (
-        F.cross_entropy(out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum") / batch["labels"].numel()
+        F.cross_entropy(out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        / batch["labels"].numel()
     )
     assert torch.allclose(metrics["loss"], loss, rtol=FLOAT64)
     F.cross_entropy(out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum").backward()
-    want = {name: p.detach() - 0.1 * (p.grad / batch["labels"].numel()) for name, p in model.named_parameters()}
+    want = {
+        name: p.detach() - 0.1 * (p.grad / batch["labels"].numel())
+        for name, p in model.named_parameters()
+    }
     assert same_bits(new, want)
     assert same_bits({name: p.detach() for name, p in model.named_parameters()}, before)
 
@@ -186,7 +219,9 @@ def test_it_writes_after_training() -> None:
     model = build(llama)
     step, params = training(model, llama)
     batch = make_batch(0, llama)
-    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, dims=dims(batch)), fp.Mesh(pipe=2))
+    run = fp.simulate(
+        fp.pipelined(step, axis="pipe", microbatches=2, dims=dims(batch)), fp.Mesh(pipe=2)
+    )
     state = run.init(lambda p: p, params, batch)
     for _ in range(3):
         state, _ = run(state, batch)
@@ -194,7 +229,11 @@ def test_it_writes_after_training() -> None:
     to_module(model.eval(), full)
     prompt = batch["input_ids"][:2, :3]
     written = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=4,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert written.shape == (2, 7) and torch.equal(written[:, :3], prompt)
     expected = prompt
@@ -213,10 +252,14 @@ HOOKED = {
         transformers.MambaConfig(**SMALL, state_size=4, intermediate_size=32)
     ),
     "mamba2": lambda: transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(**SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4)
+        transformers.Mamba2Config(
+            **SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4
+        )
     ),
     "esm": lambda: transformers.EsmForMaskedLM(
-        transformers.EsmConfig(**SMALL, num_attention_heads=2, intermediate_size=24, position_embedding_type="rotary")
+        transformers.EsmConfig(
+            **SMALL, num_attention_heads=2, intermediate_size=24, position_embedding_type="rotary"
+        )
     ),
 }
 
@@ -235,14 +278,21 @@ def test_a_model_whose_functions_cache_tensors() -> None:
     """DINOv3's patch coordinates, before, in and after a plan."""
     torch.manual_seed(0)
     config = transformers.DINOv3ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
     )
     model = transformers.DINOv3ViTModel(config).double().eval()
     apply_fn, params, buffers = from_module(model)
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
         out, _ = apply_fn(params, batch["buffers"], batch["x"])
-        return fp.Mean(out.pooler_output.square().sum(), torch.ones_like(batch["x"][:, 0, 0, 0]).sum())
+        return fp.Mean(
+            out.pooler_output.square().sum(), torch.ones_like(batch["x"][:, 0, 0, 0]).sum()
+        )
 
     def step(params: Any, batch: Any) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(params, {**batch, "buffers": buffers})
@@ -259,7 +309,9 @@ def test_the_mean_that_labels_give_is_refused() -> None:
     apply_fn, params, buffers = from_module(build(llama), BLOCKS[llama])
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
-        out, _ = apply_fn(params, batch["buffers"], batch["input_ids"], labels=batch["labels"], use_cache=False)
+        out, _ = apply_fn(
+            params, batch["buffers"], batch["input_ids"], labels=batch["labels"], use_cache=False
+        )
         return fp.Mean(out.loss, torch.ones_like(batch["labels"]).sum())
 
     def step(params: Any, batch: Any) -> Any:
@@ -267,7 +319,9 @@ def test_the_mean_that_labels_give_is_refused() -> None:
         return optree.tree_map(lambda p, g: p - g, params, grads), {"loss": loss}
 
     batch = make_batch(0, llama)
-    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, dims=dims(batch)), fp.Mesh(pipe=2))
+    run = fp.simulate(
+        fp.pipelined(step, axis="pipe", microbatches=2, dims=dims(batch)), fp.Mesh(pipe=2)
+    )
     with refused(
         BatchError,
         "by the number of labels among them",
@@ -280,7 +334,15 @@ def test_the_mean_that_labels_give_is_refused() -> None:
     "args",
     [
         pytest.param(["--simulate", "--check", "--max_steps", "2"], marks=pytest.mark.slow),
-        ["--simulate", "--mesh", "pipe=3", "--bf16", "--gradient_checkpointing", "--max_steps", "2"],
+        [
+            "--simulate",
+            "--mesh",
+            "pipe=3",
+            "--bf16",
+            "--gradient_checkpointing",
+            "--max_steps",
+            "2",
+        ],
         pytest.param(
             ["--max_steps", "2", "--mesh", "data=2,pipe=2", "--gradient_accumulation_steps", "2"],
             marks=pytest.mark.slow,

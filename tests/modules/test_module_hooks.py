@@ -1,4 +1,5 @@
-"""`from_module` and what modules do beside computing: hooks of their own, hooks of loading, conversion in forward."""
+"""`from_module` and what modules do beside computing: hooks of their own, hooks of loading,
+conversion in forward."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def step_of(module: nn.Module) -> tuple[Callable, dict[str, torch.Tensor]]:
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
         out, _ = apply_fn(params, batch["buffers"], batch["x"])
-        return fp.Mean(out.double().square().sum(), torch.tensor(float(len(batch["x"])), dtype=torch.float64))
+        return fp.Mean(
+            out.double().square().sum(), torch.tensor(float(len(batch["x"])), dtype=torch.float64)
+        )
 
     def step(params: Any, batch: torch.Tensor) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(params, {"x": batch, "buffers": buffers})
@@ -99,7 +102,9 @@ def test_hooks_of_saving_and_loading_play_no_part(register: Callable) -> None:
         lambda m: m.register_forward_hook(m.after),
         lambda m: m.inner.register_forward_hook(m.after),
         lambda m: m.inner.register_forward_pre_hook(m.before),
-        lambda m: m.inner.register_full_backward_hook(lambda m, gi, go: tuple(g if g is None else 2 * g for g in gi)),
+        lambda m: m.inner.register_full_backward_hook(
+            lambda m, gi, go: tuple(g if g is None else 2 * g for g in gi)
+        ),
         lambda m: m.inner.weight.register_hook(lambda grad: 0 * grad).remove(),
     ],
 )
@@ -115,8 +120,10 @@ def test_hooks_of_parameters_are_refused(by: str, late: bool) -> None:
     """Also one that is registered after `from_module`. To write params back is allowed."""
     module = made()
     text = (
-        f"parameter 'inner.weight' has a hook ({by}): plain PyTorch calls it with the whole gradient, but in a step each "
-        "microbatch of each shard has a part of it. Do what the hook does in the step, to grads['inner.weight'] as "
+        f"parameter 'inner.weight' has a hook ({by}): plain PyTorch calls it with the whole "
+        "gradient, but in a step each "
+        "microbatch of each shard has a part of it. Do what the hook does in the step, to "
+        "grads['inner.weight'] as "
         "value_and_grad returns it, and remove the hook"
     )
     if late:
@@ -148,7 +155,9 @@ class Converts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.inner = self.inner.to(self.dtype)
         routed = self.inner(x.to(self.dtype)) * self.inner.scale
-        return self.rest.float()(routed.float()) if self.dtype == torch.float32 else self.rest(routed)
+        return (
+            self.rest.float()(routed.float()) if self.dtype == torch.float32 else self.rest(routed)
+        )
 
 
 class Narrows(Converts):
@@ -165,10 +174,18 @@ def test_a_conversion_to_another_dtype_is_a_cast() -> None:
     step, params = step_of(module)
     before = {name: x.clone() for name, x in params.items()}
     assert_equivalent(
-        step, fp.data_parallel(step, axis="data", dims=DIMS), fp.Mesh(data=2), lambda p: p, params, [X], rtol=1e-6
+        step,
+        fp.data_parallel(step, axis="data", dims=DIMS),
+        fp.Mesh(data=2),
+        lambda p: p,
+        params,
+        [X],
+        rtol=1e-6,
     )
     moved, _ = step(params, X)
-    assert all(x.dtype == torch.float64 and torch.equal(x, before[name]) for name, x in params.items())
+    assert all(
+        x.dtype == torch.float64 and torch.equal(x, before[name]) for name, x in params.items()
+    )
     assert {x.dtype for x in module.parameters()} == {torch.float64}
     assert all((moved[name] != before[name]).any() for name in params)
 
@@ -190,7 +207,8 @@ def test_a_module_that_converts_in_a_way_of_its_own() -> None:
     module.wanted = torch.float32
     apply_fn, params, buffers = from_module(module)
     text = (
-        "LSTM is converted in forward (.to(), .float() and their like), and refers to 'weight_ih_l0' in more places than one: "
+        "LSTM is converted in forward (.to(), .float() and their like), and refers to "
+        "'weight_ih_l0' in more places than one: "
         "convert it before from_module"
     )
     with refused(ModuleError, text):

@@ -26,28 +26,34 @@ OPTIMIZERS = {
     "sgd": sgd(0.1),
     "sgd-schedule": sgd(warmup_cosine(0.1, 2, 10), weight_decay=0.1),
     "sgd-nesterov": sgd(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adamw-per-leaf": per_leaf(adamw(1e-2), lambda path: 0.5 if "w" in path else 1.0, lambda path: 2.0),
+    "adamw-per-leaf": per_leaf(
+        adamw(1e-2), lambda path: 0.5 if "w" in path else 1.0, lambda path: 2.0
+    ),
     "sgd-freeze": freeze(sgd(0.1, momentum=0.9), lambda path: "scale" in path),
     "torchopt-adam": from_optax(torchopt.adam(1e-2)),
     "torchopt-sgd": from_optax(torchopt.sgd(0.1, momentum=0.9, nesterov=True)),
-    "torchopt-chain": from_optax(torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))),
+    "torchopt-chain": from_optax(
+        torchopt.chain(torchopt.transform.scale_by_adam(), torchopt.transform.scale(-0.1))
+    ),
 }
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 # The same formula with its roundings of 2**-53 in other places, ten updates.
 FLOAT64 = 1e-12
 
-# torchopt's Adam computes 1 - 0.999**t in float32, where 2**-24 is 6e-5 of it at first; the root halves that, and ten
-# updates of 1e-2 add up.
+# torchopt's Adam computes 1 - 0.999**t in float32, where 2**-24 is 6e-5 of it at first; the root
+# halves that, and ten updates of 1e-2 add up.
 FLOAT32_CORRECTION = 1e-5
 
-# Kernels work in vectors and finish with a scalar loop, whose products and sums are rounded one by one:
-# where an element lies in its slice may cost some last bits (2**-53 each) of each of three updates.
+# Kernels work in vectors and finish with a scalar loop, whose products and sums are rounded one by
+# one: where an element lies in its slice may cost some last bits (2**-53 each) of each of three
+# updates.
 VECTOR_TAILS = 1e-14
 
 
 def train_torch(make: Any, params: Any, steps: int, schedule: Any = None) -> Any:
-    """The same with an optimizer of torch, whose two groups are the leaves with and without weight decay."""
+    """The same with an optimizer of torch, whose two groups are the leaves with and without weight
+    decay."""
     params = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
     leaves = optree.tree_leaves(params)
     matrices, others = ([p for p in leaves if (p.dim() >= 2) is big] for big in (True, False))
@@ -71,7 +77,9 @@ def test_adamw_is_bitwise_torchs_fused_adamw(dtype):
     params = random_params(dtype)
     ours, state = train(adamw(1e-2, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3), params, 10)
     theirs = train_torch(
-        lambda groups: torch.optim.AdamW(groups, 1e-2, (0.8, 0.9), 1e-6, weight_decay=0.3, fused=True),
+        lambda groups: torch.optim.AdamW(
+            groups, 1e-2, (0.8, 0.9), 1e-6, weight_decay=0.3, fused=True
+        ),
         params,
         10,
     )
@@ -82,14 +90,22 @@ def test_adamw_is_bitwise_torchs_fused_adamw(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
+    [
+        {},
+        {"weight_decay": 0.1},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ],
     ids=str,
 )
 def test_sgd_is_bitwise_torchs_sgd(dtype, settings):
-    """Its loop, not its foreach: on CPUs ``_foreach_mul_`` rounds a momentum of 0.9 to bfloat16 in 2.13."""
+    """Its loop, not its foreach: on CPUs ``_foreach_mul_`` rounds a momentum of 0.9 to bfloat16 in
+    2.13."""
     params = [{"w": block["w"]} for block in random_params(dtype)["blocks"]]
     ours, _ = train(sgd(0.1, **settings), params, 10)
-    theirs = train_torch(lambda groups: torch.optim.SGD(groups[:1], 0.1, foreach=False, **settings), params, 10)
+    theirs = train_torch(
+        lambda groups: torch.optim.SGD(groups[:1], 0.1, foreach=False, **settings), params, 10
+    )
     assert_same(ours, theirs)
 
 
@@ -108,9 +124,14 @@ SCHEDULES = {
 SCHEDULED = {
     "adamw": (
         lambda rate: adamw(lambda step: 1e-2 * rate(step)),
-        lambda groups: torch.optim.AdamW(groups, 1e-2, (0.9, 0.95), weight_decay=0.1, foreach=False),
+        lambda groups: torch.optim.AdamW(
+            groups, 1e-2, (0.9, 0.95), weight_decay=0.1, foreach=False
+        ),
     ),
-    "sgd": (lambda rate: sgd(lambda step: 0.1 * rate(step)), lambda groups: torch.optim.SGD(groups, 0.1)),
+    "sgd": (
+        lambda rate: sgd(lambda step: 0.1 * rate(step)),
+        lambda groups: torch.optim.SGD(groups, 0.1),
+    ),
     "sgd-nesterov": (
         lambda rate: sgd(lambda step: 0.1 * rate(step), momentum=0.9, nesterov=True),
         lambda groups: torch.optim.SGD(groups, 0.1, 0.9, nesterov=True),
@@ -189,7 +210,9 @@ def one_group(groups):
         (torchopt.adam(1e-2), lambda groups: torch.optim.Adam(groups, 1e-2), FLOAT32_CORRECTION),
         (
             torchopt.adamw(1e-2, (0.8, 0.9), 1e-6, weight_decay=0.1),
-            lambda groups: torch.optim.AdamW(one_group(groups), 1e-2, (0.8, 0.9), 1e-6, weight_decay=0.1),
+            lambda groups: torch.optim.AdamW(
+                one_group(groups), 1e-2, (0.8, 0.9), 1e-6, weight_decay=0.1
+            ),
             FLOAT32_CORRECTION,
         ),
     ],
@@ -246,7 +269,10 @@ def test_parameters_that_require_grad_leave_no_graph_behind(optimizer):
 def test_slices_of_leaves_are_trained_as_the_whole(optimizer, rows, parts, seed):
     """What sharding relies on: an update of every slice is the slice of the update."""
     gen = torch.Generator().manual_seed(seed)
-    whole = {"w": torch.randn(rows * parts, 3, generator=gen, dtype=torch.float64), "b": torch.ones(4)}
+    whole = {
+        "w": torch.randn(rows * parts, 3, generator=gen, dtype=torch.float64),
+        "b": torch.ones(4),
+    }
     expected, _ = train(optimizer, whole, 3)
     for i in range(parts):
         mine = slice(i * rows, (i + 1) * rows)
@@ -256,7 +282,9 @@ def test_slices_of_leaves_are_trained_as_the_whole(optimizer, rows, parts, seed)
 
         part, _ = train(optimizer, {"w": whole["w"][mine], "b": None}, 3, grads)
         assert part["b"] is None
-        torch.testing.assert_close(part["w"], expected["w"][mine], rtol=VECTOR_TAILS, atol=VECTOR_TAILS)
+        torch.testing.assert_close(
+            part["w"], expected["w"][mine], rtol=VECTOR_TAILS, atol=VECTOR_TAILS
+        )
 
 
 @every_optimizer
@@ -274,20 +302,29 @@ def test_leaves_without_elements(optimizer):
 
 @every_optimizer
 def test_integer_bool_and_foreign_leaves_are_frozen(optimizer):
-    params = {"w": torch.ones(2), "ids": torch.arange(3), "mask": torch.tensor([True, False]), "name": "x"}
+    params = {
+        "w": torch.ones(2),
+        "ids": torch.arange(3),
+        "mask": torch.tensor([True, False]),
+        "name": "x",
+    }
     state = optimizer.init(params)
     for nothing in (None, torch.zeros(3, dtype=torch.int64)):
         grads = {"w": torch.ones(2), "ids": nothing, "mask": None, "name": None}
         params, state = optimizer.update(grads, state, params)
     assert params["w"][0] < 1.0 and params["name"] == "x"
-    assert torch.equal(params["ids"], torch.arange(3)) and torch.equal(params["mask"], torch.tensor([True, False]))
+    assert torch.equal(params["ids"], torch.arange(3)) and torch.equal(
+        params["mask"], torch.tensor([True, False])
+    )
 
 
 @every_optimizer
 def test_dtypes_may_be_mixed(optimizer):
     dtypes = {"a": torch.float64, "b": torch.bfloat16, "c": torch.float32, "d": torch.float64}
     params = {k: torch.full((2, 2), 2.0, dtype=t) for k, t in dtypes.items()}
-    alone = {k: train(optimizer, {k: p}, 3, lambda params, i: params)[0][k] for k, p in params.items()}
+    alone = {
+        k: train(optimizer, {k: p}, 3, lambda params, i: params)[0][k] for k, p in params.items()
+    }
     together, _ = train(optimizer, params, 3, lambda params, i: params)
     assert_same(together, alone)
     assert {k: p.dtype for k, p in together.items()} == dtypes
@@ -295,7 +332,8 @@ def test_dtypes_may_be_mixed(optimizer):
 
 @every_optimizer
 def test_gradients_may_be_wider_or_lie_otherwise_in_memory(optimizer):
-    """torch's fused kernels walk over memory as if all tensors of a leaf had the strides of the first."""
+    """torch's fused kernels walk over memory as if all tensors of a leaf had the strides of the
+    first."""
     params = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0))]
     expected, _ = train(optimizer, params, 3)
 
@@ -326,9 +364,16 @@ class ElementwiseOnly(TorchDispatchMode):
 @every_optimizer
 def test_runs_on_fakes_and_touches_leaves_elementwise_only(optimizer):
     with FakeTensorMode(), ElementwiseOnly():
-        params = {"w": torch.empty(100003, 1), "b": torch.empty(100019), "s": torch.empty(()), "x": None}
+        params = {
+            "w": torch.empty(100003, 1),
+            "b": torch.empty(100019),
+            "s": torch.empty(()),
+            "x": None,
+        }
         params["half"] = torch.empty(3, 100043, dtype=torch.bfloat16)
-        new, state = train(optimizer, params, 2, lambda params, i: optree.tree_map(torch.zeros_like, params))
+        new, state = train(
+            optimizer, params, 2, lambda params, i: optree.tree_map(torch.zeros_like, params)
+        )
     for p, n in zip(optree.tree_leaves(params), optree.tree_leaves(new), strict=True):
         assert (p.shape, p.dtype, p.stride()) == (n.shape, n.dtype, n.stride())
     shapes = {tuple(x.shape) for x in optree.tree_leaves(state)}
@@ -372,7 +417,11 @@ def test_an_update_on_a_gpu_can_be_captured(optimizer, dtype):
 W, B = torch.ones(2, 2), torch.ones(3)
 BAD_GRADS = {
     "grads has no leaf ['b'], but params has one; both need the same tree": {"w": W},
-    "grads has a leaf ['c'][0], but params has none; both need the same tree": {"w": W, "b": B, "c": [B]},
+    "grads has a leaf ['c'][0], but params has none; both need the same tree": {
+        "w": W,
+        "b": B,
+        "c": [B],
+    },
     "grads['b'] is None, but params['b'] is float32[3] on cpu; give zeros for an unused leaf": {
         "w": W,
         "b": None,
@@ -383,7 +432,9 @@ BAD_GRADS = {
 
 
 @every_optimizer
-@pytest.mark.parametrize("message", BAD_GRADS, ids=["missing", "additional", "none", "shape", "subtree"])
+@pytest.mark.parametrize(
+    "message", BAD_GRADS, ids=["missing", "additional", "none", "shape", "subtree"]
+)
 def test_gradients_that_do_not_fit_are_refused_with_the_path(optimizer, message):
     params = {"w": W, "b": B}
     with pytest.raises(OptimError) as caught:
@@ -399,9 +450,13 @@ def test_trees_of_other_types_are_refused(optimizer):
 
 def test_a_state_of_other_parameters_is_refused_with_the_path():
     optimizer = adamw(1e-3)
-    with pytest.raises(OptimError, match=r"^opt_state\.m\['w'\] is float32\[3\] on cpu, but params\['w'\] is"):
+    with pytest.raises(
+        OptimError, match=r"^opt_state\.m\['w'\] is float32\[3\] on cpu, but params\['w'\] is"
+    ):
         optimizer.update({"w": W}, optimizer.init({"w": B}), {"w": W})
-    with pytest.raises(OptimError, match=r"^opt_state\.m\['w'\] is float32.*, but params\['w'\] is bfloat16"):
+    with pytest.raises(
+        OptimError, match=r"^opt_state\.m\['w'\] is float32.*, but params\['w'\] is bfloat16"
+    ):
         optimizer.update({"w": W}, optimizer.init({"w": W}), {"w": W.bfloat16()})
     with pytest.raises(OptimError, match=r"^opt_state\.momentum has no leaf \['w'\]"):
         sgd(0.1, momentum=0.9).update({"w": W}, sgd(0.1, momentum=0.9).init({}), {"w": W})
@@ -409,7 +464,9 @@ def test_a_state_of_other_parameters_is_refused_with_the_path():
 
 def test_complex_leaves_are_refused():
     params = {"w": torch.ones(2, dtype=torch.complex64)}
-    with pytest.raises(OptimError, match=r"^params\['w'\] is complex; keep torch\.view_as_real of it"):
+    with pytest.raises(
+        OptimError, match=r"^params\['w'\] is complex; keep torch\.view_as_real of it"
+    ):
         train(adamw(1e-3), params, 1, lambda params, i: params)
 
 
@@ -441,7 +498,9 @@ def test_settings_out_of_range_are_refused(make, message):
 
 
 def test_something_else_than_a_pair_is_refused():
-    with pytest.raises(OptimError, match=r"from_optax takes a pair of functions \(init, update\), such as torchopt"):
+    with pytest.raises(
+        OptimError, match=r"from_optax takes a pair of functions \(init, update\), such as torchopt"
+    ):
         from_optax(torch.optim.AdamW)
 
 

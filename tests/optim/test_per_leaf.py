@@ -1,4 +1,5 @@
-"""Leaf by leaf: freezing, learning rates and weight decays by path, averages, statistics; on one device and on meshes."""
+"""Leaf by leaf: freezing, learning rates and weight decays by path, averages, statistics; on one
+device and on meshes."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ from funcpipe.optim import (
 )
 from funcpipe.testing import Model, assert_equivalent, meshes, models
 
-# Sums over microbatches and over the leaves of a norm are taken in another order: see test_equivalence.py.
+# Sums over microbatches and over the leaves of a norm are taken in another order: see
+# test_equivalence.py.
 FLOAT64 = 1e-12
 # Leaves that are float32, or a norm of them: 2**-24 in each of ten updates.
 FLOAT32 = 1e-6
@@ -51,7 +53,9 @@ def weight_decay(path: str) -> float:
     return DECAY.get(path, 1.0)
 
 
-def train_torch(make: Callable, params: Any, rate: float, decay: float, schedule: Callable | None = None) -> Any:
+def train_torch(
+    make: Callable, params: Any, rate: float, decay: float, schedule: Callable | None = None
+) -> Any:
     """Ten updates by torch, a parameter group for every leaf; frozen ones have no gradient."""
     params = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
     paths, leaves = tree.paths(params), tree.leaves(params)
@@ -81,24 +85,34 @@ def chosen(optimizer: Optimizer) -> Optimizer:
 def test_adamw_is_bitwise_torchs_with_groups(dtype):
     params = random_params(dtype)
     ours, state = train(chosen(adamw(1e-2, weight_decay=0.3, decay=lambda leaf: True)), params, 10)
-    theirs = train_torch(lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), params, 1e-2, 0.3)
+    theirs = train_torch(
+        lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), params, 1e-2, 0.3
+    )
     assert_same(ours, theirs)
     held = {path for path in tree.paths(params) if path not in FROZEN}
     assert set(tree.paths(state.m)) == set(tree.paths(state.v)) == held and state.step == 10
 
 
 @DTYPES
-@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str
+)
 def test_sgd_is_bitwise_torchs_with_groups(dtype, settings):
     params = random_params(dtype)
     ours, _ = train(chosen(sgd(0.1, weight_decay=0.1, **settings)), params, 10)
-    theirs = train_torch(lambda groups: torch.optim.SGD(groups, foreach=False, **settings), params, 0.1, 0.1)
+    theirs = train_torch(
+        lambda groups: torch.optim.SGD(groups, foreach=False, **settings), params, 0.1, 0.1
+    )
     assert_same(ours, theirs)
 
 
 def test_schedules_go_with_factors():
     params, schedule = random_params(torch.float64), warmup_cosine(1.0, 3, 8)
-    ours, _ = train(chosen(adamw(lambda n: 1e-2 * schedule(n), weight_decay=0.3, decay=lambda leaf: True)), params, 10)
+    ours, _ = train(
+        chosen(adamw(lambda n: 1e-2 * schedule(n), weight_decay=0.3, decay=lambda leaf: True)),
+        params,
+        10,
+    )
     theirs = train_torch(
         lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True),
         params, 1e-2, 0.3, lambda n: float(schedule(torch.tensor(float(n)))),
@@ -121,11 +135,17 @@ def test_frozen_leaves_are_handed_through():
     optimizer = freeze(adamw(1e-2), FROZEN.__contains__)
     grads = random_grads(params, 0) | {"embed": None}
     new, _ = optimizer.update(grads, optimizer.init(params), params)
-    same = {path for path, a, b in zip(tree.paths(new), tree.leaves(new), tree.leaves(params), strict=True) if a is b}
+    same = {
+        path
+        for path, a, b in zip(tree.paths(new), tree.leaves(new), tree.leaves(params), strict=True)
+        if a is b
+    }
     assert same == FROZEN
 
 
-@pytest.mark.parametrize("all_of_them", [lambda path: True, lambda path: False], ids=["all", "none"])
+@pytest.mark.parametrize(
+    "all_of_them", [lambda path: True, lambda path: False], ids=["all", "none"]
+)
 def test_all_or_nothing_frozen(all_of_them):
     params = random_params()
     ours, state = train(freeze(adamw(1e-2), all_of_them), params, 3)
@@ -137,16 +157,23 @@ def test_the_order_of_wrappers_changes_nothing_and_factors_multiply():
     params = random_params(torch.float64)
     inner = adamw(1e-2, weight_decay=0.3)
     expected = train(chosen(inner), params, 5)
-    assert_same(train(per_leaf(freeze(inner, FROZEN.__contains__), lr, weight_decay), params, 5), expected)
+    assert_same(
+        train(per_leaf(freeze(inner, FROZEN.__contains__), lr, weight_decay), params, 5), expected
+    )
     apart = per_leaf(per_leaf(freeze(inner, FROZEN.__contains__), lr), weight_decay=weight_decay)
     assert_same(train(apart, params, 5), expected)
-    twice = per_leaf(per_leaf(inner, lambda path: 0.5, lambda path: 4.0), lambda path: 2.0, lambda path: 0.25)
+    twice = per_leaf(
+        per_leaf(inner, lambda path: 0.5, lambda path: 4.0), lambda path: 2.0, lambda path: 0.25
+    )
     assert_same(train(twice, params, 5), train(inner, params, 5))
 
 
 def test_the_state_does_not_depend_on_factors():
     params = random_params()
-    states = [optimizer.init(params) for optimizer in (adamw(1e-2), per_leaf(adamw(1e-2), lr, weight_decay))]
+    states = [
+        optimizer.init(params)
+        for optimizer in (adamw(1e-2), per_leaf(adamw(1e-2), lr, weight_decay))
+    ]
     assert_same(*states)
 
 
@@ -163,9 +190,9 @@ def test_a_users_own_optimizer_may_take_factors():
         return optree.tree_map(lambda p, g: p - next(scale).lr * g, params, grads), state
 
     params = {"a": torch.ones(2), "b": torch.ones(2)}
-    new, _ = per_leaf(Optimizer(lambda p: (), update), lambda path: 0.5 if "a" in path else 0.25).update(
-        params, (), params
-    )
+    new, _ = per_leaf(
+        Optimizer(lambda p: (), update), lambda path: 0.5 if "a" in path else 0.25
+    ).update(params, (), params)
     assert_same(new, {"a": torch.full((2,), 0.5), "b": torch.full((2,), 0.75)})
 
 
@@ -196,7 +223,9 @@ def test_a_scheduled_average_begins_sooner():
     for i in range(12):
         params = random_grads(params, i)
         beta = min((1 + i) / (10 + i), 0.5)
-        expected = [beta * e + (1 - beta) * p for e, p in zip(expected, tree.leaves(params), strict=True)]
+        expected = [
+            beta * e + (1 - beta) * p for e, p in zip(expected, tree.leaves(params), strict=True)
+        ]
         state = average.update(state, params)
     assert_same(tree.leaves(state.average), expected, FLOAT64)
 
@@ -207,19 +236,31 @@ def test_low_precision_leaves_are_averaged_in_float32():
     state = average.init(params)
     for _ in range(10):
         state = average.update(state, {"w": torch.full((3,), 2.0, dtype=torch.bfloat16)})
-    torch.testing.assert_close(state.average["w"], torch.full((3,), 2 - 0.999**10), rtol=FLOAT32, atol=0)
+    torch.testing.assert_close(
+        state.average["w"], torch.full((3,), 2 - 0.999**10), rtol=FLOAT32, atol=0
+    )
 
 
 def test_an_average_modifies_nothing_and_follows_frozen_leaves():
-    params = {"w": torch.ones(2, 2), "ids": torch.arange(3), "none": None, "name": "x", "empty": torch.ones(0, 3)}
+    params = {
+        "w": torch.ones(2, 2),
+        "ids": torch.arange(3),
+        "none": None,
+        "name": "x",
+        "empty": torch.ones(0, 3),
+    }
     average = ema(0.5)
     state = average.init(params)
-    shared = {x.data_ptr() for x in tree.leaves(params) if isinstance(x, torch.Tensor) and x.numel()}
+    shared = {
+        x.data_ptr() for x in tree.leaves(params) if isinstance(x, torch.Tensor) and x.numel()
+    }
     assert not shared & {x.data_ptr() for x in tree.leaves(state) if isinstance(x, torch.Tensor)}
     new = params | {"w": torch.zeros(2, 2), "ids": torch.arange(3) + 5}
     before = tree.map_tensors(torch.clone, (state, new))
     after = average.update(state, new)
-    assert torch.equal(after.average["w"], torch.full((2, 2), 0.5)) and torch.equal(after.average["ids"], new["ids"])
+    assert torch.equal(after.average["w"], torch.full((2, 2), 0.5)) and torch.equal(
+        after.average["ids"], new["ids"]
+    )
     assert after.average["none"] is None and after.average["name"] == "x"
     for x, y in zip(tree.leaves((state, new)), tree.leaves(before), strict=True):
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
@@ -232,7 +273,9 @@ def test_slices_are_averaged_as_the_whole(rows, parts):
     expected = average.update(average.init(whole), new).average["w"]
     pieces = [{"w": x} for x in whole["w"].chunk(parts)]
     moved = [{"w": x} for x in new["w"].chunk(parts)]
-    got = [average.update(average.init(a), b).average["w"] for a, b in zip(pieces, moved, strict=True)]
+    got = [
+        average.update(average.init(a), b).average["w"] for a, b in zip(pieces, moved, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(got), expected, rtol=FLOAT64, atol=FLOAT64)
 
 
@@ -241,7 +284,10 @@ def test_slices_are_averaged_as_the_whole(rows, parts):
 
 @given(
     st.lists(
-        st.lists(st.sampled_from([0.0, -0.0, 1.5, -2.0, float("inf"), float("nan"), 1e-3]), max_size=6), max_size=4
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1.5, -2.0, float("inf"), float("nan"), 1e-3]), max_size=6
+        ),
+        max_size=4,
     ),
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
@@ -276,8 +322,12 @@ def by_length(path: str) -> float:
 AVERAGE = ema(lambda step: ((1 + step) / (4 + step)).clamp(max=0.9))
 OPTIMIZERS = {
     # eps above rounding: see test_equivalence.py
-    "adamw": freeze(per_leaf(adamw(1e-2, eps=1e-3), by_length, by_length), lambda path: "['V'][0]" in path),
-    "sgd": per_leaf(freeze(sgd(1e-2, momentum=0.9, weight_decay=0.1), lambda path: "embed" in path), by_length),
+    "adamw": freeze(
+        per_leaf(adamw(1e-2, eps=1e-3), by_length, by_length), lambda path: "['V'][0]" in path
+    ),
+    "sgd": per_leaf(
+        freeze(sgd(1e-2, momentum=0.9, weight_decay=0.1), lambda path: "embed" in path), by_length
+    ),
     "torchopt": per_leaf(from_optax(torchopt.adam(1e-2, eps=1e-3)), by_length),
     "frozen": freeze(adamw(1e-2), lambda path: True),
 }
@@ -298,7 +348,9 @@ def training(model: Model, optimizer: Optimizer) -> tuple[Callable, Callable]:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @given(models(max_segments=3), st.integers(1, 2), st.data())
-def test_on_any_mesh(optimizer: Optimizer, model: Model, microbatches: int, data: st.DataObject) -> None:
+def test_on_any_mesh(
+    optimizer: Optimizer, model: Model, microbatches: int, data: st.DataObject
+) -> None:
     step, init_state = training(model, optimizer)
     mesh = data.draw(meshes(pipe=len(model.segments) + 1, data=2), label="mesh")
     parallel = fp.compose(
@@ -322,7 +374,12 @@ def test_what_is_not_finite_is_seen_on_every_rank(shard: bool) -> None:
         return params, {"loss": loss, "params": statistics(params)}
 
     bad = torch.tensor([0.0, float("inf"), float("nan"), -7.0, 0.0], dtype=torch.float64)
-    params = {"w": torch.ones(3, dtype=torch.float64), "bad": bad, "none": None, "ids": torch.arange(3)}
+    params = {
+        "w": torch.ones(3, dtype=torch.float64),
+        "bad": bad,
+        "none": None,
+        "ids": torch.arange(3),
+    }
     batch = {"x": torch.ones(4, 3, dtype=torch.float64)}
     parallel = fp.data_parallel(step, axis="data")
     parallel = fp.sharded_weights(parallel, axis="data") if shard else parallel
@@ -357,7 +414,13 @@ def test_averages_and_statistics_on_a_gpu_can_be_captured():
 
 def test_factors_are_numbers_of_0_or_more():
     params = {"w": torch.ones(2)}
-    for factor, text in [(-1.0, "-1.0"), (float("nan"), "nan"), (float("inf"), "inf"), (True, "True"), ("x", "'x'")]:
+    for factor, text in [
+        (-1.0, "-1.0"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (True, "True"),
+        ("x", "'x'"),
+    ]:
         for name in ("lr", "weight_decay"):
             optimizer = per_leaf(adamw(1e-2), **{name: lambda path, factor=factor: factor})
             message = f"per_leaf: {name} of params['w'] is {text}; a factor is a number, 0 or more"
@@ -368,22 +431,34 @@ def test_factors_are_numbers_of_0_or_more():
 def test_an_optimizer_without_factors():
     plain = Optimizer(lambda p: (), lambda grads, state, params: (params, state))
     with refused(
-        OptimError, "per_leaf: the update of this optimizer takes no factors; write it as update(grads, state"
+        OptimError,
+        "per_leaf: the update of this optimizer takes no factors; write it as update(grads, state",
     ):
         per_leaf(plain)
 
 
 def test_the_weight_decay_of_a_pair():
-    optimizer, params = per_leaf(from_optax(torchopt.sgd(0.1)), weight_decay=lambda path: 0.0), {"w": torch.ones(2)}
-    with refused(OptimError, "from_optax: a pair hands out updates that contain its weight decay", "an lr alone"):
+    optimizer, params = (
+        per_leaf(from_optax(torchopt.sgd(0.1)), weight_decay=lambda path: 0.0),
+        {"w": torch.ones(2)},
+    )
+    with refused(
+        OptimError,
+        "from_optax: a pair hands out updates that contain its weight decay",
+        "an lr alone",
+    ):
         optimizer.update(params, optimizer.init(params), params)
 
 
 def test_averages_that_do_not_fit():
     average, w = ema(0.5), torch.ones(2)
-    with refused(OptimError, "the average has no leaf ['b'], but params has one; both need the same tree"):
+    with refused(
+        OptimError, "the average has no leaf ['b'], but params has one; both need the same tree"
+    ):
         average.update(average.init({"w": w}), {"w": w, "b": w})
-    with refused(OptimError, "the average['w'] is float32[2] on cpu, but params['w'] is float32[3] on cpu"):
+    with refused(
+        OptimError, "the average['w'] is float32[2] on cpu, but params['w'] is float32[3] on cpu"
+    ):
         average.update(average.init({"w": w}), {"w": torch.ones(3)})
 
 

@@ -16,7 +16,9 @@ from funcpipe._src.spec.transform_spec import resolve
 from funcpipe.errors import BatchError
 
 
-def splits_of(batch: Any, mesh: fp.Mesh, microbatches: int | None, data: tuple[str, ...] = (), dims: Any = 0) -> Splits:
+def splits_of(
+    batch: Any, mesh: fp.Mesh, microbatches: int | None, data: tuple[str, ...] = (), dims: Any = 0
+) -> Splits:
     step: Any = lambda state, batch: (state, {})  # noqa: E731
     if data:
         step = fp.data_parallel(step, axis=data, dims=dims)
@@ -30,7 +32,11 @@ def splits_of(batch: Any, mesh: fp.Mesh, microbatches: int | None, data: tuple[s
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[dict, dict, fp.Mesh, tuple[str, ...], int]:
     """A batch whose every leaf is split along a dim of its own, and a mesh."""
-    sizes = {"d": draw(st.integers(1, 3)), "pipe": draw(st.integers(1, 2)), "e": draw(st.integers(1, 2))}
+    sizes = {
+        "d": draw(st.integers(1, 3)),
+        "pipe": draw(st.integers(1, 2)),
+        "e": draw(st.integers(1, 2)),
+    }
     names = draw(st.permutations(list(sizes)))
     axes = tuple(draw(st.permutations(["d", "e"])))
     microbatches = draw(st.integers(1, 3))
@@ -45,7 +51,9 @@ def cases(draw: st.DrawFn) -> tuple[dict, dict, fp.Mesh, tuple[str, ...], int]:
 
 
 @given(cases())
-def test_microbatches_in_order_are_the_batch(case: tuple[dict, dict, fp.Mesh, tuple[str, ...], int]) -> None:
+def test_microbatches_in_order_are_the_batch(
+    case: tuple[dict, dict, fp.Mesh, tuple[str, ...], int],
+) -> None:
     batch, dims, mesh, axes, microbatches = case
     splits = splits_of(batch, mesh, microbatches, axes, dims)
     group = mesh.group(0, axes)  # one rank for every place on the data axes, the first axis major
@@ -57,7 +65,9 @@ def test_microbatches_in_order_are_the_batch(case: tuple[dict, dict, fp.Mesh, tu
         assert {tuple(p[i].shape) for p in pieces} == {splits.shape(0, i, tuple(batch[name].shape))}
     for rank in range(mesh.size):  # ranks that differ on the pipe axis alone get the same
         first = mesh.rank({**mesh.coords(rank), "pipe": 0})
-        for a, b in zip(splits.microbatches(batch, rank), splits.microbatches(batch, first), strict=True):
+        for a, b in zip(
+            splits.microbatches(batch, rank), splits.microbatches(batch, first), strict=True
+        ):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -70,8 +80,20 @@ def test_data_axes_are_major_and_microbatches_minor() -> None:
 
 
 def test_what_goes_to_everyone_whole() -> None:
-    batch = {"x": torch.arange(4), "n": torch.tensor(3), "name": "text", "k": 5, "none": None, "table": torch.arange(3)}
-    splits = splits_of(batch, fp.Mesh(pipe=2), 2, dims={"x": 0, "n": 0, "name": 0, "k": 0, "none": 0, "table": None})
+    batch = {
+        "x": torch.arange(4),
+        "n": torch.tensor(3),
+        "name": "text",
+        "k": 5,
+        "none": None,
+        "table": torch.arange(3),
+    }
+    splits = splits_of(
+        batch,
+        fp.Mesh(pipe=2),
+        2,
+        dims={"x": 0, "n": 0, "name": 0, "k": 0, "none": 0, "table": None},
+    )
     k, n, name, table, x = splits.microbatches(batch, 0)[1]
     assert (k, n.item(), name, table.tolist(), x.tolist()) == (5, 3, "text", [0, 1, 2], [2, 3])
 
@@ -80,7 +102,10 @@ def test_ready_microbatches_differ_in_shape_and_are_split_over_data_axes_only() 
     ready = fp.Microbatches([{"x": torch.arange(4)}, {"x": torch.arange(2)}])
     splits = splits_of(ready, fp.Mesh(pipe=1, data=2), None, ("data",))
     assert splits.count == 2
-    assert [[x.tolist() for (x,) in splits.microbatches(ready, r)] for r in (0, 1)] == [[[0, 1], [0]], [[2, 3], [1]]]
+    assert [[x.tolist() for (x,) in splits.microbatches(ready, r)] for r in (0, 1)] == [
+        [[0, 1], [0]],
+        [[2, 3], [1]],
+    ]
 
 
 @pytest.mark.parametrize("dims", [{"x": 0, "z": 0}, (0,), {"x": {"y": 0}}])

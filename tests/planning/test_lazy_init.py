@@ -1,4 +1,5 @@
-"""Params from a key: identical on every mesh, and a rank makes the leaves that it holds and no others."""
+"""Params from a key: identical on every mesh, and a rank makes the leaves that it holds and no
+others."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ BLOCKS, WIDTH = 4, 6
 
 def params_fn(key: torch.Tensor) -> Any:
     normal = lambda *shape: fp.random.scaled_normal(shape, dtype=torch.float64)  # noqa: E731
-    blocks = [{"w": normal(WIDTH, WIDTH), "b": fp.random.constant((WIDTH,), 0.0, torch.float64)} for _ in range(BLOCKS)]
+    blocks = [
+        {"w": normal(WIDTH, WIDTH), "b": fp.random.constant((WIDTH,), 0.0, torch.float64)}
+        for _ in range(BLOCKS)
+    ]
     made = fp.random.init(key, {"blocks": blocks, "head": normal(WIDTH, 5)})
     made["tail"] = made["head"] * 2  # one leaf follows from another
     made["order"] = torch.arange(WIDTH)
@@ -37,7 +41,9 @@ def loss_fn(params: Any, batch: Any) -> fp.Mean:
 
 def step(params: Any, batch: Any) -> Any:
     loss, grads = fp.value_and_grad(loss_fn)(params, batch)
-    return optree.tree_map(lambda p, g: p - 0.1 * g if p.is_floating_point() else p, params, grads), {"loss": loss}
+    return optree.tree_map(
+        lambda p, g: p - 0.1 * g if p.is_floating_point() else p, params, grads
+    ), {"loss": loss}
 
 
 BATCH = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -115,15 +121,20 @@ def test_a_leaf_is_computed_from_what_it_depends_on_alone() -> None:
 def test_no_leaf_exists_before_it_is_asked_for() -> None:
     """Also one that would not fit into memory."""
     huge = 1 << 44
-    lazy = LazyParams(lambda key: {"a": fp.random.normal(key, (huge, 2)), "b": torch.zeros(3)}, fp.random.key(0))
+    lazy = LazyParams(
+        lambda key: {"a": fp.random.normal(key, (huge, 2)), "b": torch.zeros(3)}, fp.random.key(0)
+    )
     assert lazy.fakes["a"].shape == (huge, 2)
     assert torch.equal(lazy.leaf(1), torch.zeros(3))
 
 
 def test_the_global_generator_is_refused() -> None:
     with pytest.raises(
-        StateError, match=r"^params_fn draws from the global random generator \(aten\.randn\.default\), so "
+        StateError,
+        match=r"^params_fn draws from the global random generator \(aten\.randn\.default\), so ",
     ):
         LazyParams(lambda key: [torch.randn(3)], fp.random.key(0))
-    with pytest.raises(StateError, match=r"draw from its key with fp\.random\.normal or fp\.random\.uniform"):
+    with pytest.raises(
+        StateError, match=r"draw from its key with fp\.random\.normal or fp\.random\.uniform"
+    ):
         LazyParams(lambda key: [torch.empty(3).uniform_()], fp.random.key(0))

@@ -16,7 +16,8 @@ MESHES = [fp.Mesh(pipe=3), fp.Mesh(pipe=3, data=2), fp.Mesh(data=2, pipe=3)]
 
 
 def loss(p: Any, b: Any) -> fp.Mean:
-    """Three stages; "first" and "last" are tied over all of them but the middle one; "unused" by none."""
+    """Three stages; "first" and "last" are tied over all of them but the middle one; "unused" by
+    none."""
     x = body(p, {"x": b["x"] @ p["tied"]})
     return fp.Mean((x @ p["tied"] * p["scale"]).sum(), count(x))
 
@@ -33,7 +34,10 @@ def model() -> dict[str, Any]:
 def step(state: Any, b: Any) -> Any:
     value, grads = fp.value_and_grad(loss)(state["params"], b)
     new = descend(state["params"], grads)
-    return {"params": new, "m": grads, "n": state["n"] + 1}, {"loss": value, "norm": fp.global_norm(grads)}
+    return {"params": new, "m": grads, "n": state["n"] + 1}, {
+        "loss": value,
+        "norm": fp.global_norm(grads),
+    }
 
 
 def init(p: Any) -> Any:
@@ -43,7 +47,10 @@ def init(p: Any) -> Any:
 def placed(mesh: fp.Mesh) -> tuple[Any, list[Any], Placement]:
     stacked = pipe(step, stages="even")
     run, state = start(
-        fp.data_parallel(stacked, axis="data") if "data" in mesh.axes else stacked, mesh, model(), init=init
+        fp.data_parallel(stacked, axis="data") if "data" in mesh.axes else stacked,
+        mesh,
+        model(),
+        init=init,
     )
     return run, state, run._placement
 
@@ -52,7 +59,13 @@ def placed(mesh: fp.Mesh) -> tuple[Any, list[Any], Placement]:
 def test_a_leaf_lies_on_the_ranks_whose_stages_use_it(mesh: fp.Mesh) -> None:
     _, state, placement = placed(mesh)
     owners = dict(zip(placement.dyed.paths, (x.owners for x in placement.layouts), strict=True))
-    assert owners == {"['w'][0]": (0,), "['w'][1]": (1,), "['tied']": (0, 2), "['scale']": (2,), "['unused']": (0,)}
+    assert owners == {
+        "['w'][0]": (0,),
+        "['w'][1]": (1,),
+        "['tied']": (0, 2),
+        "['scale']": (2,),
+        "['unused']": (0,),
+    }
     for rank, held in enumerate(state):
         place = mesh.coords(rank)["pipe"]
         for tree_ in (held["params"], held["m"]):
@@ -75,7 +88,11 @@ def test_ranks_own_their_memory() -> None:
     run, _, _ = placed(MESHES[1])
     full = init(model())
     state = run.place(full)
-    tensors = [x for x in optree.tree_leaves([full, state, run.unplace(state)]) if isinstance(x, torch.Tensor)]
+    tensors = [
+        x
+        for x in optree.tree_leaves([full, state, run.unplace(state)])
+        if isinstance(x, torch.Tensor)
+    ]
     assert len({x.data_ptr() for x in tensors}) == len(tensors)
 
 

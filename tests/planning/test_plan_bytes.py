@@ -1,4 +1,5 @@
-"""What a plan says of memory and traffic, against formulas and against what is measured while a step runs."""
+"""What a plan says of memory and traffic, against formulas and against what is measured while a
+step runs."""
 
 from __future__ import annotations
 
@@ -73,13 +74,18 @@ def sharded(**options: Any) -> Callable:
 def held(tree: Any) -> int:
     """Bytes of all memory that a tree keeps alive."""
     return sum(
-        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in optree.tree_leaves(tree)}.values()
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in optree.tree_leaves(tree)
+        }.values()
     )
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_a_rank_holds_an_nth_and_the_padding_of_a_leaf(n: int) -> None:
-    model = Model(((Layer("linear", (0, 0)), Layer("permute", (0,))), (Layer("gated", (1, 2)),)), unused=True)
+    model = Model(
+        ((Layer("linear", (0, 0)), Layer("permute", (0,))), (Layer("gated", (1, 2)),)), unused=True
+    )
     optimizer = fp.optim.adamw(1e-2)
 
     def step(state: Any, batch: Any) -> Any:
@@ -94,7 +100,9 @@ def test_a_rank_holds_an_nth_and_the_padding_of_a_leaf(n: int) -> None:
     full = run.unplace(state)
     for what in ("params", "grads", "opt"):
         leaves = [x for x in optree.tree_leaves(full[what]) if x.dim()]
-        shards = -(-sum(x.nbytes for x in leaves) // n) + sum(x.itemsize for x in leaves)  # of each leaf one element
+        shards = -(-sum(x.nbytes for x in leaves) // n) + sum(
+            x.itemsize for x in leaves
+        )  # of each leaf one element
         whole = sum(x.nbytes for x in optree.tree_leaves(full[what]) if not x.dim())
         assert all(held(s[what]) <= shards + whole for s in state)
     plan = run.plan(state, batch)
@@ -154,9 +162,16 @@ def gathers_seen() -> Iterator[Gathered]:
 
 @pytest.mark.parametrize(("prefetch", "blocks"), [(0, 1), (1, 2), (2, 3), (4, 5)])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_gathered_params_are_those_of_the_prefetch_window(prefetch: int, blocks: int, microbatches: int) -> None:
+def test_gathered_params_are_those_of_the_prefetch_window(
+    prefetch: int, blocks: int, microbatches: int
+) -> None:
     with gathers_seen() as seen:
-        plan, _, _ = ran(fp.Mesh(data=2), data, sharded(prefetch=prefetch), fp.accumulated(microbatches=microbatches))
+        plan, _, _ = ran(
+            fp.Mesh(data=2),
+            data,
+            sharded(prefetch=prefetch),
+            fp.accumulated(microbatches=microbatches),
+        )
     assert [*seen.peak.values()] == [blocks * BLOCK] * 2
     assert plan.memory[0]["gathered"] == blocks * BLOCK
 
@@ -197,8 +212,12 @@ class Watched(list):
         if x is not None:
             for name, places in (("values", self.values), ("sums", self.taken)):
                 if i in places:  # what is there before is let go after
-                    alive = [y.out if isinstance(y, Done) else y for y in (*(self[k] for k in places), x)]
-                    self.peaks[name] = max(self.peaks[name], held([y for y in alive if torch.is_tensor(y)]))
+                    alive = [
+                        y.out if isinstance(y, Done) else y for y in (*(self[k] for k in places), x)
+                    ]
+                    self.peaks[name] = max(
+                        self.peaks[name], held([y for y in alive if torch.is_tensor(y)])
+                    )
         super().__setitem__(i, x)
 
 
@@ -216,8 +235,15 @@ def slots_seen() -> Iterator[dict[int, dict[str, int]]]:
         yield peaks
 
 
-@given(models(max_segments=3), options, st.sampled_from([fp.Mesh(data=3), fp.Mesh(pipe=2, data=2)]), st.integers(1, 3))
-def test_gathered_params_are_those_predicted(model: Model, options: Any, mesh: fp.Mesh, microbatches: int) -> None:
+@given(
+    models(max_segments=3),
+    options,
+    st.sampled_from([fp.Mesh(data=3), fp.Mesh(pipe=2, data=2)]),
+    st.integers(1, 3),
+)
+def test_gathered_params_are_those_predicted(
+    model: Model, options: Any, mesh: fp.Mesh, microbatches: int
+) -> None:
     def step(params: Any, batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(params, batch)
         return params, {"out": out, "norm": fp.global_norm(grads)}
@@ -235,7 +261,9 @@ def test_gathered_params_are_those_predicted(model: Model, options: Any, mesh: f
 
 
 @given(models(max_segments=4), st.integers(1, 4), st.integers(1, 3), st.booleans())
-def test_residuals_and_sums_are_those_predicted(model: Model, microbatches: int, ranks: int, zero: bool) -> None:
+def test_residuals_and_sums_are_those_predicted(
+    model: Model, microbatches: int, ranks: int, zero: bool
+) -> None:
     def step(params: Any, batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(params, batch)
         return params, {"out": out, "norm": fp.global_norm(grads)}
@@ -253,11 +281,17 @@ def test_residuals_and_sums_are_those_predicted(model: Model, microbatches: int,
         assert peaks[r]["sums"] == plan.memory[r]["gradients"]
 
 
-@given(models(max_segments=4), st.integers(1, 4), st.booleans(), st.sampled_from([torch.bfloat16, torch.float64]))
+@given(
+    models(max_segments=4),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float64]),
+)
 def test_residuals_and_sums_of_fused_units_are_those_predicted(
     model: Model, microbatches: int, zero: bool, sums: Any
 ) -> None:
-    """In float64 sums have the dtype of gradients, else more bits: these models have leaves of either kind."""
+    """In float64 sums have the dtype of gradients, else more bits: these models have leaves of
+    either kind."""
 
     def step(params: Any, batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(params, batch)
@@ -271,7 +305,8 @@ def test_residuals_and_sums_of_fused_units_are_those_predicted(
         run(run.init(lambda p: p, params, batch), batch)
         (ranks,) = run._bound.values()
     cut = ranks[0].calls[0].planned.cuts[0]
-    # Where F and B are one unit, what both hand out is there at once, but goes to slots one after the other.
+    # Where F and B are one unit, what both hand out is there at once, but goes to slots one after
+    # the other.
     last = sum(v.nbytes for v in cut.units["F", cut.segments - 1].outputs)
     for r, one in enumerate(ranks):
         assert peaks[r]["values"] <= one.usage.residuals <= peaks[r]["values"] + last
@@ -321,14 +356,20 @@ def sums_seen() -> Iterator[dict[int, int]]:
             before = alive(slots, names)
             execute([one], slots, comm)
             names = {slot: name for slot, name in names.items() if slot not in i.frees}
-            names.update((slot, name) for slot, name in zip(i.writes, row.writes, strict=True) if slot not in i.frees)
+            names.update(
+                (slot, name)
+                for slot, name in zip(i.writes, row.writes, strict=True)
+                if slot not in i.frees
+            )
             peaks[comm.rank] = max(peaks[comm.rank], held([*before, *alive(slots, names)]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank, "bind", binds)
         patch.setattr(rank, "execute", executes)
         patch.setattr(
-            InProcessCommunicator, "start_reduce_scatter", lambda self, x, axes: _Slow(x, reduce(self, x, axes).wait())
+            InProcessCommunicator,
+            "start_reduce_scatter",
+            lambda self, x, axes: _Slow(x, reduce(self, x, axes).wait()),
         )
         yield peaks
 
@@ -337,13 +378,20 @@ def sums_seen() -> Iterator[dict[int, int]]:
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_sums_of_gradients_are_those_predicted(reduce: str, microbatches: int) -> None:
     with sums_seen() as peaks:
-        plan, _, _ = ran(fp.Mesh(data=2), data, sharded(reduce=reduce), fp.accumulated(microbatches=microbatches))
+        plan, _, _ = ran(
+            fp.Mesh(data=2), data, sharded(reduce=reduce), fp.accumulated(microbatches=microbatches)
+        )
     predicted = plan.memory[0]["gradients"]
     # A lone gradient may be sent from where it lies; the prediction has it copied.
     assert all(peak <= predicted <= peak + (reduce == "last") * BLOCK for peak in peaks.values())
     scalars = 3 * 8  # total, weight, and the gradient of the 0-d leaf
-    if (reduce, microbatches) == ("each", 1):  # shards of all blocks, and the last two blocks under way
-        assert PSI / 2 + 2 * BLOCK <= plan.memory[0]["gradients"] <= PSI / 2 + 3 * BLOCK + 2 * scalars
+    if (reduce, microbatches) == (
+        "each",
+        1,
+    ):  # shards of all blocks, and the last two blocks under way
+        assert (
+            PSI / 2 + 2 * BLOCK <= plan.memory[0]["gradients"] <= PSI / 2 + 3 * BLOCK + 2 * scalars
+        )
     if (reduce, microbatches) == ("last", 2):  # all blocks, and one of them added up
         assert PSI + BLOCK <= plan.memory[0]["gradients"] <= PSI + 4 * BLOCK + 2 * scalars
 
@@ -352,7 +400,8 @@ def test_sums_of_gradients_are_those_predicted(reduce: str, microbatches: int) -
 
 
 class Sent:
-    """Bytes that ranks receive, by rank and axes, counted as rings do; single numbers are left out."""
+    """Bytes that ranks receive, by rank and axes, counted as rings do; single numbers are left
+    out."""
 
     def __init__(self) -> None:
         self.bytes: dict[int, Counter[Any]] = defaultdict(Counter)
@@ -366,7 +415,9 @@ class Sent:
 def traffic_seen(pipe: str = "pipe") -> Iterator[Sent]:
     seen = Sent()
     comm = InProcessCommunicator
-    originals = {name: getattr(comm, name) for name in ("all_gather", "reduce_scatter", "all_reduce", "recv")}
+    originals = {
+        name: getattr(comm, name) for name in ("all_gather", "reduce_scatter", "all_reduce", "recv")
+    }
 
     def all_gather(self: Any, x: torch.Tensor, axes: Any) -> Any:
         seen.add(self, axes, (self.mesh.axis_size(axes) - 1) * x.nbytes)
@@ -400,7 +451,8 @@ SCALE = 8  # the gradient of the 0-d leaf is all-reduced
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_traffic_of_sharding_against_formulas(n: int, microbatches: int) -> None:
-    """Regathered and held, reduced each time and once. The first block's backward needs no weights: 3 PSI less one."""
+    """Regathered and held, reduced each time and once. The first block's backward needs no weights:
+    3 PSI less one."""
     micro, part = fp.accumulated(microbatches=microbatches), (n - 1) / n
     scale = 2 * part * SCALE
     plan, _, _ = ran(fp.Mesh(data=n), data, sharded(prefetch=0), micro)
@@ -422,14 +474,19 @@ def test_a_prefetch_window_saves_what_it_spans() -> None:
 def test_traffic_of_hsdp_and_of_shards_that_no_batch_is_split_over() -> None:
     hsdp = fp.data_parallel(axis=("replica", "data"))
     plan, _, _ = ran(fp.Mesh(replica=4, data=2), hsdp, sharded(regather="step"))
-    along = {("data",): 2 * PSI // 2, ("replica",): 2 * PSI // 2 * 3 // 4, ("replica", "data"): 2 * SCALE * 7 // 8}
+    along = {
+        ("data",): 2 * PSI // 2,
+        ("replica",): 2 * PSI // 2 * 3 // 4,
+        ("replica", "data"): 2 * SCALE * 7 // 8,
+    }
     assert plan.traffic == [along]
     plan, _, _ = ran(fp.Mesh(data=2, x=4), data, fp.sharded_weights(axis="x", regather="step"))
     assert plan.traffic == [{("x",): PSI * 3 // 4, ("data",): PSI // 4 + SCALE}]
 
 
 def test_traffic_of_a_pipeline() -> None:
-    """Activations one way, their gradients the other, with total and weight; the tied 0-d leaf is not there."""
+    """Activations one way, their gradients the other, with total and weight; the tied 0-d leaf is
+    not there."""
     plan, _, _ = ran(fp.Mesh(pipe=2), fp.pipelined(axis="pipe", microbatches=4, stages=[3, 4]))
     activations = ROWS * WIDTH * 8
     assert plan.traffic == [{("pipe",): activations + 2 * 8}, {("pipe",): activations}]
@@ -448,14 +505,20 @@ def test_bytes_moved_are_those_predicted(model: Model, options: Any, drawn: st.D
         "whole": (fp.Mesh(pipe=2, data=2), [data]),
     }
     mesh, stack = cases[drawn.draw(st.sampled_from(sorted(cases)))]
-    micro = fp.pipelined(axis="pipe", microbatches=2) if "pipe" in mesh.axes else fp.accumulated(microbatches=2)
+    micro = (
+        fp.pipelined(axis="pipe", microbatches=2)
+        if "pipe" in mesh.axes
+        else fp.accumulated(microbatches=2)
+    )
     run = fp.simulate(fp.compose(*stack, micro)(step), mesh)
     params, batch = model.init(), model.batch(0, 8)
     state = run.init(lambda p: p, params, batch)
     with traffic_seen() as seen:
         run(state, batch)
     plan = run.plan(state, batch)
-    small = 8 * 2 * len(optree.tree_leaves(params))  # 0-d leaves may be reduced alone; a shard may be an element short
+    small = (
+        8 * 2 * len(optree.tree_leaves(params))
+    )  # 0-d leaves may be reduced alone; a shard may be an element short
     for r in range(mesh.size):
         predicted = plan.traffic[mesh.coords(r).get("pipe", 0)]
         for axes in {*predicted, *seen.bytes[r]}:

@@ -1,4 +1,5 @@
-"""Steps in which the results of one ``value_and_grad`` stand in the batch of the next one: losses of two passes."""
+"""Steps in which the results of one ``value_and_grad`` stand in the batch of the next one: losses
+of two passes."""
 
 from __future__ import annotations
 
@@ -76,12 +77,17 @@ def feeding(what: str) -> Callable:
 
 
 def chain(p: Any, x: torch.Tensor) -> Any:
-    """Three calls: results of two of them, elementwise ones of the batch, and params that were updated in between."""
+    """Three calls: results of two of them, elementwise ones of the batch, and params that were
+    updated in between."""
     (one, aux), g = fp.value_and_grad(loss_fn, has_aux=True)(p, first_batch(x))
     moved = optree.tree_map(lambda p, g: p - 0.3 * g, p, g)
     second = {"x": x * aux["mean"], "y": aux["rows"], "one": one}
     (two, aux), h = fp.value_and_grad(loss_fn, has_aux=True)(moved, second)
-    third = {"x": x, "y": aux["rows"].argsort().argsort().to(x.dtype), "one": two + fp.global_norm(h)}
+    third = {
+        "x": x,
+        "y": aux["rows"].argsort().argsort().to(x.dtype),
+        "one": two + fp.global_norm(h),
+    }
     loss, grads = fp.value_and_grad(plain_loss)(p, third)
     return descend(p, optree.tree_map(torch.add, grads, h)), {"loss": loss, "two": two}
 
@@ -121,18 +127,26 @@ def test_three_calls_in_a_chain(stack: str) -> None:
     check(chain, STACKS[stack])
 
 
-@given(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.integers(1, 2), st.permutations(range(3)))
+@given(
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2]),
+    st.integers(1, 2),
+    st.permutations(range(3)),
+)
 def test_any_stack(microbatches: int, data: int, pipe: int, order: list[int]) -> None:
     some = [
         fp.pipelined(axis="pipe", microbatches=microbatches, dims=WHOLE),
         fp.data_parallel(axis="data", dims=WHOLE),
         fp.sharded_weights(axis="data"),
     ]
-    check(chain, (fp.compose(*(some[k] for k in order)), fp.Mesh(pipe=pipe, data=data)), batches=[X])
+    check(
+        chain, (fp.compose(*(some[k] for k in order)), fp.Mesh(pipe=pipe, data=data)), batches=[X]
+    )
 
 
 def test_against_autograd() -> None:
-    """PPO: advantages normalised over the whole batch, from a first pass; the reference knows nothing of funcpipe."""
+    """PPO: advantages normalised over the whole batch, from a first pass; the reference knows
+    nothing of funcpipe."""
     step = feeding("rows")
     transform, mesh = STACKS["all"]
     run = fp.simulate(transform(step), mesh)
@@ -149,13 +163,16 @@ def test_against_autograd() -> None:
 
 @pytest.mark.parametrize("transform", [fp.seq_all_to_all, fp.seq_ring], ids=["heads", "ring"])
 def test_positions_are_split_again(transform: Callable) -> None:
-    """Rows whose positions are split come back in order, and are split like the batch's. They need not divide."""
+    """Rows whose positions are split come back in order, and are split like the batch's. They need
+    not divide."""
     dims = {"x": 1, "y": 1, "one": None}
 
     def loss_fn(p: Any, b: Any) -> Any:
         x = fp.stage_boundary((b["x"] @ p["a"]).tanh())
         heads = x.unflatten(-1, (2, 2)).transpose(1, 2)
-        heads = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        heads = torch.nn.functional.scaled_dot_product_attention(
+            heads, heads, heads, is_causal=True
+        )
         y = heads.transpose(1, 2).flatten(2) @ p["b"]
         n = torch.full_like(y, 1.0).sum()
         return fp.Mean(((y - b["y"]).square() * b["one"]).sum(), n), fp.Rows(y)
@@ -163,7 +180,9 @@ def test_positions_are_split_again(transform: Callable) -> None:
     def step(p: Any, x: torch.Tensor) -> Any:
         batch = {"x": x, "y": torch.zeros_like(x[..., 0]), "one": torch.ones((), dtype=x.dtype)}
         (loss, y), _ = fp.value_and_grad(loss_fn, has_aux=True)(p, batch)
-        (loss, _), grads = fp.value_and_grad(loss_fn, has_aux=True)(p, {"x": x, "y": y / y.std(), "one": loss})
+        (loss, _), grads = fp.value_and_grad(loss_fn, has_aux=True)(
+            p, {"x": x, "y": y / y.std(), "one": loss}
+        )
         return descend(p, grads), {"loss": loss}
 
     some = fp.compose(fp.accumulated(microbatches=2, dims=WHOLE), transform(axis="seq", dims=dims))
@@ -180,12 +199,17 @@ def test_results_have_the_dtypes_that_they_have_when_the_step_runs() -> None:
     def step(p: Any, x: torch.Tensor) -> Any:
         (loss, aux), _ = fp.value_and_grad(loss_fn, has_aux=True)(p, first_batch(x))
         seen.append((loss.dtype, aux["rows"].dtype, aux["mean"].dtype))
-        loss, grads = fp.value_and_grad(plain_loss)(p, {"x": x, "y": 0.5 * aux["rows"], "one": loss})
+        loss, grads = fp.value_and_grad(plain_loss)(
+            p, {"x": x, "y": 0.5 * aux["rows"], "one": loss}
+        )
         return descend(p, grads), {"loss": loss}
 
     params, x = optree.tree_map(torch.Tensor.float, (PARAMS, X))
     transform, mesh = STACKS["data"]
-    run = fp.simulate(fp.mixed_precision(transform(step), compute="bfloat16", batch=lambda path: "x" in path), mesh)
+    run = fp.simulate(
+        fp.mixed_precision(transform(step), compute="bfloat16", batch=lambda path: "x" in path),
+        mesh,
+    )
     state, metrics = run(run.init(lambda p: p, params, x), x)
     assert len({*seen}) == 1 and seen[0][1] == torch.bfloat16
     want, told = step(params, x)
@@ -231,7 +255,9 @@ def test_a_weight_of_results_that_does_not_add_up_is_refused() -> None:
         loss, grads = fp.value_and_grad(largest)(p, {"x": x, "y": aux["rows"].abs(), "one": loss})
         return descend(p, grads), {"loss": loss}
 
-    with refused(BatchError, "add up to", "batch['y'] comes from an earlier value_and_grad", "made-up values"):
+    with refused(
+        BatchError, "add up to", "batch['y'] comes from an earlier value_and_grad", "made-up values"
+    ):
         start(step)
 
 
@@ -252,7 +278,9 @@ def test_means_have_no_rows() -> None:
         loss, grads = fp.value_and_grad(centred)(p, {"x": x, "mean": mean})
         return descend(p, grads), {"loss": loss}
 
-    with refused(BatchError, "accumulated: batch['mean'] of shape (4,)", "has no rows", "None in dims=..."):
+    with refused(
+        BatchError, "accumulated: batch['mean'] of shape (4,)", "has no rows", "None in dims=..."
+    ):
         start(step, (fp.accumulated(microbatches=4), fp.Mesh()))
     check(step, (fp.accumulated(microbatches=1), fp.Mesh()))
 
@@ -261,7 +289,9 @@ def test_a_summand_of_results_alone_is_refused() -> None:
     """It would be counted once for every part."""
 
     def loss_fn(p: Any, b: Any) -> fp.Mean:
-        return plain_loss(p, b)._replace(total=plain_loss(p, b).total + b["one"] * p["a"].square().sum())
+        return plain_loss(p, b)._replace(
+            total=plain_loss(p, b).total + b["one"] * p["a"].square().sum()
+        )
 
     def step(p: Any, x: torch.Tensor) -> Any:
         loss, _ = fp.value_and_grad(plain_loss)(p, first_batch(x))
@@ -269,7 +299,10 @@ def test_a_summand_of_results_alone_is_refused() -> None:
         return descend(p, grads), {"loss": loss}
 
     with refused(
-        BatchError, "at test_two_calls.py", "and the same in every part", "counted once for every microbatch and shard"
+        BatchError,
+        "at test_two_calls.py",
+        "and the same in every part",
+        "counted once for every microbatch and shard",
     ):
         start(step)
 
@@ -277,7 +310,9 @@ def test_a_summand_of_results_alone_is_refused() -> None:
 def test_gradients_go_through_params() -> None:
     def step(p: Any, x: torch.Tensor) -> Any:
         _, grads = fp.value_and_grad(plain_loss)(p, first_batch(x))
-        return p, {"loss": fp.value_and_grad(plain_loss)(p, {"x": x, "y": grads["b"], "one": x.sum()})[0]}
+        return p, {
+            "loss": fp.value_and_grad(plain_loss)(p, {"x": x, "y": grads["b"], "one": x.sum()})[0]
+        }
 
     with refused(StateError, "batch['y'] is params['b']", "pass it through params"):
         start(step)
@@ -286,7 +321,9 @@ def test_gradients_go_through_params() -> None:
 def test_a_loss_that_closes_over_a_result_is_refused() -> None:
     def step(p: Any, x: torch.Tensor) -> Any:
         found, _ = fp.value_and_grad(plain_loss)(p, first_batch(x))
-        loss, grads = fp.value_and_grad(lambda p, b: fp.Mean(predict(p, b).sum() * found, rows(b)))(p, x)
+        loss, grads = fp.value_and_grad(lambda p, b: fp.Mean(predict(p, b).sum() * found, rows(b)))(
+            p, x
+        )
         return descend(p, grads), {"loss": loss}
 
     with refused(TraceError, "did not come in through its arguments", "it closes over 'found'"):
@@ -310,7 +347,9 @@ def inner_sum(p: Any, x: torch.Tensor) -> fp.Mean:
 
 def inner_of_batch(p: Any, x: torch.Tensor) -> fp.Mean:
     """Forces: a gradient for every row, of a sum over them."""
-    _, force = fp.value_and_grad(lambda x, _: predict(optree.tree_map(torch.detach, p), x).square().sum())(x, None)
+    _, force = fp.value_and_grad(
+        lambda x, _: predict(optree.tree_map(torch.detach, p), x).square().sum()
+    )(x, None)
     return fp.Mean((predict(p, x) * force.sum(1)).sum(), rows(x))
 
 
@@ -333,7 +372,9 @@ def single(loss_fn: Callable) -> Callable:
 def compare(step: Callable, microbatches: int) -> None:
     run = fp.simulate(fp.accumulated(step, microbatches=microbatches), fp.Mesh())
     state, metrics = run(run.init(lambda p: p, PARAMS, X), X)
-    torch.testing.assert_close((run.unplace(state), metrics), step(PARAMS, X), rtol=FLOAT64, atol=FLOAT64)
+    torch.testing.assert_close(
+        (run.unplace(state), metrics), step(PARAMS, X), rtol=FLOAT64, atol=FLOAT64
+    )
 
 
 UNNAMED = (fp.accumulated(microbatches=2), fp.Mesh())
@@ -341,7 +382,11 @@ UNNAMED = (fp.accumulated(microbatches=2), fp.Mesh())
 
 @pytest.mark.parametrize("loss_fn", [inner_mean, inner_sum])
 def test_a_gradient_of_a_part_inside_a_loss_is_refused(loss_fn: Callable) -> None:
-    words = ("called inside a loss function at test_two_calls.py:", "whose batch is split", "Call it in the step")
+    words = (
+        "called inside a loss function at test_two_calls.py:",
+        "whose batch is split",
+        "Call it in the step",
+    )
     with refused(BatchError, *words):
         start(single(loss_fn), UNNAMED)
     compare(single(loss_fn), 1)
@@ -357,7 +402,9 @@ def test_a_gradient_of_every_row_inside_a_loss(loss_fn: Callable) -> None:
 
 def ready_step(p: Any, b: Any) -> Any:
     """Ready microbatches: rows come one microbatch after the other, as on one device."""
-    (loss, aux), _ = fp.value_and_grad(loss_fn, has_aux=True)(p, fp.Microbatches([first_batch(x) for x in b.parts]))
+    (loss, aux), _ = fp.value_and_grad(loss_fn, has_aux=True)(
+        p, fp.Microbatches([first_batch(x) for x in b.parts])
+    )
     y = aux["rows"] / aux["rows"].std()
     parts = zip(b.parts, y.split([len(x) for x in b.parts]), strict=True)
     second = fp.Microbatches([{"x": x, "y": y, "one": loss} for x, y in parts])
@@ -367,7 +414,9 @@ def ready_step(p: Any, b: Any) -> Any:
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_ready_microbatches(data: int) -> None:
-    some = fp.compose(fp.accumulated(microbatches=None, dims=WHOLE), fp.data_parallel(axis="data", dims=WHOLE))
+    some = fp.compose(
+        fp.accumulated(microbatches=None, dims=WHOLE), fp.data_parallel(axis="data", dims=WHOLE)
+    )
     check(ready_step, (some, fp.Mesh(data=data)), batches=[fp.Microbatches([X[:4], X[4:6], X[2:]])])
 
 
@@ -398,11 +447,14 @@ def local_rows() -> list[Any]:
 
 
 def test_batches_of_a_rank_s_own_rows() -> None:
-    """``batch="local"``: rows of results are those of all ranks, and every rank takes its own of them again."""
+    """``batch="local"``: rows of results are those of all ranks, and every rank takes its own of
+    them again."""
     found = fp.launch(local_rows, 2, timeout=120)
     for states in found:
         for step, state in zip((chain, weighing), states, strict=False):
             want, _ = step(PARAMS, X)
             torch.testing.assert_close(state, want, rtol=FLOAT64, atol=FLOAT64)
-        assert "aten.sub at test_two_calls.py:" in states[2] and "the rows of all ranks" in states[2]
+        assert (
+            "aten.sub at test_two_calls.py:" in states[2] and "the rows of all ranks" in states[2]
+        )
         assert "batch='local'" in states[2] and "combine them there" in states[2]

@@ -8,14 +8,33 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import batch, body, count, loss_fn, params, pipe, refused, same_bits, start, step_of
+from support.models import (
+    batch,
+    body,
+    count,
+    loss_fn,
+    params,
+    pipe,
+    refused,
+    same_bits,
+    start,
+    step_of,
+)
 
 import funcpipe as fp
 from funcpipe._src.comm.simulated import InProcessCommunicator
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.program import ADD, RUN, Program
 from funcpipe._src.program.verify import verify
-from funcpipe._src.schedule import Action, from_table, gpipe, interleaved_1f1b, one_f_one_b, zb_h1, zb_v
+from funcpipe._src.schedule import (
+    Action,
+    from_table,
+    gpipe,
+    interleaved_1f1b,
+    one_f_one_b,
+    zb_h1,
+    zb_v,
+)
 from funcpipe._src.schedule.communication import message_of
 from funcpipe.errors import ScheduleError
 
@@ -28,9 +47,14 @@ SCHEDULES = {
 }
 
 
-def planned(schedule: Any, microbatches: int = 4, ranks: int = 2, layers: int = 4, rows: int = 8) -> Plan:
+def planned(
+    schedule: Any, microbatches: int = 4, ranks: int = 2, layers: int = 4, rows: int = 8
+) -> Plan:
     run, state = start(
-        pipe(step_of(), microbatches, schedule=schedule), fp.Mesh(pipe=ranks), params(layers), batch(rows)
+        pipe(step_of(), microbatches, schedule=schedule),
+        fp.Mesh(pipe=ranks),
+        params(layers),
+        batch(rows),
     )
     return run.plan(state, batch(rows))
 
@@ -41,7 +65,14 @@ def programs(plan: Plan) -> tuple[Program, ...]:
 
 def planned_slots(program: Program) -> int:
     """The slots of what is made on the way: not those of what a step brings and takes away."""
-    brought = (program.params, program.batch, program.constants, program.heads, program.kept, program.partials)
+    brought = (
+        program.params,
+        program.batch,
+        program.constants,
+        program.heads,
+        program.kept,
+        program.partials,
+    )
     return program.slots - sum(map(len, brought))
 
 
@@ -63,14 +94,22 @@ def test_what_is_freed_is_not_read_again(name: str) -> None:
     plan = planned(SCHEDULES[name])
     for program in programs(plan):
         verify(program)
-        filled = {s for slots in (program.params, program.batch, program.constants) for s in slots.values()}
-        kept = {s for slots in (program.heads, program.kept, program.partials) for s in slots.values()}
+        filled = {
+            s
+            for slots in (program.params, program.batch, program.constants)
+            for s in slots.values()
+        }
+        kept = {
+            s for slots in (program.heads, program.kept, program.partials) for s in slots.values()
+        }
         for i in program.instructions:
             assert set(i.reads) <= filled, f"{i.action} reads an empty slot"
             assert not set(i.frees) & kept
             filled = (filled - set(i.frees)) | (set(i.writes) - set(i.frees))
         assert filled == kept | {
-            s for slots in (program.params, program.batch, program.constants) for s in slots.values()
+            s
+            for slots in (program.params, program.batch, program.constants)
+            for s in slots.values()
         }
 
 
@@ -82,7 +121,9 @@ def test_the_verifier_sees_a_slot_that_was_freed_too_early_and_a_sum_out_of_turn
         broken = [*rows[:at], dataclasses.replace(i, frees=i.writes), *rows[at + 1 :]]
         verify(dataclasses.replace(program, instructions=tuple(broken)))
     first, second = (
-        k for k, row in enumerate(program.rows) if row.op == ADD and row.writes == (("grad", 0, 0),) and row.turn < 2
+        k
+        for k, row in enumerate(program.rows)
+        if row.op == ADD and row.writes == (("grad", 0, 0),) and row.turn < 2
     )
     order = list(range(len(rows)))
     order[first], order[second] = second, first
@@ -106,18 +147,24 @@ def test_every_unit_runs_once_for_every_microbatch() -> None:
             if i.unit is not None
         ]
         assert len(ran) == len(set(ran))
-        whole = {(k, s, m) for k, s, m in ran if k in "FB"} | {("B", s, m) for k, s, m in ran if k == "I"}
+        whole = {(k, s, m) for k, s, m in ran if k in "FB"} | {
+            ("B", s, m) for k, s, m in ran if k == "I"
+        }
         assert whole == {(k, s, m) for k in "FB" for s in range(5) for m in range(4)}
         assert {(s, m) for k, s, m in ran if k == "I"} == {(s, m) for k, s, m in ran if k == "W"}
 
 
 REVERSED = from_table(
-    [["0F0", "0F1", "0F2", "0F3", "0B3", "0B2", "0B1", "0B0"], ["1F0", "1F1", "1F2", "1F3", "1B3", "1B2", "1B1", "1B0"]]
+    [
+        ["0F0", "0F1", "0F2", "0F3", "0B3", "0B2", "0B1", "0B0"],
+        ["1F0", "1F1", "1F2", "1F3", "1B3", "1B2", "1B1", "1B0"],
+    ]
 )
 
 
 def test_sums_are_taken_in_microbatch_order_whatever_the_schedule() -> None:
-    """Bitwise, also where the table runs backward passes in reverse, or the loss tells microbatches apart."""
+    """Bitwise, also where the table runs backward passes in reverse, or the loss tells microbatches
+    apart."""
 
     def loss(p: Any, b: Any) -> fp.Mean:
         x = body(p, b)
@@ -127,18 +174,26 @@ def test_sums_are_taken_in_microbatch_order_whatever_the_schedule() -> None:
     step = lambda s, b: (fp.value_and_grad(loss)(s, b)[1], {})  # noqa: E731
     for schedule in (REVERSED, *SCHEDULES.values()):
         run, state = start(
-            pipe(step, 4, schedule=schedule), fp.Mesh(pipe=2), params(4, torch.float32), batch(8, torch.float32)
+            pipe(step, 4, schedule=schedule),
+            fp.Mesh(pipe=2),
+            params(4, torch.float32),
+            batch(8, torch.float32),
         )
         grads.append(run.unplace(run(state, batch(8, torch.float32))[0]))
     run, state = start(
-        fp.accumulated(step, microbatches=4), fp.Mesh(), params(4, torch.float32), batch(8, torch.float32)
+        fp.accumulated(step, microbatches=4),
+        fp.Mesh(),
+        params(4, torch.float32),
+        batch(8, torch.float32),
     )
     grads.append(run.unplace(run(state, batch(8, torch.float32))[0]))
     assert all(same_bits(g, grads[0]) for g in grads)
 
 
 def test_a_sum_waits_for_its_turn() -> None:
-    rows = [r for r in programs(planned(REVERSED))[1].rows if r.op == ADD and r.writes[0][0] == "grad"]
+    rows = [
+        r for r in programs(planned(REVERSED))[1].rows if r.op == ADD and r.writes[0][0] == "grad"
+    ]
     for name in {r.writes[0] for r in rows}:
         assert [r.turn for r in rows if r.writes[0] == name] == [0, 1, 2, 3]
         assert [r.reads[0][-1] for r in rows if r.writes[0] == name] == [0, 1, 2, 3]
@@ -152,9 +207,16 @@ def test_a_value_is_sent_once_to_each_place_that_reads_it() -> None:
             kept.append(x)
         return fp.Mean((x * kept[0] * kept[1]).sum(), count(x))
 
-    run, state = start(pipe(step_of(skipping), 2, stages=[1, 1, 1, 2]), fp.Mesh(pipe=4), params(4), batch())
+    run, state = start(
+        pipe(step_of(skipping), 2, stages=[1, 1, 1, 2]), fp.Mesh(pipe=4), params(4), batch()
+    )
     plan = run.plan(state, batch())
-    sends = [(p.place, i) for p in programs(plan) for i in p.instructions if i.action.kind in ("SEND_F", "SEND_B")]
+    sends = [
+        (p.place, i)
+        for p in programs(plan)
+        for i in p.instructions
+        if i.action.kind in ("SEND_F", "SEND_B")
+    ]
     sent = [(place, i.peer, v.name) for place, i in sends for v in i.values]
     assert len(sent) == 2 * len(set(sent))  # once for each microbatch
     assert {(a, b) for a, b, name in sent if name == "tanh"} == {(0, 1), (0, 3)}
@@ -163,7 +225,8 @@ def test_a_value_is_sent_once_to_each_place_that_reads_it() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sums_go_to_the_other_places_as_soon_as_they_may(name: str, ranks: int) -> None:
-    """Behind the action that follows the last summand, which may be one unit with the last forward."""
+    """Behind the action that follows the last summand, which may be one unit with the last
+    forward."""
     plan = planned(SCHEDULES[name], ranks=ranks, layers=12)
     maker = plan.calls[0].schedule.placement[-1]
     p = programs(plan)[maker]
@@ -176,7 +239,8 @@ def test_sums_go_to_the_other_places_as_soon_as_they_may(name: str, ranks: int) 
 
 
 def run_until(some: tuple[Program, ...], stop: tuple[int, int]) -> list[int]:
-    """How many rows every place gets through at most, if one of them never runs its row ``stop`` (place, row)."""
+    """How many rows every place gets through at most, if one of them never runs its row ``stop``
+    (place, row)."""
     at, boxes = [0] * len(some), Counter[tuple[int, int, str]]()
     moved = True
     while moved:
@@ -197,16 +261,21 @@ def run_until(some: tuple[Program, ...], stop: tuple[int, int]) -> list[int]:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
-    """As long as they are not sent, no place comes to where it receives them, whatever the order in which ranks run."""
+    """As long as they are not sent, no place comes to where it receives them, whatever the order in
+    which ranks run."""
     plan = planned(SCHEDULES[name], ranks=ranks, layers=12)
     maker, some = plan.calls[0].schedule.placement[-1], programs(plan)
     sent = next(k for k, row in enumerate(some[maker].rows) if row.action.kind == "SEND_H")
     reached = run_until(some, (maker, sent))
-    received = {p: [k for k, row in enumerate(some[p].rows) if row.action.kind == "RECV_H"] for p in range(ranks)}
+    received = {
+        p: [k for k, row in enumerate(some[p].rows) if row.action.kind == "RECV_H"]
+        for p in range(ranks)
+    }
     for p in set(range(ranks)) - {maker}:
         (k,) = received[p]
         assert reached[p] < k or k == len(some[p].rows) - 1
-    # The place that sends the maker its last activations gets their gradients back, and knows by that.
+    # The place that sends the maker its last activations gets their gradients back, and knows by
+    # that.
     neighbour = plan.calls[0].schedule.placement[-2]
     if neighbour != maker:
         assert received[neighbour][0] < len(some[neighbour].rows) - 1
@@ -215,7 +284,8 @@ def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int) -> None:
-    """By the order of both programs; and no longer: what the other end had not received when it sent may still be on its way."""
+    """By the order of both programs; and no longer: what the other end had not received when it
+    sent may still be on its way."""
     plan = planned(SCHEDULES[name], microbatches=6, ranks=ranks, layers=12, rows=12)
     rows = [[(row.action, row) for row in p.rows] for p in programs(plan)]
     let_go = 0
@@ -227,9 +297,15 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
             if row.op != "recv" or row.action.kind == "RECV_H":
                 continue
             peer = plan.calls[0].schedule.placement[row.action.peer]
-            there = [a for a, other in rows[peer] if other.op in ("send", "recv") and other.peer == p.place]
+            there = [
+                a
+                for a, other in rows[peer]
+                if other.op in ("send", "recv") and other.peer == p.place
+            ]
             answer = next(
-                k for k, a in enumerate(there) if a.kind[:4] == "SEND" and message_of(a) == message_of(row.action)
+                k
+                for k, a in enumerate(there)
+                if a.kind[:4] == "SEND" and message_of(a) == message_of(row.action)
             )
             got = {message_of(a) for a in there[:answer] if a.kind in ("RECV_F", "RECV_B")}
             assert {message_of(held[n]) for n in row.reads} <= got
@@ -242,13 +318,17 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_step_has_no_collective_over_the_pipeline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_has_no_collective_over_the_pipeline(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     axes = []
     collective = InProcessCommunicator._collective
     monkeypatch.setattr(
         InProcessCommunicator,
         "_collective",
-        lambda self, kind, x, over, combine: axes.append(over) or collective(self, kind, x, over, combine),
+        lambda self, kind, x, over, combine: (
+            axes.append(over) or collective(self, kind, x, over, combine)
+        ),
     )
     step = fp.data_parallel(pipe(step_of(), 4, schedule=SCHEDULES[name]), axis="data")
     run, state = start(step, fp.Mesh(pipe=2, data=2), params(4), batch(16))

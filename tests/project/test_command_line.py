@@ -38,7 +38,9 @@ def test_every_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--pipe", "8", "--microbatches", "32"]) == 0
     rows = [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
     ]
     found = {row[0]: row[1:] for row in rows}
     assert found["one_f_one_b"] == ["1", "117", "117", "17.9%", "1.00", "448"]
@@ -50,10 +52,26 @@ def test_compare(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_costs_and_transfers(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["schedule", "gpipe", "--pipe", "2", "--microbatches", "3", "--costs", "1", "2", "3", "--transfer", "0.5"])
+        main(
+            [
+                "schedule",
+                "gpipe",
+                "--pipe",
+                "2",
+                "--microbatches",
+                "3",
+                "--costs",
+                "1",
+                "2",
+                "3",
+                "--transfer",
+                "0.5",
+            ]
+        )
         == 0
     )
-    # The first F; three F of rank 1, with a receive ahead of each; its first B, of 5; three B of rank 0, with a receive ahead of each.
+    # The first F; three F of rank 1, with a receive ahead of each; its first B, of 5; three B of
+    # rank 0, with a receive ahead of each.
     assert "step 27," in capsys.readouterr().out
 
 
@@ -62,7 +80,10 @@ def test_costs_and_transfers(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["schedule", "zbv", *SIZES], "no schedule is called 'zbv'; did you mean zb_v?"),
         (["schedule", "zb_v", "--v", "3", *SIZES], "zb_v has a fixed number of stages a rank"),
-        (["schedule", "gpipe", "--pipe", "0", "--microbatches", "3"], "needs at least 1 rank and 1 microbatch"),
+        (
+            ["schedule", "gpipe", "--pipe", "0", "--microbatches", "3"],
+            "needs at least 1 rank and 1 microbatch",
+        ),
         (["schedule", "gpipe", *SIZES, "--save", "x.png"], "cannot draw a plan as '.png'"),
         (["compare", *SIZES, "--v", "0"], "a rank holds at least 1 stage, got v=0"),
     ],

@@ -35,11 +35,32 @@ def test_fsdp(args: list[str], tmp_path: Path) -> None:
     [
         ["--simulate", "--steps", "3"],
         pytest.param(
-            ["--simulate", "--check", "--steps", "2", "--mesh", "pipe=2,data=2", "--shard", "data", "--tied"],
+            [
+                "--simulate",
+                "--check",
+                "--steps",
+                "2",
+                "--mesh",
+                "pipe=2,data=2",
+                "--shard",
+                "data",
+                "--tied",
+            ],
             marks=slow,
         ),
         pytest.param(
-            ["--steps", "2", "--blocks", "2", "--mesh", "data=2,pipe=2", "--shard", "data", "--schedule", "gpipe"],
+            [
+                "--steps",
+                "2",
+                "--blocks",
+                "2",
+                "--mesh",
+                "data=2,pipe=2",
+                "--shard",
+                "data",
+                "--schedule",
+                "gpipe",
+            ],
             marks=slow,
         ),
     ],
@@ -52,7 +73,9 @@ def test_train_lm(args: list[str], tmp_path: Path) -> None:
     assert "--check" not in args or "check: two steps equal one device" in out
 
 
-@pytest.mark.parametrize("args", [pytest.param([], marks=slow), ["--simulate", "--mesh", "ring=2,seq=2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [pytest.param([], marks=slow), ["--simulate", "--mesh", "ring=2,seq=2"]], ids=" ".join
+)
 def test_long_context(args: list[str], tmp_path: Path) -> None:
     out = run("long_context.py", "--length", "510", "--steps", "2", *args, cwd=tmp_path)
     assert "within the budget" in out and "the first loss equals that of one device" in out

@@ -1,4 +1,5 @@
-"""What an installation holds: the transforms, which lie beside the package in a checkout, and every room."""
+"""What an installation holds: the transforms, which lie beside the package in a checkout, and every
+room."""
 
 from __future__ import annotations
 
@@ -23,8 +24,18 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     for name in ("funcpipe", "transforms"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
-    built = subprocess.run([*command, "-w", there, source], capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+    ]
+    built = subprocess.run(
+        [*command, "-w", there, source], capture_output=True, text=True, timeout=300
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = there.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -46,7 +57,12 @@ def test_a_wheel_holds_every_module_and_nothing_else(wheel):
 
 def test_a_checkout_that_is_not_installed_says_so():
     """As in ``PYTHONPATH=. python script.py``, or a zip that was unpacked."""
-    command = [sys.executable, "-S", "-c", "import sys; sys.path += %r; import funcpipe" % [str(ROOT), *_site()]]
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        "import sys; sys.path += %r; import funcpipe" % [str(ROOT), *_site()],
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "funcpipe is not installed: run `pip install -e .` in its checkout" in ran.stderr
 

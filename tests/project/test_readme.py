@@ -1,4 +1,5 @@
-"""The README's Python blocks run, one after another, as a reader would type them; its commands are those of CI."""
+"""The README's Python blocks run, one after another, as a reader would type them; its commands are
+those of CI."""
 
 import re
 from pathlib import Path
@@ -19,10 +20,21 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 
 def test_ci_runs_the_commands():
-    commands = [part.strip() for block in re.findall(r"```sh\n(.*?)\n```", README, re.S) for part in block.split("&&")]
-    assert commands == ["pip install -e .", "python examples/train_lm.py", "pip install -e '.[test]'", "pytest"]
+    commands = [
+        part.strip()
+        for block in re.findall(r"```sh\n(.*?)\n```", README, re.S)
+        for part in block.split("&&")
+    ]
+    assert commands == [
+        "pip install -e .",
+        "python examples/train_lm.py",
+        "pip install -e '.[test]'",
+        "pytest",
+    ]
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert all(part in ci for part in ("pip install -e '.[test]'", "pytest", "examples/train_lm.py"))
+    assert all(
+        part in ci for part in ("pip install -e '.[test]'", "pytest", "examples/train_lm.py")
+    )
 
 
 def test_pictures_are_there():

@@ -42,14 +42,17 @@ def library_models() -> dict[str, Callable[[], Any]]:
 
 
 def library_loss(models: list[Any], **options: Any) -> tuple[Callable, Any]:
-    """A loss function of a model, and its params. A call swaps params in, so every rank has a model of its own. Buffers come
+    """A loss function of a model, and its params. A call swaps params in, so every rank has a model
+    of its own. Buffers come
     with the batch: they have no gradients."""
 
     def loss(p: Any, b: Any) -> fp.Mean:
         model = models[getattr(hook.current(), "member", 0)]
         p = p | {k.removeprefix(BUFFER): x for k, x in b.items() if k.startswith(BUFFER)}
         mask = {"attention_mask": b["mask"]} if "mask" in b else {}
-        out = torch.func.functional_call(model, p, (b["ids"],), {"position_ids": b["at"], **mask, **options})
+        out = torch.func.functional_call(
+            model, p, (b["ids"],), {"position_ids": b["at"], **mask, **options}
+        )
         return fp.Mean(
             F.cross_entropy(out.logits.flatten(0, 1), b["labels"].flatten(), reduction="sum"),
             torch.ones_like(b["ids"]).sum(),
@@ -62,14 +65,20 @@ def library_batch(length: int, model: Any) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(0, 32, (2, B, length), generator=g)
     buffers = {BUFFER + k: x for k, x in model.named_buffers()}
-    return {"ids": ids, "labels": labels, "at": torch.arange(length).expand(B, -1).contiguous(), **buffers}
+    return {
+        "ids": ids,
+        "labels": labels,
+        "at": torch.arange(length).expand(B, -1).contiguous(),
+        **buffers,
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("how", ["with a cache", "with a whole mask", "under a name of its own"])
 def test_models_of_a_library(name: str, how: str) -> None:
-    """What makes transformers leave its own mask out, which it would build from the length of a slice: a cache that stays
-    empty, a 4-d mask of the whole sequence, or torch's attention under a name for which it makes no mask."""
+    """What makes transformers leave its own mask out, which it would build from the length of a
+    slice: a cache that stays empty, a 4-d mask of the whole sequence, or torch's attention under a
+    name for which it makes no mask."""
     options: dict[str, Any] = {"use_cache": how == "with a cache"}
     models = [library_models()[name]().double().eval() for _ in range(2)]
     loss, params = library_loss(models, **options)
@@ -91,5 +100,9 @@ def test_models_of_a_library(name: str, how: str) -> None:
 def test_a_model_that_builds_its_mask_is_refused() -> None:
     model, part = library_models()["llama"]().double().eval(), a_part(7, 2)
     loss, params = library_loss([model], use_cache=False)
-    with pytest.raises(SequenceError, match=r"an operand of attention at sdpa_attention.py.* at masking_utils.py"):
-        proven(loss, params, library_batch(7, model), {k: (1, part) for k in ("ids", "labels", "at")})
+    with pytest.raises(
+        SequenceError, match=r"an operand of attention at sdpa_attention.py.* at masking_utils.py"
+    ):
+        proven(
+            loss, params, library_batch(7, model), {k: (1, part) for k in ("ids", "labels", "at")}
+        )

@@ -63,6 +63,10 @@ def test_what_sums_and_products_of_states_say_is_true(op: str) -> None:
             continue
         (xs, x), (ys, y) = tensors_of(s, i), tensors_of(t, 10 + j)
         compute = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}[op]
-        assert holds(state, [compute(a, b) for a, b in zip(xs, ys, strict=True)], compute(x, y)), (s, t, state)
+        assert holds(state, [compute(a, b) for a, b in zip(xs, ys, strict=True)], compute(x, y)), (
+            s,
+            t,
+            state,
+        )
         said += 1
     assert said >= 10

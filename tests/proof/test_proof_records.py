@@ -29,7 +29,10 @@ HELD: dict[str, tuple[Body, list[Held]]] = {
         lambda p, b, x: attend(x, attn_mask=b["keep"][:, None, None]).sum(),
         [Held(PARTS["two"], PARTS["two"], bias_key=True)],
     ),
-    "whole mask": (lambda p, b, x: attend(x, attn_mask=b["pairs"]).sum(), [Held(PARTS["two"], PARTS["two"])]),
+    "whole mask": (
+        lambda p, b, x: attend(x, attn_mask=b["pairs"]).sum(),
+        [Held(PARTS["two"], PARTS["two"])],
+    ),
     "another": (
         lambda p, b, x: attend(x).sum() + (attend(b["all"])[:, 0] * x.sum((1, 2))[:, None]).sum(),
         [Held(PARTS["two"], PARTS["two"]), Held()],
@@ -44,11 +47,18 @@ def test_how_operands_lie_on_ranks(name: str) -> None:
 
 
 def test_findings_are_looked_up_by_shape() -> None:
-    found = findings(lambda p, b, x: attend(x).sum() + fp.positions(x).sum() + (fp.positions(x, 2) * x).sum())
+    found = findings(
+        lambda p, b, x: attend(x).sum() + fp.positions(x).sum() + (fp.positions(x, 2) * x).sum()
+    )
     q = torch.zeros(B, H, 4, D // H)
     assert found.attention(q, q, q, Spec()) == Held(PARTS["two"], PARTS["two"])
-    assert found.positions(torch.zeros(B, 4, D), 1) == PARTS["two"] and found.positions(torch.zeros(B, 4, D), 2) is None
-    with pytest.raises(SequenceError, match=r"fp.attention .* was not called when the loss function was examined"):
+    assert (
+        found.positions(torch.zeros(B, 4, D), 1) == PARTS["two"]
+        and found.positions(torch.zeros(B, 4, D), 2) is None
+    )
+    with pytest.raises(
+        SequenceError, match=r"fp.attention .* was not called when the loss function was examined"
+    ):
         found.attention(q, q, q, Spec(causal=True))
 
 

@@ -1,7 +1,8 @@
-"""Loss functions that take a slice of the sequence for all of it: its length, its positions, its sums and gradients for those of the
-whole. Each is refused, by op, line and reason.
+"""Loss functions that take a slice of the sequence for all of it: its length, its positions, its
+sums and gradients for those of the whole. Each is refused, by op, line and reason.
 
-On one device every one of them is a fine program. Run on slices as it is, each would give other numbers without a word.
+On one device every one of them is a fine program. Run on slices as it is, each would give other
+numbers without a word.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def hooked(x: torch.Tensor) -> torch.Tensor:
 
 def hooked_node(x: torch.Tensor) -> torch.Tensor:
     x = x * 2
-    x.grad_fn.register_hook(lambda inner, outer: tuple(None if g is None else g / g.norm() for g in inner))
+    x.grad_fn.register_hook(
+        lambda inner, outer: tuple(None if g is None else g / g.norm() for g in inner)
+    )
     return x.sum()
 
 
@@ -86,7 +89,9 @@ def hooked_saves(x: torch.Tensor) -> torch.Tensor:
 
 def hooked_module(x: torch.Tensor) -> torch.Tensor:
     module = torch.nn.Tanh()
-    module.register_full_backward_hook(lambda _, inner, outer: tuple(g / g.norm() for g in inner if g is not None))
+    module.register_full_backward_hook(
+        lambda _, inner, outer: tuple(g / g.norm() for g in inner if g is not None)
+    )
     return module(x).sum()
 
 
@@ -115,7 +120,11 @@ MISUSES: Misuses = {
     ),
     "table cut to length": (
         lambda p, b, x: (x + p["places"][: x.shape[1]]).sum(),
-        ("aten.slice", "it takes entries 0:4 of a tensor of shape (8, 4)", "Index with fp.positions(x, dim)"),
+        (
+            "aten.slice",
+            "it takes entries 0:4 of a tensor of shape (8, 4)",
+            "Index with fp.positions(x, dim)",
+        ),
     ),
     "table of the whole length": (
         lambda p, b, x: (x + p["places"]).sum(),
@@ -139,20 +148,32 @@ MISUSES: Misuses = {
     # the length as a number
     "division by the length": (
         lambda p, b, x: (x / x.shape[1]).sin().sum(),
-        ("aten.div", "the number 4 (8 on one device) beside a rank's slice", "divided once, after all sums"),
+        (
+            "aten.div",
+            "the number 4 (8 on one device) beside a rank's slice",
+            "divided once, after all sums",
+        ),
     ),
     "scale by the root of the length": (
         lambda p, b, x: (x * x.shape[1] ** -0.5).sum(),
         ("aten.mul", "the number 0.5 (0.353553 on one device)"),
     ),
-    "length as a tensor": (lambda p, b, x: (x * torch.tensor(float(x.shape[1]))).sum(), ("aten.mul", "the number 4")),
+    "length as a tensor": (
+        lambda p, b, x: (x * torch.tensor(float(x.shape[1]))).sum(),
+        ("aten.mul", "the number 4"),
+    ),
     "params by the length": (
         lambda p, b, x: (p["w"] / x.shape[1]).sum() + x.sum(),
         ("aten.div", "made from the length"),
     ),
     "another way for another length": (
         lambda p, b, x: long_only(x),
-        ("takes another way for another length", "aten.cos", "aten.sin", "must not depend on the number of positions"),
+        (
+            "takes another way for another length",
+            "aten.cos",
+            "aten.sin",
+            "must not depend on the number of positions",
+        ),
     ),
     "one by one": (lambda p, b, x: one_by_one(x), ("takes another way for another length",)),
     "rows one by one": (
@@ -171,7 +192,10 @@ MISUSES: Misuses = {
         lambda p, b, x: torch.cat([p["token"].expand(B, 1, D), x], 1).sin().sum(),
         ("aten.cat", "before or behind a rank's slice", "before the sequence is split"),
     ),
-    "squeeze": (lambda p, b, x: x[:, :, 0].reshape(B, -1, 1, 2).sum(), ("aten.view", "cuts positions apart")),
+    "squeeze": (
+        lambda p, b, x: x[:, :, 0].reshape(B, -1, 1, 2).sum(),
+        ("aten.view", "cuts positions apart"),
+    ),
     "repeated to the length": (
         lambda p, b, x: (p["w"].repeat(x.shape[1], 1).sin()[: x.shape[1]] * x).sum(),
         ("aten.repeat", "as often as a rank has positions"),
@@ -185,17 +209,31 @@ MISUSES: Misuses = {
         lambda p, b, x: F.mse_loss(x, b["x"]),
         ("Mean.total is a mean over a rank's positions", "reduction='sum'", "as Mean.weight"),
     ),
-    "mean": (lambda p, b, x: x.mean(), ("Mean.total is a mean over a rank's positions", "reduction='sum'")),
-    "sum over count": (lambda p, b, x: x.sum() / x.numel(), ("Mean.total is a mean over a rank's positions",)),
+    "mean": (
+        lambda p, b, x: x.mean(),
+        ("Mean.total is a mean over a rank's positions", "reduction='sum'"),
+    ),
+    "sum over count": (
+        lambda p, b, x: x.sum() / x.numel(),
+        ("Mean.total is a mean over a rank's positions",),
+    ),
     "mean times labels": (
         lambda p, b, x: x.mean() * (b["labels"] > 0).sum(),
         ("aten.mul", "a mean over one rank's positions"),
     ),
     "unscaled penalty": (
         lambda p, b, x: x.sum() + p["w"].pow(2).sum(),
-        ("aten.add", "the same on every rank", "once for each of them", "number of this rank's tokens"),
+        (
+            "aten.add",
+            "the same on every rank",
+            "once for each of them",
+            "number of this rank's tokens",
+        ),
     ),
-    "constant added": (lambda p, b, x: x.sum() + 1.0, ("aten.add", "the number 1", "once for each of them")),
+    "constant added": (
+        lambda p, b, x: x.sum() + 1.0,
+        ("aten.add", "the number 1", "once for each of them"),
+    ),
     "total without the sequence": (
         lambda p, b, x: (b["all"] * p["a"]).sum(),
         ("Mean.total is the same on every rank", "has to come from the split sequence"),
@@ -245,7 +283,10 @@ MISUSES: Misuses = {
         lambda p, b, x: x.sum() * fp.psum(p["a"].sum(), "seq"),
         ("fp.psum", "hold it once for every rank"),
     ),
-    "total that is whole already": (lambda p, b, x: fp.psum(x.sum(), "seq"), ("Mean.total is the same on every rank",)),
+    "total that is whole already": (
+        lambda p, b, x: fp.psum(x.sum(), "seq"),
+        ("Mean.total is the same on every rank",),
+    ),
     "maximum over ranks": (
         lambda p, b, x: (x - fp.pmax(x, "seq")).pow(2).sum(),
         ("fp.pmax", "not a maximum over positions"),
@@ -254,8 +295,14 @@ MISUSES: Misuses = {
         lambda p, b, x: (x * fp.axis_index("seq")).sum(),
         ("fp.axis_index over 'seq'", "fp.positions(x, dim) numbers positions"),
     ),
-    "neighbour rank": (lambda p, b, x: (x * fp.ppermute(x, "seq", [(0, 0)])).sum(), ("fp.ppermute over 'seq'",)),
-    "all ranks' slices": (lambda p, b, x: fp.all_gather(x, "seq", dim=1).sum(), ("fp.all_gather over 'seq'",)),
+    "neighbour rank": (
+        lambda p, b, x: (x * fp.ppermute(x, "seq", [(0, 0)])).sum(),
+        ("fp.ppermute over 'seq'",),
+    ),
+    "all ranks' slices": (
+        lambda p, b, x: fp.all_gather(x, "seq", dim=1).sum(),
+        ("fp.all_gather over 'seq'",),
+    ),
     "number of ranks": (
         lambda p, b, x: (x / fp.axis_size("seq")).sin().sum(),
         ("aten.div", "the number 2 (1 on one device)"),
@@ -267,7 +314,11 @@ MISUSES: Misuses = {
     ),
     "gradient that is a mean": (
         lambda p, b, x: Averaged.apply(x, p["w"]).sum(),
-        ("autograd.Function Averaged", "a mean over one rank's positions", "not the gradient that one device makes"),
+        (
+            "autograd.Function Averaged",
+            "a mean over one rank's positions",
+            "not the gradient that one device makes",
+        ),
     ),
     "hook on a gradient": (
         lambda p, b, x: hooked(x),
@@ -288,8 +339,14 @@ MISUSES: Misuses = {
         ("aten.linalg_vector_norm", "takes the norm"),
     ),
     # randomness
-    "random numbers": (lambda p, b, x: (x * torch.rand(x.shape)).sum(), ("aten.rand", "global random generator")),
-    "dropout": (lambda p, b, x: F.dropout(x, 0.5).sum(), ("global random generator", "Draw outside the loss")),
+    "random numbers": (
+        lambda p, b, x: (x * torch.rand(x.shape)).sum(),
+        ("aten.rand", "global random generator"),
+    ),
+    "dropout": (
+        lambda p, b, x: F.dropout(x, 0.5).sum(),
+        ("global random generator", "Draw outside the loss"),
+    ),
 }
 
 
@@ -314,7 +371,8 @@ def test_it_is_refused_on_any_ranks(name: str, how: dict[str, Any]) -> None:
 
 
 def test_memory_that_is_shared_for_one_length_alone() -> None:
-    """With one position, a transposed tensor is contiguous as it is, and what is written to it is written to the other."""
+    """With one position, a transposed tensor is contiguous as it is, and what is written to it is
+    written to the other."""
 
     def body(p: Any, b: Any, x: torch.Tensor) -> torch.Tensor:
         x = b["x"] * 2
@@ -322,7 +380,12 @@ def test_memory_that_is_shared_for_one_length_alone() -> None:
         return (x * p["a"]).sum()
 
     params, batch = inputs()
-    with refused(SequenceError, "aten.add_", "a copy for one length, and to a view for another", "Write to a clone"):
+    with refused(
+        SequenceError,
+        "aten.add_",
+        "a copy for one length, and to a view for another",
+        "Write to a clone",
+    ):
         proven(loss_of(body), params, batch, splits(heads=8))
     proven(loss_of(body), params, batch, splits())
 
@@ -333,7 +396,10 @@ def test_a_mean_on_a_rank_that_has_no_positions() -> None:
     params, batch = inputs()
     proven(loss, params, batch, splits())
     with refused(
-        SequenceError, "aten.mean", "the mean over positions, of which a rank has none", "This rank has 0 positions"
+        SequenceError,
+        "aten.mean",
+        "the mean over positions, of which a rank has none",
+        "This rank has 0 positions",
     ):
         proven(loss, params, batch, splits(heads=9))
 
@@ -361,21 +427,43 @@ def test_a_loss_without_attention_is_refused() -> None:
         proven(loss_of(lambda p, b, x: x.sum()), params, batch, splits(), attention=True)
     with refused(SequenceError, "no attention over it was seen"):
         proven(
-            loss_of(lambda p, b, x: x.sum() + 0 * attend(b["all"]) * count(x)), params, batch, splits(), attention=True
+            loss_of(lambda p, b, x: x.sum() + 0 * attend(b["all"]) * count(x)),
+            params,
+            batch,
+            splits(),
+            attention=True,
         )
 
 
 AUX: dict[str, tuple[Callable[[Any, torch.Tensor], Any], tuple[str, ...]]] = {
-    "mean of a mean": (lambda b, x: fp.Mean(x.mean(), count(x)), ("aux['a'].total is a mean over",)),
-    "weight of one": (lambda b, x: fp.Mean(x.sum(), torch.ones(())), ("aux['a'].weight is the number 1",)),
-    "rows that mix": (lambda b, x: fp.Rows(x.cumsum(1)), ("aux['a'] is not what one device computes", "aten.cumsum")),
-    "rows of sums": (lambda b, x: fp.Rows(x.sum(1)), ("aux['a'], fp.Rows along dim 0, is a sum over one rank's",)),
+    "mean of a mean": (
+        lambda b, x: fp.Mean(x.mean(), count(x)),
+        ("aux['a'].total is a mean over",),
+    ),
+    "weight of one": (
+        lambda b, x: fp.Mean(x.sum(), torch.ones(())),
+        ("aux['a'].weight is the number 1",),
+    ),
+    "rows that mix": (
+        lambda b, x: fp.Rows(x.cumsum(1)),
+        ("aux['a'] is not what one device computes", "aten.cumsum"),
+    ),
+    "rows of sums": (
+        lambda b, x: fp.Rows(x.sum(1)),
+        ("aux['a'], fp.Rows along dim 0, is a sum over one rank's",),
+    ),
     "rows of merged dims": (
         lambda b, x: fp.Rows(x.flatten(0, 1)),
         ("aux['a'], fp.Rows along dim 0", "(rows, positions)"),
     ),
-    "rows along positions": (lambda b, x: fp.Rows(x, 1), ("fp.Rows along dim 1", "in a dim of their own")),
-    "rows of a slice's length": (lambda b, x: fp.Rows(torch.ones(B, x.shape[1])), ("aux['a'], fp.Rows along dim 0",)),
+    "rows along positions": (
+        lambda b, x: fp.Rows(x, 1),
+        ("fp.Rows along dim 1", "in a dim of their own"),
+    ),
+    "rows of a slice's length": (
+        lambda b, x: fp.Rows(torch.ones(B, x.shape[1])),
+        ("aux['a'], fp.Rows along dim 0",),
+    ),
 }
 
 
@@ -385,7 +473,13 @@ def test_an_aux_value_is_refused(name: str) -> None:
     params, batch = inputs()
     loss = loss_of(lambda p, b, x: x.sum())
     with refused(SequenceError, *words):
-        proven(lambda p, b: (loss(p, b), {"a": make(b, b["x"] * p["a"])}), params, batch, splits(), has_aux=True)
+        proven(
+            lambda p, b: (loss(p, b), {"a": make(b, b["x"] * p["a"])}),
+            params,
+            batch,
+            splits(),
+            has_aux=True,
+        )
 
 
 def test_operands_of_equal_shapes_that_lie_otherwise() -> None:
@@ -393,17 +487,25 @@ def test_operands_of_equal_shapes_that_lie_otherwise() -> None:
     batch["half"] = batch["all"][:, :4]
     loss = loss_of(lambda p, b, x: attend(x) + attend(b["half"]) * count(x))
     with refused(
-        SequenceError, "another call of fp.attention has operands of the same shapes", "another number of dims or rows"
+        SequenceError,
+        "another call of fp.attention has operands of the same shapes",
+        "another number of dims or rows",
     ):
         proven(loss, params, batch, splits())
 
 
 def test_what_is_wrong_on_one_device_is_told_as_there() -> None:
     params, batch = inputs()
-    with refused(TraceError, "decides by the value of a tensor at test_refused_local_sizes.py", "torch.where"):
-        proven(loss_of(lambda p, b, x: x.sum() if x.sum() > 0 else -x.sum()), params, batch, splits())
+    with refused(
+        TraceError, "decides by the value of a tensor at test_refused_local_sizes.py", "torch.where"
+    ):
+        proven(
+            loss_of(lambda p, b, x: x.sum() if x.sum() > 0 else -x.sum()), params, batch, splits()
+        )
     with pytest.raises(RuntimeError, match="reduction dim"):
         proven(loss_of(lambda p, b, x: (x @ p["table"]).sum()), params, batch, splits())
     scale = torch.ones(D, dtype=torch.float64)
-    with refused(TraceError, "a tensor that did not come in through its arguments", "pass it through"):
+    with refused(
+        TraceError, "a tensor that did not come in through its arguments", "pass it through"
+    ):
         proven(loss_of(lambda p, b, x: (x * scale).sum()), params, batch, splits())

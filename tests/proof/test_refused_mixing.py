@@ -1,7 +1,8 @@
-"""Loss functions that mix positions elsewhere than in attention, or in an attention of their own: each is refused, by op, line and
-reason.
+"""Loss functions that mix positions elsewhere than in attention, or in an attention of their own:
+each is refused, by op, line and reason.
 
-On one device every one of them is a fine program. Run on slices as it is, each would give other numbers without a word.
+On one device every one of them is a fine program. Run on slices as it is, each would give other
+numbers without a word.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ MISUSES: Misuses = {
         ),
         ("aten.slice", "entries 0:3 along dim 1", "a rank has 4 of 8 positions", SHIFT),
     ),
-    "last token": (lambda p, b, x: (x[:, -1] @ p["w"]).sum(), ("aten.select", "entries -1", ALONG, SHIFT)),
+    "last token": (
+        lambda p, b, x: (x[:, -1] @ p["w"]).sum(),
+        ("aten.select", "entries -1", ALONG, SHIFT),
+    ),
     "first token": (lambda p, b, x: x[:, 0].sum(), ("aten.select", "entries 0", ALONG)),
     "every second token": (lambda p, b, x: x[:, ::2].sum(), ("aten.slice", "entries 0:4:2", ALONG)),
     "halves": (
@@ -80,7 +84,9 @@ MISUSES: Misuses = {
         ("aten.gather", "by number", ALONG),
     ),
     "scatter along positions": (
-        lambda p, b, x: torch.zeros_like(x).scatter(1, b["tokens"][..., None].expand_as(x) % 2, x).sum(),
+        lambda p, b, x: (
+            torch.zeros_like(x).scatter(1, b["tokens"][..., None].expand_as(x) % 2, x).sum()
+        ),
         ("aten.scatter", "writes entries by number"),
     ),
     "table of positions by token": (
@@ -88,9 +94,15 @@ MISUSES: Misuses = {
         ("aten.embedding", "it looks up rows along dim 0"),
     ),
     "diagonal": (lambda p, b, x: x[:, :4].diagonal(dim1=1, dim2=2).sum(), ("aten.", "positions")),
-    "a part overwritten": (lambda p, b, x: written(x, (slice(None), 0), 0.0), ("aten.select", "entries 0", ALONG)),
+    "a part overwritten": (
+        lambda p, b, x: written(x, (slice(None), 0), 0.0),
+        ("aten.select", "entries 0", ALONG),
+    ),
     "a part scaled in place": (lambda p, b, x: scaled_part(x), ("aten.select", "entries 0", ALONG)),
-    "a part of zeros overwritten": (lambda p, b, x: set_in_fill(x), ("aten.fill_", "writes the number 1", "torch.cat")),
+    "a part of zeros overwritten": (
+        lambda p, b, x: set_in_fill(x),
+        ("aten.fill_", "writes the number 1", "torch.cat"),
+    ),
     "a part of a repeat overwritten": (
         lambda p, b, x: set_in_repeat(p, x),
         ("aten.copy_", "the same on every rank", "torch.cat"),
@@ -102,30 +114,59 @@ MISUSES: Misuses = {
         lambda p, b, x: F.conv1d(x.transpose(1, 2), p["conv"], padding=1).pow(2).sum(),
         ("aten.convolution", "moves a window of 3 along dim 2"),
     ),
-    "windows": (lambda p, b, x: x.unfold(1, 2, 1).prod(-1).sum(), ("aten.unfold", "takes windows", ALONG)),
+    "windows": (
+        lambda p, b, x: x.unfold(1, 2, 1).prod(-1).sum(),
+        ("aten.unfold", "takes windows", ALONG),
+    ),
     "pooling": (
         lambda p, b, x: F.avg_pool1d(x.transpose(1, 2), 2).pow(2).sum(),
         ("aten.avg_pool", "moves a window along dim 3", "a rank has 4 of 8 positions"),
     ),
     "interpolation": (
-        lambda p, b, x: F.interpolate(x.transpose(1, 2), scale_factor=2.0, mode="linear").pow(2).sum(),
+        lambda p, b, x: (
+            F.interpolate(x.transpose(1, 2), scale_factor=2.0, mode="linear").pow(2).sum()
+        ),
         ("aten.upsample_linear1d",),
     ),
-    "padding": (lambda p, b, x: F.pad(x, (0, 0, 1, 0)).cos().sum(), ("aten.constant_pad_nd", "puts padding", ALONG)),
+    "padding": (
+        lambda p, b, x: F.pad(x, (0, 0, 1, 0)).cos().sum(),
+        ("aten.constant_pad_nd", "puts padding", ALONG),
+    ),
     "diff": (lambda p, b, x: x.diff(dim=1).pow(2).sum(), ("aten.", "along dim 1")),
     # along positions
-    "cumsum": (lambda p, b, x: x.cumsum(1).pow(2).sum(), ("aten.cumsum", "running sum", ALONG, MIXES)),
-    "softmax": (lambda p, b, x: (x.softmax(1) * x).sum(), ("aten._softmax", "takes a softmax", ALONG)),
+    "cumsum": (
+        lambda p, b, x: x.cumsum(1).pow(2).sum(),
+        ("aten.cumsum", "running sum", ALONG, MIXES),
+    ),
+    "softmax": (
+        lambda p, b, x: (x.softmax(1) * x).sum(),
+        ("aten._softmax", "takes a softmax", ALONG),
+    ),
     "log_softmax": (lambda p, b, x: x.log_softmax(1).sum(), ("aten._log_softmax", ALONG)),
-    "logsumexp": (lambda p, b, x: x.logsumexp(1).sum(), ("aten.logsumexp", "takes the log-sum-exp", ALONG)),
+    "logsumexp": (
+        lambda p, b, x: x.logsumexp(1).sum(),
+        ("aten.logsumexp", "takes the log-sum-exp", ALONG),
+    ),
     "maximum": (lambda p, b, x: x.amax(1).sum(), ("aten.amax", "takes the maximum", ALONG)),
-    "max with places": (lambda p, b, x: x.max(1).values.sum(), ("aten.max", "takes the maximum", ALONG)),
-    "argmax": (lambda p, b, x: x.argmax(1).sum() * x.sum(), ("aten.argmax", "looks for the largest", ALONG)),
+    "max with places": (
+        lambda p, b, x: x.max(1).values.sum(),
+        ("aten.max", "takes the maximum", ALONG),
+    ),
+    "argmax": (
+        lambda p, b, x: x.argmax(1).sum() * x.sum(),
+        ("aten.argmax", "looks for the largest", ALONG),
+    ),
     "variance": (lambda p, b, x: x.var(1).sum(), ("aten.var", "takes the variance", ALONG)),
-    "norm": (lambda p, b, x: x.norm(dim=1).sum(), ("aten.linalg_vector_norm", "takes the norm", ALONG)),
+    "norm": (
+        lambda p, b, x: x.norm(dim=1).sum(),
+        ("aten.linalg_vector_norm", "takes the norm", ALONG),
+    ),
     "norm of all": (lambda p, b, x: x.norm(), ("aten.linalg_vector_norm", "takes the norm", ALONG)),
     "product": (lambda p, b, x: x.prod(1).sum(), ("aten.prod", "takes the product", ALONG)),
-    "any": (lambda p, b, x: (x * (x > 1.0).any(1, keepdim=True)).sum(), ("aten.any", "asks for any", ALONG)),
+    "any": (
+        lambda p, b, x: (x * (x > 1.0).any(1, keepdim=True)).sum(),
+        ("aten.any", "asks for any", ALONG),
+    ),
     "sort": (lambda p, b, x: (x.sort(1).values * x).sum(), ("aten.sort", "it sorts", ALONG)),
     "topk": (lambda p, b, x: x.topk(2, 1).values.sum(), ("aten.topk", "takes the largest", ALONG)),
     "layer_norm over positions": (
@@ -146,7 +187,12 @@ MISUSES: Misuses = {
     ),
     "centred": (
         lambda p, b, x: (x - x.mean(1, keepdim=True)).pow(2).sum(),
-        ("aten.sub", "a mean over one rank's positions", "beside a rank's slice", "fp.psum(x, axis)"),
+        (
+            "aten.sub",
+            "a mean over one rank's positions",
+            "beside a rank's slice",
+            "fp.psum(x, axis)",
+        ),
     ),
     "over the sum": (
         lambda p, b, x: (x.exp() / x.exp().sum(1, keepdim=True)).pow(2).sum(),
@@ -156,7 +202,10 @@ MISUSES: Misuses = {
         lambda p, b, x: x.sum(1, keepdim=True).expand_as(x).sum(),
         ("aten.expand", "it repeats a sum over one rank's positions along dim 1"),
     ),
-    "square of the sum": (lambda p, b, x: x.sum(1).pow(2).sum(), ("aten.pow", "it is not linear", "fp.psum(x, axis)")),
+    "square of the sum": (
+        lambda p, b, x: x.sum(1).pow(2).sum(),
+        ("aten.pow", "it is not linear", "fp.psum(x, axis)"),
+    ),
     "product of sums": (
         lambda p, b, x: x.sum() * x.cos().sum(),
         ("aten.mul", "a product of sums is not the sum of products", "fp.psum(x, axis)"),
@@ -201,16 +250,30 @@ MISUSES: Misuses = {
         ),
     ),
     "mask of two slices": (
-        lambda p, b, x: attend(x, attn_mask=(b["tokens"][:, :, None] == b["tokens"][:, None])[:, None]),
-        ("an operand of attention", "aten.eq", "positions along dim 1 beside positions along dim 2"),
+        lambda p, b, x: attend(
+            x, attn_mask=(b["tokens"][:, :, None] == b["tokens"][:, None])[:, None]
+        ),
+        (
+            "an operand of attention",
+            "aten.eq",
+            "positions along dim 1 beside positions along dim 2",
+        ),
     ),
     "padding mask repeated for every query": (
-        lambda p, b, x: attend(x, attn_mask=(b["tokens"] > 0)[:, None, None].expand(-1, 1, x.shape[1], -1)),
+        lambda p, b, x: attend(
+            x, attn_mask=(b["tokens"] > 0)[:, None, None].expand(-1, 1, x.shape[1], -1)
+        ),
         ("dim 2 is as long as a rank's slice", "with size 1 along queries"),
     ),
     "whole queries, split keys": (
         lambda p, b, x: F.scaled_dot_product_attention(heads(b["all"]), heads(x), heads(x)).sum(),
-        ("attention at", "queries are", "the same on every rank", "but keys are", "split the queries too"),
+        (
+            "attention at",
+            "queries are",
+            "the same on every rank",
+            "but keys are",
+            "split the queries too",
+        ),
     ),
     "split queries, whole keys, causal": (
         lambda p, b, x: F.scaled_dot_product_attention(
@@ -219,7 +282,9 @@ MISUSES: Misuses = {
         ("every rank has all keys", "causal", "bias that has rows for queries"),
     ),
     "keys without their values": (
-        lambda p, b, x: F.scaled_dot_product_attention(heads(x), heads(x), heads(b["all"])[:, :, : x.shape[1]]).sum(),
+        lambda p, b, x: F.scaled_dot_product_attention(
+            heads(x), heads(x), heads(b["all"])[:, :, : x.shape[1]]
+        ).sum(),
         ("an operand of attention", "aten.slice"),
     ),
     "attention scaled by the length": (

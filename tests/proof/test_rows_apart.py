@@ -1,4 +1,5 @@
-"""Loss functions whose rows stay apart: each is accepted, and its parts add up to what one device computes."""
+"""Loss functions whose rows stay apart: each is accepted, and its parts add up to what one device
+computes."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ def heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def attend(x: torch.Tensor, **options: Any) -> torch.Tensor:
-    return F.scaled_dot_product_attention(heads(x), heads(x), heads(x.sin()), **options).transpose(1, 2).flatten(2)
+    return (
+        F.scaled_dot_product_attention(heads(x), heads(x), heads(x.sin()), **options)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def by_hand(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +55,10 @@ def two_experts(p: Any, x: torch.Tensor) -> torch.Tensor:
     """Every row to its two best experts, by index_add."""
     share, chosen = (x @ p["w"])[:, :3].softmax(-1).topk(2)
     keys, perm = chosen.reshape(-1).sort(stable=True)
-    rows = torch.einsum("nd,nde->ne", x[perm // 2], p["experts"][keys]) * share.reshape(-1)[perm][:, None]
+    rows = (
+        torch.einsum("nd,nde->ne", x[perm // 2], p["experts"][keys])
+        * share.reshape(-1)[perm][:, None]
+    )
     return torch.zeros_like(x).index_add(0, perm // 2, rows.sin())
 
 
@@ -251,7 +259,8 @@ BODIES: dict[str, Body] = {
 }  # fmt: skip
 
 
-# Of a single entry torch indexes in another way; neighbours come in pairs, all of which are in one part.
+# Of a single entry torch indexes in another way; neighbours come in pairs, all of which are in one
+# part.
 LONG = ("experts sorted, inverted", "neighbours", "attention of neighbours")
 
 

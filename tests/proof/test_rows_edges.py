@@ -33,9 +33,14 @@ RIGHT: dict[str, Y] = {
     "row before": lambda y: y * torch.cat([to_next(y[-1:]), y[:-1]]),
     "two rows before": lambda y: y * torch.cat([to_next(y[-2:]), y[:-2]]),
     "row before, in a ring": lambda y: y * torch.cat([around(y[-1:]), y[:-1]]),
-    "all but the last": lambda y: y * torch.cat([torch.ones_like(y[:-1]), 1 - is_last().to(y.dtype)[None]]),
+    "all but the last": lambda y: (
+        y * torch.cat([torch.ones_like(y[:-1]), 1 - is_last().to(y.dtype)[None]])
+    ),
     "columns of sums": lambda y: (
-        y * fp.all_gather(fp.psum_scatter(torch.stack([y.sum(), y.exp().sum()]), "data").tanh(), "data").sum()
+        y
+        * fp.all_gather(
+            fp.psum_scatter(torch.stack([y.sum(), y.exp().sum()]), "data").tanh(), "data"
+        ).sum()
     ),
 }
 WRONG: dict[str, Y] = {
@@ -45,7 +50,9 @@ WRONG: dict[str, Y] = {
     "first rows": lambda y: y * torch.cat([to_next(y[:1]), y[:-1]]),
     "last row of a part": lambda y: y * y[-1:],
     "all but the last of a part": lambda y: y[:-1].square(),
-    "only the last": lambda y: y * torch.cat([torch.ones_like(y[:-1]), is_last().to(y.dtype)[None]]),
+    "only the last": lambda y: (
+        y * torch.cat([torch.ones_like(y[:-1]), is_last().to(y.dtype)[None]])
+    ),
     "the last rank": lambda y: y * is_last(),
     "the first rank": lambda y: y * (fp.axis_index("data") == 0),
 }

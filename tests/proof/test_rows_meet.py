@@ -1,6 +1,8 @@
-"""Loss functions in which rows of the batch meet, or whose parts do not add up: each is refused, by op and line.
+"""Loss functions in which rows of the batch meet, or whose parts do not add up: each is refused, by
+op and line.
 
-On one device every one of them is a fine program. Run part by part as it is, each would give other numbers without a word.
+On one device every one of them is a fine program. Run part by part as it is, each would give other
+numbers without a word.
 """
 
 from __future__ import annotations
@@ -221,7 +223,7 @@ NO_SUM: dict[str, tuple[Body, tuple[str, ...]]] = {
     "square of the mean": (lambda p, b, x: x.mean().square() * len(x), ("aten.pow", "mean")),
     "product of sums": (lambda p, b, x: x.sum() * x.exp().sum(), ("aten.mul", "a product of sums")),
     "quotient of sums": (lambda p, b, x: x.sum() / b["keep"].sum(), ("aten.div",)),
-    "mean times counted": (lambda p, b, x: x.mean() * b["keep"].sum(), ("aten.mul", "a mean over the rows")),
+    "mean times counted": (lambda p, b, x: x.mean() * b["keep"].sum(), ("aten.mul", "a mean over " "the " "rows")),
     "root of the sum": (lambda p, b, x: x.square().sum().sqrt(), ("aten.sqrt",)),
     "log of the sum": (lambda p, b, x: x.exp().sum().log(), ("aten.log",)),
     "logsumexp": (lambda p, b, x: x.logsumexp((0, 1)), ("aten.logsumexp", "do not meet")),
@@ -233,16 +235,16 @@ NO_SUM: dict[str, tuple[Body, tuple[str, ...]]] = {
     "rounded sum": (lambda p, b, x: (x.sum() * 10).long().double(), ("rounds",)),
     "product": (lambda p, b, x: x.prod(), ("aten.prod",)),
     "any": (lambda p, b, x: x.sum() * (x > 0).any(), ("aten.any",)),
-    "plus a penalty": (lambda p, b, x: x.sum() + p["w"].square().sum(), ("aten.add", "counted once", "weight * l2")),
-    "plus one": (lambda p, b, x: x.sum() + 1, ("aten.add", "counted once for every microbatch and shard")),
+    "plus a penalty": (lambda p, b, x: x.sum() + p["w"].square().sum(), ("aten.add", "counted once", "weight * " "l2")),
+    "plus one": (lambda p, b, x: x.sum() + 1, ("aten.add", "counted once for every microbatch " "and " "shard")),
     "a penalty alone": (lambda p, b, x: p["w"].square().sum(), ("does not depend on the rows", "aten.pow")),
     "balance of experts": (
         lambda p, b, x: (F.one_hot(x.argmax(-1), D).double().sum(0) * x.softmax(-1).sum(0)).sum() / len(x), ("aten.mul",),
     ),
-    "cross entropy": (lambda p, b, x: F.cross_entropy(x, b["label"]), ("nll_loss", "reduction='sum'", "number of labels")),
+    "cross entropy": (lambda p, b, x: F.cross_entropy(x, b["label"]), ("nll_loss", "reduction='sum'", "number of " "labels")),
     "chosen by a sum": (lambda p, b, x: torch.where(x.sum() > 0, x.sum(), 0.0), ("aten.gt",)),
-    "constant weight": (lambda p, b, x: fp.Mean(x.sum(), torch.ones(())), ("Mean.weight does not depend on the rows",)),
-    "root of the count": (lambda p, b, x: fp.Mean(x.sum(), torch.tensor(len(x) ** 0.5)), ("Mean.weight is the number",)),
+    "constant weight": (lambda p, b, x: fp.Mean(x.sum(), torch.ones(())), ("Mean.weight does not " "depend on the " "rows",)),
+    "root of the count": (lambda p, b, x: fp.Mean(x.sum(), torch.tensor(len(x) ** 0.5)), ("Mean.weight is the " "number",)),
     "norm as a weight": (lambda p, b, x: fp.Mean(x.sum(), b["x"].norm()), ("Mean.weight is a norm",)),
 }  # fmt: skip
 
@@ -287,17 +289,27 @@ def test_what_bags_need() -> None:
 
 def test_an_error_names_the_ways_out_that_fit() -> None:
     body = NEIGHBOURS["minus mean"][0]
-    with refused("a first fp.value_and_grad and pass it through batch", "fp.batch_statistic(fn)(x)"):
+    with refused(
+        "a first fp.value_and_grad and pass it through batch", "fp.batch_statistic(fn)(x)"
+    ):
         prove(body)
-    with refused("gather them (fp.all_gather(x, 'data'), fp.psum(x, 'data'))", "fp.batch_statistic(fn)(x)"):
+    with refused(
+        "gather them (fp.all_gather(x, 'data'), fp.psum(x, 'data'))", "fp.batch_statistic(fn)(x)"
+    ):
         prove(body, mesh=fp.Mesh(data=2))
 
 
 # ---- aux
 
 AUX: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "mean of a mean and a count": (lambda p, b, x: fp.Mean(x.mean(), count(b)), ("aux['a'].total is a mean",)),
-    "mean of a square": (lambda p, b, x: fp.Mean(x.sum().square(), count(b)), ("aux['a'].total", "aten.pow")),
+    "mean of a mean and a count": (
+        lambda p, b, x: fp.Mean(x.mean(), count(b)),
+        ("aux['a'].total is a mean",),
+    ),
+    "mean of a square": (
+        lambda p, b, x: fp.Mean(x.sum().square(), count(b)),
+        ("aux['a'].total", "aten.pow"),
+    ),
     "rows that met": (lambda p, b, x: fp.Rows(x - x.mean(0)), ("aux['a']", "aten.sub")),
     "rows along another dim": (lambda p, b, x: fp.Rows(x, 1), ("aux['a'], fp.Rows along dim 1",)),
     "rows of a value": (lambda p, b, x: fp.Rows(p["w"]), ("aux['a'], fp.Rows", "is an fp.Mean")),

@@ -1,4 +1,5 @@
-"""Rows that may meet: declared batch statistics, named axes, ready microbatches; in planned steps, beside one device."""
+"""Rows that may meet: declared batch statistics, named axes, ready microbatches; in planned steps,
+beside one device."""
 
 from __future__ import annotations
 
@@ -62,9 +63,17 @@ def centred(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_to_a_batch_statistic_each_part_is_a_batch_of_its_own(total: Callable) -> None:
     step, x = step_of(total), rand(N, D)
     pieces = fp.Microbatches(list(x.chunk(4)))
-    check(step, fp.data_parallel(fp.accumulated(step, microbatches=2), axis="data"), fp.Mesh(data=2), x, pieces)
+    check(
+        step,
+        fp.data_parallel(fp.accumulated(step, microbatches=2), axis="data"),
+        fp.Mesh(data=2),
+        x,
+        pieces,
+    )
     check(step, fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=1), x, pieces)
-    check(step, fp.data_parallel(step, axis="data"), fp.Mesh(data=1), x)  # one part: the batch of one device
+    check(
+        step, fp.data_parallel(step, axis="data"), fp.Mesh(data=1), x
+    )  # one part: the batch of one device
 
 
 def test_a_batch_statistic_is_declared_where_it_is_and_no_further() -> None:
@@ -105,7 +114,10 @@ def test_rows_meet_over_named_axes(total: Callable) -> None:
     step, x = step_of(total), rand(N, D)
     check(step, fp.data_parallel(step, axis="data"), fp.Mesh(data=2), x)
     check(
-        step, fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=1), axis="data"), fp.Mesh(pipe=1, data=4), x
+        step,
+        fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=1), axis="data"),
+        fp.Mesh(pipe=1, data=4),
+        x,
     )
 
 
@@ -117,10 +129,14 @@ def test_named_axes_do_not_join_microbatches(total: Callable) -> None:
 
 
 def test_only_what_joins_all_ranks_makes_rows_whole() -> None:
-    step = fp.data_parallel(step_of(lambda w, x: (fp.psum((x @ w).sum(0), "a") * x).sum()), axis=("a", "b"))
+    step = fp.data_parallel(
+        step_of(lambda w, x: (fp.psum((x @ w).sum(0), "a") * x).sum()), axis=("a", "b")
+    )
     with refused("aten.mul"):
         run(step, fp.Mesh(a=2, b=2), rand(N, D))
-    step = fp.data_parallel(step_of(lambda w, x: (fp.all_gather(x @ w, ("b", "a")) @ x.T).exp().sum()), axis=("a", "b"))
+    step = fp.data_parallel(
+        step_of(lambda w, x: (fp.all_gather(x @ w, ("b", "a")) @ x.T).exp().sum()), axis=("a", "b")
+    )
     with refused("all_gather"):
         run(step, fp.Mesh(a=2, b=2), rand(N, D))
 
@@ -130,13 +146,20 @@ def test_rows_of_a_ready_microbatch_may_meet_but_not_over_data_ranks() -> None:
     ready = fp.Microbatches([rand(4, D), rand(6, D, seed=2)])
     check(step, fp.accumulated(step, microbatches=None), fp.Mesh(), ready)
     with refused("mm"):
-        run(fp.data_parallel(fp.accumulated(step, microbatches=None), axis="data"), fp.Mesh(data=2), ready)
+        run(
+            fp.data_parallel(fp.accumulated(step, microbatches=None), axis="data"),
+            fp.Mesh(data=2),
+            ready,
+        )
 
 
 def test_two_transforms_that_split_along_two_dims() -> None:
     """Each is proven by itself."""
     x = rand(4, 6, D)
-    stacked = lambda total: fp.data_parallel(fp.accumulated(step_of(total), microbatches=2, dims=1), axis="data")  # noqa: E731
+
+    def stacked(total):
+        return fp.data_parallel(fp.accumulated(step_of(total), microbatches=2, dims=1), axis="data")
+
     run(stacked(lambda w, x: (x @ w).tanh().sum()), fp.Mesh(data=2), x)
     for dim in (0, 1):
         with refused("softmax", "at test_rows_planned.py"):

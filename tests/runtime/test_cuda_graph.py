@@ -1,4 +1,5 @@
-"""What a CUDA graph cannot hold, said before or after it was tried; what a step says that runs out of memory."""
+"""What a CUDA graph cannot hold, said before or after it was tried; what a step says that runs out
+of memory."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ import torch
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.runtime import spmd as spmd_
-from funcpipe._src.runtime.cuda_graph import MIXING, CapturedStep, HostOps, check_on_gpu, feeder, update
+from funcpipe._src.runtime.cuda_graph import (
+    MIXING,
+    CapturedStep,
+    HostOps,
+    check_on_gpu,
+    feeder,
+    update,
+)
 from funcpipe._src.runtime.mismatch_text import too_large
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.spmd import MOST_GRAPHS
@@ -24,7 +32,9 @@ from funcpipe.errors import StackError, TraceError
 
 
 def step(p: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    loss, grad = fp.value_and_grad(lambda p, x: fp.Mean((x @ p).sum(), torch.tensor(float(len(x)))))(p, x)
+    loss, grad = fp.value_and_grad(
+        lambda p, x: fp.Mean((x @ p).sum(), torch.tensor(float(len(x))))
+    )(p, x)
     return p - grad, {"loss": loss}
 
 
@@ -32,7 +42,9 @@ def step(p: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def test_leaves_elsewhere_are_refused() -> None:
-    with pytest.raises(TraceError, match=r"batch\['n'\] is a int: a CUDA graph would repeat its value for ever"):
+    with pytest.raises(
+        TraceError, match=r"batch\['n'\] is a int: a CUDA graph would repeat its value for ever"
+    ):
         check_on_gpu("batch", {"n": 3})
     with pytest.raises(TraceError, match=r"state\['x'\] is on the cpu.*move it there"):
         check_on_gpu("state", {"x": torch.ones(2)})
@@ -45,14 +57,26 @@ def test_leaves_elsewhere_are_refused() -> None:
             lambda x: float(x.sum()) > 0,
             r"aten\._local_scalar_dense\.default at test_cuda_graph.py:\d+ `.*` waits for a value",
         ),
-        (lambda x: x[x > 0], r"aten\.index\.Tensor at test_cuda_graph.py:\d+ `.*` waits for a value"),
-        (lambda x: x.nonzero(), r"aten\.nonzero\.default at test_cuda_graph.py:\d+ `.*` waits for a value"),
-        (lambda x: torch.equal(x, x), r"aten\.equal\.default at test_cuda_graph.py:\d+ `.*` waits for a value"),
+        (
+            lambda x: x[x > 0],
+            r"aten\.index\.Tensor at test_cuda_graph.py:\d+ `.*` waits for a value",
+        ),
+        (
+            lambda x: x.nonzero(),
+            r"aten\.nonzero\.default at test_cuda_graph.py:\d+ `.*` waits for a value",
+        ),
+        (
+            lambda x: torch.equal(x, x),
+            r"aten\.equal\.default at test_cuda_graph.py:\d+ `.*` waits for a value",
+        ),
         (
             lambda x: x.repeat_interleave(torch.tensor([1, 0, 2])),
             r"aten\.repeat_interleave\.Tensor at test_cuda_graph.py:\d+ `.*` waits for a value",
         ),
-        (lambda x: x.to("meta"), r"aten\._to_copy\.default at test_cuda_graph.py:\d+ `.*` copies between cpu and meta"),
+        (
+            lambda x: x.to("meta"),
+            r"aten\._to_copy\.default at test_cuda_graph.py:\d+ `.*` copies between cpu and meta",
+        ),
         (
             lambda x: torch.empty(3, device="meta").copy_(x),
             r"aten\.copy_\.default at test_cuda_graph.py:\d+ `.*` copies between cpu and meta",
@@ -64,8 +88,14 @@ def test_leaves_elsewhere_are_refused() -> None:
     ],
 )
 def test_what_cannot_be_captured_is_refused(body: Callable, found: str) -> None:
-    start, end = "the step cannot be captured into a CUDA graph: ", "return what the host wants to see as a metric"
-    with HostOps("cpu"), pytest.raises(TraceError, match=f"^{start}{found}.*{end}.*cuda_graph=False"):
+    start, end = (
+        "the step cannot be captured into a CUDA graph: ",
+        "return what the host wants to see as a metric",
+    )
+    with (
+        HostOps("cpu"),
+        pytest.raises(TraceError, match=f"^{start}{found}.*{end}.*cuda_graph=False"),
+    ):
         body(torch.arange(3.0))
 
 
@@ -135,7 +165,11 @@ def capture_once(problem: Exception) -> tuple[str, float]:
 @pytest.mark.parametrize(
     "problem, own, theirs",
     [
-        (TraceError("no host"), r"TraceError('no host')", "rank 1 failed to capture its step: no host"),
+        (
+            TraceError("no host"),
+            r"TraceError('no host')",
+            "rank 1 failed to capture its step: no host",
+        ),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
             "DeviceMemoryError('rank 1 is out of memory",
@@ -143,7 +177,9 @@ def capture_once(problem: Exception) -> tuple[str, float]:
         ),
     ],
 )
-def test_a_rank_that_cannot_capture_stops_no_other(problem: Exception, own: str, theirs: str) -> None:
+def test_a_rank_that_cannot_capture_stops_no_other(
+    problem: Exception, own: str, theirs: str
+) -> None:
     (said0, far0), (said1, far1) = fp.launch(capture_once, 2, problem, timeout=60)
     assert said0.startswith("MismatchError") and theirs in said0 and said1.startswith(own)
     assert far0 == far1 == 0
@@ -180,7 +216,11 @@ class Again(CapturedStep):
 def runner_of(step: Callable) -> Any:
     run = fp.spmd(fp.data_parallel(step, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30)
     run._cuda_graph = True
-    spmd_.CapturedStep, spmd_.pool_bytes, torch.cuda.synchronize = Again, lambda pool: 0, lambda: WAITED.append(True)  # type: ignore[misc, assignment]
+    spmd_.CapturedStep, spmd_.pool_bytes, torch.cuda.synchronize = (
+        Again,
+        lambda pool: 0,
+        lambda: WAITED.append(True),
+    )  # type: ignore[misc, assignment]
     return run
 
 
@@ -189,11 +229,15 @@ GIVEN_BACK: list[Again] = []
 
 
 def steps_of_all_kinds() -> tuple[float, list[str], list[int], int]:
-    """How far off the state is, what was said, how often graphs were waited for (the last time for a search outside of them), and how
+    """How far off the state is, what was said, how often graphs were waited for (the last time for
+    a search outside of them), and how
     many a new init gave back: two shapes in turn, with errors and a recording in between."""
     run, rank = runner_of(step), int(os.environ["RANK"])
     p, said, waited = torch.ones(3, 2, dtype=torch.float64), [], []
-    batches = [torch.randn(4 + 2 * (k % 2), 3, generator=torch.Generator().manual_seed(k)).double() for k in range(12)]
+    batches = [
+        torch.randn(4 + 2 * (k % 2), 3, generator=torch.Generator().manual_seed(k)).double()
+        for k in range(12)
+    ]
     state, want, far = run.init(lambda p: p, p, batches[0]), p, 0.0
     old = state
     for k, x in enumerate(batches):
@@ -209,7 +253,11 @@ def steps_of_all_kinds() -> tuple[float, list[str], list[int], int]:
             state, metrics = run(state, x)
         waited.append(len(WAITED))
         want, expected = step(want, x)
-        far = max(far, float((metrics["loss"] - expected["loss"]).abs()), float((state - want).abs().max()))
+        far = max(
+            far,
+            float((metrics["loss"] - expected["loss"]).abs()),
+            float((state - want).abs().max()),
+        )
     WAITED.clear()
     assert fp.find_nonfinite(run, state, batches[0]) is None
     waited.append(len(WAITED))
@@ -220,17 +268,25 @@ def steps_of_all_kinds() -> tuple[float, list[str], list[int], int]:
 
 
 def test_captured_steps_of_two_shapes_with_errors_in_between() -> None:
-    (far0, said0, waited0, back0), (far1, said1, waited1, back1) = fp.launch(steps_of_all_kinds, 2, timeout=60)
+    (far0, said0, waited0, back0), (far1, said1, waited1, back1) = fp.launch(
+        steps_of_all_kinds, 2, timeout=60
+    )
     assert far0 <= 1e-12 and far1 <= 1e-12
-    assert said0[0] == said1[0] and "batch is float64[4, 3] on rank 0 and float64[6, 3] on rank 1" in said0[0]
-    assert "rank 1 cannot use the state that it was given" in said0[1] and "updated it in place" in said1[1]
+    assert (
+        said0[0] == said1[0]
+        and "batch is float64[4, 3] on rank 0 and float64[6, 3] on rank 1" in said0[0]
+    )
+    assert (
+        "rank 1 cannot use the state that it was given" in said0[1]
+        and "updated it in place" in said1[1]
+    )
     assert waited0 == waited1 == [1, 1] + [0] * 7 + [1] + [0] * 2 + [1]
     assert back0 == back1 == 2
 
 
 def steps_with_other_numbers() -> tuple[float, list[bool], int, list[str]]:
-    """How far off the state is, which steps were replays, how many graphs are held, what was warned of: a rate that the step
-    reads and a factor that its loss reads take turns."""
+    """How far off the state is, which steps were replays, how many graphs are held, what was warned
+    of: a rate that the step reads and a factor that its loss reads take turns."""
     settings = types.SimpleNamespace(rate=0.1, factor=1.0)
 
     def scaled(p: torch.Tensor, x: torch.Tensor) -> fp.Mean:
@@ -246,7 +302,9 @@ def steps_with_other_numbers() -> tuple[float, list[bool], int, list[str]]:
     state, far, replayed = run.init(lambda p: p, want, x), 0.0, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for rate, factor in [(0.1, 1.0)] * 3 + [(0.2, 1.0)] * 3 + [(0.2, 2.0)] * 3 + [(0.1, 1.0)] * 2:
+        for rate, factor in (
+            [(0.1, 1.0)] * 3 + [(0.2, 1.0)] * 3 + [(0.2, 2.0)] * 3 + [(0.1, 1.0)] * 2
+        ):
             settings.rate, settings.factor = rate, factor
             graphs = {key: step.graph is not None for key, step in run._captured.items()}
             state, _ = run(state, x)
@@ -269,7 +327,8 @@ def test_a_graph_does_not_keep_an_old_number() -> None:
         assert replayed == [False, False, True] * 3 + [True, True]
         assert held <= 2 * MOST_GRAPHS
         assert said == [
-            "the step reads `settings.rate` from Python, which has changed 5 times, and each value makes another CUDA graph. "
+            "the step reads `settings.rate` from Python, which has changed 5 times, and each "
+            "value makes another CUDA graph. "
             "Pass it as a tensor in the batch or state"
         ]
 
@@ -305,7 +364,9 @@ def test_too_little_memory_says_what_the_plan_needs() -> None:
     state = run.init(lambda p: p, torch.ones(3, 2), x)
     rank = Rank(run.plan(state, x), run._ranks.communicators[0])
     text = too_large(rank, state, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
-    assert text.startswith("rank 0 is out of memory on cpu: beside its state of 24 B the plan predicts ")
+    assert text.startswith(
+        "rank 0 is out of memory on cpu: beside its state of 24 B the plan predicts "
+    )
     assert text.endswith("or checkpoint the blocks. CUDA out of memory. Tried")
 
 
@@ -324,6 +385,8 @@ def test_too_little_memory_for_a_copy_of_the_experts_for_every_token() -> None:
     rank = Rank(run.plan(state, x), run._ranks.communicators[0])
     text = too_large(rank, state, torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"))
     assert (
-        "192 B of a microbatch are copies of experts' weights, one for every token, as batched_mm makes them: use grouped "
-        'products (F.grouped_mm; in transformers config._experts_implementation = "grouped_mm"). CUDA out'
+        "192 B of a microbatch are copies of experts' weights, one for every token, as "
+        "batched_mm makes them: use grouped "
+        'products (F.grouped_mm; in transformers config._experts_implementation = "grouped_mm"). '
+        "CUDA out"
     ) in text

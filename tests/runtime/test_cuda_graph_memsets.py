@@ -35,14 +35,20 @@ class Driver:
         return self._some({b for a, b in self.edges if a == node}, count, "edge data")
 
     def cuGraphKernelNodeGetParams(self, node: str) -> tuple:
-        return (Result.CUDA_SUCCESS, f"like {node}") if node.startswith("fill") else (Result.CUDA_ERROR_INVALID_VALUE,)
+        return (
+            (Result.CUDA_SUCCESS, f"like {node}")
+            if node.startswith("fill")
+            else (Result.CUDA_ERROR_INVALID_VALUE,)
+        )
 
     def cuGraphAddKernelNode(self, graph: Any, ahead: list[str], count: int, params: str) -> tuple:
         assert len(ahead) == count
         self.edges |= {(a, params) for a in ahead}
         return Result.CUDA_SUCCESS, params
 
-    def cuGraphAddDependencies(self, graph: Any, a: list[str], b: list[str], data: None, count: int) -> tuple:
+    def cuGraphAddDependencies(
+        self, graph: Any, a: list[str], b: list[str], data: None, count: int
+    ) -> tuple:
         assert len(a) == len(b) == count
         self.edges |= set(zip(a, b, strict=True))
         return (Result.CUDA_SUCCESS,)
@@ -55,7 +61,9 @@ class Driver:
 def test_what_stood_before_and_behind_a_node_does_so_for_its_kernel() -> None:
     driver = Driver({("a", "m"), ("b", "m"), ("m", "c"), ("m", "d"), ("a", "d")})
     _replace(driver, "graph", "m", "fill")
-    assert driver.edges == {(x, "like fill") for x in "ab"} | {("like fill", x) for x in "cd"} | {("a", "d")}
+    assert driver.edges == {(x, "like fill") for x in "ab"} | {("like fill", x) for x in "cd"} | {
+        ("a", "d")
+    }
 
 
 def test_a_node_at_the_end() -> None:
@@ -70,7 +78,10 @@ def test_a_chain_from_its_first_node_on() -> None:
 
 def test_what_the_driver_refuses_is_said() -> None:
     driver = Driver({("a", "m")})
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE, while small memsets of a captured step became"):
+    with pytest.raises(
+        RuntimeError,
+        match="CUDA_ERROR_INVALID_VALUE, while small memsets of a captured step became",
+    ):
         _replace(driver, "graph", "m", "no kernel")
     assert driver.edges == {("a", "m")}
 

@@ -10,7 +10,18 @@ import torch
 from funcpipe.transforms import mixed_precision
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import D, batch, block, count, descend, keep, params, refused, same_bits, step_of
+from support.models import (
+    D,
+    batch,
+    block,
+    count,
+    descend,
+    keep,
+    params,
+    refused,
+    same_bits,
+    step_of,
+)
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
@@ -25,7 +36,8 @@ MICROBATCHES = 2
 
 
 class Spoil(torch.autograd.Function):
-    """The identity, of which rows with a mark become infinite: in the forward pass (1), or backward (-1)."""
+    """The identity, of which rows with a mark become infinite: in the forward pass (1), or backward
+    (-1)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mark: torch.Tensor) -> torch.Tensor:
@@ -55,7 +67,9 @@ def marked(*marks: tuple[int, int, int], rows: int = 8) -> dict[str, torch.Tenso
     return batch(rows) | {"mark": mark}
 
 
-def started(step: Callable, mesh: fp.Mesh, p: Any = None, b: Any = None, init: Callable = keep) -> tuple[Any, Any]:
+def started(
+    step: Callable, mesh: fp.Mesh, p: Any = None, b: Any = None, init: Callable = keep
+) -> tuple[Any, Any]:
     run = fp.simulate(step, mesh)
     return run, run.init(init, params(LAYERS) if p is None else p, marked() if b is None else b)
 
@@ -72,8 +86,12 @@ def test_nothing_where_all_is_finite() -> None:
     assert same_bits(state, before)
 
 
-@given(st.integers(0, 7), st.integers(0, LAYERS), st.sampled_from([1, -1]), st.booleans(), schedules())
-def test_it_names_unit_microbatch_and_rank(row: int, segment: int, sign: int, sharded: bool, schedule: Any) -> None:
+@given(
+    st.integers(0, 7), st.integers(0, LAYERS), st.sampled_from([1, -1]), st.booleans(), schedules()
+)
+def test_it_names_unit_microbatch_and_rank(
+    row: int, segment: int, sign: int, sharded: bool, schedule: Any
+) -> None:
     run, state = started(stacked(sharded, schedule=schedule), MESH)
     found = find_nonfinite(run, state, marked((row, segment, sign)))
     assert found is not None
@@ -99,12 +117,14 @@ def test_the_text() -> None:
     run, state = started(stacked(), MESH)
     text = str(find_nonfinite(run, state, marked((3, 3, 1))))
     assert text == (
-        "rank 2, value_and_grad 0, microbatch 1, unit F3: a value of the forward pass (div_3), a tensor of shape (2, 4) and dtype "
+        "rank 2, value_and_grad 0, microbatch 1, unit F3: a value of the forward pass (div_3), a "
+        "tensor of shape (2, 4) and dtype "
         "torch.float64 of which 4 of 8 are infinite; it comes from aten.div.Tensor"
     )
     text = str(find_nonfinite(run, state, marked((5, 0, -1))))
     assert text.startswith(
-        "rank 1, value_and_grad 0, microbatch 0, unit B0: the gradient of params['w'][0], a tensor of shape (4, 4) "
+        "rank 1, value_and_grad 0, microbatch 0, unit B0: the gradient of params['w'][0], a "
+        "tensor of shape (4, 4) "
     )
     assert text.endswith(" of 16; it comes from aten.div.Tensor") or text.endswith(
         "infinite; it comes from aten.div.Tensor"
@@ -120,7 +140,9 @@ def test_params_that_come_in(sharded: bool, bad: float) -> None:
     found = find_nonfinite(run, state, marked())
     assert found is not None
     assert found[:6] == ("params['w'][2]", 2, 0, None, None, None)
-    assert found.text.endswith(f"of which 1 of {8 if sharded else 16} is {'NaN' if bad != bad else 'infinite'}")
+    assert found.text.endswith(
+        f"of which 1 of {8 if sharded else 16} is {'NaN' if bad != bad else 'infinite'}"
+    )
 
 
 def test_a_batch_that_comes_in() -> None:
@@ -129,7 +151,8 @@ def test_a_batch_that_comes_in() -> None:
     b["x"][6] = torch.nan
     found = find_nonfinite(run, state, b)
     assert str(found) == (
-        "rank 1, value_and_grad 0, microbatch 1: batch['x'], a tensor of shape (2, 4) and dtype torch.float64 of which 4 of 8 "
+        "rank 1, value_and_grad 0, microbatch 1: batch['x'], a tensor of shape (2, 4) and dtype "
+        "torch.float64 of which 4 of 8 "
         "are NaN"
     )
 
@@ -146,7 +169,8 @@ def test_ready_microbatches() -> None:
 
 
 def test_a_mask_is_meant() -> None:
-    """Negative infinity, in the batch and in the loss function, is not named where there is something else."""
+    """Negative infinity, in the batch and in the loss function, is not named where there is
+    something else."""
 
     def masked(p: Any, b: Any) -> fp.Mean:
         x = fp.stage_boundary((b["x"] @ p["w"][0]).masked_fill(b["x"] > 0, -torch.inf) + b["mask"])
@@ -180,7 +204,9 @@ def test_sums_that_overflow() -> None:
     """Every part is finite: the sum over microbatches is not; or that over ranks."""
 
     def step(w: Any, b: Any) -> Any:
-        loss, grad = fp.value_and_grad(lambda p, b: fp.Mean((p * b).sum(), b.new_tensor(float(len(b)))))(w, b)
+        loss, grad = fp.value_and_grad(
+            lambda p, b: fp.Mean((p * b).sum(), b.new_tensor(float(len(b))))
+        )(w, b)
         return descend(w, grad), {"loss": loss}
 
     w, b = torch.ones(1, dtype=torch.float64), torch.full((2, 1), 1e308, dtype=torch.float64)
@@ -202,10 +228,19 @@ def test_outside_of_the_loss_function() -> None:
     def step(state: Any, b: Any) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(state["p"], b)
         new = descend(state["p"], grads)
-        root = tree.map(lambda r, p: r + 0 * (p + 100 * (b["mark"].sum() - 1)).sqrt(), state["root"], new)
+        root = tree.map(
+            lambda r, p: r + 0 * (p + 100 * (b["mark"].sum() - 1)).sqrt(), state["root"], new
+        )
         return {"p": new, "root": root, "best": state["best"], "n": 0}, {"loss": loss}
 
-    init = lambda p: {"p": p, "root": tree.map(torch.zeros_like, p), "best": torch.tensor(torch.inf), "n": 0}  # noqa: E731
+    def init(p):
+        return {
+            "p": p,
+            "root": tree.map(torch.zeros_like, p),
+            "best": torch.tensor(torch.inf),
+            "n": 0,
+        }
+
     step_ = fp.pipelined(step, axis="pipe", microbatches=2)
     good = marked()
     good["mark"][:, 0] = 2  # marks nothing
@@ -214,7 +249,8 @@ def test_outside_of_the_loss_function() -> None:
     found = find_nonfinite(run, state, marked())
     assert found is not None and found.call is None
     assert str(found) == (
-        "rank 0: state['root']['w'][0] after the step, a tensor of shape (4, 4) and dtype torch.float64 of which 16 of 16 are NaN"
+        "rank 0: state['root']['w'][0] after the step, a tensor of shape (4, 4) and dtype "
+        "torch.float64 of which 16 of 16 are NaN"
     )
 
 
@@ -223,14 +259,17 @@ def test_under_a_loss_scale() -> None:
     step = mixed_precision(stacked(), compute="float16")
     p = params(LAYERS, torch.float32)
     run, state = started(step, MESH, p)
-    assert find_nonfinite(run, [s._replace(scale=torch.tensor(1.0)) for s in state], marked()) is None
+    assert (
+        find_nonfinite(run, [s._replace(scale=torch.tensor(1.0)) for s in state], marked()) is None
+    )
     found = find_nonfinite(run, [s._replace(scale=torch.tensor(2.0**40)) for s in state], marked())
     assert found is not None and found.unit is not None and found.unit[0] == "B"
     p["w"][1][0, 0] = 1e6
     run, state = started(step, MESH, p)
     found = find_nonfinite(run, state, marked())
     assert str(found) == (
-        "rank 0, value_and_grad 0: params['w'][1], a tensor of shape (4, 4) and dtype torch.float16 of which 1 of 16 is infinite"
+        "rank 0, value_and_grad 0: params['w'][1], a tensor of shape (4, 4) and dtype "
+        "torch.float16 of which 1 of 16 is infinite"
     )
     run, state = started(fp.sharded_weights(step, axis="data"), MESH, p)
     found = find_nonfinite(run, state, marked())
@@ -249,7 +288,10 @@ def work() -> list[Nonfinite | None]:
     torch.set_num_threads(1)
     run = fp.spmd(stacked(), fp.Mesh(pipe=2, data=1), device="cpu", timeout=30)
     state = run.init(keep, params(LAYERS), marked())
-    found = [find_nonfinite(run, state, b) for b in (marked(), marked((5, 1, 1)), marked((5, 2, -1), rows=12))]
+    found = [
+        find_nonfinite(run, state, b)
+        for b in (marked(), marked((5, 1, 1)), marked((5, 2, -1), rows=12))
+    ]
     run(state, marked())
     run.close()
     return found

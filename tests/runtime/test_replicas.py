@@ -1,4 +1,5 @@
-"""Ranks that hold, are given or compute other values than the rest: the leaf, the op and the ranks are named.
+"""Ranks that hold, are given or compute other values than the rest: the leaf, the op and the ranks
+are named.
 
 Ranks are threads of this process; test_spmd.py has a sample in processes.
 """
@@ -42,7 +43,9 @@ def params() -> dict[str, Any]:
 
 def loss_fn(p: dict[str, Any], x: torch.Tensor) -> fp.Mean:
     x = fp.stage_boundary((x @ p["first"] @ p["tied"]).tanh())
-    return fp.Mean((x @ p["last"] @ p["tied"]).square().sum(), torch.tensor(float(len(x)), dtype=x.dtype))
+    return fp.Mean(
+        (x @ p["last"] @ p["tied"]).square().sum(), torch.tensor(float(len(x)), dtype=x.dtype)
+    )
 
 
 def step(state: Any, x: torch.Tensor) -> Any:
@@ -90,25 +93,36 @@ def test_sets_are_those_of_the_ranks_that_hold_the_same(name: str) -> None:
             same = [q for q in held if held[q] == how]
             assert place.copies(r, j) == len(same)
             leaves = [place.state_leaves(states[q], "")[j] for q in same]
-            assert all(torch.equal(x, leaves[0]) if torch.is_tensor(x) else x == leaves[0] for x in leaves), path
+            assert all(
+                torch.equal(x, leaves[0]) if torch.is_tensor(x) else x == leaves[0] for x in leaves
+            ), path
 
 
 @pytest.mark.parametrize(
     "name, rank, leaf, odd, rest",
     [
         ("replicated", 1, "first", "rank 1", "rank 0"),  # ranks 2 and 3 do not hold it
-        ("replicated", 2, "last", "rank 3", "rank 2"),  # of two equally large parties the lowest rank's is right
+        (
+            "replicated",
+            2,
+            "last",
+            "rank 3",
+            "rank 2",
+        ),  # of two equally large parties the lowest rank's is right
         ("replicated", 2, "tied", "rank 2", "ranks 0, 1 and 3"),
         ("sharded", 3, "tied", "rank 3", "rank 1"),  # the second shard
     ],
 )
-def test_a_leaf_of_one_rank_that_differs(name: str, rank: int, leaf: str, odd: str, rest: str) -> None:
+def test_a_leaf_of_one_rank_that_differs(
+    name: str, rank: int, leaf: str, odd: str, rest: str
+) -> None:
     run, states = made(name)
     states[rank]["params"][leaf].view(-1)[-1] += 1e-12
     text = told(run, states)
     assert text is not None
     assert text.startswith(
-        f"state['params']['{leaf}'] is not the same on {odd} as on {rest}: copies of a leaf have to be"
+        f"state['params']['{leaf}'] is not the same on {odd} as on {rest}: copies of a leaf have "
+        "to be"
     )
 
 
@@ -125,18 +139,24 @@ def test_several_leaves_zero_dims_and_what_is_no_tensor() -> None:
     states[3]["text"] = "b"
     text = told(run, states)
     assert text is not None
-    assert text.startswith("state['n'] (and 1 more leaf) is not the same on rank 3 as on ranks 0, 1 and 2: ")
+    assert text.startswith(
+        "state['n'] (and 1 more leaf) is not the same on rank 3 as on ranks 0, 1 and 2: "
+    )
 
 
 def test_an_init_state_that_differs_between_ranks() -> None:
     run = fp.simulate(fp.compose(*STACKS["replicated"])(step), MESH)
-    with pytest.raises(MismatchError, match=r"state\['n'\] is not the same on ranks 1, 2 and 3 as on rank 0:"):
+    with pytest.raises(
+        MismatchError, match=r"state\['n'\] is not the same on ranks 1, 2 and 3 as on rank 0:"
+    ):
         run.init(lambda p: start(p) | {"n": torch.rand(())}, params(), X)
 
 
 @pytest.mark.parametrize("every", [0, True, 2.0, "2"])
 def test_how_often_to_compare(every: Any) -> None:
-    with pytest.raises(StackError, match=f"check_every={every!r}; give a number of steps, 1 or more"):
+    with pytest.raises(
+        StackError, match=f"check_every={every!r}; give a number of steps, 1 or more"
+    ):
         fp.spmd(fp.compose(*STACKS["replicated"])(step), MESH, check_every=every)
 
 
@@ -167,7 +187,8 @@ def test_params_that_differ() -> None:
 
     for text in watched(body):
         assert text.startswith(
-            "params['first'] (and 1 more leaf) is not the same on ranks 1 and 3 as on ranks 0 and 2: every rank "
+            "params['first'] (and 1 more leaf) is not the same on ranks 1 and 3 as on ranks 0 "
+            "and 2: every rank "
             "passes run.init the same params. Draw them from one seed"
         )
 
@@ -178,7 +199,8 @@ def test_a_batch_that_differs() -> None:
 
     for text in watched(body):
         assert text.startswith(
-            "batch['x'] is not the same on rank 3 as on ranks 0, 1 and 2: every rank passes the same global"
+            "batch['x'] is not the same on rank 3 as on ranks 0, 1 and 2: every rank passes the "
+            "same global"
         )
         assert "batch='local'" in text
 
@@ -221,7 +243,10 @@ def test_rows_of_a_rank() -> None:
         watch.given({}, [], {"x": X, "n": torch.ones(()) + (rank == 1)})
 
     assert watched(rows, local=True) == ["nothing"] * 4
-    told = "batch['x'] is not the same on rank 2 as on rank 0: ranks of one pipeline or one sequence pass the same rows"
+    told = (
+        "batch['x'] is not the same on rank 2 as on rank 0: ranks of one pipeline or one "
+        "sequence pass the same rows"
+    )
     assert all(text.startswith(told) for text in watched(other_rows, local=True))
     told = "batch['n'] is not the same on rank 1 as on ranks 0, 2 and 3: "
     assert all(text.startswith(told) for text in watched(other_number, local=True))
@@ -239,9 +264,12 @@ def lazy(seed: int = 0, scale: float = 1.0, table: float = 0.5) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "options, leaves", [({}, ""), ({"seed": 1}, "ab"), ({"scale": 2.0}, "ab"), ({"table": 0.25}, "c")]
+    "options, leaves",
+    [({}, ""), ({"seed": 1}, "ab"), ({"scale": 2.0}, "ab"), ({"table": 0.25}, "c")],
 )
-def test_params_from_a_key_are_told_apart_by_what_makes_them(options: dict[str, Any], leaves: str) -> None:
+def test_params_from_a_key_are_told_apart_by_what_makes_them(
+    options: dict[str, Any], leaves: str
+) -> None:
     pairs = zip("abcd", lazy(), lazy(**options), strict=True)
     assert "".join(name for name, a, b in pairs if a != b) == leaves
 
@@ -299,18 +327,26 @@ def test_another_python_value_of_an_update_is_another_op(first: Any, other: Any)
 
 def test_the_text_has_both_values_and_the_line() -> None:
     text = other_step(ops(descend(0.1)), ops(descend(0.2)), 2, [0, 1])
-    assert "`return lambda p, grads: optree.tree_map(lambda w, g: w - rate * g, p, grads)` computes " in text
     assert (
-        "`aten.mul.Tensor(params['first'], 0.1)` on rank 2 and `aten.mul.Tensor(params['first'], 0.2)` on ranks 0 and 1"
+        "`return lambda p, grads: optree.tree_map(lambda w, g: w - rate * g, p, grads)` computes "
         in text
+    )
+    assert (
+        "`aten.mul.Tensor(params['first'], 0.1)` on rank 2 and `aten.mul.Tensor(params['first'], "
+        "0.2)` on ranks 0 and 1" in text
     )
 
 
 def test_the_order_of_leaves_and_values_that_no_op_takes_do_not_matter() -> None:
     def in_order(names: str, printed: int) -> Any:
-        return lambda p, grads: {k: p[k] - 0.1 * grads[k] for k in names.split()} if printed >= 0 else p
+        return lambda p, grads: (
+            {k: p[k] - 0.1 * grads[k] for k in names.split()} if printed >= 0 else p
+        )
 
-    texts = [[op for op, _ in ops(in_order(*x))] for x in [("first last tied", 0), ("tied first last", 1)]]
+    texts = [
+        [op for op, _ in ops(in_order(*x))]
+        for x in [("first last tied", 0), ("tied first last", 1)]
+    ]
     assert texts[0] == texts[1]
 
 

@@ -1,6 +1,8 @@
-"""Real processes: what they compute is what the simulation computes, and a failure of one is an error of all.
+"""Real processes: what they compute is what the simulation computes, and a failure of one is an
+error of all.
 
-The processes of a mesh size are started once; each runs every case and every check, and hands back what it saw.
+The processes of a mesh size are started once; each runs every case and every check, and hands back
+what it saw.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from funcpipe.errors import MismatchError, RankError
 from funcpipe.optim import adamw, statistics
 from funcpipe.testing import Layer, Model, RandomTable, assert_equivalent
 
-# Sums over microbatches, stages and shards are taken in another order than on one device: see test_equivalence.py.
+# Sums over microbatches, stages and shards are taken in another order than on one device: see
+# test_equivalence.py.
 FLOAT64 = 1e-12
 # Seconds in which every rank must have stopped when one of them fails; one second is usual.
 SOON = 10.0
 
 PLAIN = Model(tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(4)))
-# A leaf in three places, the first and the last among them, a skip over two stages, masks and ids through boundaries.
+# A leaf in three places, the first and the last among them, a skip over two stages, masks and ids
+# through boundaries.
 TIED = Model(
     (
         (Layer("linear", (0, 0)),),
@@ -52,7 +56,9 @@ def training(model: Model) -> tuple[Callable, Callable]:
     def step(state: dict[str, Any], batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(state["params"], batch)
         grads, norm = fp.clip_by_global_norm(grads, 0.5)
-        norms = optree.tree_map(lambda _, n: n / 2, grads, statistics(grads).norm)  # of held leaves alone
+        norms = optree.tree_map(
+            lambda _, n: n / 2, grads, statistics(grads).norm
+        )  # of held leaves alone
         params, opt = OPTIMIZER.update(grads, state["opt"], state["params"])
         metrics = {"loss": out, "norm": norm, "norms": norms}
         return {"params": params, "opt": opt, "n": state["n"] + 1}, metrics
@@ -70,12 +76,20 @@ DATA = fp.data_parallel(axis="data")
 CASES: dict[str, tuple[Model, fp.Mesh, tuple[Callable, ...]]] = {
     "pipe=2": (PLAIN, fp.Mesh(pipe=2), (pipe(),)),
     "pipe=2 tied zb": (TIED, fp.Mesh(pipe=2), (pipe(schedule=fp.schedules.zb_h1()),)),
-    "pipe=2 tied, two stages a rank": (TIED, fp.Mesh(pipe=2), (pipe(schedule=fp.schedules.interleaved_1f1b(2)),)),
+    "pipe=2 tied, two stages a rank": (
+        TIED,
+        fp.Mesh(pipe=2),
+        (pipe(schedule=fp.schedules.interleaved_1f1b(2)),),
+    ),
     "data=2 accumulated": (TIED, fp.Mesh(data=2), (DATA, fp.accumulated(microbatches=2))),
     "pipe=4 tied": (TIED, fp.Mesh(pipe=4), (pipe(),)),
     "pipe=4 random table": (TIED, fp.Mesh(pipe=4), (pipe(schedule=RandomTable(seed=5)),)),
     "pipe=2 data=2 tied": (TIED, fp.Mesh(pipe=2, data=2), (pipe(2), DATA)),
-    "pipe=2 data=2 sharded": (TIED, fp.Mesh(pipe=2, data=2), (pipe(2), DATA, fp.sharded_weights(axis="data"))),
+    "pipe=2 data=2 sharded": (
+        TIED,
+        fp.Mesh(pipe=2, data=2),
+        (pipe(2), DATA, fp.sharded_weights(axis="data")),
+    ),
 }
 
 
@@ -93,7 +107,8 @@ def prepared(name: str) -> tuple[Callable, Callable, Callable, Any, list[Any]]:
 
 
 def run_case(name: str, start: Callable) -> tuple[list, list, Any, Any]:
-    """Three steps. Returns (rank, loss, grads) of every ``value_and_grad``, metrics, state and full state."""
+    """Three steps. Returns (rank, loss, grads) of every ``value_and_grad``, metrics, state and full
+    state."""
     _, transformed, init_state, params, batches = prepared(name)
     run = start(transformed, CASES[name][1])
     state, metrics = run.init(init_state, params, batches[0]), []
@@ -119,7 +134,8 @@ def equal(a: Any, b: Any) -> bool:
     return optree.tree_all(optree.tree_map(same, a, b))
 
 
-# ---- failures: each has a runner of its own; what is kept is the error of this rank and how long it took
+# ---- failures: each has a runner of its own; what is kept is the error of this rank and how long
+# it took
 
 Outcome = tuple[str, str, float]
 INIT = training(PLAIN)[1], PLAIN.init(), PLAIN.batch(0, 4)
@@ -159,7 +175,9 @@ def other_params(size: int) -> Outcome:
 
 
 def other_schedule(size: int) -> Outcome:
-    run = runner(size, schedule=fp.schedules.gpipe() if is_last(size) else fp.schedules.one_f_one_b())
+    run = runner(
+        size, schedule=fp.schedules.gpipe() if is_last(size) else fp.schedules.one_f_one_b()
+    )
     return outcome(lambda: run.init(*INIT))
 
 
@@ -194,7 +212,8 @@ def no_plan(size: int) -> Outcome:
 
 
 def raises(size: int, where: str) -> Outcome:
-    """The last rank's step raises: while its neighbours wait for its messages, or for its part of a norm."""
+    """The last rank's step raises: while its neighbours wait for its messages, or for its part of a
+    norm."""
     inner, armed = training(PLAIN)[0], []
 
     def step(state: Any, batch: Any) -> Any:
@@ -212,7 +231,8 @@ def raises(size: int, where: str) -> Outcome:
 
 
 def donated(size: int) -> tuple[tuple[Outcome, Outcome], Outcome, bool, bool]:
-    """Old states are used again, by a runner that has updated them in place and by one that has not."""
+    """Old states are used again, by a runner that has updated them in place and by one that has
+    not."""
     run = runner(size)
     first = run.init(*INIT)
     second, _ = run(first, INIT[2])
@@ -220,10 +240,15 @@ def donated(size: int) -> tuple[tuple[Outcome, Outcome], Outcome, bool, bool]:
     third, _ = run(second, INIT[2])
     in_place = [x.data_ptr() for x in optree.tree_leaves(third["opt"].m)] == where
     placed = run.place(run.unplace(third))  # leaves the newest state valid
-    refused = outcome(lambda: run(second if is_last(size) else third, INIT[2])), outcome(lambda: run.unplace(second))
+    refused = (
+        outcome(lambda: run(second if is_last(size) else third, INIT[2])),
+        outcome(lambda: run.unplace(second)),
+    )
     run(third, INIT[2])  # and goes on
     run(placed, INIT[2])
-    pure = fp.spmd(pipe()(training(PLAIN)[0]), fp.Mesh(pipe=size), device="cpu", timeout=30, donate=False)
+    pure = fp.spmd(
+        pipe()(training(PLAIN)[0]), fp.Mesh(pipe=size), device="cpu", timeout=30, donate=False
+    )
     one, _ = pure(pure.init(*INIT), INIT[2])
     return refused, outcome(lambda: runs_alike(pure, one)), in_place, runs_alike(pure, one)
 
@@ -233,13 +258,16 @@ def runs_alike(run: Any, state: Any) -> bool:
 
 
 def carried(size: int, start: Callable) -> Any:
-    """A param travels through boundaries, as it is: what a message holds must not change when the step updates the param."""
+    """A param travels through boundaries, as it is: what a message holds must not change when the
+    step updates the param."""
 
     def loss_fn(p: Any, x: torch.Tensor) -> fp.Mean:
         carry = (x @ p["w"], p["w"])
         for k in range(size):
             carry = fp.stage_boundary((torch.tanh(carry[0] @ p[f"w{k}"]), carry[1]))
-        return fp.Mean((carry[0] @ carry[1]).square().sum(), torch.tensor(float(len(x)), dtype=x.dtype))
+        return fp.Mean(
+            (carry[0] @ carry[1]).square().sum(), torch.tensor(float(len(x)), dtype=x.dtype)
+        )
 
     def step(state: Any, x: torch.Tensor) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(state[0], x)
@@ -259,8 +287,8 @@ def carried(size: int, start: Callable) -> Any:
 
 
 def other_values(size: int) -> dict[str, Outcome]:
-    """The last rank has params of another seed, another learning rate, another batch, and leaves that drift. The runner goes
-    on after each."""
+    """The last rank has params of another seed, another learning rate, another batch, and leaves
+    that drift. The runner goes on after each."""
     _, params, batch = INIT
     last, out = is_last(size), {}
 
@@ -303,7 +331,9 @@ def work(size: int) -> dict[str, Any]:
     """What every process runs, apart from the slow cases."""
     out: dict[str, Any] = run_cases(PLAIN_CASES if size == 2 else [])
     step, transformed, *rest = prepared(f"pipe={size}" + " tied" * (size > 2))
-    out["report"] = assert_equivalent(step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd)
+    out["report"] = assert_equivalent(
+        step, transformed, fp.Mesh(pipe=size), *rest, rtol=FLOAT64, runner=spmd
+    )
     out["carried"] = carried(size, spmd)
     for check in (
         other_rows,
@@ -328,7 +358,9 @@ def ran(size: int) -> list[dict[str, Any]]:
 @functools.cache
 def ran_slowly(size: int) -> list[dict[str, Any]]:
     """What every one of so many ranks saw in the other cases."""
-    names = [name for name, case in CASES.items() if case[1].size == size and name not in PLAIN_CASES]
+    names = [
+        name for name, case in CASES.items() if case[1].size == size and name not in PLAIN_CASES
+    ]
     return fp.launch(run_cases, size, names, timeout=240)
 
 
@@ -336,7 +368,9 @@ def case_marks(name: str) -> list[pytest.MarkDecorator]:
     return [] if name in PLAIN_CASES else [pytest.mark.slow]
 
 
-SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)])
+SIZES = pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)]
+)
 
 
 # ---- tests
@@ -361,7 +395,9 @@ def test_the_simulation_computes_what_one_device_computes(name: str) -> None:
 
 @SIZES
 def test_assert_equivalent_in_processes(size: int) -> None:
-    assert all(result["report"].error <= FLOAT64 and result["report"].compared for result in ran(size))
+    assert all(
+        result["report"].error <= FLOAT64 and result["report"].compared for result in ran(size)
+    )
 
 
 def raised(outcome: Outcome) -> tuple[str, str]:
@@ -377,22 +413,34 @@ def test_ranks_that_do_not_agree(size: int) -> None:
     for result in ran(size):
         assert raised(result["other_rows"]) == (
             MismatchError.__name__,
-            f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank passes the same global "
+            f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank "
+            "passes the same global "
             "batch and params",
         )
         assert raised(result["other_params"]) == (
             MismatchError.__name__,
-            f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}: every rank passes the same "
+            f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}: every "
+            "rank passes the same "
             "global batch and params",
         )
         kind, text = raised(result["other_backend"])
-        assert kind == MismatchError.__name__ and "backend='eager'" in text and "backend='inductor'" in text
+        assert (
+            kind == MismatchError.__name__
+            and "backend='eager'" in text
+            and "backend='inductor'" in text
+        )
         assert "all ranks run the same calls in the same order" in text
         kind, text = raised(result["other_precision"])
-        assert kind == MismatchError.__name__ and "in the precision of products" in text and "bfloat16 False" in text
+        assert (
+            kind == MismatchError.__name__
+            and "in the precision of products" in text
+            and "bfloat16 False" in text
+        )
         kind, text = raised(result["other_schedule"])
         assert kind == MismatchError.__name__
-        assert text.startswith(f"rank {last} has planned another program than rank 0 for the same shapes")
+        assert text.startswith(
+            f"rank {last} has planned another program than rank 0 for the same shapes"
+        )
         assert "in the schedule of value_and_grad 0" in text
 
 
@@ -407,7 +455,10 @@ def test_ranks_whose_values_differ(size: int) -> None:
         assert {kind for kind, _ in found.values()} == {"MismatchError"}
         for name in ("rate", "later rate"):
             text = found[name][1]
-            assert text.startswith("the step at test_spmd.py:") and f", 0.2)` on rank {size - 1}" in text
+            assert (
+                text.startswith("the step at test_spmd.py:")
+                and f", 0.2)` on rank {size - 1}" in text
+            )
             assert ", 0.1)` on rank 0" in text and "the same learning rate" in text
         assert found["seed"][1].startswith(f"params['embed'] {here}")
         assert found["batch"][1].startswith(f"batch['ids'] {here}")
@@ -420,12 +471,18 @@ def test_old_states(size: int) -> None:
     for rank, result in enumerate(ran(size)):
         (by_one, by_all), kept, in_place, alike = result["donated"]
         kind, text = raised(by_all)
-        assert kind == "StateError" and "was given to an earlier step, which has updated it in place" in text
+        assert (
+            kind == "StateError"
+            and "was given to an earlier step, which has updated it in place" in text
+        )
         if rank == size - 1:
             assert raised(by_one) == (kind, text)
         else:
             assert raised(by_one)[0] == "MismatchError"
-            assert f"rank {size - 1} cannot use the state that it was given: state" in raised(by_one)[1]
+            assert (
+                f"rank {size - 1} cannot use the state that it was given: state"
+                in raised(by_one)[1]
+            )
         assert in_place and alike and raised(kept) == ("no error", "")
 
 
@@ -441,4 +498,6 @@ def test_a_rank_that_raises(size: int, where: str) -> None:
     """It raises its own error; all others one that names it."""
     *others, last = [raised(result[where]) for result in ran(size)]
     assert last == ("ValueError", "boom")
-    assert others == [(RankError.__name__, f"rank {size - 1} failed: ValueError: boom")] * (size - 1)
+    assert others == [(RankError.__name__, f"rank {size - 1} failed: ValueError: boom")] * (
+        size - 1
+    )

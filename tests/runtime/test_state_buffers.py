@@ -1,5 +1,5 @@
-"""Steps that take over the memory of their state: as a CUDA graph does, whose step runs again here where it would be replayed on a
-GPU, and as other steps do, one at a time."""
+"""Steps that take over the memory of their state: as a CUDA graph does, whose step runs again here
+where it would be replayed on a GPU, and as other steps do, one at a time."""
 
 from __future__ import annotations
 
@@ -164,7 +164,8 @@ def test_memory_stays_where_it_is(kind: type) -> None:
 
 
 def test_a_name_that_is_turned_or_emptied_names_nothing_else_later() -> None:
-    """What a user does to a leaf that a step returned does not show in the leaves of later steps."""
+    """What a user does to a leaf that a step returned does not show in the leaves of later
+    steps."""
     steps, want = Again(plain, init_state, params(), batch()), init_state(params())
     state = steps.first
     for k in range(5):
@@ -179,11 +180,14 @@ def test_a_name_that_is_turned_or_emptied_names_nothing_else_later() -> None:
 
 
 def test_a_state_that_was_taken_apart_and_put_together_is_the_last_one() -> None:
-    """Whatever it is made of, as long as the same leaves are where they were; elsewhere they are copied."""
+    """Whatever it is made of, as long as the same leaves are where they were; elsewhere they are
+    copied."""
     steps, want = Again(plain, init_state, params(), batch()), init_state(params())
     state, _ = steps(steps.first, batch())
     assert steps.home.read(State(dict(reversed(state.params.items())), state.opt)).last
-    assert not steps.home.read(state._replace(params=state.params | {"a": state.params["a"].clone()})).last
+    assert not steps.home.read(
+        state._replace(params=state.params | {"a": state.params["a"].clone()})
+    ).last
     with pytest.raises(StateError, match="another structure than when the step was captured"):
         steps(state._replace(more=torch.ones(2)), batch())
     for _ in range(2):
@@ -260,13 +264,16 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
 
 def test_a_state_of_another_structure_is_refused_where_the_home_moves() -> None:
     moving = Moving(plain, init_state, params(), batch())
-    with pytest.raises(StateError, match="step: the state has another structure than init_state made"):
+    with pytest.raises(
+        StateError, match="step: the state has another structure than init_state made"
+    ):
         moving(State(moving.first.params, ()), batch())
     moving(moving.first, batch())
 
 
 def test_only_names_are_kept_where_the_home_moves() -> None:
-    """So that there is memory for another state, such as one of a checkpoint, when the user lets go of this one."""
+    """So that there is memory for another state, such as one of a checkpoint, when the user lets go
+    of this one."""
     moving = Moving(plain, init_state, params(), batch())
     state, _ = moving(moving.first, batch())
     moving.first, held = None, [weakref.ref(x) for x in tree.leaves(state)]
@@ -342,7 +349,8 @@ def test_another_structure_is_refused() -> None:
     with pytest.raises(StateError, match="another structure than when the step was captured"):
         home.enter(home.read({"y": torch.ones(2)}))
     with pytest.raises(
-        StateError, match=r"state\['x'\] is a tensor of shape \(3,\).*captured with a tensor of shape \(2,\)"
+        StateError,
+        match=r"state\['x'\] is a tensor of shape \(3,\).*captured with a tensor of shape \(2,\)",
     ):
         home.enter(home.read({"x": torch.ones(3)}))
     with pytest.raises(StateError, match=r"state\['x'\] is a float"):
@@ -404,7 +412,9 @@ def two_optimizers(fail: Callable[[], None]) -> Callable:
         a, opt = ADAMW.update({"a": grads["a"]}, state.opt, {"a": state.params["a"]})
         fail()
         rest = [name for name in state.params if name != "a"]
-        b, more = ADAMW.update({k: grads[k] for k in rest}, state.more, {k: state.params[k] for k in rest})
+        b, more = ADAMW.update(
+            {k: grads[k] for k in rest}, state.more, {k: state.params[k] for k in rest}
+        )
         fail()
         return State({**a, **b}, opt, more), {"loss": loss}
 
@@ -432,8 +442,9 @@ class Failing:
 @pytest.mark.parametrize("kind", [Moving, Again])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
-    """By the same runner and by a new one, also as params and as a single-device state. What was not written to stays; a home
-    whose leaves stay where they are does not know, once a step has been run."""
+    """By the same runner and by a new one, also as params and as a single-device state. What was
+    not written to stays; a home whose leaves stay where they are does not know, once a step has
+    been run."""
     fail = Failing()
     steps = kind(two_optimizers(fail), init_two, params(), batch())
     state, _ = steps(steps.first, batch())
@@ -454,8 +465,15 @@ def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
     if not kept:
         run = fp.simulate(fp.accumulated(two_optimizers(fail), microbatches=2), fp.Mesh())
         run.init(init_two, params(), batch())
-        for use in (lambda: run([state], batch()), lambda: run.place(state), lambda: run.unplace([state])):
-            with pytest.raises(StateError, match=r"state.*\.params\['a'\] .* is used up \(half, if that step failed\)"):
+        for use in (
+            lambda: run([state], batch()),
+            lambda: run.place(state),
+            lambda: run.unplace([state]),
+        ):
+            with pytest.raises(
+                StateError,
+                match=r"state.*\.params\['a'\] .* is used up \(half, if that step failed\)",
+            ):
                 use()
         with pytest.raises(StateError, match=r"params\['a'\] .* is used up"):
             run.init(init_two, state.params, batch())

@@ -14,7 +14,9 @@ from funcpipe.errors import ScheduleError
 _number = st.integers(0, 999)
 actions = st.one_of(
     st.builds(Action, st.sampled_from(COMPUTE), _number, _number, st.none() | _number, st.none()),
-    st.builds(Action, st.sampled_from(COMMUNICATE), _number, _number, st.none(), st.none() | _number),
+    st.builds(
+        Action, st.sampled_from(COMMUNICATE), _number, _number, st.none(), st.none() | _number
+    ),
 )
 
 
@@ -24,11 +26,15 @@ def test_text_reads_back(action: Action) -> None:
     assert Action.parse(f" {action} ") == action
 
 
-@pytest.mark.parametrize("text", ["", "F0", "0F", "0X1", "0SENDF1", "0F1 0F2", "-1F0", "0F1>", "1.0F2"])
+@pytest.mark.parametrize(
+    "text", ["", "F0", "0F", "0X1", "0SENDF1", "0F1 0F2", "-1F0", "0F1>", "1.0F2"]
+)
 def test_text_that_is_none(text: str) -> None:
     with pytest.raises(ScheduleError) as caught:
         Action.parse(text)
-    assert str(caught.value) == (f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'")
+    assert str(caught.value) == (
+        f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'"
+    )
 
 
 def test_schedule_knows_what_it_is() -> None:

@@ -1,4 +1,5 @@
-"""``pipelined(schedule="auto")`` measures the units before it chooses, and is still equal to one device."""
+"""``pipelined(schedule="auto")`` measures the units before it chooses, and is still equal to one
+device."""
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_auto_by_flops_measures_nothing(params, monkeypatch):
 
 
 def test_captured_units_are_timed_on_several_sets_of_tensors(params, monkeypatch):
-    """No two sets of a unit share a tensor that is not of the batch, so that none is in a cache from the run before."""
+    """No two sets of a unit share a tensor that is not of the batch, so that none is in a cache
+    from the run before."""
     sets: list[set[int]] = []
     ready, make, counts = profile._ready, profile._input, []
 

@@ -1,4 +1,5 @@
-"""The checker: the whole text of every rejection, what it reports, and that it accepts the library."""
+"""The checker: the whole text of every rejection, what it reports, and that it accepts the
+library."""
 
 from __future__ import annotations
 
@@ -226,8 +227,14 @@ def _with(**changes) -> Schedule:
 @pytest.mark.parametrize(
     ("schedule", "text"),
     [
-        (_with(placement=(0, 2)), "mine: stage 1 is placed on rank 2, but the table has ranks 0 to 1"),
-        (_with(placement=(0, 0)), "mine: rank 1 holds no stage; use fewer ranks or place a stage there"),
+        (
+            _with(placement=(0, 2)),
+            "mine: stage 1 is placed on rank 2, but the table has ranks 0 to 1",
+        ),
+        (
+            _with(placement=(0, 0)),
+            "mine: rank 1 holds no stage; use fewer ranks or place a stage there",
+        ),
         (_with(placement=(0,), ranks=((Action("F", 1, 0),),)), "1F0 names stage 1 of 1"),
         (_with(placement=(0,), ranks=((Action("F", 0, 7),),)), "0F7 names microbatch 7 of 1"),
         (_with(placement=(0,), ranks=((Action("F", 0, 0, 2),),)), "0F0.2 names a segment"),
@@ -268,7 +275,12 @@ def test_shortest_circle() -> None:
 
 def test_report() -> None:
     report = check(table("0F0 0F1 0I0 0I1 0W0.0 0W0.1 0W1"))
-    assert (report.peak_live, report.peak_waiting, report.messages, report.actions) == ((2,), (2,), 0, 7)
+    assert (report.peak_live, report.peak_waiting, report.messages, report.actions) == (
+        (2,),
+        (2,),
+        0,
+        7,
+    )
     assert check(table("0F0 0F1", "1F0 1F1")).peak_live == (1, 1)
 
 

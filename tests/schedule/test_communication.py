@@ -1,4 +1,5 @@
-"""Transfers: one message for each rank that reads, sent when made, received when first read, in order."""
+"""Transfers: one message for each rank that reads, sent when made, received when first read, in
+order."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def test_chain() -> None:
 
 
 def test_one_message_for_two_stages_of_a_rank() -> None:
-    """Stages 1 and 3 on rank 1 read the same values: they are sent once, to the stage that runs first."""
+    """Stages 1 and 3 on rank 1 read the same values: they are sent once, to the stage that runs
+    first."""
     edges = chain(4) | {(("F", 0), ("F", 3))}
     assert inserted(edges, "0F0 2F0", "1F0 3F0") == [
         "0F0 0SEND_F0>1 2RECV_F0<1 2F0 2SEND_F0>3",
@@ -78,14 +80,16 @@ def test_every_message_that_is_needed_and_no_other(data: st.DataObject) -> None:
         (unit, schedule.placement[stage])
         for unit in done - {None}
         for kind, stage in readers(edges).get(unit[:2], ())
-        if (kind, stage, unit[2]) in done and schedule.placement[stage] != schedule.placement[unit[1]]
+        if (kind, stage, unit[2]) in done
+        and schedule.placement[stage] != schedule.placement[unit[1]]
     }
     assert check(full, edges).messages == len(needed)
 
 
 @given(st.data())
 def test_received_when_read_and_sent_when_made(data: st.DataObject) -> None:
-    """The last receive of a channel before an action is read by that action; sends follow their maker."""
+    """The last receive of a channel before an action is read by that action; sends follow their
+    maker."""
     schedule = data.draw(library(ranks=6, microbatches=8))
     edges = data.draw(edges_for(schedule.stages))
     for row in insert_communication(schedule, edges).ranks:

@@ -1,4 +1,5 @@
-"""Every schedule gives GPipe's gradients, bit by bit: on random models, cuts and orders, in a simulated pipeline."""
+"""Every schedule gives GPipe's gradients, bit by bit: on random models, cuts and orders, in a
+simulated pipeline."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ class Pipelines:
         """The loss and all gradients."""
 
         def step(params: Any, batch: Any) -> tuple[Any, dict]:
-            loss, grads = fp.value_and_grad(self.model.loss_fn, has_aux=self.model.has_aux)(params, batch)
+            loss, grads = fp.value_and_grad(self.model.loss_fn, has_aux=self.model.has_aux)(
+                params, batch
+            )
             return grads, {"loss": loss}
 
         transformed = fp.pipelined(
@@ -62,7 +65,8 @@ def random_sizes(segments: int, stages: int, rng: random.Random) -> list[int]:
 
 
 def mixed(schedule_fn: ScheduleFn, sizes: list[int], rng: random.Random) -> ScheduleFn:
-    """The schedule with some B as I and W, some I and W as B, and some W by segment in any order, later than before."""
+    """The schedule with some B as I and W, some I and W as B, and some W by segment in any order,
+    later than before."""
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         table = schedule_fn(ranks, microbatches)
@@ -74,7 +78,9 @@ def mixed(schedule_fn: ScheduleFn, sizes: list[int], rng: random.Random) -> Sche
     return lay_out
 
 
-def _mixed_row(row: tuple[Action, ...], way: dict, sizes: list[int], rng: random.Random) -> list[Action]:
+def _mixed_row(
+    row: tuple[Action, ...], way: dict, sizes: list[int], rng: random.Random
+) -> list[Action]:
     out: list[Action] = []
     late: list[Action] = []
     for action in row:
@@ -83,7 +89,11 @@ def _mixed_row(row: tuple[Action, ...], way: dict, sizes: list[int], rng: random
             out.append(action._replace(kind="B" if how == "B" else "I"))
             whole = action._replace(kind="W")
             late += [whole] if how == "IW" else []
-            late += [whole._replace(segment=k) for k in range(sizes[action.stage])] if how == "segments" else []
+            late += (
+                [whole._replace(segment=k) for k in range(sizes[action.stage])]
+                if how == "segments"
+                else []
+            )
             rng.shuffle(late)
         elif action.kind == "F":
             out.append(action)
@@ -114,14 +124,20 @@ def check_all(model: Model, microbatches: int, names: list[str], rng: random.Ran
             assert equal(pipelines.run(fn, ranks, sizes), want), (fn(ranks, microbatches), sizes)
 
 
-@given(model=models(max_segments=8), microbatches=st.integers(1, 8), rng=st.randoms(use_true_random=False))
+@given(
+    model=models(max_segments=8),
+    microbatches=st.integers(1, 8),
+    rng=st.randoms(use_true_random=False),
+)
 @settings(max_examples=max(settings().max_examples // 4, 3))
 def test_random_models(model: Model, microbatches: int, rng: random.Random) -> None:
-    """A few schedules each, on any number of ranks, cut anywhere, as the library has them and mixed."""
+    """A few schedules each, on any number of ranks, cut anywhere, as the library has them and
+    mixed."""
     check_all(model, microbatches, rng.sample(BACKWARD, 3), rng)
 
 
-# A tied matrix in the first and the last segment, which a V puts on one rank; a skip over all of them; a tied head.
+# A tied matrix in the first and the last segment, which a V puts on one rank; a skip over all of
+# them; a tied head.
 LONG = Model(
     segments=(
         (Layer("linear", (0, 0)),),
@@ -140,7 +156,8 @@ def long() -> tuple[Pipelines, list[Any]]:
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_every_schedule(name: str, long: tuple[Pipelines, list[Any]]) -> None:
-    """Four ranks (with two stages each where it takes them), tied weights across the V, W per segment."""
+    """Four ranks (with two stages each where it takes them), tied weights across the V, W per
+    segment."""
     pipelines, want = long
     factory, takes_v = LIBRARY[name]
     schedule_fn = factory(2) if takes_v else factory()
@@ -171,12 +188,16 @@ def checkpointed(params: Any, batch: Any) -> fp.Mean:
 
 
 def test_each_product_once(long: tuple[Pipelines, list[Any]]) -> None:
-    """I and W together run the products of B, none twice: of the first and the last segment, of checkpoints too."""
+    """I and W together run the products of B, none twice: of the first and the last segment, of
+    checkpoints too."""
     pipelines, _ = long
     pipelines.run(fp.schedules.zb_h1(), 2)
     cuts = [f.cut for f in pipelines.cuts.values() if ("W", 0) in f.cut.units]
     step = lambda p, b: (p, {"loss": fp.value_and_grad(checkpointed)(p, b)[0]})  # noqa: E731
-    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1()), fp.Mesh(pipe=2))
+    run = fp.simulate(
+        fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1()),
+        fp.Mesh(pipe=2),
+    )
     params, batch = [torch.ones(3, 3) for _ in range(3)], torch.ones(4, 3)
     run.plan(run.init(lambda p: p, params, batch), batch)
     cuts += [f.cut for f in run._planner.cuts.values()]

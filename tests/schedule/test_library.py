@@ -1,4 +1,5 @@
-"""The library: the formulas of its docstrings, the order of gradients, and tables written down by hand."""
+"""The library: the formulas of its docstrings, the order of gradients, and tables written down by
+hand."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ FORMULAS = {
     ),
     "zb_v": (lambda P, M, v: (P - 1, 6 * M + P - 1), lambda r, P, M, v: 2 * P),
     "dual_pipe_v": (lambda P, M, v: (P - 1, 6 * M + P - 1), lambda r, P, M, v: 2 * P + 1),
-    "v_half": (lambda P, M, v: _of(P, M, {1: 0, 2: 3}.get(P, 3 * P - 4)), lambda r, P, M, v: P + 2 - P % 2),
+    "v_half": (
+        lambda P, M, v: _of(P, M, {1: 0, 2: 3}.get(P, 3 * P - 4)),
+        lambda r, P, M, v: P + 2 - P % 2,
+    ),
     "v_min": (
         lambda P, M, v: _of(P, M, (P > 1) * (4 * P - 3 if P % 3 == 0 else 4 * P - 5)),
         lambda r, P, M, v: 2 * -(-P // 3) + 2 * (P % 3 != 1),
@@ -82,7 +86,8 @@ def test_interleaved_bubble_for_any_number(ranks: int, data: st.DataObject, v: i
 
 @given(library())
 def test_order_of_microbatches(schedule: Schedule) -> None:
-    """F, I, B and W of a stage come in microbatch order, so that sums are the same for all schedules."""
+    """F, I, B and W of a stage come in microbatch order, so that sums are the same for all
+    schedules."""
     seen: dict[tuple[int, str], list[int]] = defaultdict(list)
     for row in schedule.ranks:
         for action in row:
@@ -111,7 +116,8 @@ def test_at_least_one_stage(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_all_sizes(name: str) -> None:
-    """Every size up to 16 ranks (thorough), or up to 5, for microbatch numbers around multiples of both."""
+    """Every size up to 16 ranks (thorough), or up to 5, for microbatch numbers around multiples of
+    both."""
     thorough = settings().max_examples > 100
     factory, takes_v = LIBRARY[name]
     for v in range(1, 5) if takes_v else [1]:
@@ -122,7 +128,9 @@ def test_all_sizes(name: str) -> None:
 
 def test_a_schedule_of_ones_own() -> None:
     """A table from texts, and from actions, is used like any other."""
-    schedule_fn = from_table([["0F0", "0F1", "0B0", "0B1"], [Action("F", 1, 0), "1B0", "1F1", "1B1"]])
+    schedule_fn = from_table(
+        [["0F0", "0F1", "0B0", "0B1"], [Action("F", 1, 0), "1B0", "1F1", "1B1"]]
+    )
     assert schedule_fn(2, 2) == from_table(one_f_one_b()(2, 2).ranks)(2, 2)
     assert check(schedule_fn(2, 2)).peak_live == (2, 1)
 
@@ -136,28 +144,39 @@ def test_bad_tables() -> None:
     )
     with pytest.raises(ScheduleError, match="mine: the table has no actions"):
         from_table([[], []], name="mine")
-    with pytest.raises(ScheduleError, match="written for 2 ranks and 3 microbatches, not 2 ranks and 4"):
+    with pytest.raises(
+        ScheduleError, match="written for 2 ranks and 3 microbatches, not 2 ranks and 4"
+    ):
         from_table(gpipe()(2, 3).ranks)(2, 4)
 
 
 @given(schedule=library(ranks=5, microbatches=6, v=2), sends=st.booleans())
-def test_csv_reads_back(schedule: Schedule, sends: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_csv_reads_back(
+    schedule: Schedule, sends: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if sends:
         schedule = insert_communication(schedule, chain(schedule.stages))
     path = tmp_path_factory.mktemp("csv") / "table.csv"
     to_csv(schedule, path)
     again = from_csv(path)(len(schedule.ranks), schedule.microbatches)
-    assert (again.ranks, again.placement, again.name) == (schedule.ranks, schedule.placement, "table")
+    assert (again.ranks, again.placement, again.name) == (
+        schedule.ranks,
+        schedule.placement,
+        "table",
+    )
 
 
 def test_csv_is_torchs(tmp_path: Path) -> None:
-    """Both ways: torch reads what we write, and we read what torch writes, bubbles, overlaps and all."""
+    """Both ways: torch reads what we write, and we read what torch writes, bubbles, overlaps and
+    all."""
     actions = pytest.importorskip("torch.distributed.pipelining.schedules")._Action
     full = insert_communication(one_f_one_b()(3, 4), chain(3))
     to_csv(full, tmp_path / "ours.csv")
     rows = [line.split(",") for line in (tmp_path / "ours.csv").read_text().splitlines()]
     read = [[actions.from_str(cell) for cell in row] for row in rows]
-    assert [[a.stage_index for a in row] for row in read] == [[a.stage for a in row] for row in full.ranks]
+    assert [[a.stage_index for a in row] for row in read] == [
+        [a.stage for a in row] for row in full.ranks
+    ]
     theirs = "0UNSHARD,0F0,,,0I0,0W0,0REDUCE_GRAD\n,1F0,(1F1;1B0)OVERLAP_F_B,1B1,,1SEND_B0,\n"
     (tmp_path / "theirs.csv").write_text(theirs)
     table = from_csv(tmp_path / "theirs.csv")(2, 2)

@@ -1,7 +1,7 @@
 """The checker's verdict against running the table, for mutated tables of the library.
 
-The interpreter shares no code with the checker. A table is right if every rank ends, nothing is left in a
-channel, nothing runs twice, everything ran, and whatever an action reads was there.
+The interpreter shares no code with the checker. A table is right if every rank ends, nothing is
+left in a channel, nothing runs twice, everything ran, and whatever an action reads was there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Fault(Exception):
 
 
 class Interpreter:
-    """Runs a table rank by rank in turn, with blocking channels, and knows which rank has which values."""
+    """Runs a table rank by rank in turn, with blocking channels, and knows which rank has which
+    values."""
 
     def __init__(self, schedule: Schedule, edges: frozenset[Edge]) -> None:
         self.schedule, self.edges = schedule, edges
@@ -88,7 +89,8 @@ class Interpreter:
             raise Fault
 
     def complete(self) -> bool:
-        """Whether F of every stage and microbatch ran, and its backward exactly once: B, or I and every W."""
+        """Whether F of every stage and microbatch ran, and its backward exactly once: B, or I and
+        every W."""
         parts = Counter((a.kind, a.stage, a.microbatch) for a in self.ran if "_" not in a.kind)
         segments: dict[int, int] = defaultdict(int)
         for a in self.ran:
@@ -108,7 +110,9 @@ def mutate(schedule: Schedule, rng: random.Random) -> Schedule:
     rows = [list(row) for row in schedule.ranks]
     row = rng.choice([row for row in rows if row] or [[Action("F", 0, 0)]])
     i = rng.randrange(len(row))
-    match rng.choice(["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]):
+    match rng.choice(
+        ["drop", "duplicate", "swap", "neighbours", "move", "retarget", "retarget", "elsewhere"]
+    ):
         case "drop":
             del row[i]
         case "duplicate":
@@ -151,7 +155,11 @@ def by_segment(schedule: Schedule, segments: int = 2) -> Schedule:
     def parts(action: Action) -> list[Action]:
         if action.kind == "B":
             return [action._replace(kind="I"), *parts(action._replace(kind="W"))]
-        return [action._replace(segment=n) for n in range(segments)] if action.kind == "W" else [action]
+        return (
+            [action._replace(segment=n) for n in range(segments)]
+            if action.kind == "W"
+            else [action]
+        )
 
     rows = tuple(tuple(part for action in row for part in parts(action)) for row in schedule.ranks)
     return replace(schedule, ranks=rows)

@@ -1,4 +1,5 @@
-"""The search: never slower than a named schedule that fits the cap, within the cap, the same every time, quick."""
+"""The search: never slower than a named schedule that fits the cap, within the cap, the same every
+time, quick."""
 
 from __future__ import annotations
 
@@ -31,17 +32,33 @@ def uneven(segments: int, ranks: int, seed: int) -> Load:
     i, w = [1.1 * x for x in f], [0.9 * x for x in f]
     even = even_load(segments, ranks)
     both = tuple(a + b for a, b in zip(i, w, strict=True))
-    return Load(tuple(f), both, tuple(i), tuple(w), even.held, even.waiting, even.work, even.flows, lambda nbytes: 0.1)
+    return Load(
+        tuple(f),
+        both,
+        tuple(i),
+        tuple(w),
+        even.held,
+        even.waiting,
+        even.work,
+        even.flows,
+        lambda nbytes: 0.1,
+    )
 
 
-def best_named(load: Load, ranks: int, microbatches: int, cap: float | None, waits: bool = False) -> float:
+def best_named(
+    load: Load, ranks: int, microbatches: int, cap: float | None, waits: bool = False
+) -> float:
     """The fastest schedule of the library that keeps to a cap, on the balanced cut."""
     found = [float("inf")]
     for schedule_fn in training():
         schedule = schedule_fn(ranks, microbatches)
         if schedule.stages > load.segments:
             continue
-        stages = group([round(1e6 * (f + b)) for f, b in zip(load.F, load.B, strict=True)], schedule.stages, "balanced")
+        stages = group(
+            [round(1e6 * (f + b)) for f, b in zip(load.F, load.B, strict=True)],
+            schedule.stages,
+            "balanced",
+        )
         if cap is None or _most(load, schedule, stages) <= cap + 1e-9:
             transfer = load.transfer(stages, schedule.placement)
             line = timeline(schedule, load.cost(stages), transfer, load.edges(stages))
@@ -58,7 +75,9 @@ def language_model() -> Load:
     """Sixteen blocks and a head, as measured on a GPU: ms, and MiB."""
     f, i, w = ((x,) * 16 + (head,) for x, head in ((0.126, 0.336), (0.19, 0.336), (0.084, 0.185)))
     both = tuple(a + b for a, b in zip(i, w, strict=True))
-    held, waiting, work = ((x,) * 16 + (head,) for x, head in ((96.0, 254.0), (62.0, 129.0), (72.0, 500.0)))
+    held, waiting, work = (
+        (x,) * 16 + (head,) for x, head in ((96.0, 254.0), (62.0, 129.0), (72.0, 500.0))
+    )
     flows = even_load(17, 1).flows
     return Load(f, both, i, w, held, waiting, work, dict.fromkeys(flows, 4.0), lambda nbytes: 0.032)
 
@@ -73,8 +92,8 @@ def language_model() -> Load:
     ],
 )
 def test_a_language_model_under_a_cap(cap: float, bubble: float) -> None:
-    """Of which 0.0088 are the receives of two stages, eight, and twice as much those of four; ranks stay balanced while stages
-    slide along so that what they hold moves."""
+    """Of which 0.0088 are the receives of two stages, eight, and twice as much those of four; ranks
+    stay balanced while stages slide along so that what they hold moves."""
     load = language_model()
     work = 8 * (sum(load.F) + sum(load.B)) / 2
     assert auto(cap).fit(2, 8, load).time <= work * (1 + bubble)
@@ -92,7 +111,8 @@ def test_a_language_model_under_a_cap(cap: float, bubble: float) -> None:
     ],
 )
 def test_w_waits_only_where_that_gains_time(part: float, cap: float | None, bubble: float) -> None:
-    """What waits is held, and I and W may cost more than B: so most microbatches have B, and the cut is one that allows it."""
+    """What waits is held, and I and W may cost more than B: so most microbatches have B, and the
+    cut is one that allows it."""
     load = language_model()
     cheaper = replace(load, B=tuple(part * b for b in load.B))
     found = auto(cap).fit(2, 8, cheaper)
@@ -118,7 +138,9 @@ def test_at_least_as_good_as_the_best_named(
     ranks: int, microbatches: int, kind: str, share: float | None, waits: bool
 ) -> None:
     """The table of the issue: P, M, costs, cap (as a share of what 1F1B holds)."""
-    load = even_load(4 * ranks, ranks) if kind == "even" else uneven(3 * ranks + 1, ranks, seed=ranks)
+    load = (
+        even_load(4 * ranks, ranks) if kind == "even" else uneven(3 * ranks + 1, ranks, seed=ranks)
+    )
     cap = None if share is None else share * ranks + (0.5 if share < 1 else 0)
     named = best_named(load, ranks, microbatches, cap, waits)
     try:
@@ -146,7 +168,8 @@ def test_uneven_costs_are_where_the_search_wins() -> None:
 
 @pytest.mark.slow
 def test_known_bubbles() -> None:
-    """P=8, M=32, F=I=W: no more bubble than the best named at the memory of 1F1B, and than the best of all."""
+    """P=8, M=32, F=I=W: no more bubble than the best named at the memory of 1F1B, and than the best
+    of all."""
     load = even_load(32, 8)
     assert auto(8.0).fit(8, 32, load, waits=True).alone <= 99.5  # zb_v
     assert auto().fit(8, 32, load, waits=True).alone <= 97.75  # interleaved_zb(v=4)
@@ -164,7 +187,9 @@ def test_the_same_every_time() -> None:
     assert auto(3).fit(2, 6, load) == auto(3).fit(2, 6, load)
 
 
-@pytest.mark.parametrize(("ranks", "microbatches"), [(6, 24), pytest.param(16, 128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "microbatches"), [(6, 24), pytest.param(16, 128, marks=pytest.mark.slow)]
+)
 def test_large(ranks: int, microbatches: int) -> None:
     """In seconds. The bound is for a machine that does other things too."""
     start = time.process_time()
@@ -181,7 +206,9 @@ def test_caps_that_nothing_keeps_to() -> None:
     )
     with pytest.raises(ScheduleError, match="memory_limit=0; give a positive number of bytes"):
         auto(0)
-    with pytest.raises(ScheduleError, match="auto: needs at least 1 rank and 1 microbatch, got 0 and 3"):
+    with pytest.raises(
+        ScheduleError, match="auto: needs at least 1 rank and 1 microbatch, got 0 and 3"
+    ):
         auto()(0, 3)
 
 
@@ -191,13 +218,24 @@ def test_caps_that_nothing_keeps_to() -> None:
     v=st.integers(1, 3),
     seed=st.integers(0, 99),
     policy=st.builds(
-        Policy, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 1.0, 2.5]), st.booleans()
+        Policy,
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+        st.sampled_from([None, 1.0, 2.5]),
+        st.booleans(),
     ),
     apart=st.none() | st.tuples(*[st.sampled_from([0, 1, 3, 8])] * 12),
     cap=st.floats(0.5, 9),
 )
 def test_greedy_tables_pass_the_checker(
-    ranks: int, microbatches: int, v: int, seed: int, policy: Policy, apart: tuple[int, ...] | None, cap: float
+    ranks: int,
+    microbatches: int,
+    v: int,
+    seed: int,
+    policy: Policy,
+    apart: tuple[int, ...] | None,
+    cap: float,
 ) -> None:
     """Whatever the policy, the cut and where stages lie: a right table within the cap, or none."""
     rng = random.Random(seed)
@@ -210,13 +248,16 @@ def test_greedy_tables_pass_the_checker(
         check(drawn.schedule, load.edges(stages), [len(s) for s in stages])
         assert _most(load, drawn.schedule, stages) <= drawn.memory * (1 + 1e-6) <= cap * (1 + 2e-6)
         assert drawn.end >= drawn.period >= drawn.busy * (1 - 1e-9)
-        line = timeline(drawn.schedule, load.cost(stages), load.transfer(stages, placement), load.edges(stages))
+        line = timeline(
+            drawn.schedule, load.cost(stages), load.transfer(stages, placement), load.edges(stages)
+        )
         assert (line.makespan, line.period) == pytest.approx((drawn.end, drawn.period))
 
 
 @pytest.mark.parametrize("how", ["auto", auto(), auto(costs=Costs({"F": 1.0, "B": 2.0}))])
 def test_in_a_pipeline(how) -> None:
-    """Schedule and cut are chosen together, and the step computes what it computes on one device."""
+    """Schedule and cut are chosen together, and the step computes what it computes on one
+    device."""
     model = Model(tuple((Layer("linear", (k, k)),) for k in range(5)))
 
     def step(params, batch):
@@ -228,13 +269,16 @@ def test_in_a_pipeline(how) -> None:
 
 
 def test_a_memory_limit_in_a_pipeline() -> None:
-    """Bytes: the plan's own prediction keeps to the limit; a limit too small is refused; another batch shape keeps the cut."""
+    """Bytes: the plan's own prediction keeps to the limit; a limit too small is refused; another
+    batch shape keeps the cut."""
     model = Model(tuple((Layer("gated", (k, k + 1)),) for k in range(5)), width=6)
 
     def planned(limit, rows=8):
         step = lambda p, b: (p, {"loss": fp.value_and_grad(model.loss_fn)(p, b)[0]})  # noqa: E731
         schedule = auto(memory_limit=limit)
-        run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=8, schedule=schedule), fp.Mesh(pipe=2))
+        run = fp.simulate(
+            fp.pipelined(step, axis="pipe", microbatches=8, schedule=schedule), fp.Mesh(pipe=2)
+        )
         return run, run.init(lambda p: p, model.init(), model.batch(rows=rows))
 
     run, state = planned(None)
@@ -246,15 +290,20 @@ def test_a_memory_limit_in_a_pipeline() -> None:
     assert capped.predict().period >= free.predict().period * (1 - 1e-9)
     run, state = planned(None)
     a, b = run.plan(state, model.batch(rows=8)), run.plan(state, model.batch(rows=16))
-    assert (a.calls[0].stages, a.calls[0].schedule.placement) == (b.calls[0].stages, b.calls[0].schedule.placement)
+    assert (a.calls[0].stages, a.calls[0].schedule.placement) == (
+        b.calls[0].stages,
+        b.calls[0].schedule.placement,
+    )
     with pytest.raises(
-        ScheduleError, match="no schedule for 2 ranks and 8 microbatches keeps to memory_limit=1; the least"
+        ScheduleError,
+        match="no schedule for 2 ranks and 8 microbatches keeps to memory_limit=1; the least",
     ):
         planned(1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "alone"), [("plain", False), ("clipping", True), ("rows", False), ("tied", True), ("means", False)]
+    ("kind", "alone"),
+    [("plain", False), ("clipping", True), ("rows", False), ("tied", True), ("means", False)],
 )
 def test_a_step_alone_counts_where_ranks_wait_for_each_other(
     kind: str, alone: bool, monkeypatch: pytest.MonkeyPatch
@@ -275,7 +324,9 @@ def test_a_step_alone_counts_where_ranks_wait_for_each_other(
     seen = []
     fit = Auto.fit
     monkeypatch.setattr(Auto, "fit", lambda self, *args: seen.append(args[-1]) or fit(self, *args))
-    run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=2, schedule=auto()), fp.Mesh(pipe=2))
+    run = fp.simulate(
+        fp.pipelined(step, axis="pipe", microbatches=2, schedule=auto()), fp.Mesh(pipe=2)
+    )
     run.init(lambda w: w, [torch.eye(3) for _ in range(4)], torch.ones(4, 3))
     assert set(seen) == {alone}
 
@@ -285,22 +336,28 @@ def test_costs() -> None:
     assert [costs.of(*key) for key in (("B", 0), ("B", 1), ("F", 7))] == [5, 7, 1]
     assert costs.message(20) == 3
     assert Costs(lambda kind, segment: segment + 1).of("W", 3) == 4
-    with pytest.raises(PlanError, match=r"costs do not say what B of segment 2 costs; add \('B', 2\) or 'B'"):
+    with pytest.raises(
+        PlanError, match=r"costs do not say what B of segment 2 costs; add \('B', 2\) or 'B'"
+    ):
         Costs({"F": 1}).of("B", 2)
 
 
 def test_names() -> None:
     assert [by_name(name).__name__.split("(")[0] for name in NAMES] == list(NAMES)
-    with pytest.raises(ScheduleError, match=r"no schedule is called 'zbv'; did you mean zb_v\? There are: gpipe, "):
+    with pytest.raises(
+        ScheduleError, match=r"no schedule is called 'zbv'; did you mean zb_v\? There are: gpipe, "
+    ):
         by_name("zbv")
-    with pytest.raises(ScheduleError, match="zb_v has a fixed number of stages a rank: leave out v"):
+    with pytest.raises(
+        ScheduleError, match="zb_v has a fixed number of stages a rank: leave out v"
+    ):
         by_name("zb_v", v=2)
 
 
 def test_memory_counts_what_is_on_its_way() -> None:
-    """Of 1F1B on two ranks: two microbatches are held on the first, and the activations of both are sent when the gradients of
-    the first come back; on the second, when it has no microbatch, the gradients of two: what arrives between them was sent before
-    the first was there."""
+    """Of 1F1B on two ranks: two microbatches are held on the first, and the activations of both are
+    sent when the gradients of the first come back; on the second, when it has no microbatch, the
+    gradients of two: what arrives between them was sent before the first was there."""
     load = even_load(2, 2)
     heavy = replace(load, flows=dict.fromkeys(load.flows, 10.0))
     table = by_name("one_f_one_b")(2, 4)
@@ -310,37 +367,63 @@ def test_memory_counts_what_is_on_its_way() -> None:
 
 
 def test_memory_counts_what_waits_to_be_read_on_its_rank() -> None:
-    """Handed over by another stage of the rank, or received with what is read first; `work` counts it where it is read."""
+    """Handed over by another stage of the rank, or received with what is read first; `work` counts
+    it where it is read."""
     load, stages = replace(even_load(3, 1), held=(0.0,) * 3), [(0,), (1,), (2,)]
     one = replace(load, flows={(("F", 0), ("F", 1)): 4.0})
-    assert one.memory(from_table([["0F0", "1F0", "2F0", "0F1", "1F1", "2F1"]], (0, 0, 0))(1, 2), 0, stages) == 4
-    assert one.memory(from_table([["0F0", "0F1", "1F0", "1F1", "2F0", "2F1"]], (0, 0, 0))(1, 2), 0, stages) == 8
+    assert (
+        one.memory(
+            from_table([["0F0", "1F0", "2F0", "0F1", "1F1", "2F1"]], (0, 0, 0))(1, 2), 0, stages
+        )
+        == 4
+    )
+    assert (
+        one.memory(
+            from_table([["0F0", "0F1", "1F0", "1F1", "2F0", "2F1"]], (0, 0, 0))(1, 2), 0, stages
+        )
+        == 8
+    )
     both = replace(load, flows={(("F", 0), ("F", 1)): 4.0, (("F", 0), ("F", 2)): 3.0})
     table = from_table([["0F0", "0F1"], ["1F0", "1F1", "2F0", "2F1"]], (0, 1, 1))(2, 2)
     assert both.memory(insert_communication(table, both.edges(stages)), 1, stages) == 6
 
 
 def test_a_message_carries_all_that_its_rank_reads() -> None:
-    """Stages 1 and 2 are on one rank, and read what stage 0 makes: one message, which moves 4 and 3 bytes."""
+    """Stages 1 and 2 are on one rank, and read what stage 0 makes: one message, which moves 4 and 3
+    bytes."""
     load = even_load(3, 3)
-    load = replace(load, flows={(("F", 0), ("F", 1)): 4.0, (("F", 0), ("F", 2)): 3.0}, link=lambda nbytes: nbytes)
+    load = replace(
+        load,
+        flows={(("F", 0), ("F", 1)): 4.0, (("F", 0), ("F", 2)): 3.0},
+        link=lambda nbytes: nbytes,
+    )
     send = Action("SEND_F", 0, 0, peer=1)
     assert load.transfer([(0,), (1,), (2,)], (0, 1, 1))(send) == 7.0
     assert load.transfer([(0,), (1,), (2,)], (0, 1, 2))(send) == 4.0
 
 
 @given(models(max_segments=5), st.integers(2, 3), st.integers(1, 6), st.floats(0.4, 1.0))
-def test_what_a_plan_holds_keeps_to_the_limit(model: Model, ranks: int, microbatches: int, share: float) -> None:
-    """By the plan's own account, which knows what values share memory and when messages have arrived."""
+def test_what_a_plan_holds_keeps_to_the_limit(
+    model: Model, ranks: int, microbatches: int, share: float
+) -> None:
+    """By the plan's own account, which knows what values share memory and when messages have
+    arrived."""
     ranks = min(ranks, len(model.segments) + 1)
     params, batch = model.init(), model.batch(0, microbatches)
 
     def planned(limit: float | None) -> tuple[float, float]:
         """What a rank holds at most, by the plan and by the search."""
-        step = lambda p, b: (p, {"out": fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(p, b)[0]})  # noqa: E731
+
+        def step(p, b):
+            return (
+                p,
+                {"out": fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(p, b)[0]},
+            )
+
         schedule = auto(memory_limit=limit)
         run = fp.simulate(
-            fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule), fp.Mesh(pipe=ranks)
+            fp.pipelined(step, axis="pipe", microbatches=microbatches, schedule=schedule),
+            fp.Mesh(pipe=ranks),
         )
         plan = run.plan(run.init(lambda p: p, params, batch), batch)
         call, cut = plan.calls[0], run._made.split_cut(plan, 0)
@@ -352,6 +435,8 @@ def test_what_a_plan_holds_keeps_to_the_limit(model: Model, ranks: int, microbat
     try:
         found, _ = planned(limit)
     except ScheduleError:
-        assert limit < counted  # what keeps to it by the search's own count, which shares less, is found again
+        assert (
+            limit < counted
+        )  # what keeps to it by the search's own count, which shares less, is found again
         return
     assert found <= limit

@@ -29,7 +29,9 @@ def test_balanced_is_the_best_there_is(costs: list[int], data: st.DataObject) ->
     stages = data.draw(st.integers(1, len(costs)))
     found = group(costs, stages, "balanced")
     assert found in all_groupings(len(costs), stages)
-    assert dearest(costs, found) == min(dearest(costs, g) for g in all_groupings(len(costs), stages))
+    assert dearest(costs, found) == min(
+        dearest(costs, g) for g in all_groupings(len(costs), stages)
+    )
 
 
 @given(COSTS, st.data())
@@ -57,5 +59,9 @@ def test_too_few_segments(how: str | tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("how", [(1, 1), (2, 2, 2), (4,)])
 def test_a_list_that_does_not_fit(how: tuple[int, ...]) -> None:
-    with refused(CutError, f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}", "add up to 4"):
+    with refused(
+        CutError,
+        f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}",
+        "add up to 4",
+    ):
         group([1] * 4, 3, how)

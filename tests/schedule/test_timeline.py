@@ -43,7 +43,9 @@ FIGURES = [
 ]
 
 
-@pytest.mark.parametrize(("schedule_fn", "bubble"), FIGURES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("schedule_fn", "bubble"), FIGURES, ids=lambda x: getattr(x, "__name__", x)
+)
 def test_known_bubbles(schedule_fn, bubble: float) -> None:
     assert round(timeline(schedule_fn(8, 32), unit_costs()).bubble, 3) == bubble
 
@@ -55,16 +57,21 @@ def spans(line) -> list[str]:
 def test_start_and_end() -> None:
     line = timeline(table("0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"), unit_costs(), transfer=0.5)
     assert spans(line) == [
-        "0F0@0-1 0SEND_F0>1@1-1 0F1@1-2 0SEND_F1>1@2-2 0RECV_B0<1@2-5 0B0@5-7 0RECV_B1<1@7-8.5 0B1@8.5-10.5",
-        "1RECV_F0<0@0-1.5 1F0@1.5-2.5 1B0@2.5-4.5 1SEND_B0>0@4.5-4.5 1RECV_F1<0@4.5-5 1F1@5-6 1B1@6-8 1SEND_B1>0@8-8",
+        "0F0@0-1 0SEND_F0>1@1-1 0F1@1-2 0SEND_F1>1@2-2 0RECV_B0<1@2-5 0B0@5-7 0RECV_B1<1@7-8.5 "
+        "0B1@8.5-10.5",
+        "1RECV_F0<0@0-1.5 1F0@1.5-2.5 1B0@2.5-4.5 1SEND_B0>0@4.5-4.5 1RECV_F1<0@4.5-5 1F1@5-6 "
+        "1B1@6-8 1SEND_B1>0@8-8",
     ]
     assert (line.makespan, line.busy, line.bubble) == (10.5, (6, 6), pytest.approx(9 / 21))
     assert line.period == 10.5  # of rank 0; rank 1 needs 7, from when its first message moves
 
 
 def test_a_message_moves_when_both_ends_are_there() -> None:
-    """The second one was sent long before its receiver comes to it, and takes as long as it takes."""
-    line = timeline(table("0F0 0F1", "1F0 1F1"), unit_costs(F=0.1), lambda send: 5.0 - 3 * send.microbatch)
+    """The second one was sent long before its receiver comes to it, and takes as long as it
+    takes."""
+    line = timeline(
+        table("0F0 0F1", "1F0 1F1"), unit_costs(F=0.1), lambda send: 5.0 - 3 * send.microbatch
+    )
     received = [(span.start, span.end) for span in line.spans[1] if span.action.kind == "RECV_F"]
     assert received == [pytest.approx((0, 5.1)), pytest.approx((5.2, 7.2))]
 
@@ -74,12 +81,16 @@ def test_costs() -> None:
     assert [cost(Action.parse(text)) for text in ("0F0", "0B0", "0I0", "0W0", "0W0.1", "1W0.0")] == [
         1, 6, 2, 4, 2, 1,
     ]  # fmt: skip
-    with pytest.raises(ScheduleError, match=r"0W0\.1 is one segment of a stage: unit_costs needs segments="):
+    with pytest.raises(
+        ScheduleError, match=r"0W0\.1 is one segment of a stage: unit_costs needs segments="
+    ):
         unit_costs()(Action.parse("0W0.1"))
 
 
 def test_a_table_that_never_ends() -> None:
-    with pytest.raises(ScheduleError, match=r"mine: the table never ends; funcpipe\.schedules\.check says"):
+    with pytest.raises(
+        ScheduleError, match=r"mine: the table never ends; funcpipe\.schedules\.check says"
+    ):
         timeline(table("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"), unit_costs())
 
 
@@ -88,7 +99,9 @@ def test_a_table_that_never_ends() -> None:
     st.dictionaries(st.sampled_from("FBIW"), st.floats(0.1, 4)),
     st.floats(0, 2),
 )
-def test_nothing_starts_before_it_can(schedule: Schedule, costs: dict[str, float], under_way: float) -> None:
+def test_nothing_starts_before_it_can(
+    schedule: Schedule, costs: dict[str, float], under_way: float
+) -> None:
     line = timeline(schedule, lambda action: costs.get(action.kind, 1.0), under_way)
     ended = {(r, unit_of(s.action)): s.end for r, row in enumerate(line.spans) for s in row}
     arrived = {
@@ -101,7 +114,9 @@ def test_nothing_starts_before_it_can(schedule: Schedule, costs: dict[str, float
     for rank, row in enumerate(line.spans):
         before = 0.0
         for span in row:
-            assert span.start == before  # a rank does nothing but its actions and waiting in its receives
+            assert (
+                span.start == before
+            )  # a rank does nothing but its actions and waiting in its receives
             before = span.end
             unit = unit_of(span.action)
             for kind, stage in reads.get(unit[:2], ()) if unit else ():
@@ -124,12 +139,14 @@ def test_nothing_starts_before_it_can(schedule: Schedule, costs: dict[str, float
 def test_every_further_step_takes_no_more_than_the_period(
     schedule: Schedule, costs: dict[str, float], under_way: float, steps: int
 ) -> None:
-    """Steps behind each other: every rank goes on to the next one as soon as it is done with the last."""
+    """Steps behind each other: every rank goes on to the next one as soon as it is done with the
+    last."""
     cost = lambda action: costs.get(action.kind, 1.0)  # noqa: E731
     one = timeline(schedule, cost, under_way)
     n = schedule.microbatches
     rows = tuple(
-        tuple(a._replace(microbatch=a.microbatch + k * n) for k in range(steps) for a in row) for row in schedule.ranks
+        tuple(a._replace(microbatch=a.microbatch + k * n) for k in range(steps) for a in row)
+        for row in schedule.ranks
     )
     many = timeline(replace(schedule, ranks=rows, microbatches=steps * n), cost, under_way)
     assert max(one.busy) <= one.period * (1 + 1e-9) and one.period <= one.makespan

@@ -35,7 +35,8 @@ Tensors = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """An attention, the ring it is split over, and its operands: q, k, v, what multiplies the result, a bias."""
+    """An attention, the ring it is split over, and its operands: q, k, v, what multiplies the
+    result, a bias."""
 
     mesh: Mesh
     axes: tuple[str, ...]
@@ -53,7 +54,12 @@ class Case:
         batch, heads, group, d, dv = self.shape
         g = torch.Generator().manual_seed(self.seed)
         (n, m), many = self.sizes, heads * group
-        shapes = [(batch, many, n, d), (batch, heads, m, d), (batch, heads, m, dv), (batch, many, n, dv)]
+        shapes = [
+            (batch, many, n, d),
+            (batch, heads, m, d),
+            (batch, heads, m, dv),
+            (batch, many, n, dv),
+        ]
         self.tensors.extend(torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
 
     @property
@@ -80,19 +86,25 @@ class Case:
         rows, cols = self.places(0, r), self.places(1, r)
         q, k, v, w = self.tensors
         out = [q[:, :, rows], k[:, :, cols], v[:, :, cols], w[:, :, rows]]
-        out = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in out]  # as projections lie in memory
+        out = [
+            x.transpose(1, 2).contiguous().transpose(1, 2) for x in out
+        ]  # as projections lie in memory
         if self.bias is not None:
             out.append(self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows])
         return out
 
     def like(self, r: int) -> int:
         """The first ring rank that shares a graph with ``r``."""
-        return next(s for s in range(self.ring) if all(lengths(p, s) == lengths(p, r) for p in self.parts))
+        return next(
+            s for s in range(self.ring) if all(lengths(p, s) == lengths(p, r) for p in self.parts)
+        )
 
     def joint(self, r: int) -> Callable[..., Tensors]:
         """From what a ring rank holds to its result and its gradients."""
 
-        def body(*tensors: torch.Tensor, cu_seqlens: torch.Tensor | None = self.cu_seqlens) -> Tensors:
+        def body(
+            *tensors: torch.Tensor, cu_seqlens: torch.Tensor | None = self.cu_seqlens
+        ) -> Tensors:
             with torch.enable_grad():
                 q, k, v, w, *bias = (x.detach() for x in tensors)
                 wanted = [x.requires_grad_() for x in (q, k, v, *bias) if x.is_floating_point()]
@@ -122,7 +134,8 @@ def lengths(part: Part, r: int) -> list[int]:
 
 
 def on_ranks(case: Case, body: Callable[[int], Tensors]) -> Tensors:
-    """The result of ``body(ring rank)`` on every rank of the mesh, put together; all rings of the mesh agree."""
+    """The result of ``body(ring rank)`` on every rank of the mesh, put together; all rings of the
+    mesh agree."""
 
     def rank(comm: Any) -> Tensors:
         with bind_rank(comm), bind_mesh(case.mesh, tuple(case.mesh.axes)), one_thread():
@@ -159,7 +172,10 @@ def one_device(case: Case, dtype: torch.dtype = torch.float64) -> Tensors:
     if case.causal:
         seen = seen & (cols <= rows[:, None])
     if case.cu_seqlens is not None:
-        number = [(x[:, None] >= case.cu_seqlens[..., None, :]).sum(-1).view(-1, len(x)) for x in (rows, cols)]
+        number = [
+            (x[:, None] >= case.cu_seqlens[..., None, :]).sum(-1).view(-1, len(x))
+            for x in (rows, cols)
+        ]
         inside = (number[0] > 0) & (number[0] < case.cu_seqlens.shape[-1])
         same = number[0][:, :, None] == number[1][:, None, :]
         seen = seen & (same & inside[:, :, None])[:, None]
@@ -214,12 +230,16 @@ MASKS = ["none", "documents", "bool", "float", "both"]
 
 
 @st.composite
-def cases(draw: st.DrawFn, mask: str | None = None, causal: bool | None = None, most: int = 8) -> Case:
+def cases(
+    draw: st.DrawFn, mask: str | None = None, causal: bool | None = None, most: int = 8
+) -> Case:
     mask = draw(st.sampled_from(MASKS)) if mask is None else mask
     causal = draw(st.booleans()) if causal is None else causal
     mesh, axes = draw(meshes(most))
     zigzag, ring = draw(st.booleans()), mesh.axis_size(axes)
-    lengths = st.one_of(st.integers(1, 3).map(lambda n: n * ring * (2 if zigzag else 1)), st.integers(1, 20))
+    lengths = st.one_of(
+        st.integers(1, 3).map(lambda n: n * ring * (2 if zigzag else 1)), st.integers(1, 20)
+    )
     n = draw(lengths)
     m = n if draw(st.booleans()) else draw(lengths)
     batch, heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -230,15 +250,30 @@ def cases(draw: st.DrawFn, mask: str | None = None, causal: bool | None = None, 
     if mask in ("bool", "float", "both"):
         full = [batch, heads * group, n, m]
         sizes = [draw(st.sampled_from([1, size])) for size in full]
-        bias = torch.randn(sizes, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+        bias = torch.randn(
+            sizes, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+        )
         bias = bias > 0 if mask == "bool" else bias
-    return Case(mesh, axes, (n, m), zigzag, causal, shape, draw(st.sampled_from([None, 0.7])), cu, bias, seed)
+    return Case(
+        mesh,
+        axes,
+        (n, m),
+        zigzag,
+        causal,
+        shape,
+        draw(st.sampled_from([None, 0.7])),
+        cu,
+        bias,
+        seed,
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @given(data=st.data())
-def test_results_and_gradients_are_those_of_one_device(mask: str, causal: bool, data: st.DataObject) -> None:
+def test_results_and_gradients_are_those_of_one_device(
+    mask: str, causal: bool, data: st.DataObject
+) -> None:
     case = data.draw(cases(mask, causal))
     assert_same(around_the_ring(case), one_device(case))
 
@@ -263,7 +298,9 @@ def test_a_traced_graph_is_what_runs_without_it(case: Case) -> None:
 def traced(case: Case, r: int) -> torch.fx.GraphModule:
     def body(*tensors: torch.Tensor) -> Tensors:
         count = len(tensors) - (case.cu_seqlens is not None)
-        return case.joint(r)(*tensors[:count], cu_seqlens=tensors[-1] if count < len(tensors) else None)
+        return case.joint(r)(
+            *tensors[:count], cu_seqlens=tensors[-1] if count < len(tensors) else None
+        )
 
     extra = [] if case.cu_seqlens is None else [case.cu_seqlens]
     with bind_mesh(case.mesh, tuple(case.mesh.axes)), one_thread():
@@ -274,7 +311,9 @@ def traced(case: Case, r: int) -> torch.fx.GraphModule:
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("ring", [1, 2, 3, *[pytest.param(n, marks=pytest.mark.slow) for n in (5, 8)]])
+@pytest.mark.parametrize(
+    "ring", [1, 2, 3, *[pytest.param(n, marks=pytest.mark.slow) for n in (5, 8)]]
+)
 @pytest.mark.parametrize("extra", [0, 3])
 def test_messages(ring: int, zigzag: bool, extra: int) -> None:
     """Forward R - 1 blocks of keys and values; backward as many, and R times their gradients."""
@@ -282,7 +321,9 @@ def test_messages(ring: int, zigzag: bool, extra: int) -> None:
     case = Case(Mesh(ring=ring), ("ring",), (n, n), zigzag, True, (2, 2, 3, 4, 5))
     longest = max(p.ring_length(r) for r in range(ring) for p in case.parts)
     with bind_mesh(case.mesh, ("ring",)):
-        forward = make_fx(lambda q, k, v: ring_attention(q, k, v, case.spec, *case.parts, 0), tracing_mode="fake")
+        forward = make_fx(
+            lambda q, k, v: ring_attention(q, k, v, case.spec, *case.parts, 0), tracing_mode="fake"
+        )
         once = sent(forward(*case.own(0)[:3]))
     block = 2 * 2 * longest * (4 + 5)
     assert once == [block] * (ring - 1)
@@ -296,7 +337,8 @@ def sent(graph: torch.fx.GraphModule) -> list[int]:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("ring", [1, 2, 4, 7])
 def test_no_rank_computes_a_block_that_nobody_sees(ring: int, causal: bool) -> None:
-    """With a zigzag every rank computes half of the scores; scores are counted by the products that make them."""
+    """With a zigzag every rank computes half of the scores; scores are counted by the products that
+    make them."""
     n = 8 * ring
     case = Case(Mesh(ring=ring), ("ring",), (n, n), True, causal, (1, 1, 1, 16, 3))
     graph = traced(case, 0)
@@ -313,7 +355,9 @@ def test_no_rank_computes_a_block_that_nobody_sees(ring: int, causal: bool) -> N
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("zigzag", [False, True])
-@pytest.mark.parametrize("n", [pytest.param(12, marks=pytest.mark.slow), 13, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n", [pytest.param(12, marks=pytest.mark.slow), 13, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_ranks_of_equal_lengths_share_a_graph(n: int, zigzag: bool, causal: bool) -> None:
     case = Case(Mesh(ring=3), ("ring",), (n, n), zigzag, causal, (1, 1, 2, 2, 2))
     code = {r: traced(replace(case, tensors=[]), r).code for r in range(3)}
@@ -329,7 +373,10 @@ def test_only_operands_and_result_are_kept_for_the_gradient() -> None:
         kept[tuple(x.shape)] += 1
         return x
 
-    with bind_mesh(case.mesh, ("ring",)), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with (
+        bind_mesh(case.mesh, ("ring",)),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
         out = ring_attention(q, k, v, case.spec, *case.parts, 0)
     assert kept == Counter(tuple(x.shape) for x in (q, k, v, out, w[..., 0]))
 
@@ -342,7 +389,9 @@ def test_only_operands_and_result_are_kept_for_the_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_errors_do_not_grow_with_the_ring(dtype: torch.dtype, causal: bool, zigzag: bool) -> None:
     errors = [error(ring, dtype, causal, zigzag) for ring in (1, 2, 4, 8)]
-    bound = 4 if dtype == torch.float32 else 0.5  # sums of 128 in float32; else the last rounding alone
+    bound = (
+        4 if dtype == torch.float32 else 0.5
+    )  # sums of 128 in float32; else the last rounding alone
     assert max(errors) <= bound * torch.finfo(dtype).eps
     assert max(errors) <= 1.1 * errors[0]
 
@@ -395,7 +444,11 @@ def test_queries_that_see_nothing_get_zeros() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_nothing_is_seen_at_all(bias: bool) -> None:
-    hidden = torch.full((1, 1, 1, 1), -math.inf, dtype=torch.float64) if bias else torch.zeros(1, 1, 1, 9).bool()
+    hidden = (
+        torch.full((1, 1, 1, 1), -math.inf, dtype=torch.float64)
+        if bias
+        else torch.zeros(1, 1, 1, 9).bool()
+    )
     case = Case(Mesh(ring=3), ("ring",), (9, 9), True, False, (2, 1, 2, 3, 2), bias=hidden)
     assert all((x == 0).all() for x in around_the_ring(case))
 
@@ -404,12 +457,17 @@ def test_nothing_is_seen_at_all(bias: bool) -> None:
 
 
 def test_flash_kernels_have_the_shapes_of_products() -> None:
-    q, k, v = (torch.empty(2, h, n, 16, dtype=torch.bfloat16, device="meta") for h, n in ((6, 8), (3, 8), (3, 8)))
+    q, k, v = (
+        torch.empty(2, h, n, 16, dtype=torch.bfloat16, device="meta")
+        for h, n in ((6, 8), (3, 8), (3, 8))
+    )
     for t in (tiles.Tile(), tiles.Tile(causal=True)):
         flash, products = (x.forward(q, k, v, t, 0.25) for x in (tiles.FLASH, tiles.MATMUL))
         assert like(flash) == like(products)
         operands = (q, q, q, products.lse, k, v, t, 0.25)
-        assert like(tiles.FLASH.backward(*operands)[:3]) == like(tiles.MATMUL.backward(*operands)[:3])
+        assert like(tiles.FLASH.backward(*operands)[:3]) == like(
+            tiles.MATMUL.backward(*operands)[:3]
+        )
 
 
 def like(xs: tuple[torch.Tensor, ...]) -> list[tuple]:
@@ -428,11 +486,16 @@ def like(xs: tuple[torch.Tensor, ...]) -> list[tuple]:
         (torch.bfloat16, 64, 64, False, False),
     ],
 )
-def test_flash_attention_is_used_where_it_can(dtype: torch.dtype, d: int, dv: int, plain: bool, flash: bool) -> None:
+def test_flash_attention_is_used_where_it_can(
+    dtype: torch.dtype, d: int, dv: int, plain: bool, flash: bool
+) -> None:
     with FakeTensorMode():
         q, v = (torch.empty(1, 2, 4, n, dtype=dtype, device="cuda") for n in (d, dv))
         assert tiles.kernel(q, v, plain) is (tiles.FLASH if flash else tiles.MATMUL)
-        assert tiles.kernel(torch.empty(1, 2, 0, d, dtype=dtype, device="cuda"), v, plain) is tiles.MATMUL
+        assert (
+            tiles.kernel(torch.empty(1, 2, 0, d, dtype=dtype, device="cuda"), v, plain)
+            is tiles.MATMUL
+        )
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             assert tiles.kernel(q, v, plain) is tiles.MATMUL
     on_cpu = torch.empty(1, 2, 4, d, dtype=dtype)
@@ -445,7 +508,15 @@ def test_flash_attention_is_used_where_it_can(dtype: torch.dtype, d: int, dv: in
 def refused(**changes: Any) -> str:
     case = Case(Mesh(ring=2, other=2), ("ring",), (7, 7), False, False, (1, 1, 1, 2, 2))
     q, k, v, _ = case.own(0)
-    given = {"q": q, "k": k, "v": v, "spec": Spec(), "part_q": case.parts[0], "part_k": case.parts[1], "r": 0}
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "spec": Spec(),
+        "part_q": case.parts[0],
+        "part_k": case.parts[1],
+        "r": 0,
+    }
     with pytest.raises(AxisError) as caught:
         ring_attention(**{**given, **changes})
     return str(caught.value)
@@ -453,7 +524,8 @@ def refused(**changes: Any) -> str:
 
 def test_rings_that_differ() -> None:
     assert refused(part_k=Part(7, ("other",), (), 2, 1)) == (
-        "ring_attention: queries are split over a ring of 2 on ('ring',), keys over one of 2 on ('other',): keys meet all "
+        "ring_attention: queries are split over a ring of 2 on ('ring',), keys over one of 2 on "
+        "('other',): keys meet all "
         "queries on one ring only. Split both over the same axes"
     )
 
@@ -469,7 +541,8 @@ def test_rings_that_differ() -> None:
 )
 def test_operands_of_other_lengths(changes: dict[str, Any], where: str) -> None:
     assert refused(**changes) == (
-        f"ring_attention: {where}, on ring rank 0 of 2 on ('ring',): give it the queries and keys of the ring rank (heads are "
+        f"ring_attention: {where}, on ring rank 0 of 2 on ('ring',): give it the queries and "
+        "keys of the ring rank (heads are "
         "exchanged before), and a bias with 1 or these queries and 1 or all keys"
     )
 
@@ -480,8 +553,10 @@ def test_a_second_derivative() -> None:
     with bind_mesh(case.mesh, ("ring",)):
         out = ring_attention(q, k, v, case.spec, *case.parts, 0)
     text = (
-        "ring_attention: the gradient of an attention around a ring is differentiated once more (create_graph=True, or "
-        "torch.func inside the loss), but it has no derivative; split the sequence by seq_all_to_all instead, whose "
+        "ring_attention: the gradient of an attention around a ring is differentiated once more "
+        "(create_graph=True, or "
+        "torch.func inside the loss), but it has no derivative; split the sequence by "
+        "seq_all_to_all instead, whose "
         "attention is torch's own"
     )
     with pytest.raises(TraceError, match=re.escape(text)):

@@ -1,7 +1,9 @@
-"""Hugging Face models with the sequence split: what their makers wrote computes what it does on one device.
+"""Hugging Face models with the sequence split: what their makers wrote computes what it does on one
+device.
 
-They take ``position_ids``, split with the tokens. With ``use_cache=True`` (the cache is empty, and nobody reads it) transformers
-leaves it to torch's attention to be causal; else it makes a mask of its own, of the length of a slice, which is refused.
+They take ``position_ids``, split with the tokens. With ``use_cache=True`` (the cache is empty, and
+nobody reads it) transformers leaves it to torch's attention to be causal; else it makes a mask of
+its own, of the length of a slice, which is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from support.models import grid
 import funcpipe as fp
 from funcpipe.testing import assert_equivalent
 
-transformers: Any = pytest.importorskip("transformers", reason="the extra 'test' installs transformers")
+transformers: Any = pytest.importorskip(
+    "transformers", reason="the extra 'test' installs transformers"
+)
 
 VOCABULARY, ROWS, LENGTH = 32, 4, 10
 NAMES = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -31,7 +35,11 @@ STACKS = {
     "ring": (fp.Mesh(ring=2), fp.seq_ring(axis="ring", dims=DIMS), 1e-10),
     "pipelined, ISP": (
         fp.Mesh(pipe=2, seq=2),
-        fp.compose(HEADS, fp.pipelined(axis="pipe", microbatches=2, dims=ROWS_OF), fp.sharded_weights(axis="seq")),
+        fp.compose(
+            HEADS,
+            fp.pipelined(axis="pipe", microbatches=2, dims=ROWS_OF),
+            fp.sharded_weights(axis="seq"),
+        ),
         1e-12,
     ),
 }
@@ -51,9 +59,15 @@ def build(name: str) -> Any:
 
 
 def make_batch(seed: int) -> dict[str, torch.Tensor]:
-    tokens = torch.randint(3, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        3, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed)
+    )
     positions = torch.arange(LENGTH).expand(ROWS, -1).contiguous()
-    return {"ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "positions": positions}
+    return {
+        "ids": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "positions": positions,
+    }
 
 
 def stepping(name: str) -> tuple[Callable, Any]:

@@ -1,4 +1,5 @@
-"""Sequence parallelism: any attention, on any mesh and in any stack, computes what it computes on one device."""
+"""Sequence parallelism: any attention, on any mesh and in any stack, computes what it computes on
+one device."""
 
 from __future__ import annotations
 
@@ -28,10 +29,17 @@ RING = 1e-10
 
 
 def check(
-    model: Transformer, step: Callable, mesh: fp.Mesh, rtol: float = FLOAT64, parts: int = 1, runner: Any = None
+    model: Transformer,
+    step: Callable,
+    mesh: fp.Mesh,
+    rtol: float = FLOAT64,
+    parts: int = 1,
+    runner: Any = None,
 ) -> None:
     batches = [model.batch(seed, model.rows * parts) for seed in range(2)]
-    assert_equivalent(model.step, step, mesh, model.init_state, model.init(7), batches, rtol=rtol, runner=runner)
+    assert_equivalent(
+        model.step, step, mesh, model.init_state, model.init(7), batches, rtol=rtol, runner=runner
+    )
 
 
 # On up to three ranks in the plain tier: the ranks of a simulation run one after another.
@@ -60,7 +68,9 @@ def test_any_attention_around_a_ring(model: Transformer, ranks: int, zigzag: boo
 
 @pytest.mark.slow
 @given(transformers(), many, st.booleans())
-def test_any_attention_around_a_ring_of_many_ranks(model: Transformer, ranks: int, zigzag: bool) -> None:
+def test_any_attention_around_a_ring_of_many_ranks(
+    model: Transformer, ranks: int, zigzag: bool
+) -> None:
     check_ring(model, ranks, zigzag)
 
 
@@ -73,7 +83,9 @@ SPLITS = st.booleans(), st.booleans()
 
 
 @given(transformers(), st.integers(1, 2), st.integers(1, 2), *SPLITS)
-def test_both_on_two_axes(model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool) -> None:
+def test_both_on_two_axes(
+    model: Transformer, ring: int, seq: int, zigzag: bool, ring_first: bool
+) -> None:
     check_both(model, ring, seq, zigzag, ring_first)
 
 
@@ -94,11 +106,14 @@ def check_both(model: Transformer, ring: int, seq: int, zigzag: bool, ring_first
 
 @given(transformers(), st.data())
 def test_any_stack(model: Transformer, data: st.DataObject) -> None:
-    """Pipelines, data parallelism and weights sharded over the sequence (ISP), the data (FSDP), or both."""
+    """Pipelines, data parallelism and weights sharded over the sequence (ISP), the data (FSDP), or
+    both."""
     sizes = {axis: data.draw(st.integers(1, 2), label=axis) for axis in ("pipe", "data", "seq")}
     order = data.draw(st.permutations(list(sizes)), label="order")
     microbatches = data.draw(st.integers(1, 2), label="microbatches")
-    sharded = data.draw(st.sampled_from([(), ("seq",), ("data",), ("data", "seq")]), label="sharded")
+    sharded = data.draw(
+        st.sampled_from([(), ("seq",), ("data",), ("data", "seq")]), label="sharded"
+    )
     seq = fp.seq_all_to_all(axis="seq", dims=model.dims)
     step = transformed(model, seq, microbatches, sharded, data=True)
     check(model, step, fp.Mesh(**{a: sizes[a] for a in order}), parts=microbatches * sizes["data"])
@@ -129,7 +144,9 @@ def test_every_order_of_stacking_is_the_same_program() -> None:
     for order in orders[::5]:
         run = fp.simulate(fp.compose(*order)(model.step), mesh)
         state, _ = run(run.init(model.init_state, model.init(1), model.batch(0)), model.batch(0))
-        found.append(torch.cat([x.flatten() for x in torch.utils._pytree.tree_leaves(run.unplace(state))]))
+        found.append(
+            torch.cat([x.flatten() for x in torch.utils._pytree.tree_leaves(run.unplace(state))])
+        )
     assert all(torch.equal(x, found[0]) for x in found)
 
 
@@ -139,7 +156,9 @@ def test_a_rank_may_hold_no_token_that_counts() -> None:
     batch = model.batch(0)
     batch["labels"][:, 1:] = -100
     step = fp.seq_all_to_all(model.step, axis="seq")
-    assert_equivalent(model.step, step, fp.Mesh(seq=4), model.init_state, model.init(7), [batch], rtol=FLOAT64)
+    assert_equivalent(
+        model.step, step, fp.Mesh(seq=4), model.init_state, model.init(7), [batch], rtol=FLOAT64
+    )
 
 
 @pytest.mark.parametrize("length", [8, 10])
@@ -173,15 +192,23 @@ def test_two_exchanges_a_layer_each_way(call: str) -> None:
     assert exchanges(plan, "all_to_all") == {"F": 4, "B": 4}
 
 
-@pytest.mark.parametrize(("group", "kv", "ranks", "layers"), [(1, 1, 4, 2), (1, 2, 2, 1), (3, 1, 2, 2), (2, 2, 4, 1)])
+@pytest.mark.parametrize(
+    ("group", "kv", "ranks", "layers"), [(1, 1, 4, 2), (1, 2, 2, 1), (3, 1, 2, 2), (2, 2, 4, 1)]
+)
 def test_bytes_of_an_attention(group: int, kv: int, ranks: int, layers: int) -> None:
-    """4 N h / P numbers a layer for equal heads, (2 h + 2 h_kv) N / P for fewer of keys and values; a P-th of them stay."""
-    model = Transformer(length=16, rows=1, kv_heads=kv * ranks, heads=group * kv * ranks, d=2, dv=2, layers=layers)
+    """4 N h / P numbers a layer for equal heads, (2 h + 2 h_kv) N / P for fewer of keys and values;
+    a P-th of them stay."""
+    model = Transformer(
+        length=16, rows=1, kv_heads=kv * ranks, heads=group * kv * ranks, d=2, dv=2, layers=layers
+    )
     mesh = fp.Mesh(seq=ranks)
     plan = planned(model, fp.seq_all_to_all(model.step, axis="seq"), mesh)
     numbers = layers * (2 * model.heads + 2 * model.kv_heads) * model.d * model.length // ranks
     moved = 2 * 8 * numbers * (ranks - 1) // ranks  # forward and backward, float64
-    summed = sum(2 * (ranks - 1) * 8 * x.numel() // ranks for x in torch.utils._pytree.tree_leaves(model.init()))
+    summed = sum(
+        2 * (ranks - 1) * 8 * x.numel() // ranks
+        for x in torch.utils._pytree.tree_leaves(model.init())
+    )
     assert plan.traffic[0][("seq",)] == moved + summed
 
 
@@ -214,7 +241,8 @@ def test_a_ring_sends_each_block_once_around() -> None:
 
 
 def vocabulary_over(axis: Any, length: int) -> tuple[Transformer, Callable]:
-    """A model, and a step whose loss is in chunks, with the vocabulary over an axis; embedding and head are one leaf."""
+    """A model, and a step whose loss is in chunks, with the vocabulary over an axis; embedding and
+    head are one leaf."""
     model = Transformer(length=length, heads=2, layers=1)
 
     def loss_fn(p: Any, b: Any) -> fp.Mean:
@@ -232,14 +260,20 @@ def vocabulary_over(axis: Any, length: int) -> tuple[Transformer, Callable]:
 @pytest.mark.parametrize("length", [10, *[pytest.param(n, marks=pytest.mark.slow) for n in (8, 3)]])
 @pytest.mark.parametrize("axis", [None, "seq"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_chunked_loss_and_vocabulary_over_the_sequence_axis(length: int, axis: str | None, sharded: bool) -> None:
+def test_chunked_loss_and_vocabulary_over_the_sequence_axis(
+    length: int, axis: str | None, sharded: bool
+) -> None:
     model, step = vocabulary_over(axis, length)
     split = fp.seq_all_to_all(step, axis="seq")
     split = fp.sharded_weights(split, axis="seq") if sharded else split
-    assert_equivalent(step, split, fp.Mesh(seq=2), lambda p: p, model.init(), [model.batch(0)], rtol=FLOAT64)
+    assert_equivalent(
+        step, split, fp.Mesh(seq=2), lambda p: p, model.init(), [model.batch(0)], rtol=FLOAT64
+    )
 
 
-@pytest.mark.parametrize(("length", "axis"), [(5, "data"), (8, "data"), (8, ("data", "seq")), (8, ("seq", "data"))])
+@pytest.mark.parametrize(
+    ("length", "axis"), [(5, "data"), (8, "data"), (8, ("data", "seq")), (8, ("seq", "data"))]
+)
 def test_vocabulary_over_other_axes(length: int, axis: Any) -> None:
     """Ranks along "data" have equally many tokens, also where those along "seq" have not."""
     model, step = vocabulary_over(axis, length)
@@ -251,7 +285,9 @@ def test_vocabulary_over_other_axes(length: int, axis: Any) -> None:
 def test_vocabulary_over_more_axes_than_an_uneven_sequence() -> None:
     model, step = vocabulary_over(("data", "seq"), 5)
     split = fp.data_parallel(fp.seq_all_to_all(step, axis="seq"), axis="data")
-    with refused(SequenceError, "over ('data', 'seq')", "split unevenly over ('seq',)", "or others alone"):
+    with refused(
+        SequenceError, "over ('data', 'seq')", "split unevenly over ('seq',)", "or others alone"
+    ):
         fp.simulate(split, fp.Mesh(data=2, seq=2)).init(lambda p: p, model.init(), model.batch(0))
 
 
@@ -260,13 +296,26 @@ def test_vocabulary_over_more_axes_than_an_uneven_sequence() -> None:
 
 def test_options_and_dims_that_do_not_fit() -> None:
     model = Transformer()
-    for transform, text in ((fp.seq_all_to_all, "split the sequence over"), (fp.seq_ring, "of the ring")):
+    for transform, text in (
+        (fp.seq_all_to_all, "split the sequence over"),
+        (fp.seq_ring, "of the ring"),
+    ):
         with refused(StackError, transform.__name__, "name the mesh axis or axes", text):
             transform(model.step, axis=())
-    start = lambda step, mesh: fp.simulate(step, mesh).init(model.init_state, model.init(), model.batch())  # noqa: E731
-    with refused(BatchError, "seq_all_to_all: batch['labels'] of shape (2, 8) has no dim 2", "dims=..., None"):
-        start(fp.seq_all_to_all(model.step, axis="seq", dims={"tokens": 1, "labels": 2}), fp.Mesh(seq=2))
-    step = fp.seq_ring(fp.seq_all_to_all(model.step, axis="seq"), axis="ring", dims={"tokens": 0, "labels": 1})
+
+    def start(step, mesh):
+        return fp.simulate(step, mesh).init(model.init_state, model.init(), model.batch())
+
+    with refused(
+        BatchError, "seq_all_to_all: batch['labels'] of shape (2, 8) has no dim 2", "dims=..., None"
+    ):
+        start(
+            fp.seq_all_to_all(model.step, axis="seq", dims={"tokens": 1, "labels": 2}),
+            fp.Mesh(seq=2),
+        )
+    step = fp.seq_ring(
+        fp.seq_all_to_all(model.step, axis="seq"), axis="ring", dims={"tokens": 0, "labels": 1}
+    )
     with refused(BatchError, "split batch['tokens'] along dims", "give both the same dims"):
         start(step, fp.Mesh(seq=2, ring=2))
 
@@ -286,5 +335,10 @@ def test_ranks_of_unequal_slices_communicate_in_one_order() -> None:
         state = run.init(lambda p: p, model.init(), model.batch())
         programs.append(run.plan(state, model.batch()).calls[0].programs)
     check_same_order([programs[0], programs[0]])
-    with refused(CutError, "slices of the sequence differ in length", "place 0", "psum_start.default over data"):
+    with refused(
+        CutError,
+        "slices of the sequence differ in length",
+        "place 0",
+        "psum_start.default over data",
+    ):
         check_same_order(programs)

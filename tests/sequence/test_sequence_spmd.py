@@ -15,7 +15,9 @@ import funcpipe as fp
 from funcpipe.testing import assert_equivalent
 
 ROWS = 4
-MODEL = Transformer(layers=1, length=10, rows=ROWS, heads=4, kv_heads=2, call="three", packed=True, aux=True)
+MODEL = Transformer(
+    layers=1, length=10, rows=ROWS, heads=4, kv_heads=2, call="three", packed=True, aux=True
+)
 ROTARY = Transformer(layers=1, length=7, rows=ROWS, heads=3, kv_heads=1, remat=True)
 PADDED = Transformer(length=8, rows=ROWS, heads=2, causal=False, mask="padding")
 
@@ -38,8 +40,18 @@ CASES: dict[str, tuple[Transformer, fp.Mesh, list[Callable], float]] = {
     "ring, in order": (PADDED, fp.Mesh(ring=4), [ring(PADDED, zigzag=False)], 1e-10),
     "both": (MODEL, fp.Mesh(seq=2, ring=2), [heads(MODEL), ring(MODEL)], 1e-10),
     "pipeline": (PADDED, fp.Mesh(pipe=2, seq=2), [heads(PADDED), PIPE], 1e-12),
-    "ISP": (MODEL, fp.Mesh(data=2, seq=2), [heads(MODEL), DATA, fp.sharded_weights(axis="seq")], 1e-12),
-    "FSDP": (ROTARY, fp.Mesh(data=2, seq=2), [fp.sharded_weights(axis=("data", "seq")), heads(ROTARY), DATA], 1e-12),
+    "ISP": (
+        MODEL,
+        fp.Mesh(data=2, seq=2),
+        [heads(MODEL), DATA, fp.sharded_weights(axis="seq")],
+        1e-12,
+    ),
+    "FSDP": (
+        ROTARY,
+        fp.Mesh(data=2, seq=2),
+        [fp.sharded_weights(axis=("data", "seq")), heads(ROTARY), DATA],
+        1e-12,
+    ),
 }
 
 
@@ -52,7 +64,9 @@ def run_case(name: str) -> tuple[float, Any]:
         made.append(fp.spmd(step, mesh, device="cpu", timeout=60))
         return made[0]
 
-    report = assert_equivalent(model.step, step, mesh, model.init_state, model.init(7), batches, rtol, runner=runner)
+    report = assert_equivalent(
+        model.step, step, mesh, model.init_state, model.init(7), batches, rtol, runner=runner
+    )
     placed = made[0].place(model.init_state(model.init(7)))
     state, metrics = made[0](placed, batches[0])
     full = made[0].unplace(state)

@@ -40,7 +40,8 @@ def rand(seed, *shape):
 
 @dataclass(frozen=True)
 class Case:
-    """An attention and how it lies on ranks; ``shapes`` are those of q, k, v and the result, in hook layout."""
+    """An attention and how it lies on ranks; ``shapes`` are those of q, k, v and the result, in
+    hook layout."""
 
     shapes: tuple[tuple[int, ...], ...]
     held: Held
@@ -58,11 +59,15 @@ class Case:
         return self.bias is not None and self.bias.is_floating_point()
 
     def operands(self):
-        """Queries, keys, values, what the result is multiplied with, and the bias if there is one."""
-        return [rand(self.seed + i, *s) for i, s in enumerate(self.shapes)] + ([] if self.bias is None else [self.bias])
+        """Queries, keys, values, what the result is multiplied with, and the bias if there is
+        one."""
+        return [rand(self.seed + i, *s) for i, s in enumerate(self.shapes)] + (
+            [] if self.bias is None else [self.bias]
+        )
 
     def splits(self):
-        """Of every operand, the part that splits it and along which dim; None: every rank has all of it."""
+        """Of every operand, the part that splits it and along which dim; None: every rank has all
+        of it."""
         held = self.held
         bias = (held.q, 2) if held.bias_query else (held.k, 3) if held.bias_key else None
         keys = None if held.k is None else (held.k, 2)
@@ -70,10 +75,14 @@ class Case:
 
     def of(self, member):
         """The operands as a member holds them."""
-        return [x if s is None else take(x, *s, member) for x, s in zip(self.operands(), self.splits(), strict=True)]
+        return [
+            x if s is None else take(x, *s, member)
+            for x, s in zip(self.operands(), self.splits(), strict=True)
+        ]
 
     def joint(self, attend):
-        """A function of the operands: the result, and gradients of q, k, v and a bias of floating dtype."""
+        """A function of the operands: the result, and gradients of q, k, v and a bias of floating
+        dtype."""
 
         def run(*operands):
             moving = [0, 1, 2, *([4] if self.learned else [])]
@@ -81,7 +90,10 @@ class Case:
             with torch.enable_grad():
                 out = attend(*x[:3], Spec(self.causal, None, x[4] if len(x) > 4 else None, self.cu))
             wanted = [x[i] for i in moving]
-            return [out.detach(), *torch.autograd.grad(out, wanted, x[3], allow_unused=True, materialize_grads=True)]
+            return [
+                out.detach(),
+                *torch.autograd.grad(out, wanted, x[3], allow_unused=True, materialize_grads=True),
+            ]
 
         return run
 
@@ -89,12 +101,19 @@ class Case:
         return self.joint(whole)(*self.operands())
 
     def on_ranks(self, run=None):
-        """The same of all ranks together: slices put side by side, gradients of what all ranks have added up."""
+        """The same of all ranks together: slices put side by side, gradients of what all ranks have
+        added up."""
 
         def body(comm):
             member = comm.rank
-            joint = self.joint(lambda q, k, v, spec: split_attention(q, k, v, spec, self.held, member))
-            with bind_rank(comm), bind_mesh(self.mesh, AXES), torch.autograd.set_multithreading_enabled(False):
+            joint = self.joint(
+                lambda q, k, v, spec: split_attention(q, k, v, spec, self.held, member)
+            )
+            with (
+                bind_rank(comm),
+                bind_mesh(self.mesh, AXES),
+                torch.autograd.set_multithreading_enabled(False),
+            ):
                 return (joint if run is None else run[member])(*self.of(member))
 
         found = list(zip(*run_ranks(self.mesh, body), strict=True))
@@ -115,7 +134,8 @@ def put(xs, split):
         return sum(xs[1:], xs[0])
     part, dim = split
     places = torch.cat(
-        [torch.arange(a, b) for m in range(part.members) for a, b in part.ranges(m)] or [torch.arange(0)]
+        [torch.arange(a, b) for m in range(part.members) for a, b in part.ranges(m)]
+        or [torch.arange(0)]
     )
     return torch.cat(list(xs), dim).index_select(dim, places.argsort())
 
@@ -149,7 +169,9 @@ def cases(draw, rings=(1, 1), ranks=(1, 8)):
     alike = draw(st.booleans())  # keys and values of the same sequence
     m = n if alike else draw(st.integers(0, 20))
     queries, keys = (Part(size, ("ring",), ("seq",), ring, seq, zigzag) for size in (n, m))
-    bias, of_query, of_key = draw(st.one_of(st.just((None, False, False)), biases(batch, heads * groups, n, m)))
+    bias, of_query, of_key = draw(
+        st.one_of(st.just((None, False, False)), biases(batch, heads * groups, n, m))
+    )
     everywhere = not of_key and draw(st.sampled_from([False, False, True]))
     dv = draw(st.sampled_from([d, draw(sizes)]))
     h = heads * groups
@@ -173,13 +195,22 @@ def test_split_over_heads_and_a_ring_it_is_that_of_one_device(case):
     same(case.on_ranks(), case.on_one_device())
 
 
-@given(st.integers(1, 8), sizes, sizes, sizes, st.integers(0, 20), st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 8), sizes, sizes, sizes, st.integers(0, 20), st.booleans(), st.integers(0, 99)
+)
 def test_where_ranks_divide_heads_no_bit_differs(ranks, batch, heads, groups, n, causal, seed):
     """Also where they do not divide the sequence, and where query heads share heads."""
     h, part = heads * ranks, Part(n, (), ("seq",), 1, ranks)
-    shapes = ((batch, h * groups, n, 4), (batch, h, n, 4), (batch, h, n, 4), (batch, h * groups, n, 4))
+    shapes = (
+        (batch, h * groups, n, 4),
+        (batch, h, n, 4),
+        (batch, h, n, 4),
+        (batch, h * groups, n, 4),
+    )
     case = Case(shapes, Held(part, part), causal, seed=seed)
-    assert all(torch.equal(a, b) for a, b in zip(case.on_ranks(), case.on_one_device(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(case.on_ranks(), case.on_one_device(), strict=True)
+    )
 
 
 @given(cases())
@@ -199,7 +230,9 @@ def test_other_dtypes_and_a_scale(dtype):
             own = [take(x, part, 2, comm.rank) for x in (q, k, v)]
             return split_attention(*own, Spec(True, 0.3), Held(part, part), comm.rank)
 
-    assert torch.equal(torch.cat(run_ranks(fp.Mesh(seq=2), body), 2), whole(q, k, v, Spec(True, 0.3)))
+    assert torch.equal(
+        torch.cat(run_ranks(fp.Mesh(seq=2), body), 2), whole(q, k, v, Spec(True, 0.3))
+    )
 
 
 @pytest.mark.parametrize("axes", [("a", "b"), ("b", "a"), ("a", "c")])
@@ -240,9 +273,13 @@ def traced(case, member):
 def test_ranks_with_equal_lengths_share_one_graph(case):
     parts = [p for p in (case.held.q, case.held.k) if p is not None]
     keys = [tuple(p.variant(m) for p in parts) for m in range(case.held.q.members)]
-    first, last = ({key: m for m, key in some} for some in (reversed([*enumerate(keys)]), enumerate(keys)))
+    first, last = (
+        {key: m for m, key in some} for some in (reversed([*enumerate(keys)]), enumerate(keys))
+    )
     graphs = {key: traced(case, m) for key, m in first.items()}
-    assert all(traced(case, m).code == graphs[key].code for key, m in last.items() if m != first[key])
+    assert all(
+        traced(case, m).code == graphs[key].code for key, m in last.items() if m != first[key]
+    )
     same(case.on_ranks([graphs[key] for key in keys]), case.on_one_device())
 
 
@@ -250,12 +287,20 @@ def test_it_traces_on_fakes_of_another_device():
     part = Part(7, ("ring",), ("seq",), 1, 4)
 
     def joint(q, k, v, bias):
-        return split_attention(q, k, v, Spec(True, None, bias), Held(part, part, bias_query=True), 0)
+        return split_attention(
+            q, k, v, Spec(True, None, bias), Held(part, part, bias_query=True), 0
+        )
 
     with FakeTensorMode(), bind_mesh(fp.Mesh(ring=1, seq=4), AXES):
         q, k = (torch.empty(1, h, 2, 8, device="meta") for h in (5, 5))
-        graph = make_fx(joint, tracing_mode="fake")(q, k, k, torch.empty(1, 1, 2, 7, device="meta")).graph
-    devices = {n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+        graph = make_fx(joint, tracing_mode="fake")(
+            q, k, k, torch.empty(1, 1, 2, 7, device="meta")
+        ).graph
+    devices = {
+        n.meta["val"].device.type
+        for n in graph.nodes
+        if isinstance(n.meta.get("val"), torch.Tensor)
+    }
     assert devices == {"meta"}
 
 
@@ -263,7 +308,8 @@ def test_it_traces_on_fakes_of_another_device():
 
 
 def sent(case, member=0):
-    """How many elements a rank sends in every all-to-all, forward then backward; other collectives by name."""
+    """How many elements a rank sends in every all-to-all, forward then backward; other collectives
+    by name."""
     out, others = [], Counter()
     for node in traced(case, member).graph.nodes:
         name = str(node.target)
@@ -285,7 +331,12 @@ def split_evenly(n, ranks, heads, keys, d=8, **options):
     [
         (4, 8, 8, 8),  # MHA
         (4, 8, 4, 4),  # GQA: every rank has heads of its own
-        (4, 8, 2, 4),  # fewer heads of keys and values than ranks: each is sent to those ranks that use it
+        (
+            4,
+            8,
+            2,
+            4,
+        ),  # fewer heads of keys and values than ranks: each is sent to those ranks that use it
         (4, 8, 1, 4),  # MQA
         (2, 6, 3, 4),  # both ranks use the second one
         (8, 8, 2, 8),
@@ -300,11 +351,17 @@ def test_two_exchanges_and_no_byte_too_many(ranks, heads, keys, travel):
         assert there + back == (2 * heads + 2 * max(keys, ranks)) * d * n // ranks
 
 
-@pytest.mark.parametrize(("ranks", "heads", "keys", "n"), [(4, 5, 5, 16), (4, 6, 3, 15), (8, 3, 1, 5), (3, 7, 7, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "heads", "keys", "n"), [(4, 5, 5, 16), (4, 6, 3, 15), (8, 3, 1, 5), (3, 7, 7, 1)]
+)
 def test_two_exchanges_also_where_nothing_divides(ranks, heads, keys, n):
     exchanges, others = sent(split_evenly(n, ranks, heads, keys))
     each, longest = -(-heads // ranks), -(-n // ranks)
-    assert len(exchanges) == 4 and exchanges[1] == exchanges[2] == ranks * each * 8 * longest and not others
+    assert (
+        len(exchanges) == 4
+        and exchanges[1] == exchanges[2] == ranks * each * 8 * longest
+        and not others
+    )
 
 
 def test_two_exchanges_of_sequences_of_unequal_length_and_with_documents():
@@ -312,13 +369,17 @@ def test_two_exchanges_of_sequences_of_unequal_length_and_with_documents():
     with FakeTensorMode() as mode:
         case = replace(case, cu=mode.from_tensor(case.cu))
         with bind_mesh(case.mesh, AXES):
-            graph = make_fx(lambda q, k, v: split_attention(q, k, v, Spec(cu_seqlens=case.cu), case.held, 0))
+            graph = make_fx(
+                lambda q, k, v: split_attention(q, k, v, Spec(cu_seqlens=case.cu), case.held, 0)
+            )
             graph = graph(*map(mode.from_tensor, case.of(0)[:3])).graph
     assert sum("all_to_all_start" in str(n.target) for n in graph.nodes) == 2
     other = Part(12, (), ("seq",), 1, 4)
     shapes = ((1, 4, 8, 8), (1, 4, 12, 8), (1, 4, 12, 8), (1, 4, 8, 8))
     exchanges, others = sent(Case(shapes, Held(case.held.q, other)))
-    assert exchanges == [(2 + 2 * 3) * 4 * 8, 2 * 4 * 8, 2 * 4 * 8, (2 + 2 * 3) * 4 * 8] and not others
+    assert (
+        exchanges == [(2 + 2 * 3) * 4 * 8, 2 * 4 * 8, 2 * 4 * 8, (2 + 2 * 3) * 4 * 8] and not others
+    )
 
 
 def test_a_bias_travels_no_wider_than_it_is():
@@ -343,13 +404,22 @@ def test_autocast_narrows_what_travels():
     case = split_evenly(8, 4, 4, 4, causal=True)
     x = [t.float() for t in case.of(0)[:3]]
     with bind_mesh(case.mesh, AXES), torch.autocast("cpu", torch.bfloat16):
-        graph = make_fx(lambda *x: split_attention(*x, Spec(), case.held, 0), tracing_mode="fake")(*x).graph
-    travelling = [n.args[0].meta["val"].dtype for n in graph.nodes if "all_to_all_start" in str(n.target)]
+        graph = make_fx(lambda *x: split_attention(*x, Spec(), case.held, 0), tracing_mode="fake")(
+            *x
+        ).graph
+    travelling = [
+        n.args[0].meta["val"].dtype for n in graph.nodes if "all_to_all_start" in str(n.target)
+    ]
     assert travelling == [torch.bfloat16] * 2
 
 
 def test_a_bias_that_is_split_along_keys_that_are_not_is_refused():
     part = Part(4, (), ("seq",), 1, 2)
     x = rand(0, 1, 2, 2, 4)
-    with bind_mesh(fp.Mesh(seq=2), ("seq",)), pytest.raises(TraceError, match=r"every rank holds all keys.*dims=None"):
-        split_attention(x, x, x, Spec(bias=torch.zeros(1, 1, 1, 2)), Held(part, None, bias_key=True), 0)
+    with (
+        bind_mesh(fp.Mesh(seq=2), ("seq",)),
+        pytest.raises(TraceError, match=r"every rank holds all keys.*dims=None"),
+    ):
+        split_attention(
+            x, x, x, Spec(bias=torch.zeros(1, 1, 1, 2)), Held(part, None, bias_key=True), 0
+        )

@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import D, batch, body, count, keep, loss_fn, params, pipe, refused, run_loss, start, step_of
+from support.models import (
+    D,
+    batch,
+    body,
+    count,
+    keep,
+    loss_fn,
+    params,
+    pipe,
+    refused,
+    run_loss,
+    start,
+    step_of,
+)
 
 import funcpipe as fp
 from funcpipe._src.runtime.simulate import check_same
@@ -32,14 +45,23 @@ TWO = fp.Mesh(pipe=2)
 
 
 def test_an_axis_that_the_mesh_lacks() -> None:
-    with refused(MeshError, "pipelined(axis='pipe')", "axis 'pipe' is not in Mesh(data=2)", "its axes are 'data'"):
+    with refused(
+        MeshError,
+        "pipelined(axis='pipe')",
+        "axis 'pipe' is not in Mesh(data=2)",
+        "its axes are 'data'",
+    ):
         fp.simulate(pipe(STEP), fp.Mesh(data=2))
     with refused(MeshError, "axis 'pipe' is not in Mesh()", "its axes are none"):
         fp.simulate(pipe(STEP), fp.Mesh())
 
 
 def test_an_axis_that_nobody_uses() -> None:
-    with refused(StackError, "axis 'data' of Mesh(pipe=2, data=2) is used by no transform", "leave it out of the mesh"):
+    with refused(
+        StackError,
+        "axis 'data' of Mesh(pipe=2, data=2) is used by no transform",
+        "leave it out of the mesh",
+    ):
         fp.simulate(pipe(STEP), fp.Mesh(pipe=2, data=2))
     with refused(StackError, "axis 'data' of Mesh(data=2)", "would all compute the same"):
         fp.simulate(STEP, fp.Mesh(data=2))
@@ -55,7 +77,11 @@ def test_two_pipelines() -> None:
 
 def test_two_transforms_that_make_microbatches() -> None:
     with refused(
-        StackError, "accumulated()", "pipelined(axis='pipe')", "both split the batch into microbatches", "keep one"
+        StackError,
+        "accumulated()",
+        "pipelined(axis='pipe')",
+        "both split the batch into microbatches",
+        "keep one",
     ):
         fp.simulate(fp.accumulated(pipe(STEP), microbatches=2), TWO)
     with refused(StackError, "accumulated() and accumulated() both split"):
@@ -68,30 +94,57 @@ def test_a_pipe_axis_carries_nothing_else() -> None:
 
 
 def test_one_axis_splits_the_batch_once() -> None:
-    with refused(StackError, "data_parallel(axis='data')", "both split over axis 'data'", "give each its own axis"):
-        fp.simulate(fp.data_parallel(fp.data_parallel(STEP, axis="data"), axis="data"), fp.Mesh(data=2))
+    with refused(
+        StackError,
+        "data_parallel(axis='data')",
+        "both split over axis 'data'",
+        "give each its own axis",
+    ):
+        fp.simulate(
+            fp.data_parallel(fp.data_parallel(STEP, axis="data"), axis="data"), fp.Mesh(data=2)
+        )
     with refused(StackError, "data_parallel(axis='data', axis='data') names an axis twice"):
         fp.simulate(fp.data_parallel(STEP, axis=("data", "data")), fp.Mesh(data=2))
 
 
 OPTIONS: dict[str, tuple[Callable, str]] = {
     "axis is a number": (lambda: pipe(STEP, axis=3), "axis=3: write the name of a mesh axis"),
-    "axis is None": (lambda: fp.data_parallel(STEP, axis=None), "axis=None: write the name of a mesh axis"),  # type: ignore[arg-type]
-    "two axes": (lambda: pipe(STEP, axis=("a", "b")), "axis is \\('a', 'b'\\); a pipeline runs along one axis"),
-    "no microbatch": (lambda: pipe(STEP, 0), "microbatches is 0; it has to be a whole number, 1 or more"),
+    "axis is None": (
+        lambda: fp.data_parallel(STEP, axis=None),
+        "axis=None: write the name of a mesh axis",
+    ),  # type: ignore[arg-type]
+    "two axes": (
+        lambda: pipe(STEP, axis=("a", "b")),
+        "axis is \\('a', 'b'\\); a pipeline runs along one axis",
+    ),
+    "no microbatch": (
+        lambda: pipe(STEP, 0),
+        "microbatches is 0; it has to be a whole number, 1 or more",
+    ),
     "text": (lambda: pipe(STEP, "4"), "pipelined: microbatches is '4'"),  # type: ignore[arg-type]
     "bool": (lambda: fp.accumulated(STEP, microbatches=True), "accumulated: microbatches is True"),
-    "stages word": (lambda: pipe(STEP, stages="odd"), "stages='odd'; write 'balanced', 'even', or a list"),
-    "stages number": (lambda: pipe(STEP, stages=3), "stages=3; write 'balanced', 'even', or a list"),
+    "stages word": (
+        lambda: pipe(STEP, stages="odd"),
+        "stages='odd'; write 'balanced', 'even', or a list",
+    ),
+    "stages number": (
+        lambda: pipe(STEP, stages=3),
+        "stages=3; write 'balanced', 'even', or a list",
+    ),
     "empty stage": (lambda: pipe(STEP, stages=[1, 0]), "each entry of stages is 0"),
     "schedule not called": (
         lambda: pipe(STEP, schedule=one_f_one_b),
-        "schedule is one_f_one_b, not a function \\(ranks, microbatches\\).*fp.schedules.one_f_one_b\\(\\)",
+        "schedule is one_f_one_b, not a function \\(ranks, "
+        "microbatches\\).*fp.schedules.one_f_one_b\\(\\)",
     ),
-    "schedule laid out": (lambda: pipe(STEP, schedule=one_f_one_b()(2, 2)), "schedule is a Schedule, not a function"),
+    "schedule laid out": (
+        lambda: pipe(STEP, schedule=one_f_one_b()(2, 2)),
+        "schedule is a Schedule, not a function",
+    ),
     "schedule word": (
         lambda: pipe(STEP, schedule="one_f_two_b"),
-        "pipelined: no schedule is called 'one_f_two_b'; did you mean one_f_one_b\\? There are: gpipe, .*forward_only; and 'auto'",
+        "pipelined: no schedule is called 'one_f_two_b'; did you mean one_f_one_b\\? There are: "
+        "gpipe, .*forward_only; and 'auto'",
     ),
     "step": (lambda: pipe(3), "pipelined: the step is an int; pass a function \\(state, batch\\)"),  # type: ignore[arg-type]
 }
@@ -109,11 +162,18 @@ def test_options(name: str) -> None:
     [
         (fp.pipelined(axis="pipe", microbatches=2), "pipelined(axis='pipe')"),
         (fp.mixed_precision(compute="bfloat16"), "mixed_precision(compute='bfloat16')"),
-        (fp.compose(pipe, fp.data_parallel(axis="data")), "compose(pipe, data_parallel(axis='data'))"),
+        (
+            fp.compose(pipe, fp.data_parallel(axis="data")),
+            "compose(pipe, data_parallel(axis='data'))",
+        ),
     ],
 )
 def test_a_transform_that_was_never_applied(transform: Any, name: str) -> None:
-    words = (f"{name} is a transform that was not applied to a step", "Write it with the step", "fp.compose(...)(step)")
+    words = (
+        f"{name} is a transform that was not applied to a step",
+        "Write it with the step",
+        "fp.compose(...)(step)",
+    )
     for run in (fp.simulate, fp.spmd):
         with refused(StackError, *words):
             run(transform, TWO)  # type: ignore[operator]
@@ -148,14 +208,19 @@ def test_a_mesh_is_a_mesh() -> None:
 
 def test_a_leaf_that_does_not_divide_is_named() -> None:
     with refused(
-        BatchError, "pipelined: batch['x'] of shape (7, 4)", "along dim 0 into 2 microbatches", "dims=..., None hands"
+        BatchError,
+        "pipelined: batch['x'] of shape (7, 4)",
+        "along dim 0 into 2 microbatches",
+        "dims=..., None hands",
     ):
         run_loss(loss_fn, b=batch(7))
     with refused(BatchError, "batch['x'] of shape (8, 4) does not split along dim 5"):
         run_loss(loss_fn, dims=5)
     both = fp.data_parallel(pipe(STEP), axis="data")
     with refused(
-        BatchError, "batch['x'] of shape (10, 4), (5, 4) after other splits, does not split", "2 microbatches"
+        BatchError,
+        "batch['x'] of shape (10, 4), (5, 4) after other splits, does not split",
+        "2 microbatches",
     ):
         start(both, fp.Mesh(pipe=2, data=2), b=batch(10))
     with refused(BatchError, "data_parallel: batch['x'] of shape (9, 4)", "2 shards over 'data'"):
@@ -165,7 +230,9 @@ def test_a_leaf_that_does_not_divide_is_named() -> None:
 def test_dims_that_do_not_fit_say_so_without_data() -> None:
     for dims in ({"y": 0}, [0, 0]):
         with refused(
-            BatchError, f"pipelined: dims={dims} is not a prefix of the batch {{'x': *}}", "Write one dim"
+            BatchError,
+            f"pipelined: dims={dims} is not a prefix of the batch {{'x': *}}",
+            "Write one dim",
         ) as caught:
             run_loss(loss_fn, dims=dims)
         assert "tensor" not in str(caught.value)
@@ -175,10 +242,15 @@ def test_dims_that_do_not_fit_say_so_without_data() -> None:
 
 def test_ready_microbatches() -> None:
     ready = fp.Microbatches([batch(4), batch(4), batch(4)])
-    with refused(BatchError, "pipelined asks for 2 microbatches, but the batch brings 3", "microbatches=None"):
+    with refused(
+        BatchError, "pipelined asks for 2 microbatches, but the batch brings 3", "microbatches=None"
+    ):
         run_loss(loss_fn, b=ready)
     with refused(
-        BatchError, "pipelined(microbatches=None) takes ready microbatches", "a dict", "fp.Microbatches([...])"
+        BatchError,
+        "pipelined(microbatches=None) takes ready microbatches",
+        "a dict",
+        "fp.Microbatches([...])",
     ):
         run_loss(loss_fn, microbatches=None)
     for none in (fp.Microbatches([]), fp.Microbatches(5)):  # type: ignore[arg-type]
@@ -194,7 +266,10 @@ def test_a_microbatch_that_takes_another_way() -> None:
         return fp.Mean(x.sum(), count(x))
 
     with refused(
-        CutError, "microbatch 1 takes another way through the loss", "1 segments instead of 3", "the path may not"
+        CutError,
+        "microbatch 1 takes another way through the loss",
+        "1 segments instead of 3",
+        "the path may not",
     ):
         run_loss(loss, b=fp.Microbatches([batch(4), batch(2)]), microbatches=None)
 
@@ -203,7 +278,12 @@ def test_a_microbatch_that_takes_another_way() -> None:
 
 
 def test_fewer_boundaries_than_stages_need() -> None:
-    with refused(CutError, "4 stages need 3 boundaries or more", "has 2", "fp.stage_boundary after every block"):
+    with refused(
+        CutError,
+        "4 stages need 3 boundaries or more",
+        "has 2",
+        "fp.stage_boundary after every block",
+    ):
         start(pipe(STEP), fp.Mesh(pipe=4))
     with refused(CutError, "4 stages need 3 boundaries"):  # two ranks, two stages each
         run_loss(loss_fn, schedule=interleaved_1f1b(2))
@@ -211,7 +291,12 @@ def test_fewer_boundaries_than_stages_need() -> None:
 
 def test_stages_that_do_not_fit() -> None:
     for stages in ([1, 1], [1, 1, 1]):
-        with refused(CutError, f"stages={stages}", "2 stages and 3 segments", "write 2 numbers that add up to 3"):
+        with refused(
+            CutError,
+            f"stages={stages}",
+            "2 stages and 3 segments",
+            "write 2 numbers that add up to 3",
+        ):
             run_loss(loss_fn, stages=stages)
 
 
@@ -228,8 +313,14 @@ def test_a_table_that_is_right_runs() -> None:
 
 TABLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "missing receive": (
-        table("0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1", "1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1"),
-        ("0SEND_F1>1 is sent to rank 1, which never receives it", "instead: write 1RECV_F1<0 on rank 1"),
+        table(
+            "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
+            "1RECV_F0 1F0 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
+        ),
+        (
+            "0SEND_F1>1 is sent to rank 1, which never receives it",
+            "instead: write 1RECV_F1<0 on rank 1",
+        ),
     ),
     "duplicate forward": (
         table("0F0 0F1 0F0 0B0 0B1", "1F0 1B0 1F1 1B1"),
@@ -237,7 +328,12 @@ TABLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "cycle": (
         table("0F0 0B0 0F1 0B1", "1F1 1B1 1F0 1B0"),
-        ("mine: deadlock: rank 0 and rank 1 wait for each other", "rank 0 stands at", "rank 1 stands at", "instead: "),
+        (
+            "mine: deadlock: rank 0 and rank 1 wait for each other",
+            "rank 0 stands at",
+            "rank 1 stands at",
+            "instead: ",
+        ),
     ),
     "missing backward": (
         table("0F0 0F1 0B0", "1F0 1B0 1F1 1B1"),
@@ -270,15 +366,22 @@ def test_a_wrong_table(name: str) -> None:
 
 
 def test_a_schedule_function_that_is_wrong() -> None:
-    with refused(ScheduleError, "the schedule function returned an int", "fp.schedules.from_table(rows)"):
+    with refused(
+        ScheduleError, "the schedule function returned an int", "fp.schedules.from_table(rows)"
+    ):
         run_loss(loss_fn, schedule=lambda ranks, microbatches: 5)
     with refused(
-        ScheduleError, "gpipe: is a table for 3 ranks", "axis 'pipe' has 2 ranks and the batch 2 microbatches"
+        ScheduleError,
+        "gpipe: is a table for 3 ranks",
+        "axis 'pipe' has 2 ranks and the batch 2 microbatches",
     ):
         run_loss(loss_fn, schedule=lambda ranks, microbatches: gpipe()(3, microbatches))
     with refused(ScheduleError, "own: rank 1 holds no stage"):
         row = gpipe()(1, 2).ranks[0]
-        run_loss(loss_fn, schedule=lambda ranks, microbatches: Schedule("own", (row, ()), (0,), microbatches))
+        run_loss(
+            loss_fn,
+            schedule=lambda ranks, microbatches: Schedule("own", (row, ()), (0,), microbatches),
+        )
 
 
 # ---- runners
@@ -292,13 +395,19 @@ def test_init_comes_first() -> None:
         lambda: run.place(params()),
         lambda: run.unplace([params(), params()]),
     ):
-        with refused(StateError, "call run.init(init_state, params, batch) first", "it makes the plan"):
+        with refused(
+            StateError, "call run.init(init_state, params, batch) first", "it makes the plan"
+        ):
             call()
 
 
 def test_a_simulated_state_has_one_state_for_each_rank() -> None:
     run, state = start(pipe(STEP), TWO)
-    for wrong, what in ((params(), "a dict"), (state[:1], "a list of 1"), (tuple(state), "a tuple of 2")):
+    for wrong, what in (
+        (params(), "a dict"),
+        (state[:1], "a list of 1"),
+        (tuple(state), "a tuple of 2"),
+    ):
         words = ("a list with one state for each of 2 ranks", f"this is {what}", "run.place(full)")
         with refused(StateError, *words):
             run(wrong, batch())
@@ -317,9 +426,15 @@ def test_a_state_that_is_not_the_ranks_own() -> None:
             {"w": [leaf.float(), *first["w"][1:]]},
             ("params['w'][0] should be", "torch.float64, but is", "torch.float32"),
         ),
-        ({"w": [leaf[:2], *first["w"][1:]]}, ("params['w'][0] should be", "(4, 4)", "but is", "(2, 4)")),
+        (
+            {"w": [leaf[:2], *first["w"][1:]]},
+            ("params['w'][0] should be", "(4, 4)", "but is", "(2, 4)"),
+        ),
         ({"w": [1.0, *first["w"][1:]]}, ("params['w'][0] should be a tensor", "but is a float")),
-        ({"v": first["w"]}, ("rank 0: params have another structure than planned", "expected key(s): ['w']")),
+        (
+            {"v": first["w"]},
+            ("rank 0: params have another structure than planned", "expected key(s): ['w']"),
+        ),
     ]
     for wrong, words in cases:
         with refused(StateError, *words, again) as caught:
@@ -329,7 +444,9 @@ def test_a_state_that_is_not_the_ranks_own() -> None:
 
 def test_a_full_state_of_another_structure() -> None:
     run, _ = start(pipe(STEP), TWO)
-    with refused(StateError, "place: the state has another structure than init_state made", "tree_map") as caught:
+    with refused(
+        StateError, "place: the state has another structure than init_state made", "tree_map"
+    ) as caught:
         run.place({"v": torch.zeros(D)})
     assert "tensor(" not in str(caught.value)
 
@@ -343,11 +460,15 @@ def test_metrics_that_differ_between_ranks() -> None:
 
         return step
 
-    with refused(StateError, "metrics['held'] on a rank that does not hold params", "than on one device"):
+    with refused(
+        StateError, "metrics['held'] on a rank that does not hold params", "than on one device"
+    ):
         start(pipe(returning(lambda state: {"held": held(state)})), TWO, params(3))
     with refused(StateError, "metrics"):
         start(pipe(returning(lambda state: {"a": 1} if state["w"][0] is None else {"b": 1})), TWO)
-    with refused(MismatchError, "metrics['held'] is 2 on rank 0 and 1 on rank 1", "the same on all"):
+    with refused(
+        MismatchError, "metrics['held'] is 2 on rank 0 and 1 on rank 1", "the same on all"
+    ):
         check_same({"held": torch.tensor(2)}, {"held": torch.tensor(1)}, 1)
     with refused(MismatchError, "metrics are", "'b'", "on rank 0 and", "'a'", "on rank 1"):
         check_same({"b": 1}, {"a": 1}, 1)
@@ -367,7 +488,9 @@ def test_a_plan_is_saved_as_a_page_or_a_picture(tmp_path: Path) -> None:
 
 
 def test_every_error_is_one_of_funcpipe() -> None:
-    kinds = [x for x in vars(fp.errors).values() if isinstance(x, type) and issubclass(x, Exception)]
+    kinds = [
+        x for x in vars(fp.errors).values() if isinstance(x, type) and issubclass(x, Exception)
+    ]
     assert len(kinds) > 10
     for kind in kinds:
         assert issubclass(kind, fp.errors.FuncpipeError)

@@ -15,7 +15,12 @@ from support.sharded_steps import clipped, data, linear_batch, linear_params, pi
 
 def with_counts(p: Any) -> Any:
     """A state with leaves that are no parameters, one of them no tensor."""
-    return {"of": (p, optree.tree_map(torch.zeros_like, p)), "n": 0, "key": torch.tensor([3, 4]), "on": True}
+    return {
+        "of": (p, optree.tree_map(torch.zeros_like, p)),
+        "n": 0,
+        "key": torch.tensor([3, 4]),
+        "on": True,
+    }
 
 
 def counting(state: Any, b: Any) -> Any:

@@ -45,11 +45,15 @@ def _sum(xs: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def operand(kind: str, rank: int, shape: tuple[int, ...], dtype: torch.dtype, n: int) -> torch.Tensor:
+def operand(
+    kind: str, rank: int, shape: tuple[int, ...], dtype: torch.dtype, n: int
+) -> torch.Tensor:
     """A rank's operand, for a group of n: the same in every process that asks."""
     if kind in ("reduce_scatter", "start_reduce_scatter", "all_to_all"):
         shape = (n, *shape)
-    numbers = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) * 8
+    numbers = (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) * 8
+    )
     if dtype == torch.bool:
         return numbers > 0
     return numbers.abs().to(dtype) if dtype == torch.uint8 else numbers.to(dtype)

@@ -19,7 +19,9 @@ GPUS = torch.cuda.device_count()
 one_gpu = pytest.mark.skipif(GPUS < 1, reason="needs a GPU")
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 GPU_MARKS = {1: one_gpu, 2: two_gpus}
-on_one_or_two = pytest.mark.parametrize("ranks", [pytest.param(n, marks=mark) for n, mark in GPU_MARKS.items()])
+on_one_or_two = pytest.mark.parametrize(
+    "ranks", [pytest.param(n, marks=mark) for n, mark in GPU_MARKS.items()]
+)
 TIGHT = 1e-12  # float64: sums in another order
 COMPILED = 1e-9  # float64: inductor orders sums and fuses roundings as it likes, over four steps
 
@@ -56,7 +58,10 @@ def init_state(params: dict) -> State:
 
 def example(dtype: torch.dtype = torch.float64, rows: int = 8) -> tuple[dict, dict]:
     g = torch.Generator().manual_seed(0)
-    new = lambda *shape: (torch.randn(shape, generator=g, dtype=torch.float64) * 0.3).to(dtype).cuda()  # noqa: E731
+
+    def new(*shape):
+        return (torch.randn(shape, generator=g, dtype=torch.float64) * 0.3).to(dtype).cuda()
+
     tokens = torch.randint(20, (rows, 6), generator=g).cuda()
     weight = (torch.rand((rows, 6), generator=g) > 0.2).to(dtype).cuda()
     params = {"embed": new(20, 16), "blocks": [new(16, 16) for _ in range(4)]}

@@ -1,6 +1,8 @@
-"""Checks of process groups over gloo, in four processes that are started once: every check runs in all of them.
+"""Checks of process groups over gloo, in four processes that are started once: every check runs in
+all of them.
 
-In: checks, functions of a rank that make communicators of their own. Out: what each returned on every rank, or the text of its error.
+In: checks, functions of a rank that make communicators of their own. Out: what each returned on
+every rank, or the text of its error.
 """
 
 from __future__ import annotations

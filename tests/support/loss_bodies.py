@@ -1,6 +1,8 @@
-"""Loss functions over a sequence, for tests: a body says what becomes of the features of every position.
+"""Loss functions over a sequence, for tests: a body says what becomes of the features of every
+position.
 
-In: a body, a way to split a sequence. Out: a loss function; params, a batch, and how its leaves are split.
+In: a body, a way to split a sequence. Out: a loss function; params, a batch, and how its leaves are
+split.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from support.sequence_ranks import Splits, a_part
 # Sums over positions, and matrix products over them, are taken rank by rank.
 FLOAT64 = 1e-12
 B, D, H, V = 2, 4, 2, 5  # rows, features, heads, tokens
-Body = Callable[[Any, Any, torch.Tensor], Any]  # (params, batch, features of every position) -> the total, or a Mean
+Body = Callable[
+    [Any, Any, torch.Tensor], Any
+]  # (params, batch, features of every position) -> the total, or a Mean
 
 PARTS = {
     "two": a_part(8, 2),
@@ -36,9 +40,21 @@ def data(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
     rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
     ints = lambda n, *s: torch.randint(0, n, s, generator=g)  # noqa: E731
     n = part.size
-    params = {"w": rand(D, D), "a": rand(D), "table": rand(V, D), "places": rand(16, D), "up": rand(D, 3 * D)}
+    params = {
+        "w": rand(D, D),
+        "a": rand(D),
+        "table": rand(V, D),
+        "places": rand(16, D),
+        "up": rand(D, 3 * D),
+    }
     params |= {"conv": rand(D, D, 1), "norm": 1 + 0.1 * rand(D), "one": rand(1)}
-    batch = {"x": rand(B, n, D), "tokens": ints(V, B, n), "labels": ints(V, B, n), "all": rand(B, n, D), "row": rand(B)}
+    batch = {
+        "x": rand(B, n, D),
+        "tokens": ints(V, B, n),
+        "labels": ints(V, B, n),
+        "all": rand(B, n, D),
+        "row": rand(B),
+    }
     batch |= {
         "keep": ints(2, B, n) > 0,
         "short": rand(B, 3, D),
@@ -71,4 +87,8 @@ def heads(x: torch.Tensor) -> torch.Tensor:
 
 def attend(x: torch.Tensor, y: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
     y = x if y is None else y
-    return F.scaled_dot_product_attention(heads(x), heads(y), heads(y.sin()), **options).transpose(1, 2).flatten(2)
+    return (
+        F.scaled_dot_product_attention(heads(x), heads(y), heads(y.sin()), **options)
+        .transpose(1, 2)
+        .flatten(2)
+    )

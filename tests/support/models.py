@@ -20,7 +20,9 @@ def params(layers: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Any
     return {"w": [torch.randn(D, D, generator=g, dtype=dtype) / D for _ in range(layers)]}
 
 
-def batch(rows: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> dict[str, torch.Tensor]:
+def batch(
+    rows: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> dict[str, torch.Tensor]:
     return {"x": torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=dtype)}
 
 
@@ -65,17 +67,23 @@ def keep(p: Any) -> Any:
     return p
 
 
-def start(step: Callable, mesh: fp.Mesh, p: Any = None, b: Any = None, init: Callable = keep) -> tuple[Any, Any]:
+def start(
+    step: Callable, mesh: fp.Mesh, p: Any = None, b: Any = None, init: Callable = keep
+) -> tuple[Any, Any]:
     """A simulated runner and its first state."""
     run = fp.simulate(step, mesh)
     return run, run.init(init, params() if p is None else p, batch() if b is None else b)
 
 
 def pipe(step: Callable, microbatches: int | None = 2, **options: Any) -> Any:
-    return fp.pipelined(step, axis=options.pop("axis", "pipe"), microbatches=microbatches, **options)
+    return fp.pipelined(
+        step, axis=options.pop("axis", "pipe"), microbatches=microbatches, **options
+    )
 
 
-def run_loss(loss: Callable, p: Any = None, b: Any = None, has_aux: bool = False, **options: Any) -> tuple[Any, Any]:
+def run_loss(
+    loss: Callable, p: Any = None, b: Any = None, has_aux: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """The state and metrics after a step of a pipeline of two ranks."""
     step = pipe(step_of(loss, has_aux), **options)
     run, state = start(step, fp.Mesh(pipe=2), p, b)
@@ -98,7 +106,9 @@ def distance(a: Any, b: Any) -> float:
         if isinstance(x, torch.Tensor)
     ]
     size = max((y.abs().max().item() for _, y in pairs if y.numel()), default=1.0)
-    return max(((x - y).abs().max().item() for x, y in pairs if x.numel()), default=0.0) / (size or 1.0)
+    return max(((x - y).abs().max().item() for x, y in pairs if x.numel()), default=0.0) / (
+        size or 1.0
+    )
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -108,9 +118,11 @@ def same_bits(a: Any, b: Any) -> bool:
     return len(xs) == len(ys) and all(equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
-def grid(names: Collection[str], kinds: Collection[Any], everywhere: Collection[str], turns: bool) -> list:
-    """All pairs of a name and a kind, as parameters of a test. Those of a name in ``everywhere`` are plain, and so is
-    one of every other name where the names take turns; the rest are slow."""
+def grid(
+    names: Collection[str], kinds: Collection[Any], everywhere: Collection[str], turns: bool
+) -> list:
+    """All pairs of a name and a kind, as parameters of a test. Those of a name in ``everywhere``
+    are plain, and so is one of every other name where the names take turns; the rest are slow."""
     pairs = []
     for i, name in enumerate(names):
         for k, kind in enumerate(kinds):

@@ -32,7 +32,9 @@ def random_grads(params: Any, step: int) -> Any:
     return optree.tree_map(grad, params)
 
 
-def train(optimizer: Optimizer, params: Any, steps: int, grads: Any = random_grads) -> tuple[Any, Any]:
+def train(
+    optimizer: Optimizer, params: Any, steps: int, grads: Any = random_grads
+) -> tuple[Any, Any]:
     state = optimizer.init(params)
     for i in range(steps):
         params, state = optimizer.update(grads(params, i), state, params)
@@ -41,5 +43,9 @@ def train(optimizer: Optimizer, params: Any, steps: int, grads: Any = random_gra
 
 def assert_same(a: Any, b: Any, rtol: float = 0.0) -> None:
     assert optree.tree_structure(a) == optree.tree_structure(b)
-    for path, x, y in zip(optree.tree_paths(a), optree.tree_leaves(a), optree.tree_leaves(b), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=rtol, msg=lambda text, path=path: f"{path}: {text}")
+    for path, x, y in zip(
+        optree.tree_paths(a), optree.tree_leaves(a), optree.tree_leaves(b), strict=True
+    ):
+        torch.testing.assert_close(
+            x, y, rtol=rtol, atol=rtol, msg=lambda text, path=path: f"{path}: {text}"
+        )

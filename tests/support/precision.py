@@ -17,15 +17,22 @@ from support.models import same_bits
 
 # Sums in float64, the dtype of the masters, in another order; what is summed has the same bits.
 FLOAT64 = 1e-12
-# Totals, and gradients of leaves that are used twice, are summed in float32, the compute dtype, in another order.
+# Totals, and gradients of leaves that are used twice, are summed in float32, the compute dtype, in
+# another order.
 FLOAT32 = 1e-5
 
 OPTIMIZER = adamw(1e-2, eps=1e-3)
 FIRST = 2.0**15  # the first dynamic scale
 
-CHAIN = Model(tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(3)), unused=True)
+CHAIN = Model(
+    tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(3)), unused=True
+)
 TIED = Model(
-    ((Layer("linear", (0, 0)),), (Layer("permute", (0,)), Layer("linear", (0, 1))), (Layer("scale", (0,)),)),
+    (
+        (Layer("linear", (0, 0)),),
+        (Layer("permute", (0,)), Layer("linear", (0, 1))),
+        (Layer("scale", (0,)),),
+    ),
     tied_head=True,
     aux=1,
 )
@@ -67,7 +74,8 @@ def ran(
     batches: Sequence[Any],
     edit: Callable | None = None,
 ) -> tuple[Any, list[Any]]:
-    """The full state and all metrics after some steps; ``edit`` changes every rank's first state."""
+    """The full state and all metrics after some steps; ``edit`` changes every rank's first
+    state."""
     run = fp.simulate(step, mesh)
     state, metrics = run.init(init_state, params, batches[0]), []
     state = state if edit is None else [edit(s) for s in state]
@@ -87,16 +95,25 @@ def scale_of(scale: float) -> Callable[[Scaled], Scaled]:
     return lambda state: state._replace(scale=torch.full_like(state.scale, scale))
 
 
-def by_hand(model: Model, params: Any, batch: Any, compute: torch.dtype, scale: float) -> tuple[torch.Tensor, Any]:
+def by_hand(
+    model: Model, params: Any, batch: Any, compute: torch.dtype, scale: float
+) -> tuple[torch.Tensor, Any]:
     """Loss and gradients in a compute dtype, as one writes it without funcpipe."""
     cast = lambda x: x.to(compute) if torch.is_tensor(x) and x.is_floating_point() else x  # noqa: E731
     leaves, spec = optree.tree_flatten(params)
     inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in leaves]
-    out = model.loss_fn(optree.tree_map(cast, optree.tree_unflatten(spec, inputs)), optree.tree_map(cast, batch))
+    out = model.loss_fn(
+        optree.tree_map(cast, optree.tree_unflatten(spec, inputs)), optree.tree_map(cast, batch)
+    )
     total, weight = (x.float() for x in (out[0] if model.has_aux else out))
     wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(total * scale, wanted, allow_unused=True, materialize_grads=True))
-    grads = [(next(found) / (weight * scale)).to(x.dtype) if x.requires_grad else torch.zeros_like(x) for x in inputs]
+    found = iter(
+        torch.autograd.grad(total * scale, wanted, allow_unused=True, materialize_grads=True)
+    )
+    grads = [
+        (next(found) / (weight * scale)).to(x.dtype) if x.requires_grad else torch.zeros_like(x)
+        for x in inputs
+    ]
     return (total / weight).detach(), optree.tree_unflatten(spec, grads)
 
 
@@ -111,11 +128,20 @@ def untied(model: Model) -> bool:
     return not model.tied_head and len(set(used)) == len(used)
 
 
-_POOLS = {"linear": "MV", "gated": "MM", "norm": "VV", "mix": "M", "scale": "S", "permute": "P", "skip": ""}
+_POOLS = {
+    "linear": "MV",
+    "gated": "MM",
+    "norm": "VV",
+    "mix": "M",
+    "scale": "S",
+    "permute": "P",
+    "skip": "",
+}
 
 
 def close(got: Any, want: Any, rtol: float) -> None:
-    """Every leaf within a relative error, in the norm of the leaf or a thousandth of that of the largest."""
+    """Every leaf within a relative error, in the norm of the leaf or a thousandth of that of the
+    largest."""
     assert optree.tree_structure(got) == optree.tree_structure(want)
     pairs = list(zip(tree.paths(want), tree.leaves(got), tree.leaves(want), strict=True))
     pairs = [(path, a.double(), b.double()) for path, a, b in pairs if torch.is_tensor(b)]

@@ -1,4 +1,5 @@
-"""Random small loss functions: a few ops, position-wise ones and ones that mix positions, on what was there before."""
+"""Random small loss functions: a few ops, position-wise ones and ones that mix positions, on what
+was there before."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ class Program:
         ]  # the last are taken most often
         have += [F.embedding(batch["ids"], params["table"]), x @ params["w"], x, x * params["a"]]
         for line in self.lines:
-            have.append(OPS[line.op](*(have[-1 - i % len(have)] for i in line.operands), *line.numbers[:2]))
+            have.append(
+                OPS[line.op](*(have[-1 - i % len(have)] for i in line.operands), *line.numbers[:2])
+            )
         last = TOTALS[self.total[0] % len(TOTALS)](have[-1], batch["x"], params)
         if self.total[1]:
             last = last + TOTALS[self.total[1] % len(TOTALS)](have[-2], batch["x"], params)
@@ -182,10 +185,14 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "outer": lambda x, y, i, j: torch.einsum("...i,...j->...ij", x, y),
     "dot": lambda x, y, i, j: torch.einsum("...i,...i->...", x, y),
     "dot over second": lambda x, y, i, j: torch.einsum("bld,ble->bde", x, y),
-    "linear": lambda x, y, i, j: F.linear(x, y.reshape(-1, x.shape[-1])[:2], torch.ones(2, dtype=x.dtype)),
+    "linear": lambda x, y, i, j: F.linear(
+        x, y.reshape(-1, x.shape[-1])[:2], torch.ones(2, dtype=x.dtype)
+    ),
     "conv1": lambda x, y, i, j: F.conv1d(x, y.reshape(-1)[: x.shape[1]].reshape(1, -1, 1)),
     "conv2": lambda x, y, i, j: F.conv1d(x, y.reshape(-1)[: 2 * x.shape[1]].reshape(1, -1, 2)),
-    "mse": lambda x, y, i, j: F.mse_loss(x, y.expand(x.shape), reduction=("none", "sum", "mean")[i % 3]),
+    "mse": lambda x, y, i, j: F.mse_loss(
+        x, y.expand(x.shape), reduction=("none", "sum", "mean")[i % 3]
+    ),
     "attention": lambda x, i, j: _attention(x, i),
     # from nothing
     "zeros": lambda x, i, j: torch.zeros(x.shape, dtype=x.dtype),
@@ -213,7 +220,8 @@ OPS: dict[str, Callable[..., torch.Tensor]] = {
     "pmax": lambda x, i, j: fp.pmax(x, "seq"),
     "all gather": lambda x, i, j: fp.all_gather(x, "seq", dim=_dim(x, i)),
 }
-# Of these, programs are made that are allowed, as others are seldom: half of all ops are drawn from here.
+# Of these, programs are made that are allowed, as others are seldom: half of all ops are drawn from
+# here.
 TAME = (
     "sin", "scaled", "masked", "detached", "add", "sub", "mul", "div", "where", "maximum", "addcmul", "sum", "softmax", "sort",
     "layer norm", "rms norm", "normalize", "transpose", "rows", "flatten", "by row and feature", "unsqueeze", "expand", "narrow",
@@ -248,11 +256,16 @@ def programs(draw: Any, most: int = 6) -> Program:
         op = draw(st.sampled_from(TAME) | st.sampled_from(sorted(OPS)))
         operands = tuple(draw(st.just(0) | small) for _ in range(2 if op in BINARY else 1))
         lines.append(Line(op, operands, (draw(small), draw(small))))
-    first, second = draw(st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5])), draw(st.sampled_from([0, 0, 0, 0, 1, 5]))
+    first, second = (
+        draw(st.sampled_from([0, 0, 0, 0, 1, 2, 3, 4, 5])),
+        draw(st.sampled_from([0, 0, 0, 0, 1, 5])),
+    )
     return Program(tuple(lines), (first, second), draw(st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4])))
 
 
-def inputs(length: int, other: int, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def inputs(
+    length: int, other: int, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Params and a batch, with a sequence of another length, and one that all ranks have whole."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731

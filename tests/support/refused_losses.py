@@ -1,4 +1,5 @@
-"""What the tests of misuse share: a loss's inputs, how they are split, and that a body is refused, or a text has words."""
+"""What the tests of misuse share: a loss's inputs, how they are split, and that a body is refused,
+or a text has words."""
 
 from __future__ import annotations
 
@@ -21,12 +22,18 @@ MIXES = "Only attention may mix positions"
 # A body, and what its refusal says.
 Misuses = dict[str, tuple[Body, tuple[str, ...]]]
 # Slices of unequal length, of one position, or of none.
-UNEVEN: list[dict[str, Any]] = [{"heads": 3}, {"heads": 2, "ring": 2, "zigzag": True}, {"heads": 8}, {"heads": 9}]
+UNEVEN: list[dict[str, Any]] = [
+    {"heads": 3},
+    {"heads": 2, "ring": 2, "zigzag": True},
+    {"heads": 8},
+    {"heads": 9},
+]
 
 
 @contextlib.contextmanager
 def refused(kind: type[Exception], *words: str) -> Iterator[None]:
-    """Expect an error whose text, without the line of code that it quotes, has all these words, in this order."""
+    """Expect an error whose text, without the line of code that it quotes, has all these words, in
+    this order."""
     with pytest.raises(kind) as found:
         yield
     text = re.sub("`[^`]*`", "", str(found.value))
@@ -37,9 +44,20 @@ def inputs(length: int = L) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     g = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
     ints = lambda *s: torch.randint(0, V, s, generator=g)  # noqa: E731
-    params = {"w": rand(D, D), "a": rand(D), "table": rand(V, D), "places": rand(length, D), "token": rand(D)}
+    params = {
+        "w": rand(D, D),
+        "a": rand(D),
+        "table": rand(V, D),
+        "places": rand(length, D),
+        "token": rand(D),
+    }
     params |= {"conv": rand(D, D, 3), "scores": rand(length, length)}
-    batch = {"x": rand(B, length, D), "tokens": ints(B, length), "labels": ints(B, length), "all": rand(B, length, D)}
+    batch = {
+        "x": rand(B, length, D),
+        "tokens": ints(B, length),
+        "labels": ints(B, length),
+        "all": rand(B, length, D),
+    }
     return params, batch
 
 

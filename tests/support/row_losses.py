@@ -1,6 +1,7 @@
 """Loss functions whose batch is split by rows, for tests: proven, and computed part by part.
 
-In: a body, which says what becomes of rows. Out: whether it is proven; its total and gradients on one device, and over parts.
+In: a body, which says what becomes of rows. Out: whether it is proven; its total and gradients on
+one device, and over parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from funcpipe._src.proof.rows import prove_rows
 from funcpipe.errors import BatchError
 
 N, T, D, V = 8, 6, 4, 7  # rows, positions, features, tokens
-Body = Callable[[Any, Any, torch.Tensor], Any]  # (params, batch, features of every row) -> the total, or a Mean
+Body = Callable[
+    [Any, Any, torch.Tensor], Any
+]  # (params, batch, features of every row) -> the total, or a Mean
 WHOLE = ("table",)  # the leaf of the batch that every part has
 
 
@@ -31,10 +34,26 @@ def data() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
     rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
     ints = lambda n, *s: torch.randint(0, n, s, generator=g)  # noqa: E731
-    params = {"w": rand(D, D), "a": rand(D), "embed": rand(V, D), "places": rand(T, D), "experts": rand(3, D, D)}
+    params = {
+        "w": rand(D, D),
+        "a": rand(D),
+        "embed": rand(V, D),
+        "places": rand(T, D),
+        "experts": rand(3, D, D),
+    }
     params |= {"conv": rand(D, D, 3), "conv2": rand(2, 1, 3, 3), "row": rand(1, D)}
-    batch = {"x": rand(N, D), "seq": rand(N, T, D), "image": rand(N, 1, 4, 4), "tokens": ints(V, N, T)}
-    batch |= {"label": ints(D, N), "keep": ints(2, N) > 0, "length": ints(T, N), "weight": rand(N).abs()}
+    batch = {
+        "x": rand(N, D),
+        "seq": rand(N, T, D),
+        "image": rand(N, 1, 4, 4),
+        "tokens": ints(V, N, T),
+    }
+    batch |= {
+        "label": ints(D, N),
+        "keep": ints(2, N) > 0,
+        "length": ints(T, N),
+        "weight": rand(N).abs(),
+    }
     batch |= {
         "expert": ints(3, N),
         "turned": rand(T, N),
@@ -67,7 +86,10 @@ def count(b: Any) -> torch.Tensor:
 
 def part_of(batch: Any, k: int, parts: int) -> dict[str, torch.Tensor]:
     dims = {name: dim_of(name) for name in batch}
-    return {k_: x if dims[k_] is None else x.chunk(parts, dims[k_])[k].contiguous() for k_, x in batch.items()}
+    return {
+        k_: x if dims[k_] is None else x.chunk(parts, dims[k_])[k].contiguous()
+        for k_, x in batch.items()
+    }
 
 
 def prove(body: Body, parts: int = 2, has_aux: bool = False, mesh: fp.Mesh | None = None) -> None:
@@ -80,7 +102,9 @@ def prove(body: Body, parts: int = 2, has_aux: bool = False, mesh: fp.Mesh | Non
     axes = tuple(mesh.axes) if mesh else ()
     dims = [dim_of(name) for name in sorted(batch)]
     cuts = [[] if d is None else [LeafCut(d, parts, axes)] for d in dims]
-    prove_rows(Subject(loss_of(body), has_aux, fakes, spec, mode, axes), local, cuts, mesh or fp.Mesh())
+    prove_rows(
+        Subject(loss_of(body), has_aux, fakes, spec, mode, axes), local, cuts, mesh or fp.Mesh()
+    )
 
 
 def computed(body: Body, params: Any, batch: Any) -> list[torch.Tensor]:
@@ -103,7 +127,8 @@ def check_equal(body: Body, parts: int) -> None:
 
 @contextlib.contextmanager
 def refused(*words: str) -> Iterator[None]:
-    """Expect a BatchError that has these words in this order, and speaks of rows outside of the code that it quotes."""
+    """Expect a BatchError that has these words in this order, and speaks of rows outside of the
+    code that it quotes."""
     with pytest.raises(BatchError) as found:
         yield
     text = re.sub("`[^`]*`", "", str(found.value))

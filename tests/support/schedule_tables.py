@@ -1,4 +1,5 @@
-"""What the schedule tests share: every schedule of the library by name, and ways to write a table down."""
+"""What the schedule tests share: every schedule of the library by name, and ways to write a table
+down."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from funcpipe._src.schedule import (
     zb_v,
 )
 
-# Every schedule of the library: its name, the factory, and whether it takes a number of stages per rank.
+# Every schedule of the library: its name, the factory, and whether it takes a number of stages per
+# rank.
 LIBRARY: dict[str, tuple] = {
     "gpipe": (gpipe, False),
     "one_f_one_b": (one_f_one_b, False),
@@ -62,8 +64,11 @@ def schedule_fns(draw: st.DrawFn, v: int = 4) -> ScheduleFn:
 
 @st.composite
 def edges_for(draw: st.DrawFn, stages: int) -> frozenset[Edge]:
-    """A chain with random skips: forward to a later stage, backward to an earlier one, residuals to any."""
-    extra = st.tuples(st.integers(0, stages - 1), st.integers(0, stages - 1), st.sampled_from("FBR"))
+    """A chain with random skips: forward to a later stage, backward to an earlier one, residuals to
+    any."""
+    extra = st.tuples(
+        st.integers(0, stages - 1), st.integers(0, stages - 1), st.sampled_from("FBR")
+    )
     edges = set(chain(stages))
     for a, b, kind in draw(st.lists(extra, max_size=6)):
         low, high = min(a, b), max(a, b)

@@ -1,7 +1,9 @@
-"""A loss function proven and run on slices of the sequence, without a planner: the ranks of a mesh in this process.
+"""A loss function proven and run on slices of the sequence, without a planner: the ranks of a mesh
+in this process.
 
-Attention is done here in the plainest way: every rank writes its slices of queries, keys and values into zeros of the whole
-length, a psum makes them whole on every rank, and each keeps its rows of the result.
+Attention is done here in the plainest way: every rank writes its slices of queries, keys and values
+into zeros of the whole length, a psum makes them whole on every rank, and each keeps its rows of
+the result.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def sliced(x: Any, split: tuple[int, Part] | None, member: int) -> Any:
     if split is None:
         return x
     dim, part = split
-    return torch.cat([x.narrow(dim, 0, 0), *(x.narrow(dim, a, b - a) for a, b in part.ranges(member))], dim)
+    return torch.cat(
+        [x.narrow(dim, 0, 0), *(x.narrow(dim, a, b - a) for a, b in part.ranges(member))], dim
+    )
 
 
 def proven(
@@ -66,17 +70,23 @@ def proven(
     each = [splits.get(k) for k in sorted(batch)]
     fakes = tree.map_tensors(lambda x: fake(x.shape, x, mode), params)
     found: dict[Any, Findings] = {}
-    kinds = [tuple(p.variant(m) for p in parts_of(splits)) for m in range(parts_of(splits)[0].members)]
+    kinds = [
+        tuple(p.variant(m) for p in parts_of(splits)) for m in range(parts_of(splits)[0].members)
+    ]
     for m, kind in enumerate(kinds):
         if kind not in found:
             local = {k: sliced(x, splits.get(k), m) for k, x in batch.items()}
             leaves = tree.leaves(tree.map_tensors(lambda x: fake(x.shape, x, mode), local))
-            task = Task(loss_fn, has_aux, fakes, leaves, spec, each, m, mode, mesh, tuple(mesh.axes))
+            task = Task(
+                loss_fn, has_aux, fakes, leaves, spec, each, m, mode, mesh, tuple(mesh.axes)
+            )
             found[kind] = examine(**vars(task)) if attention else prove(task)
     return [found[kind] for kind in kinds]
 
 
-def on_one(loss_fn: Callable, params: Any, batch: dict[str, Any], has_aux: bool = False) -> list[torch.Tensor]:
+def on_one(
+    loss_fn: Callable, params: Any, batch: dict[str, Any], has_aux: bool = False
+) -> list[torch.Tensor]:
     """Total, weight and gradients of the total on one device."""
     held = tree.map(lambda x: x.detach().requires_grad_(x.is_floating_point()), params)
     out = loss_fn(held, batch)
@@ -118,14 +128,27 @@ def _grads(total: torch.Tensor, held: Any) -> list[torch.Tensor]:
     engine = (
         torch.autograd.graph._engine_run_backward
     )  # as in graph/trace.py: a checkpoint recomputes with the same modes
-    grads = engine((total,), (torch.ones_like(total),), False, False, tuple(leaves), True, accumulate_grad=False)
-    return [torch.zeros_like(x) if g is None else g.detach() for g, x in zip(grads, leaves, strict=True)]
+    grads = engine(
+        (total,),
+        (torch.ones_like(total),),
+        False,
+        False,
+        tuple(leaves),
+        True,
+        accumulate_grad=False,
+    )
+    return [
+        torch.zeros_like(x) if g is None else g.detach() for g, x in zip(grads, leaves, strict=True)
+    ]
 
 
 def far(one: list[torch.Tensor], many: list[torch.Tensor]) -> float:
     """The largest difference, relative to the largest entry."""
     size = max(1.0, *(float(x.abs().max()) for x in one))
-    return max(float((x.double() - y.double()).abs().max()) for x, y in zip(one, many, strict=True)) / size
+    return (
+        max(float((x.double() - y.double()).abs().max()) for x, y in zip(one, many, strict=True))
+        / size
+    )
 
 
 class ByHand:
@@ -135,7 +158,9 @@ class ByHand:
         self.found, self.member = found, member
 
     def _own(self, part: Part) -> torch.Tensor:
-        return torch.cat([torch.arange(0), *(torch.arange(a, b) for a, b in part.ranges(self.member))])
+        return torch.cat(
+            [torch.arange(0), *(torch.arange(a, b) for a, b in part.ranges(self.member))]
+        )
 
     def _whole(self, x: torch.Tensor, dim: int, part: Part | None) -> torch.Tensor:
         if part is None:
@@ -143,7 +168,9 @@ class ByHand:
         zeros = x.new_zeros((*x.shape[:dim], part.size, *x.shape[dim + 1 :]))
         return fp.psum(zeros.index_copy(dim, self._own(part), x), part.axes).to(x.dtype)
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec
+    ) -> torch.Tensor:
         held, bias = self.found.attention(q, k, v, spec), spec.bias
         if bias is not None:
             bias = self._whole(bias, 2, held.q if held.bias_query else None)
@@ -164,4 +191,6 @@ class ByHand:
 
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
         split = self.found.dropout(x, rate, key)
-        return fp.random.dropped(x, rate, key, {} if split is None else {split[0]: self._own(split[1])})
+        return fp.random.dropped(
+            x, rate, key, {} if split is None else {split[0]: self._own(split[1])}
+        )

@@ -22,7 +22,10 @@ def start(params: Any) -> Any:
 def linear(params: Any, batch: Any) -> fp.Mean:
     """Leaves of all kinds: 0-d, with no element, with one, frozen integers, unused."""
     x = fp.stage_boundary(batch["x"] @ params["w"] + params["one"])
-    x = fp.stage_boundary(torch.tanh(x)[:, params["order"]] * params["scale"]) + params["none"].sum()
+    x = (
+        fp.stage_boundary(torch.tanh(x)[:, params["order"]] * params["scale"])
+        + params["none"].sum()
+    )
     return fp.Mean((x.square().sum(1) * batch["weight"]).sum(), batch["weight"].sum())
 
 

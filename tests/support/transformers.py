@@ -1,6 +1,8 @@
-"""Transformers for tests of sequence parallelism: small, float64, written as people write them, with every kind of attention.
+"""Transformers for tests of sequence parallelism: small, float64, written as people write them,
+with every kind of attention.
 
-In: a `Transformer`, drawn by `transformers` or written by hand. Out: ``init``, ``loss_fn``, ``batch``, ``dims``, and a step.
+In: a `Transformer`, drawn by `transformers` or written by hand. Out: ``init``, ``loss_fn``,
+``batch``, ``dims``, and a step.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ class Transformer:
 
     Args:
         length, rows: of the batch.
-        heads, kv_heads, d, dv: numbers of heads of queries, and of keys and values; sizes of a head.
+        heads, kv_heads, d, dv: numbers of heads of queries, and of keys and values; sizes of a
+            head.
         layers: blocks, with a boundary after each.
-        call: how attention is written: torch's own ("sdpa"), or `fp.attention` of q, k and v ("three"), of q and packed
-            keys and values ("kv"), or of all packed ("qkv").
+        call: how attention is written: torch's own ("sdpa"), or `fp.attention` of q, k and v
+            ("three"), of q and packed keys and values ("kv"), or of all packed ("qkv").
         causal: whether a token sees no later ones.
         packed: whether every row holds several documents.
-        mask: "" or what the scores are masked with or biased by: "padding" (bool, by key, split with the batch), "rows"
-            (bool, split along queries, all keys), "whole" (bool, for all), "bias" (a parameter for every head).
+        mask: "" or what the scores are masked with or biased by: "padding" (bool, by key, split
+            with the batch), "rows" (bool, split along queries, all keys), "whole" (bool, for all),
+            "bias" (a parameter for every head).
         places: how tokens know their positions: "learned" or "rotary".
         remat: whether blocks run under torch.utils.checkpoint.
         aux: whether the loss of every token is returned as `Rows`.
@@ -61,21 +65,30 @@ class Transformer:
 
     def init(self, seed: int = 0) -> dict[str, Any]:
         g = torch.Generator().manual_seed(seed)
-        rand = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64) * shape[-1] ** -0.5  # noqa: E731
+
+        def rand(*shape):
+            return torch.randn(shape, generator=g, dtype=torch.float64) * shape[-1] ** -0.5
+
         h, k, d, dv, w = self.heads, self.kv_heads, self.d, self.dv, self.width
         block = lambda: {  # noqa: E731
             "q": rand(h * d, w), "k": rand(k * d, w), "v": rand(k * dv, w), "o": rand(w, h * dv),
             "up": rand(2 * w, w), "down": rand(w, 2 * w), "norm": 1 + 0.1 * rand(w),
             **({"bias": rand(h, self.length, self.length)} if self.mask == "bias" else {}),
         }  # fmt: skip
-        out = {"embed": rand(VOCAB, w), "blocks": [block() for _ in range(self.layers)], "head": rand(VOCAB, w)}
+        out = {
+            "embed": rand(VOCAB, w),
+            "blocks": [block() for _ in range(self.layers)],
+            "head": rand(VOCAB, w),
+        }
         return out | ({"places": rand(self.length, w)} if self.places == "learned" else {})
 
     def batch(self, seed: int = 0, rows: int | None = None) -> dict[str, Any]:
         g = torch.Generator().manual_seed(seed)
         b, n = self.rows if rows is None else rows, self.length
         tokens = torch.randint(VOCAB, (b, n), generator=g)
-        labels = torch.where(torch.rand(b, n, generator=g) < 0.2, -100, torch.randint(VOCAB, (b, n), generator=g))
+        labels = torch.where(
+            torch.rand(b, n, generator=g) < 0.2, -100, torch.randint(VOCAB, (b, n), generator=g)
+        )
         if bool((labels == -100).all()):  # a mean of nothing is NaN, and so is all that follows it
             labels[:, -1] = tokens[:, -1]
         out: dict[str, Any] = {"tokens": tokens, "labels": labels}
@@ -96,7 +109,9 @@ class Transformer:
         if self.packed:
             out["cu_seqlens"] = None
         if self.mask:
-            out |= {"padding": {"mask": 1}, "rows": {"mask": 1}, "whole": {"mask": None}}.get(self.mask, {})
+            out |= {"padding": {"mask": 1}, "rows": {"mask": 1}, "whole": {"mask": None}}.get(
+                self.mask, {}
+            )
         return out
 
     def loss_fn(self, params: Any, batch: Any) -> Any:
@@ -112,9 +127,9 @@ class Transformer:
             )
             x = fp.stage_boundary(x)
         logits = F.linear(x, params["head"])
-        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view_as(
-            batch["labels"]
-        )
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
+        ).view_as(batch["labels"])
         loss = fp.Mean(losses.sum(), (batch["labels"] != -100).sum().double())
         return (loss, {"losses": fp.Rows(losses)}) if self.aux else loss
 
@@ -125,11 +140,14 @@ class Transformer:
         if self.places == "rotary":
             q, k = _rotate(q, at), _rotate(k, at)
         x = x + F.linear(self._attention(q, k, v, p, batch).flatten(2), p["o"])
-        # Of two numbers a layer norm leaves the sign, and gradients that are rounding errors: a larger eps keeps more.
+        # Of two numbers a layer norm leaves the sign, and gradients that are rounding errors: a
+        # larger eps keeps more.
         y = F.layer_norm(x, (self.width,), eps=0.1)
         return x + F.linear(F.gelu(F.linear(y, p["up"])), p["down"])
 
-    def _attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Any, batch: Any) -> torch.Tensor:
+    def _attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: Any, batch: Any
+    ) -> torch.Tensor:
         bias = p.get("bias")
         if self.mask:
             mask = batch.get("mask")
@@ -139,7 +157,12 @@ class Transformer:
         if self.call == "sdpa":
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, is_causal=self.causal, enable_gqa=self.heads != self.kv_heads
+                q,
+                k,
+                v,
+                attn_mask=bias,
+                is_causal=self.causal,
+                enable_gqa=self.heads != self.kv_heads,
             )
             return out.transpose(1, 2)
         options = {"causal": self.causal, "bias": bias, "cu_seqlens": batch.get("cu_seqlens")}
@@ -187,7 +210,8 @@ def transformers(draw: st.DrawFn, max_length: int = 12, max_heads: int = 6) -> T
         dv=2 if call in ("kv", "qkv") else draw(st.sampled_from([2, 3])),
         layers=draw(st.integers(1, 2)),
         call=call,
-        causal=draw(st.booleans()) and not (call == "sdpa" and mask),  # torch takes one or the other
+        causal=draw(st.booleans())
+        and not (call == "sdpa" and mask),  # torch takes one or the other
         packed=packed,
         mask=mask,
         places=draw(st.sampled_from(["learned", "rotary"])),

@@ -30,7 +30,9 @@ def units(loss: Callable, params: Any, batch: Any, has_aux: bool = False) -> Cut
     return cut(traced(loss, params, batch, has_aux))
 
 
-def run(c: Cut, params: Any, batch: Any, kinds: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def run(
+    c: Cut, params: Any, batch: Any, kinds: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Heads and gradients, by units of the given kinds: "FB" or "FIW"."""
     p, b = tree.leaves(params), [x for x in tree.leaves(batch) if isinstance(x, torch.Tensor)]
     made: dict[Value, torch.Tensor] = {}
@@ -38,7 +40,9 @@ def run(c: Cut, params: Any, batch: Any, kinds: str) -> tuple[list[torch.Tensor]
     def read(v: Value) -> torch.Tensor:
         if v in c.constants and v not in made:
             made[v] = c.constants[v]()
-        return {"param": p, "batch": b}[v.kind][v.index] if v.kind in ("param", "batch") else made[v]
+        return (
+            {"param": p, "batch": b}[v.kind][v.index] if v.kind in ("param", "batch") else made[v]
+        )
 
     for unit in c.units.values():
         if unit.kind in kinds:
@@ -46,8 +50,13 @@ def run(c: Cut, params: Any, batch: Any, kinds: str) -> tuple[list[torch.Tensor]
             for v, x in zip(unit.outputs, out, strict=True):
                 assert (tuple(x.shape), x.dtype) == (v.shape, v.dtype)
                 made[v] = x
-    grads = [functools.reduce(torch.add, map(read, partials)) if partials else None for partials in c.grads]
-    return [read(v) for v in c.heads], [torch.zeros_like(x) if g is None else g for g, x in zip(grads, p, strict=True)]
+    grads = [
+        functools.reduce(torch.add, map(read, partials)) if partials else None
+        for partials in c.grads
+    ]
+    return [read(v) for v in c.heads], [
+        torch.zeros_like(x) if g is None else g for g, x in zip(grads, p, strict=True)
+    ]
 
 
 def assert_units_are_eager(loss: Callable, params: Any, batch: Any) -> Cut:
@@ -90,4 +99,7 @@ def heavy(u: Unit) -> list[str]:
 def ops(u: Unit) -> list[str]:
     """All ops of a unit, by name."""
     nodes = (x for x in u.code.module.graph.nodes if x.op == "call_function")
-    return [getattr(getattr(x.target, "overloadpacket", x.target), "__name__", str(x.target)) for x in nodes]
+    return [
+        getattr(getattr(x.target, "overloadpacket", x.target), "__name__", str(x.target))
+        for x in nodes
+    ]

@@ -1,7 +1,8 @@
 """Worlds of ranks for tests of collectives, what each collective is, and losses that use them.
 
-A *world* is a grid of ``(a, b)`` ranks. Its tensors have shape ``(a, b, *s)``; ``RUNNERS`` run a function of one rank's
-``s`` on all of them: two vmaps, two axes of an in-process mesh, or one of each. ``by_hand`` is the plain loop over ranks.
+A *world* is a grid of ``(a, b)`` ranks. Its tensors have shape ``(a, b, *s)``; ``RUNNERS`` run a
+function of one rank's ``s`` on all of them: two vmaps, two axes of an in-process mesh, or one of
+each. ``by_hand`` is the plain loop over ranks.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def same(got, want):
 
 
 def in_processes(size):
-    """The marks of a test that looks at what ``size`` processes did: two are for the plain tier, more
-    for the slow one."""
+    """The marks of a test that looks at what ``size`` processes did: two are for the plain tier,
+    more for the slow one."""
     return [pytest.mark.slow] if size > 2 else []
 
 
@@ -60,7 +61,9 @@ class Case:
     options: dict
 
     def __call__(self, x):
-        return getattr(fp, self.kind)(x, self.axes if len(self.axes) > 1 else self.axes[0], **self.options)
+        return getattr(fp, self.kind)(
+            x, self.axes if len(self.axes) > 1 else self.axes[0], **self.options
+        )
 
     @property
     def n(self):
@@ -68,7 +71,9 @@ class Case:
 
     def operand(self, seed, equal=False):
         g = torch.Generator().manual_seed(seed)
-        x = torch.randint(-2, 3, (*self.sizes, *self.shape), generator=g).double()  # with ties for pmax
+        x = torch.randint(
+            -2, 3, (*self.sizes, *self.shape), generator=g
+        ).double()  # with ties for pmax
         if self.kind != "pmax":
             x = x + torch.rand(x.shape, generator=g, dtype=torch.float64)
         return x[:1, :1].expand(x.shape).clone() if equal else x
@@ -84,7 +89,10 @@ def group(case, i, j):
 def by_hand(case, x):
     """What every rank gets, one rank after another."""
     ranks = itertools.product(*map(range, case.sizes))
-    out = [_of_rank(case, [x[r] for r in group(case, *own)], group(case, *own).index(own)) for own in ranks]
+    out = [
+        _of_rank(case, [x[r] for r in group(case, *own)], group(case, *own).index(own))
+        for own in ranks
+    ]
     return torch.stack(out).unflatten(0, case.sizes)
 
 
@@ -97,13 +105,18 @@ def _of_rank(case, xs, me):
     if kind == "pmax":
         return torch.stack(xs).amax(0)
     if kind == "ppermute":
-        return sum((x for (s, d), x in ((p, xs[p[0]]) for p in o["perm"]) if d == me), torch.zeros_like(xs[0]))
+        return sum(
+            (x for (s, d), x in ((p, xs[p[0]]) for p in o["perm"]) if d == me),
+            torch.zeros_like(xs[0]),
+        )
     if kind == "all_gather":
         return torch.cat(xs, o["dim"]) if o["tiled"] else torch.stack(xs, o["dim"])
     if kind == "psum_scatter":
         return _piece(sum(xs), o["dim"], n, me, o["tiled"])
     pieces = [_piece(x, o["split_dim"], n, me, o["tiled"]) for x in xs]
-    return torch.cat(pieces, o["concat_dim"]) if o["tiled"] else torch.stack(pieces, o["concat_dim"])
+    return (
+        torch.cat(pieces, o["concat_dim"]) if o["tiled"] else torch.stack(pieces, o["concat_dim"])
+    )
 
 
 def _piece(x, dim, n, i, tiled):
@@ -111,7 +124,9 @@ def _piece(x, dim, n, i, tiled):
 
 
 @st.composite
-def cases(draw, kinds=("psum", "pmean", "pmax", "all_gather", "psum_scatter", "all_to_all", "ppermute")):
+def cases(
+    draw, kinds=("psum", "pmean", "pmax", "all_gather", "psum_scatter", "all_to_all", "ppermute")
+):
     kind = draw(st.sampled_from(kinds))
     sizes = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     axes = draw(st.sampled_from([("a",), ("b",), ("a", "b"), ("b", "a")]))
@@ -135,7 +150,9 @@ def cases(draw, kinds=("psum", "pmean", "pmax", "all_gather", "psum_scatter", "a
             options["concat_dim"] = draw(dims)
     elif kind == "ppermute":
         to = draw(st.permutations(range(n)))
-        options["perm"] = [(s, d) for s, d in enumerate(to) if draw(st.sampled_from([True, True, False]))]
+        options["perm"] = [
+            (s, d) for s, d in enumerate(to) if draw(st.sampled_from([True, True, False]))
+        ]
     return Case(kind, sizes, axes, tuple(shape), options)
 
 
@@ -174,7 +191,9 @@ runners = st.sampled_from(RUNNERS)
 
 def gradient(case, x, cotangent):
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(by_hand(case, x) + 0 * x.sum(), x, cotangent)[0]  # an empty ppermute has no x
+    return torch.autograd.grad(by_hand(case, x) + 0 * x.sum(), x, cotangent)[
+        0
+    ]  # an empty ppermute has no x
 
 
 # ---- losses with collectives
@@ -221,7 +240,9 @@ def scattered(x):
     return x * fp.all_gather(sums, "data")
 
 
-LAYERS = {f.__name__: f for f in (normalized, top_normalized, contrasted, by_columns, shifted, scattered)}
+LAYERS = {
+    f.__name__: f for f in (normalized, top_normalized, contrasted, by_columns, shifted, scattered)
+}
 
 
 def make_step(names, drop_last=False):

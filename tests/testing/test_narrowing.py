@@ -49,9 +49,19 @@ def message(total: Callable, factor: float = 1.0, **options: Any) -> str:
     [
         (
             in_float32,
-            ("float64 becomes float32 at test_narrowing.py:", "`return (x.float() @ w.float())", "rtol=1e-05"),
+            (
+                "float64 becomes float32 at test_narrowing.py:",
+                "`return (x.float() @ w.float())",
+                "rtol=1e-05",
+            ),
         ),
-        (in_bfloat16, ("float64 becomes bfloat16 at test_narrowing.py:", "`return (x @ w).to(torch.bfloat16)")),
+        (
+            in_bfloat16,
+            (
+                "float64 becomes bfloat16 at test_narrowing.py:",
+                "`return (x @ w).to(torch.bfloat16)",
+            ),
+        ),
     ],
 )
 def test_the_line_at_which_bits_are_lost(total: Callable, words: tuple[str, ...]) -> None:

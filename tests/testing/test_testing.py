@@ -1,4 +1,5 @@
-"""fp.testing itself: it finds what is wrong and says where, and its strategies draw what they promise."""
+"""fp.testing itself: it finds what is wrong and says where, and its strategies draw what they
+promise."""
 
 from __future__ import annotations
 
@@ -38,7 +39,14 @@ def compare(other: Callable, runner: Callable | None = None, **options: Any) -> 
     transformed = fp.pipelined(other, axis="pipe", microbatches=2)
     batches = [MODEL.batch(k, 4) for k in range(2)]
     return assert_equivalent(
-        step, transformed, fp.Mesh(pipe=2), lambda p: p, MODEL.init(), batches, runner=runner, **options
+        step,
+        transformed,
+        fp.Mesh(pipe=2),
+        lambda p: p,
+        MODEL.init(),
+        batches,
+        runner=runner,
+        **options,
     )
 
 
@@ -55,7 +63,8 @@ def test_report() -> None:
     report = compare(step)
     assert 0 < report.error < 1e-12
     assert report.where.startswith("step ")
-    # In each of two steps: the losses of two ranks, their leaves (the embedding on both), a metric, and the state.
+    # In each of two steps: the losses of two ranks, their leaves (the embedding on both), a metric,
+    # and the state.
     leaves = 1 + 2 * 3
     assert report.compared == 2 * (2 + (leaves + 1) + 1 + leaves)
 
@@ -82,7 +91,8 @@ def test_wrong_losses_and_gradients() -> None:
         "step 0: loss of value_and_grad 0 on rank 0: relative error 5.0e-01, allowed 1.0e-12"
     )
     assert refused(with_loss(detached)) == (
-        "step 0: grads['embed'] of value_and_grad 0 on rank 0: relative error 1.0e+00, allowed 1.0e-12"
+        "step 0: grads['embed'] of value_and_grad 0 on rank 0: relative error 1.0e+00, allowed "
+        "1.0e-12"
     )
 
 
@@ -95,7 +105,9 @@ def test_wrong_state_and_metrics() -> None:
         return other
 
     text = refused(lambda params, batch: step(params, batch, wrong=lambda rate: rate * 1.5))
-    assert text.startswith("step 0: state['embed']: relative error ") and text.endswith(", allowed 1.0e-12")
+    assert text.startswith("step 0: state['embed']: relative error ") and text.endswith(
+        ", allowed 1.0e-12"
+    )
     assert refused(saying(lambda right: {"loss": torch.ones(())})) == (
         "step 0: metrics['loss']: float32[] instead of float64[]"
     )
@@ -111,7 +123,11 @@ def test_wrong_state_and_metrics() -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        ([1.0, 2.0, torch.nan], [1.0, torch.nan, torch.nan], "nan instead of 2.0 at 1 of 3 elements"),
+        (
+            [1.0, 2.0, torch.nan],
+            [1.0, torch.nan, torch.nan],
+            "nan instead of 2.0 at 1 of 3 elements",
+        ),
         ([torch.inf, 2.0, 0.0], [-torch.inf, 2.0, 0.0], "-inf instead of inf at 1 of 3 elements"),
         ([1, 2, 3], [1, 3, 4], "3 instead of 2 at 2 of 3 elements"),
     ],
@@ -123,7 +139,14 @@ def test_what_has_no_relative_error_is_shown(right: list, wrong: list, said: str
 
     transformed = fp.pipelined(saying(wrong), axis="pipe", microbatches=2)
     with pytest.raises(AssertionError) as caught:
-        assert_equivalent(saying(right), transformed, fp.Mesh(pipe=2), lambda p: p, MODEL.init(), [MODEL.batch(0, 4)])
+        assert_equivalent(
+            saying(right),
+            transformed,
+            fp.Mesh(pipe=2),
+            lambda p: p,
+            MODEL.init(),
+            [MODEL.batch(0, 4)],
+        )
     assert str(caught.value) == f"step 0: metrics['x']: {said}"
 
 
@@ -132,7 +155,9 @@ def test_what_is_nan_on_one_device_may_be_nan() -> None:
         return params, {"loss": step(params, batch)[1]["loss"] * torch.nan}
 
     transformed = fp.pipelined(nan, axis="pipe", microbatches=2)
-    assert_equivalent(nan, transformed, fp.Mesh(pipe=2), lambda p: p, MODEL.init(), [MODEL.batch(0, 4)])
+    assert_equivalent(
+        nan, transformed, fp.Mesh(pipe=2), lambda p: p, MODEL.init(), [MODEL.batch(0, 4)]
+    )
 
 
 class Changed:
@@ -156,7 +181,8 @@ def test_ranks_that_hold_other_bits() -> None:
         "step 0: grads['embed'] of value_and_grad 0 on rank 1: other bits than on rank 0"
     )
     assert refused(step, lambda s, mesh: Changed(s, mesh, 1, lambda x: x * 0)) == (
-        "step 0: grads['embed'] of value_and_grad 0 on rank 1: relative error 1.0e+00, allowed 1.0e-12"
+        "step 0: grads['embed'] of value_and_grad 0 on rank 1: relative error 1.0e+00, allowed "
+        "1.0e-12"
     )
 
 
@@ -173,7 +199,11 @@ def test_bits_and_tolerance() -> None:
 def uses(model: Model) -> list[tuple[str, int, int]]:
     """Pool, number and segment of every use of a leaf."""
     layers = [(k, layer) for k, layers in enumerate(model.segments) for layer in layers]
-    return [(p, i, k) for k, layer in layers for p, i in zip(LAYERS[layer.kind], layer.leaves, strict=False)]
+    return [
+        (p, i, k)
+        for k, layer in layers
+        for p, i in zip(LAYERS[layer.kind], layer.leaves, strict=False)
+    ]
 
 
 def counts(model: Model) -> Counter:
@@ -216,7 +246,12 @@ PROMISED: dict[str, Callable[[Model], bool]] = {
 
 @pytest.mark.parametrize("feature", PROMISED)
 def test_models_have_what_is_promised(feature: str) -> None:
-    few = settings(max_examples=2000, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck))
+    few = settings(
+        max_examples=2000,
+        phases=[Phase.generate],
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     find(models(), PROMISED[feature], settings=few)
 
 

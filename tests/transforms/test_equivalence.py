@@ -1,4 +1,5 @@
-"""The common test of transforms: any model, on any mesh, under any schedule, computes what it computes on one device.
+"""The common test of transforms: any model, on any mesh, under any schedule, computes what it
+computes on one device.
 
 `FUNCPIPE_PROFILE=thorough` draws 250 cases for each of the random tests here, the default 15.
 """
@@ -17,43 +18,70 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe.optim import adamw
-from funcpipe.testing import Layer, Model, assert_equivalent, meshes, microbatch_counts, models, schedules
+from funcpipe.testing import (
+    Layer,
+    Model,
+    assert_equivalent,
+    meshes,
+    microbatch_counts,
+    models,
+    schedules,
+)
 
-# Sums over microbatches and over the leaves of a norm are taken in another order than on one device: some roundings of
-# 2**-53 each, in three steps that build on one another.
+# Sums over microbatches and over the leaves of a norm are taken in another order than on one
+# device: some roundings of 2**-53 each, in three steps that build on one another.
 FLOAT64 = 1e-12
 # Nothing is summed in another order: the same bits, whatever the dtype.
 BITWISE = 0.0
 
 STEPS = 3
-# Adam divides a gradient by its own size. One that is zero but for rounding would become a step of full length, with a
-# sign that means nothing; so eps is well above rounding (1e-17), and below gradients (1e-2).
+# Adam divides a gradient by its own size. One that is zero but for rounding would become a step of
+# full length, with a sign that means nothing; so eps is well above rounding (1e-17), and below
+# gradients (1e-2).
 OPTIMIZER = adamw(1e-2, eps=1e-3)
 
 
 def training(model: Model) -> tuple[Callable, Callable]:
-    """A step as people write them, and its ``init_state``: clipping, AdamW, an average of the params, two counters."""
+    """A step as people write them, and its ``init_state``: clipping, AdamW, an average of the
+    params, two counters."""
 
     def init_state(params: Any) -> dict[str, Any]:
-        return {"params": params, "opt": OPTIMIZER.init(params), "ema": params, "seen": torch.zeros(()), "n": 0}
+        return {
+            "params": params,
+            "opt": OPTIMIZER.init(params),
+            "ema": params,
+            "seen": torch.zeros(()),
+            "n": 0,
+        }
 
     def step(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         loss, grads, aux = loss_and_grads(model, state["params"], batch)
         clipped, norm = fp.clip_by_global_norm(grads, 0.5)
         params, opt = OPTIMIZER.update(clipped, state["opt"], state["params"])
-        ema = optree.tree_map(lambda e, p: 0.9 * e + 0.1 * p if e.is_floating_point() else e, state["ema"], params)
-        new = {"params": params, "opt": opt, "ema": ema, "seen": state["seen"] + loss, "n": state["n"] + 1}
+        ema = optree.tree_map(
+            lambda e, p: 0.9 * e + 0.1 * p if e.is_floating_point() else e, state["ema"], params
+        )
+        new = {
+            "params": params,
+            "opt": opt,
+            "ema": ema,
+            "seen": state["seen"] + loss,
+            "n": state["n"] + 1,
+        }
         return new, {"loss": loss, "norm": norm, "aux": aux, "size": fp.global_norm(params)}
 
     return step, init_state
 
 
 def descending(model: Model) -> tuple[Callable, Callable]:
-    """A step without any sum outside the loss function; its state is the params and the last gradients."""
+    """A step without any sum outside the loss function; its state is the params and the last
+    gradients."""
 
     def step(state: Any, batch: Any) -> Any:
         loss, grads, aux = loss_and_grads(model, state[0], batch)
-        params = optree.tree_map(lambda p, g: p - 0.1 * g if p.is_floating_point() else p, state[0], grads)
+        params = optree.tree_map(
+            lambda p, g: p - 0.1 * g if p.is_floating_point() else p, state[0], grads
+        )
         return (params, grads), {"loss": loss, "aux": aux}
 
     return step, lambda params: (params, optree.tree_map(torch.zeros_like, params))
@@ -73,13 +101,19 @@ def groupings(draw: st.DrawFn, segments: int, stages: int) -> str | list[int]:
     """How segments become stages: a word, or a list of how many segments each stage gets."""
     if draw(st.booleans()):
         return draw(st.sampled_from(["balanced", "even"]))
-    cuts = draw(st.lists(st.integers(1, segments - 1), min_size=stages - 1, max_size=stages - 1, unique=True))
+    cuts = draw(
+        st.lists(
+            st.integers(1, segments - 1), min_size=stages - 1, max_size=stages - 1, unique=True
+        )
+    )
     ends = [0, *sorted(cuts), segments]
     return [b - a for a, b in pairwise(ends)]
 
 
 @st.composite
-def pipelines(draw: st.DrawFn, model: Model, microbatches: int, ranks: int) -> Callable[[Callable], Callable]:
+def pipelines(
+    draw: st.DrawFn, model: Model, microbatches: int, ranks: int
+) -> Callable[[Callable], Callable]:
     """A `pipelined` that fits a model."""
     segments = pieces(model)
     schedule = draw(schedules(v=min(2, segments // ranks)))
@@ -100,7 +134,9 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @given(models(), microbatch_counts(4), st.booleans(), st.data())
-def test_three_training_steps(model: Model, microbatches: int, sharded: bool, data: st.DataObject) -> None:
+def test_three_training_steps(
+    model: Model, microbatches: int, sharded: bool, data: st.DataObject
+) -> None:
     step, init_state = training(model)
     mesh = data.draw(meshes(pipe=pieces(model), data=2), label="mesh")
     pipeline = data.draw(pipelines(model, microbatches, mesh.axis_size("pipe")), label="pipeline")
@@ -111,24 +147,47 @@ def test_three_training_steps(model: Model, microbatches: int, sharded: bool, da
     rows = parts * data.draw(st.integers(1, 3), label="rows of a microbatch")
     params = model.init(seed=7)
     assert_equivalent(
-        step, transformed, mesh, init_state, params, batches(model, rows), rtol=FLOAT64, bitwise=parts == 1
+        step,
+        transformed,
+        mesh,
+        init_state,
+        params,
+        batches(model, rows),
+        rtol=FLOAT64,
+        bitwise=parts == 1,
     )
 
 
-@given(models(tops=("none", "scale", "cast")), st.sampled_from([torch.float32, torch.float64]), st.data())
-def test_one_microbatch_has_the_same_bits(model: Model, dtype: torch.dtype, data: st.DataObject) -> None:
+@given(
+    models(tops=("none", "scale", "cast")),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.data(),
+)
+def test_one_microbatch_has_the_same_bits(
+    model: Model, dtype: torch.dtype, data: st.DataObject
+) -> None:
     step, init_state = descending(model)
     ranks = data.draw(st.integers(1, pieces(model)), label="ranks")
     transformed = data.draw(pipelines(model, 1, ranks), label="pipeline")(step)
     params = model.init(seed=7, dtype=dtype)
     assert_equivalent(
-        step, transformed, fp.Mesh(pipe=ranks), init_state, params, batches(model, 2), rtol=BITWISE, bitwise=True
+        step,
+        transformed,
+        fp.Mesh(pipe=ranks),
+        init_state,
+        params,
+        batches(model, 2),
+        rtol=BITWISE,
+        bitwise=True,
     )
 
 
 @given(models(tops=("none", "scale", "cast")), microbatch_counts(4), st.data())
-def test_bits_do_not_depend_on_the_cut(model: Model, microbatches: int, data: st.DataObject) -> None:
-    """Nor on the schedule: gradients are sums over microbatches in order, in whatever order they are computed."""
+def test_bits_do_not_depend_on_the_cut(
+    model: Model, microbatches: int, data: st.DataObject
+) -> None:
+    """Nor on the schedule: gradients are sums over microbatches in order, in whatever order they
+    are computed."""
     step, init_state = descending(model)
     params, batch = model.init(seed=7, dtype=torch.float32), model.batch(0, 2 * microbatches)
 
@@ -137,7 +196,9 @@ def test_bits_do_not_depend_on_the_cut(model: Model, microbatches: int, data: st
         return run.unplace(run(run.init(init_state, params, batch), batch)[0])
 
     alone = gradients(fp.accumulated(step, microbatches=microbatches), fp.Mesh())
-    for ranks in data.draw(st.lists(st.integers(1, pieces(model)), min_size=2, max_size=2), label="ranks"):
+    for ranks in data.draw(
+        st.lists(st.integers(1, pieces(model)), min_size=2, max_size=2), label="ranks"
+    ):
         pipeline = data.draw(pipelines(model, microbatches, ranks), label="pipeline")
         assert equal(gradients(pipeline(step), fp.Mesh(pipe=ranks)), alone)
 
@@ -148,35 +209,65 @@ def test_accumulated(model: Model, microbatches: int) -> None:
     transformed = fp.accumulated(step, microbatches=microbatches)
     data = batches(model, 2 * microbatches)
     assert_equivalent(
-        step, transformed, fp.Mesh(), init_state, model.init(), data, rtol=FLOAT64, bitwise=microbatches == 1
+        step,
+        transformed,
+        fp.Mesh(),
+        init_state,
+        model.init(),
+        data,
+        rtol=FLOAT64,
+        bitwise=microbatches == 1,
     )
 
 
 @given(models(), st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
-def test_microbatches_of_different_shapes(model: Model, rows: list[int], data: st.DataObject) -> None:
+def test_microbatches_of_different_shapes(
+    model: Model, rows: list[int], data: st.DataObject
+) -> None:
     step, init_state = training(model)
     ranks = data.draw(st.integers(1, min(3, pieces(model))), label="ranks")
     transformed = data.draw(pipelines(model, len(rows), ranks), label="pipeline")(step)
-    ready = [fp.Microbatches([model.batch(10 * k + i, n) for i, n in enumerate(rows)]) for k in range(STEPS)]
-    assert_equivalent(step, transformed, fp.Mesh(pipe=ranks), init_state, model.init(), ready, rtol=FLOAT64)
+    ready = [
+        fp.Microbatches([model.batch(10 * k + i, n) for i, n in enumerate(rows)])
+        for k in range(STEPS)
+    ]
+    assert_equivalent(
+        step, transformed, fp.Mesh(pipe=ranks), init_state, model.init(), ready, rtol=FLOAT64
+    )
 
 
 @given(models(max_segments=3), models(max_segments=3), microbatch_counts(3), st.data())
-def test_several_calls_in_a_step(a: Model, b: Model, microbatches: int, data: st.DataObject) -> None:
-    """On subtrees of the params, and on params that the step has moved already; one loss contains the other."""
+def test_several_calls_in_a_step(
+    a: Model, b: Model, microbatches: int, data: st.DataObject
+) -> None:
+    """On subtrees of the params, and on params that the step has moved already; one loss contains
+    the other."""
 
     def both(params: Any, batch: Any) -> fp.Mean:
-        means = [fp.stage_boundary(model.loss_fn(params[k], batch)) for k, model in (("a", a), ("b", b))]
-        first, second = (mean[0] if model.has_aux else mean for mean, model in zip(means, (a, b), strict=True))
+        means = [
+            fp.stage_boundary(model.loss_fn(params[k], batch)) for k, model in (("a", a), ("b", b))
+        ]
+        first, second = (
+            mean[0] if model.has_aux else mean for mean, model in zip(means, (a, b), strict=True)
+        )
         return fp.Mean(first.total + second.total, first.weight)
 
     def step(params: Any, batch: Any) -> Any:
         loss, grads, aux = loss_and_grads(a, params["a"], batch)
-        moved = optree.tree_map(lambda p, g: p - 0.1 * g if p.is_floating_point() else p, params["a"], grads)
+        moved = optree.tree_map(
+            lambda p, g: p - 0.1 * g if p.is_floating_point() else p, params["a"], grads
+        )
         moved = {"a": moved, "b": params["b"]}
         joint, grads = fp.value_and_grad(both)(moved, batch)
-        params = optree.tree_map(lambda p, g: p - 0.1 * g if p.is_floating_point() else p, moved, grads)
-        return params, {"loss": loss, "joint": joint, "aux": aux, "norm": fp.global_norm(grads["b"])}
+        params = optree.tree_map(
+            lambda p, g: p - 0.1 * g if p.is_floating_point() else p, moved, grads
+        )
+        return params, {
+            "loss": loss,
+            "joint": joint,
+            "aux": aux,
+            "norm": fp.global_norm(grads["b"]),
+        }
 
     ranks = data.draw(st.integers(1, min(pieces(a), pieces(b))), label="ranks")
     transformed = fp.pipelined(step, axis="pipe", microbatches=microbatches)
@@ -189,7 +280,9 @@ def test_several_calls_in_a_step(a: Model, b: Model, microbatches: int, data: st
 
 # ---- what else must hold
 
-CHAIN = Model(tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(3)), tied_head=True, aux=1)
+CHAIN = Model(
+    tuple((Layer("linear", (k, k)), Layer("norm", (k, k))) for k in range(3)), tied_head=True, aux=1
+)
 
 
 def test_two_runners_in_one_process() -> None:
@@ -212,7 +305,10 @@ def test_two_runners_in_one_process() -> None:
     runs = [start(*way) for way in ways]
     for batch in data:
         runs = [(run, run(state, batch)[0]) for run, state in runs]
-    assert all(equal(run.unplace(state)["params"], full) for (run, state), full in zip(runs, alone, strict=True))
+    assert all(
+        equal(run.unplace(state)["params"], full)
+        for (run, state), full in zip(runs, alone, strict=True)
+    )
 
 
 def test_weight_gradients_by_segment() -> None:
@@ -222,7 +318,9 @@ def test_weight_gradients_by_segment() -> None:
         ["0F0", "0F1", "0I0", "0W0.1", "0I1", "0W1.0", "0W0.0", "0W1.1"],
         ["1F0", "1I0", "1F1", "1W0.0", "1I1", "1W1.1", "1W1.0", "1W0.1"],
     ]
-    transformed = fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.from_table(rows), stages=[2, 2])
+    transformed = fp.pipelined(
+        step, axis="pipe", microbatches=2, schedule=fp.schedules.from_table(rows), stages=[2, 2]
+    )
     params, data = CHAIN.init(), batches(CHAIN, 4)
     assert_equivalent(step, transformed, fp.Mesh(pipe=2), init_state, params, data, rtol=FLOAT64)
 
@@ -246,7 +344,9 @@ def test_a_new_batch_shape_later() -> None:
     step, init_state = training(CHAIN)
     transformed = fp.pipelined(step, axis="pipe", microbatches=2)
     data = [CHAIN.batch(k, rows) for k, rows in enumerate([4, 8, 4, 2])]
-    assert_equivalent(step, transformed, fp.Mesh(pipe=2), init_state, CHAIN.init(), data, rtol=FLOAT64)
+    assert_equivalent(
+        step, transformed, fp.Mesh(pipe=2), init_state, CHAIN.init(), data, rtol=FLOAT64
+    )
 
 
 def test_dims() -> None:
@@ -263,9 +363,13 @@ def test_dims() -> None:
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (3, 4), "y": (4, 2), "bias": (2,)}
     batch = {k: torch.rand(shape, generator=g, dtype=torch.float64) for k, shape in shapes.items()}
-    transformed = fp.pipelined(step, axis="pipe", microbatches=4, dims={"x": 1, "y": 0, "bias": None})
+    transformed = fp.pipelined(
+        step, axis="pipe", microbatches=4, dims={"x": 1, "y": 0, "bias": None}
+    )
     w = torch.rand(3, 2, generator=g, dtype=torch.float64)
-    assert_equivalent(step, transformed, fp.Mesh(pipe=2), lambda w: w, w, [batch] * STEPS, rtol=FLOAT64)
+    assert_equivalent(
+        step, transformed, fp.Mesh(pipe=2), lambda w: w, w, [batch] * STEPS, rtol=FLOAT64
+    )
 
 
 # ---- plain when plain
@@ -281,7 +385,10 @@ def test_untransformed_is_autograd(model: Model, dtype: torch.dtype) -> None:
     mean = out[0] if model.has_aux else out
     wanted = [x for x in leaves if x.requires_grad]
     found = iter(torch.autograd.grad(mean.total, wanted, allow_unused=True, materialize_grads=True))
-    true = [(next(found) / mean.weight).to(x.dtype) if x.requires_grad else torch.zeros_like(x) for x in leaves]
+    true = [
+        (next(found) / mean.weight).to(x.dtype) if x.requires_grad else torch.zeros_like(x)
+        for x in leaves
+    ]
     assert torch.equal(loss, mean.total / mean.weight)
     assert equal(grads, optree.tree_unflatten(spec, true))
 
@@ -312,7 +419,8 @@ def test_torch_func_goes_through_an_untransformed_step() -> None:
 
 
 def test_a_step_may_write_to_its_gradients():
-    """The owners of a tied leaf each have its gradient in memory of their own, also where no weight divides it."""
+    """The owners of a tied leaf each have its gradient in memory of their own, also where no weight
+    divides it."""
 
     def loss_fn(params, x):
         hidden = fp.stage_boundary(torch.tanh(x @ params["tied"]))

@@ -1,4 +1,5 @@
-"""The loss scale: it changes no bits, and a step whose gradients are not finite is skipped on all ranks alike."""
+"""The loss scale: it changes no bits, and a step whose gradients are not finite is skipped on all
+ranks alike."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ from funcpipe.testing import Model, microbatch_counts, models
 
 
 @given(models(), microbatch_counts(2), st.integers(1, 20), st.booleans())
-def test_the_scale_changes_no_bits(model: Model, microbatches: int, power: int, dynamic: bool) -> None:
+def test_the_scale_changes_no_bits(
+    model: Model, microbatches: int, power: int, dynamic: bool
+) -> None:
     """Of losses, and of gradients too while none is too small or too large."""
     step, init_state = training(model)
     params, batches = model.init(7), [model.batch(seed, 4 * microbatches) for seed in range(2)]
@@ -47,8 +50,12 @@ def test_the_scale_changes_no_bits(model: Model, microbatches: int, power: int, 
     mesh = fp.Mesh(pipe=2, data=2)
     plain = ran(mixed_precision(stack(step), compute="bfloat16"), mesh, init_state, params, batches)
     scale = 2.0**power
-    scaled = mixed_precision(stack(step), compute="bfloat16", loss_scale="dynamic" if dynamic else scale)
-    full, metrics = ran(scaled, mesh, init_state, params, batches, scale_of(scale) if dynamic else None)
+    scaled = mixed_precision(
+        stack(step), compute="bfloat16", loss_scale="dynamic" if dynamic else scale
+    )
+    full, metrics = ran(
+        scaled, mesh, init_state, params, batches, scale_of(scale) if dynamic else None
+    )
     assert same_bits(full.state if dynamic else full, plain[0])
     assert all(
         torch.equal(a["loss"], b["loss"]) and torch.equal(a["norm"], b["norm"])
@@ -66,14 +73,21 @@ def test_a_scale_saves_small_gradients() -> None:
 
     def grad(scale: float) -> torch.Tensor:
         step_ = mixed_precision(step, compute="float16", loss_scale=scale)
-        return ran(step_, fp.Mesh(), lambda p: (p, torch.zeros_like(p)), torch.ones(2), [torch.ones(2)])[0][1]
+        return ran(
+            step_, fp.Mesh(), lambda p: (p, torch.zeros_like(p)), torch.ones(2), [torch.ones(2)]
+        )[0][1]
 
     assert torch.equal(grad(1), torch.zeros(2))
     torch.testing.assert_close(grad(2.0**20), torch.full((2,), 1e-9), rtol=2**-9, atol=0)
 
 
 def dynamic_by_hand(
-    model: Model, init_state: Callable, step: Callable, params: Any, batches: Sequence[Any], interval: int
+    model: Model,
+    init_state: Callable,
+    step: Callable,
+    params: Any,
+    batches: Sequence[Any],
+    interval: int,
 ) -> tuple[Any, list[tuple[float, int]]]:
     """`GradScaler`'s rule with the host looking: the state, and (scale, skipped) of every step."""
     state, scale, good, skipped, told = init_state(params), FIRST, 0, 0, []
@@ -105,12 +119,21 @@ def spoiled(batch: Any, row: int) -> Any:
     st.lists(st.sampled_from([None, 0, 3, 7]), min_size=1, max_size=5), st.integers(1, 3), st.booleans(),
     st.sampled_from([fp.Mesh(pipe=2, data=2), fp.Mesh(data=2), fp.Mesh(pipe=3)]),
 )  # fmt: skip
-def test_a_bad_step_is_skipped_everywhere(bad: list[int | None], interval: int, sharded: bool, mesh: fp.Mesh) -> None:
+def test_a_bad_step_is_skipped_everywhere(
+    bad: list[int | None], interval: int, sharded: bool, mesh: fp.Mesh
+) -> None:
     """One token of one microbatch of one shard is enough."""
     step, init_state = training(CHAIN)
     params = CHAIN.init(7)
-    batches = [CHAIN.batch(k, 8) if row is None else spoiled(CHAIN.batch(k, 8), row) for k, row in enumerate(bad)]
-    stack = [fp.pipelined(axis="pipe", microbatches=2)] if "pipe" in mesh.axes else [fp.accumulated(microbatches=2)]
+    batches = [
+        CHAIN.batch(k, 8) if row is None else spoiled(CHAIN.batch(k, 8), row)
+        for k, row in enumerate(bad)
+    ]
+    stack = (
+        [fp.pipelined(axis="pipe", microbatches=2)]
+        if "pipe" in mesh.axes
+        else [fp.accumulated(microbatches=2)]
+    )
     stack += [DATA, *[SHARDED] * sharded] if "data" in mesh.axes else []
     lower = mixed_precision(compute="float32", loss_scale="dynamic", growth_interval=interval)
     # The spoiled weight is finite as written: a plan that compared the two would refuse it.
@@ -130,7 +153,8 @@ def test_a_bad_step_is_skipped_everywhere(bad: list[int | None], interval: int, 
 
 
 def test_float16_overflows_and_recovers() -> None:
-    """The scale that is too large comes down by itself; nothing but the scale changes until then."""
+    """The scale that is too large comes down by itself; nothing but the scale changes until
+    then."""
     step, init_state = training(CHAIN)
     step = mixed_precision(fp.pipelined(DATA(step), axis="pipe", microbatches=2), compute="float16")
     params, batch = CHAIN.init(7, torch.float32), CHAIN.batch(0, 8)
@@ -179,17 +203,23 @@ def test_the_scale_stays_in_range(first: float) -> None:
 
     step = mixed_precision(step, compute="float32", loss_scale="dynamic", growth_interval=1)
     batch = torch.full((2,), 1.0 if first > 1 else torch.inf)
-    full, _ = ran(step, fp.Mesh(), lambda p: p, torch.ones(2) * 1e-3, [batch * 1e-3] * 3, scale_of(first))
+    full, _ = ran(
+        step, fp.Mesh(), lambda p: p, torch.ones(2) * 1e-3, [batch * 1e-3] * 3, scale_of(first)
+    )
     assert full.scale == first
 
 
 def test_checkpoints_hold_the_scale(tmp_path: Path) -> None:
     step, init_state = training(CHAIN)
-    params, batches = CHAIN.init(7), [CHAIN.batch(0, 8), spoiled(CHAIN.batch(1, 8), 3), CHAIN.batch(2, 8)]
+    params, batches = (
+        CHAIN.init(7),
+        [CHAIN.batch(0, 8), spoiled(CHAIN.batch(1, 8), 3), CHAIN.batch(2, 8)],
+    )
     lower = mixed_precision(compute="float32", loss_scale="dynamic")
     one = fp.simulate(lower(fp.accumulated(step, microbatches=4)), fp.Mesh())
     other = fp.simulate(
-        fp.compose(lower, fp.pipelined(axis="pipe", microbatches=2), DATA, SHARDED)(step), fp.Mesh(pipe=2, data=2)
+        fp.compose(lower, fp.pipelined(axis="pipe", microbatches=2), DATA, SHARDED)(step),
+        fp.Mesh(pipe=2, data=2),
     )
     state = one.init(init_state, params, batches[0])
     other.init(init_state, params, batches[0])
@@ -205,8 +235,13 @@ def test_checkpoints_hold_the_scale(tmp_path: Path) -> None:
 def test_a_captured_step_updates_the_scale_in_place() -> None:
     """On the CPU, where the step runs again in place of a replay."""
     step, init_state = training(CHAIN)
-    params, batches = CHAIN.init(7), [CHAIN.batch(0, 8), spoiled(CHAIN.batch(1, 8), 3), CHAIN.batch(2, 8)]
-    step = mixed_precision(fp.accumulated(step, microbatches=2), compute="float32", loss_scale="dynamic")
+    params, batches = (
+        CHAIN.init(7),
+        [CHAIN.batch(0, 8), spoiled(CHAIN.batch(1, 8), 3), CHAIN.batch(2, 8)],
+    )
+    step = mixed_precision(
+        fp.accumulated(step, microbatches=2), compute="float32", loss_scale="dynamic"
+    )
     full, metrics = ran(step, fp.Mesh(), init_state, params, batches)
     run = fp.simulate(step, fp.Mesh())
     state = run.init(init_state, params, batches[0])[0]
@@ -214,7 +249,9 @@ def test_a_captured_step_updates_the_scale_in_place() -> None:
     with torch.no_grad():
         for batch, told in zip(batches, metrics, strict=True):
             home.enter(home.read(state))
-            assert same_bits(readable(update(rank, home, batch, rank.plan.placement.free(0))), readable(told))
+            assert same_bits(
+                readable(update(rank, home, batch, rank.plan.placement.free(0))), readable(told)
+            )
             state = home.leave()
     assert same_bits(state, full)
 
@@ -269,7 +306,9 @@ def test_metrics_that_cannot_take_the_scale() -> None:
         return w, descend(w, b)[1] | {"loss_scale": 1}
 
     with refused(
-        StateError, "the step returns a tensor of shape ()", "loss_scale and skipped_steps join them: return a dict"
+        StateError,
+        "the step returns a tensor of shape ()",
+        "loss_scale and skipped_steps join them: return a dict",
     ):
         started(bare, torch.ones(2), torch.ones(2))
     with refused(StateError, "metrics['loss_scale'] is taken", "give yours another one"):
@@ -287,7 +326,9 @@ def test_numbers_that_change() -> None:
         run = fp.simulate(mixed_precision(step, compute="float16", **options), fp.Mesh())
         return run, run.init(lambda p: {"w": p, "n": n, "on": True}, torch.ones(2), torch.ones(2))
 
-    with refused(StateError, "state['n'] goes from 0 to 1", "Make it a tensor, such as torch.zeros(())"):
+    with refused(
+        StateError, "state['n'] goes from 0 to 1", "Make it a tensor, such as torch.zeros(())"
+    ):
         start(0)
     for run, state in (start(torch.zeros(())), start(0, loss_scale=4)):
         assert tree.leaves(run(state, torch.ones(2))[0])[0] == 1

@@ -50,7 +50,10 @@ STACKS: dict[str, tuple[Callable, fp.Mesh]] = {
     "one device": (lambda s: s, fp.Mesh()),
     "microbatches": (fp.accumulated(microbatches=4), fp.Mesh()),
     "pipe": (fp.pipelined(axis="pipe", microbatches=4), fp.Mesh(pipe=2)),
-    "sharded": (fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")), fp.Mesh(data=2)),
+    "sharded": (
+        fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data")),
+        fp.Mesh(data=2),
+    ),
 }
 
 
@@ -63,14 +66,24 @@ def test_any_stack(stack: str) -> None:
     assert all((x == 0).all() for x in tree.leaves(metrics))
     params, _ = run.unplace(state)
     zeros = tree.map(torch.zeros_like, PARAMS)
-    assert all(map(torch.equal, tree.leaves(params), tree.leaves(ADAMW.update(zeros, ADAMW.init(PARAMS), PARAMS)[0])))
-    assert_equivalent(step, transform(step), mesh, init_state, PARAMS, [LITTLE, NOTHING, LITTLE], rtol=FLOAT64)
+    assert all(
+        map(
+            torch.equal,
+            tree.leaves(params),
+            tree.leaves(ADAMW.update(zeros, ADAMW.init(PARAMS), PARAMS)[0]),
+        )
+    )
+    assert_equivalent(
+        step, transform(step), mesh, init_state, PARAMS, [LITTLE, NOTHING, LITTLE], rtol=FLOAT64
+    )
 
 
 def test_a_total_beside_nothing_counts_nothing() -> None:
     """It is not divided by 0, nor by 1."""
     w = torch.tensor([1.0, 2.0])
-    loss, grad = fp.value_and_grad(lambda w, x: fp.Mean((w * x).sum(), torch.tensor(0.0)))(w, torch.ones(2))
+    loss, grad = fp.value_and_grad(lambda w, x: fp.Mean((w * x).sum(), torch.tensor(0.0)))(
+        w, torch.ones(2)
+    )
     assert loss == 0 and torch.equal(grad, torch.zeros(2))
 
 
@@ -79,7 +92,9 @@ def test_with_a_loss_scale_the_step_counts_as_good() -> None:
         loss, grad = fp.value_and_grad(lambda w, x: fp.Mean((w * x).sum() * 0, (x > 9).sum()))(w, x)
         return w - grad, {"loss": loss}
 
-    run = fp.simulate(fp.mixed_precision(fp.accumulated(one, microbatches=2), compute="float16"), fp.Mesh())
+    run = fp.simulate(
+        fp.mixed_precision(fp.accumulated(one, microbatches=2), compute="float16"), fp.Mesh()
+    )
     state, metrics = run(run.init(lambda w: w, torch.ones(2), torch.ones(4, 2)), torch.ones(4, 2))
     assert metrics["skipped_steps"] == 0 and metrics["loss"] == 0
     assert torch.equal(run.unplace(state).state, torch.ones(2))
@@ -101,4 +116,6 @@ def test_inside_torch_func() -> None:
         return fp.value_and_grad(lambda w, n: fp.Mean(w * n, n))(w, weight)
 
     loss, grad = torch.func.vmap(one)(weights)
-    assert torch.equal(loss, torch.tensor([3.0, 0.0])) and torch.equal(grad, torch.tensor([1.0, 0.0]))
+    assert torch.equal(loss, torch.tensor([3.0, 0.0])) and torch.equal(
+        grad, torch.tensor([1.0, 0.0])
+    )

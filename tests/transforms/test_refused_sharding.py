@@ -1,4 +1,5 @@
-"""What `data_parallel` and `sharded_weights` refuse: stacks, options, and leaves touched other than elementwise."""
+"""What `data_parallel` and `sharded_weights` refuse: stacks, options, and leaves touched other than
+elementwise."""
 
 from __future__ import annotations
 
@@ -21,15 +22,18 @@ def identity_step(state: Any, batch: Any) -> Any:
     [
         (
             [fp.sharded_weights(axis="date")],
-            "sharded_weights(axis='date'): axis 'date' is not in Mesh(pipe=2, data=2); its axes are 'pipe', 'data'",
+            "sharded_weights(axis='date'): axis 'date' is not in Mesh(pipe=2, data=2); its axes "
+            "are 'pipe', 'data'",
         ),
         (
             [pipe, sharded, sharded],
-            "sharded_weights(axis='data') and sharded_weights(axis='data') both shard over axis 'data'; give each its own axis",
+            "sharded_weights(axis='data') and sharded_weights(axis='data') both shard over axis "
+            "'data'; give each its own axis",
         ),
         (
             [pipe, data, fp.sharded_weights(axis="pipe")],
-            "pipelined(axis='pipe') and sharded_weights(axis='pipe') share axis 'pipe'; the axis of a pipeline carries "
+            "pipelined(axis='pipe') and sharded_weights(axis='pipe') share axis 'pipe'; the axis "
+            "of a pipeline carries "
             "nothing else",
         ),
         (
@@ -38,7 +42,8 @@ def identity_step(state: Any, batch: Any) -> Any:
         ),
         (
             [sharded],
-            "axis 'pipe' of Mesh(pipe=2, data=2) is used by no transform: its ranks would all compute the same; leave it out "
+            "axis 'pipe' of Mesh(pipe=2, data=2) is used by no transform: its ranks would all "
+            "compute the same; leave it out "
             "of the mesh or stack a transform on it",
         ),
     ],
@@ -54,23 +59,42 @@ def test_stacks_that_do_not_fit_the_mesh(transforms: list[Callable], text: str) 
     [
         ({"reduce": "once"}, "sharded_weights: reduce='once'; write 'each' or 'last'"),
         ({"prefetch": -1}, "sharded_weights: prefetch is -1; it is a number of units, 0 or more"),
-        ({"prefetch": True}, "sharded_weights: prefetch is True; it is a number of units, 0 or more"),
-        ({"bucket_bytes": 0}, "sharded_weights: bucket_bytes is 0; it has to be a whole number, 1 or more"),
+        (
+            {"prefetch": True},
+            "sharded_weights: prefetch is True; it is a number of units, 0 or more",
+        ),
+        (
+            {"bucket_bytes": 0},
+            "sharded_weights: bucket_bytes is 0; it has to be a whole number, 1 or more",
+        ),
         (
             {"regather": "never"},
-            "sharded_weights: regather='never'; write 'microbatch', 'step', or a number of microbatches",
+            "sharded_weights: regather='never'; write 'microbatch', 'step', or a number of "
+            "microbatches",
         ),
-        ({"regather": 0}, "sharded_weights: regather=0; write 'microbatch', 'step', or a number of microbatches"),
-        ({"only": "embed"}, "sharded_weights: only='embed'; pass a function from a parameter's path to True or False"),
+        (
+            {"regather": 0},
+            "sharded_weights: regather=0; write 'microbatch', 'step', or a number of microbatches",
+        ),
+        (
+            {"only": "embed"},
+            "sharded_weights: only='embed'; pass a function from a parameter's path to True or "
+            "False",
+        ),
         (
             {"param_dtype": "bf16"},
-            "sharded_weights: param_dtype='bf16'; pass a floating-point dtype such as torch.bfloat16",
+            "sharded_weights: param_dtype='bf16'; pass a floating-point dtype such as "
+            "torch.bfloat16",
         ),
         (
             {"reduce_dtype": torch.int8},
-            "sharded_weights: reduce_dtype=torch.int8; pass a floating-point dtype such as torch.bfloat16",
+            "sharded_weights: reduce_dtype=torch.int8; pass a floating-point dtype such as "
+            "torch.bfloat16",
         ),
-        ({"axis": 3}, "axis=3: write the name of a mesh axis, such as axis='data', or a tuple of names"),
+        (
+            {"axis": 3},
+            "axis=3: write the name of a mesh axis, such as axis='data', or a tuple of names",
+        ),
         ({"axis": ()}, "sharded_weights: axis=(); name the mesh axis or axes to shard over"),
     ],
 )
@@ -81,12 +105,16 @@ def test_invalid_options(options: dict[str, Any], text: str) -> None:
 
 
 def test_two_shardings_of_one_leaf_need_the_same_options() -> None:
-    stack = [fp.sharded_weights(axis="a", prefetch=2), fp.sharded_weights(axis="b", only=lambda path: "w" in path)]
+    stack = [
+        fp.sharded_weights(axis="a", prefetch=2),
+        fp.sharded_weights(axis="b", only=lambda path: "w" in path),
+    ]
     run = fp.simulate(fp.compose(*stack)(clipped), fp.Mesh(a=2, b=2))
     with pytest.raises(fp.errors.StackError) as error:
         run.init(start, linear_params(), linear_batch(0, [1]))
     assert str(error.value) == (
-        "sharded_weights(axis='a') and sharded_weights(axis='b') both shard params['w'], one with prefetch=2, the other with "
+        "sharded_weights(axis='a') and sharded_weights(axis='b') both shard params['w'], one "
+        "with prefetch=2, the other with "
         "prefetch=1: give both the same options, or each its own leaves (only=...)"
     )
 
@@ -101,7 +129,8 @@ def test_two_shardings_of_one_leaf_over_one_axis() -> None:
     with pytest.raises(fp.errors.StackError) as error:
         run.init(start, linear_params(), linear_batch(0, [1] * 4))
     assert str(error.value) == (
-        "params['w'] is sharded over axis 'a' by both sharded_weights(axis='a') and sharded_weights(axis='a', axis='b'): an "
+        "params['w'] is sharded over axis 'a' by both sharded_weights(axis='a') and "
+        "sharded_weights(axis='a', axis='b'): an "
         "axis cuts a leaf once. Give each its own leaves (only=...)"
     )
 

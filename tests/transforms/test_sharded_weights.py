@@ -1,4 +1,5 @@
-"""`data_parallel` and `sharded_weights`, alone and stacked: what any stack computes is what one device computes."""
+"""`data_parallel` and `sharded_weights`, alone and stacked: what any stack computes is what one
+device computes."""
 
 from __future__ import annotations
 
@@ -11,15 +12,24 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sharded_steps import clipped, data, linear, linear_batch, linear_params, pipe, sharded, start
+from support.sharded_steps import (
+    clipped,
+    data,
+    linear,
+    linear_batch,
+    linear_params,
+    pipe,
+    sharded,
+    start,
+)
 
 import funcpipe as fp
 from funcpipe._src.comm.simulated import InProcessCommunicator
 from funcpipe._src.runtime.rank import Rank
 from funcpipe.testing import Layer, Model, assert_equivalent, models, schedules
 
-# Sums over ranks, microbatches and the leaves of a norm are taken in another order than on one device: some roundings
-# of 2**-53 each, in three steps that build on one another.
+# Sums over ranks, microbatches and the leaves of a norm are taken in another order than on one
+# device: some roundings of 2**-53 each, in three steps that build on one another.
 FLOAT64 = 1e-12
 STEPS = 3
 # eps well above rounding and below gradients; see test_equivalence.py.
@@ -38,7 +48,9 @@ def training(model: Model, optimizer: str = "adamw") -> tuple[Callable, Callable
         loss, aux = out if model.has_aux else (out, None)
         clipped, norm = fp.clip_by_global_norm(grads, 0.5)
         params, moved = opt.update(clipped, state["opt"], state["params"])
-        ema = optree.tree_map(lambda e, p: 0.9 * e + 0.1 * p if e.is_floating_point() else e, state["ema"], params)
+        ema = optree.tree_map(
+            lambda e, p: 0.9 * e + 0.1 * p if e.is_floating_point() else e, state["ema"], params
+        )
         new = {"params": params, "opt": moved, "ema": ema, "n": state["n"] + 1}
         return new, {"loss": loss, "norm": norm, "aux": aux, "size": fp.global_norm(params)}
 
@@ -50,7 +62,9 @@ def descending(model: Model) -> Callable:
 
     def step(state: Any, batch: Any) -> Any:
         out, grads = fp.value_and_grad(model.loss_fn, has_aux=model.has_aux)(state[0], batch)
-        params = optree.tree_map(lambda p, g: p - 0.1 * g if p.is_floating_point() else p, state[0], grads)
+        params = optree.tree_map(
+            lambda p, g: p - 0.1 * g if p.is_floating_point() else p, state[0], grads
+        )
         return (params, grads), {"out": out}
 
     return step
@@ -89,7 +103,8 @@ options = st.fixed_dictionaries(
 
 @st.composite
 def stacks(draw: st.DrawFn, model: Model, most: int = 8) -> tuple[fp.Mesh, list[Callable], int]:
-    """A mesh, transforms that fit it and the model, and into how many parts they split the batch."""
+    """A mesh, transforms that fit it and the model, and into how many parts they split the
+    batch."""
     sizes: dict[str, int] = {}
     if draw(st.booleans()):
         sizes["pipe"] = draw(st.integers(1, min(4, 1 + len(model.segments))))
@@ -130,8 +145,8 @@ def splits(draw: st.DrawFn, axes: list[str]) -> list[Callable]:
 
 @st.composite
 def shardings(draw: st.DrawFn, axes: list[str]) -> list[Callable]:
-    """One `sharded_weights` over all axes, or one for each: for all leaves, or each for its own with its own options; or
-    two that share axes, each for its own leaves."""
+    """One `sharded_weights` over all axes, or one for each: for all leaves, or each for its own
+    with its own options; or two that share axes, each for its own leaves."""
     if draw(st.booleans()):
         some = draw(st.lists(st.sampled_from(axes), unique=True, min_size=1))
         return [
@@ -148,13 +163,24 @@ def shardings(draw: st.DrawFn, axes: list[str]) -> list[Callable]:
 
 
 @given(st.data(), models(max_segments=4), st.sampled_from(sorted(OPTIMIZERS)))
-def test_any_stack_computes_what_one_device_computes(data: st.DataObject, model: Model, optimizer: str) -> None:
+def test_any_stack_computes_what_one_device_computes(
+    data: st.DataObject, model: Model, optimizer: str
+) -> None:
     mesh, transforms, parts = data.draw(stacks(model), label="stack")
     step, init_state = training(model, optimizer)
     transformed = fp.compose(*data.draw(st.permutations(transforms)))(step)
     rows = parts * data.draw(st.integers(1, 2), label="rows of a part")
     batches = [model.batch(k, rows) for k in range(STEPS)]
-    assert_equivalent(step, transformed, mesh, init_state, model.init(7), batches, rtol=FLOAT64, bitwise=parts == 1)
+    assert_equivalent(
+        step,
+        transformed,
+        mesh,
+        init_state,
+        model.init(7),
+        batches,
+        rtol=FLOAT64,
+        bitwise=parts == 1,
+    )
 
 
 @given(st.data(), models(max_segments=3))
@@ -174,13 +200,24 @@ def test_the_order_of_stacking_changes_nothing(data: st.DataObject, model: Model
 # ---- one thing at a time
 
 CHAIN = Model(
-    tuple((Layer("linear", (k, k)), Layer("norm", (k, k + 3))) for k in range(3)), tied_head=True, aux=1, unused=True
+    tuple((Layer("linear", (k, k)), Layer("norm", (k, k + 3))) for k in range(3)),
+    tied_head=True,
+    aux=1,
+    unused=True,
 )
 
 
-def check(step: Callable, transforms: Sequence[Callable], mesh: fp.Mesh, params: Any, batches: Sequence[Any]) -> None:
+def check(
+    step: Callable,
+    transforms: Sequence[Callable],
+    mesh: fp.Mesh,
+    params: Any,
+    batches: Sequence[Any],
+) -> None:
     """Equal to one device, for a step whose state is (params, grads)."""
-    assert_equivalent(step, fp.compose(*transforms)(step), mesh, start, params, batches, rtol=FLOAT64)
+    assert_equivalent(
+        step, fp.compose(*transforms)(step), mesh, start, params, batches, rtol=FLOAT64
+    )
 
 
 CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
@@ -189,7 +226,10 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
     "S is V and more": (fp.Mesh(x=2, data=2), [data, fp.sharded_weights(axis=("x", "data"))]),
     "V is empty": (fp.Mesh(data=3), [sharded]),
     "S is empty": (fp.Mesh(data=3), [data]),
-    "rows not in mesh order": (fp.Mesh(a=2, b=3), [fp.data_parallel(axis=("b", "a")), fp.sharded_weights(axis="b")]),
+    "rows not in mesh order": (
+        fp.Mesh(a=2, b=3),
+        [fp.data_parallel(axis=("b", "a")), fp.sharded_weights(axis="b")],
+    ),
     "tied over stages": (fp.Mesh(data=2, pipe=4), [pipe, data, sharded]),
     "empty shards": (fp.Mesh(data=8), [data, sharded]),
     "one rank": (fp.Mesh(data=1), [data, sharded]),
@@ -197,8 +237,12 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
         fp.Mesh(a=2, b=2),
         [
             fp.data_parallel(axis="a"),
-            fp.sharded_weights(axis="a", only=lambda path: "embed" in path, regather="step", bucket_bytes=1),
-            fp.sharded_weights(axis="b", only=lambda path: "embed" not in path, reduce="last", prefetch=3),
+            fp.sharded_weights(
+                axis="a", only=lambda path: "embed" in path, regather="step", bucket_bytes=1
+            ),
+            fp.sharded_weights(
+                axis="b", only=lambda path: "embed" not in path, reduce="last", prefetch=3
+            ),
         ],
     ),
     "own leaves over nested axes": (
@@ -236,7 +280,9 @@ def test_stacks_with_a_name(name: str) -> None:
     check(step, transforms, mesh, CHAIN.init(), [CHAIN.batch(k, 24) for k in range(2)])
 
 
-@pytest.mark.parametrize("options", [{}, {"regather": "step", "reduce": "last"}, {"bucket_bytes": 1, "prefetch": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"regather": "step", "reduce": "last"}, {"bucket_bytes": 1, "prefetch": 0}]
+)
 @pytest.mark.parametrize("mesh", [fp.Mesh(data=4), fp.Mesh(pipe=2, data=4)], ids=str)
 def test_leaves_of_all_kinds_and_unequal_weights(mesh: fp.Mesh, options: dict[str, Any]) -> None:
     """Shards of the batch with weight 0, 1, 3 and 10."""
@@ -251,8 +297,22 @@ def test_a_rank_holds_an_nth_of_the_elements_of_every_leaf() -> None:
     params = linear_params()
     state = run.init(start, params, linear_batch(0, [1] * 4))
     shards = [{k: tuple(x.shape) for k, x in params.items()} for params, _ in state]
-    assert shards[0] == {"w": (4, 1), "one": (1, 1), "scale": (), "order": (2,), "none": (0, 1), "unused": (2, 1, 1)}
-    assert shards[3] == {"w": (3, 1), "one": (0, 1), "scale": (), "order": (0,), "none": (0, 1), "unused": (2, 1, 1)}
+    assert shards[0] == {
+        "w": (4, 1),
+        "one": (1, 1),
+        "scale": (),
+        "order": (2,),
+        "none": (0, 1),
+        "unused": (2, 1, 1),
+    }
+    assert shards[3] == {
+        "w": (3, 1),
+        "one": (0, 1),
+        "scale": (),
+        "order": (0,),
+        "none": (0, 1),
+        "unused": (2, 1, 1),
+    }
     assert equal(run.unplace(state)[0], params)
     assert equal(run.unplace(run.place((params, params)))[1], params)
 
@@ -263,14 +323,21 @@ def test_each_leaf_follows_its_own_options() -> None:
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
         seen.update((name, x.dtype) for name, x in params.items())
-        return fp.Mean(sum((x.float().sum() * batch.sum() for x in params.values()), torch.zeros(())), batch.sum())
+        return fp.Mean(
+            sum((x.float().sum() * batch.sum() for x in params.values()), torch.zeros(())),
+            batch.sum(),
+        )
 
     def step(params: Any, batch: Any) -> Any:
         loss, grads = fp.value_and_grad(loss_fn)(params, batch)
         return optree.tree_map(torch.sub, params, grads), {"loss": loss}
 
-    half = fp.sharded_weights(axis="a", only=lambda path: path == "['half']", param_dtype=torch.float16)
-    brain = fp.sharded_weights(axis="b", only=lambda path: path == "['brain']", param_dtype=torch.bfloat16)
+    half = fp.sharded_weights(
+        axis="a", only=lambda path: path == "['half']", param_dtype=torch.float16
+    )
+    brain = fp.sharded_weights(
+        axis="b", only=lambda path: path == "['brain']", param_dtype=torch.bfloat16
+    )
     run = fp.simulate(brain(half(step)), fp.Mesh(a=2, b=2))
     params, batch = {name: torch.ones(4) for name in ("half", "brain", "full")}, torch.ones(2)
     state, _ = run(run.init(lambda params: params, params, batch), batch)
@@ -280,7 +347,8 @@ def test_each_leaf_follows_its_own_options() -> None:
 
 # ---- precision
 
-# Gradients are made of bfloat16 values (8 bits: 2**-9 each rounding) and are themselves rounded to it, in another order.
+# Gradients are made of bfloat16 values (8 bits: 2**-9 each rounding) and are themselves rounded to
+# it, in another order.
 BFLOAT16 = 2.0**-7
 
 
@@ -311,14 +379,29 @@ def mixed(loss_fn: Callable) -> Callable:
 @pytest.mark.parametrize("reduce", ["each", "last"])
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_bfloat16_gathers_with_float32_masters(reduce: str, reduce_dtype: Any, microbatches: int) -> None:
+def test_bfloat16_gathers_with_float32_masters(
+    reduce: str, reduce_dtype: Any, microbatches: int
+) -> None:
     g = torch.Generator().manual_seed(0)
-    params = {"a": torch.randn(16, 8, generator=g), "b": torch.randn(4, 16, generator=g), "scale": torch.tensor(0.5)}
-    batches = [{"x": torch.randn(16, 8, generator=g), "weight": torch.rand(16, generator=g)} for _ in range(2)]
-    sharding = fp.sharded_weights(axis="data", param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, reduce=reduce)
-    transformed = fp.compose(data, sharding, fp.accumulated(microbatches=microbatches))(mixed(wide_head))
+    params = {
+        "a": torch.randn(16, 8, generator=g),
+        "b": torch.randn(4, 16, generator=g),
+        "scale": torch.tensor(0.5),
+    }
+    batches = [
+        {"x": torch.randn(16, 8, generator=g), "weight": torch.rand(16, generator=g)}
+        for _ in range(2)
+    ]
+    sharding = fp.sharded_weights(
+        axis="data", param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, reduce=reduce
+    )
+    transformed = fp.compose(data, sharding, fp.accumulated(microbatches=microbatches))(
+        mixed(wide_head)
+    )
     mesh = fp.Mesh(data=2)
-    assert_equivalent(mixed(low(wide_head)), transformed, mesh, start, params, batches, rtol=BFLOAT16)
+    assert_equivalent(
+        mixed(low(wide_head)), transformed, mesh, start, params, batches, rtol=BFLOAT16
+    )
     run = fp.simulate(transformed, mesh)
     state, _ = run(run.init(start, params, batches[0]), batches[0])
     assert {x.dtype for x in optree.tree_leaves(state)} == {torch.float32}
@@ -327,11 +410,22 @@ def test_bfloat16_gathers_with_float32_masters(reduce: str, reduce_dtype: Any, m
 def test_one_part_in_bfloat16_has_the_bits_of_a_cast() -> None:
     """Nothing is summed, so nothing but the cast rounds."""
     g = torch.Generator().manual_seed(0)
-    params = {"a": torch.randn(16, 8, generator=g), "b": torch.randn(4, 16, generator=g), "scale": torch.tensor(0.5)}
+    params = {
+        "a": torch.randn(16, 8, generator=g),
+        "b": torch.randn(4, 16, generator=g),
+        "scale": torch.tensor(0.5),
+    }
     batch = {"x": torch.randn(6, 8, generator=g), "weight": torch.rand(6, generator=g)}
     transformed = fp.sharded_weights(mixed(wide_head), axis="data", param_dtype=torch.bfloat16)
     assert_equivalent(
-        mixed(low(wide_head)), transformed, fp.Mesh(data=3), start, params, [batch], rtol=0.0, bitwise=True
+        mixed(low(wide_head)),
+        transformed,
+        fp.Mesh(data=3),
+        start,
+        params,
+        [batch],
+        rtol=0.0,
+        bitwise=True,
     )
 
 
@@ -353,17 +447,30 @@ def test_several_calls_on_parts_of_the_params_and_on_casts_of_them() -> None:
         moved = {**params, "w": params["w"] - 0.1 * grad}
         low = optree.tree_map(lambda p: p.float() if p.is_floating_point() else p, moved)
         other, grads = fp.value_and_grad(second)(low, batch)
-        new = optree.tree_map(lambda p, g: p - 0.1 * g.double() if p.is_floating_point() else p, moved, grads)
+        new = optree.tree_map(
+            lambda p, g: p - 0.1 * g.double() if p.is_floating_point() else p, moved, grads
+        )
         return new, {"loss": loss, "other": other, "norm": fp.global_norm(grads)}
 
     stack = fp.compose(data, fp.sharded_weights(axis=("x", "data")), fp.accumulated(microbatches=2))
     batches = [linear_batch(k, [0, 1, 2, 3]) for k in range(2)]
     # The second call computes in float32: sums of a few values in another order, 2**-24 each.
-    assert_equivalent(step, stack(step), fp.Mesh(data=2, x=2), lambda p: p, linear_params(), batches, rtol=2.0**-20)
+    assert_equivalent(
+        step,
+        stack(step),
+        fp.Mesh(data=2, x=2),
+        lambda p: p,
+        linear_params(),
+        batches,
+        rtol=2.0**-20,
+    )
 
 
 def test_ready_microbatches_of_different_shapes() -> None:
-    batches = [fp.Microbatches([linear_batch(k, [1, 2]), linear_batch(k + 9, [3, 0, 1, 5])]) for k in range(2)]
+    batches = [
+        fp.Microbatches([linear_batch(k, [1, 2]), linear_batch(k + 9, [3, 0, 1, 5])])
+        for k in range(2)
+    ]
     for mesh, micro in (
         (fp.Mesh(data=2), fp.accumulated(microbatches=None)),
         (fp.Mesh(data=2, pipe=2), fp.pipelined(axis="pipe", microbatches=None)),
@@ -383,7 +490,8 @@ def test_a_new_batch_shape_later() -> None:
 
 
 def test_every_group_that_a_step_uses_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process groups are made by all ranks together, before the first step; simulated ranks need none."""
+    """Process groups are made by all ranks together, before the first step; simulated ranks need
+    none."""
     used: set[tuple[str, ...]] = set()
     ready: set[tuple[str, ...]] = set()
     meet = InProcessCommunicator._collective
@@ -393,13 +501,22 @@ def test_every_group_that_a_step_uses_is_made_ready(monkeypatch: pytest.MonkeyPa
         return meet(self, kind, x, axes, *rest)
 
     monkeypatch.setattr(InProcessCommunicator, "_collective", meets)
-    monkeypatch.setattr(InProcessCommunicator, "prepare", lambda self, axes_sets, lanes=(): ready.update(axes_sets))
+    monkeypatch.setattr(
+        InProcessCommunicator, "prepare", lambda self, axes_sets, lanes=(): ready.update(axes_sets)
+    )
     mesh, step = fp.Mesh(a=2, x=2, c=2, b=2), training(CHAIN)[0]
-    stack = [fp.data_parallel(axis=("b", "a")), fp.data_parallel(axis="c"), fp.sharded_weights(axis=("x", "a", "b"))]
+    stack = [
+        fp.data_parallel(axis=("b", "a")),
+        fp.data_parallel(axis="c"),
+        fp.sharded_weights(axis=("x", "a", "b")),
+    ]
     run = fp.simulate(fp.compose(*stack)(step), mesh)
     batch = CHAIN.batch(0, 8)
     state = run.init(training(CHAIN)[1], CHAIN.init(), batch)
     run(state, batch)
     Rank(run.plan(state, batch), run._ranks.communicators[0]).prepare()
     assert used <= {mesh.ordered(axes) for axes in ready}
-    assert ("a", "b") in used  # of (a, x, b), over which leaves are sharded, those that split the batch
+    assert (
+        "a",
+        "b",
+    ) in used  # of (a, x, b), over which leaves are sharded, those that split the batch

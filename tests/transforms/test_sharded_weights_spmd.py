@@ -1,7 +1,8 @@
-"""Sharding in real processes: the bits of the simulation; batches of a rank's own; ranks that differ are refused.
+"""Sharding in real processes: the bits of the simulation; batches of a rank's own; ranks that
+differ are refused.
 
-Two processes are started once, and four for the slow tier; each runs every case and every check of its size, and hands
-back what it saw.
+Two processes are started once, and four for the slow tier; each runs every case and every check of
+its size, and hands back what it saw.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from support.worlds import in_processes
 import funcpipe as fp
 from funcpipe.testing import Layer, Model, assert_equivalent
 
-# Sums over microbatches, stages and shards are taken in another order than on one device: see test_sharded_weights.py.
+# Sums over microbatches, stages and shards are taken in another order than on one device: see
+# test_sharded_weights.py.
 FLOAT64 = 1e-12
 
 MODEL = Model(
-    tuple((Layer("linear", (k, k)), Layer("permute", (k,)), Layer("norm", (k, k + 3))) for k in range(3)),
+    tuple(
+        (Layer("linear", (k, k)), Layer("permute", (k,)), Layer("norm", (k, k + 3)))
+        for k in range(3)
+    ),
     tied_head=True,
     aux=1,
     unused=True,
@@ -59,7 +64,10 @@ TWICE, TWO, FOUR = fp.accumulated(microbatches=2), fp.Mesh(data=2), fp.Mesh(data
 CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
     "data=2": (TWO, [TWICE, DATA, sharded(bucket_bytes=200)]),
     "data=2, together": (TWO, [TWICE, DATA, sharded(regather="step", reduce="last")]),
-    "pipe=2 data=2": (fp.Mesh(pipe=2, data=2), [PIPE, DATA, sharded(regather="step", reduce="last")]),
+    "pipe=2 data=2": (
+        fp.Mesh(pipe=2, data=2),
+        [PIPE, DATA, sharded(regather="step", reduce="last")],
+    ),
     "data=2 pipe=2": (fp.Mesh(data=2, pipe=2), [sharded(prefetch=2), DATA, PIPE]),
     "data=4": (FOUR, [TWICE, DATA, sharded(bucket_bytes=200)]),
     "a=2 b=2, own leaves": (
@@ -70,8 +78,14 @@ CASES: dict[str, tuple[fp.Mesh, list[Callable]]] = {
             sharded("a", only=lambda path: "embed" not in path, regather="step"),
         ],
     ),
-    "data=4 low": (FOUR, [TWICE, DATA, sharded(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)]),
-    "rows not in mesh order": (fp.Mesh(a=2, b=2), [fp.data_parallel(axis=("b", "a")), sharded("b")]),
+    "data=4 low": (
+        FOUR,
+        [TWICE, DATA, sharded(param_dtype=torch.float32, reduce_dtype=torch.bfloat16)],
+    ),
+    "rows not in mesh order": (
+        fp.Mesh(a=2, b=2),
+        [fp.data_parallel(axis=("b", "a")), sharded("b")],
+    ),
     "S not in V": (fp.Mesh(x=2, data=2), [DATA, sharded(("data", "x"))]),
     "one of two data axes, and another": (
         fp.Mesh(x=2, a=2, b=1),
@@ -102,7 +116,10 @@ def run_local(name: str) -> tuple[Any, Any]:
     mesh, stack = CASES[name]
     run = spmd(fp.compose(*stack)(step), mesh, batch="local")
     index, parts = mesh.index(run.rank, "data"), mesh.axis_size("data")
-    mine = [optree.tree_map(lambda x: x.chunk(parts)[index] if rows(x) else x, batch) for batch in BATCHES]
+    mine = [
+        optree.tree_map(lambda x: x.chunk(parts)[index] if rows(x) else x, batch)
+        for batch in BATCHES
+    ]
     state, metrics = run.init(init_state, PARAMS, mine[0]), []
     for batch in mine:
         state, new = run(state, batch)
@@ -134,7 +151,10 @@ ODD: dict[str, tuple[Callable, Callable]] = {
     "reduce": (DATA(sharded()(step)), DATA(sharded(reduce="last")(step))),
     "bucket_bytes": (DATA(sharded()(step)), DATA(sharded(bucket_bytes=1)(step))),
     "not sharded": (DATA(sharded()(step)), DATA(step)),
-    "dims": (DATA(sharded()(step)), fp.data_parallel(sharded()(step), axis="data", dims={"ids": 0, "t": None})),
+    "dims": (
+        DATA(sharded()(step)),
+        fp.data_parallel(sharded()(step), axis="data", dims={"ids": 0, "t": None}),
+    ),
     "only": (
         DATA(sharded(only=lambda path: True)(step)),
         DATA(sharded(only=lambda path: "embed" not in path)(step)),
@@ -166,12 +186,16 @@ def refused(name: str, size: int) -> tuple[str, str]:
 def work(size: int) -> dict[str, Any]:
     """What every process runs."""
     torch.set_num_threads(1)
-    out: dict[str, Any] = {name: run_case(name, spmd) for name, case in CASES.items() if case[0].size == size}
+    out: dict[str, Any] = {
+        name: run_case(name, spmd) for name, case in CASES.items() if case[0].size == size
+    }
     out["local"] = {name: run_local(name) for name in LOCAL[size]}
     out["odd"] = {name: refused(name, size) for name in WAYS[size]}
     mesh, stack = CASES[f"data={size}"]
     transformed = fp.compose(*stack)(step)
-    found = assert_equivalent(step, transformed, mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64, runner=spmd)
+    found = assert_equivalent(
+        step, transformed, mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64, runner=spmd
+    )
     out["compared"] = found.compared
     return out
 
@@ -186,7 +210,9 @@ def case(name: str) -> Any:
     return pytest.param(name, marks=in_processes(CASES[name][0].size))
 
 
-SIZES = pytest.mark.parametrize("size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)])
+SIZES = pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=in_processes(size)) for size in (2, 4)]
+)
 
 
 # ---- tests
@@ -203,7 +229,9 @@ def test_processes_compute_what_the_simulation_computes(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if "low" not in name])
 def test_the_simulation_computes_what_one_device_computes(name: str) -> None:
     mesh, stack = CASES[name]
-    assert_equivalent(step, fp.compose(*stack)(step), mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64)
+    assert_equivalent(
+        step, fp.compose(*stack)(step), mesh, init_state, PARAMS, BATCHES, rtol=FLOAT64
+    )
 
 
 @SIZES
@@ -220,7 +248,9 @@ def test_a_batch_of_a_ranks_own_rows(name: str) -> None:
 
 
 def ways() -> list[Any]:
-    return [pytest.param(size, name, marks=in_processes(size)) for size in WAYS for name in WAYS[size]]
+    return [
+        pytest.param(size, name, marks=in_processes(size)) for size in WAYS for name in WAYS[size]
+    ]
 
 
 @pytest.mark.parametrize(("size", "name"), ways())

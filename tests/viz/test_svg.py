@@ -9,14 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.schedule_tables import library, table
 
-from funcpipe._src.schedule import Schedule, check, interleaved_zb, one_f_one_b, timeline, unit_costs
+from funcpipe._src.schedule import (
+    Schedule,
+    check,
+    interleaved_zb,
+    one_f_one_b,
+    timeline,
+    unit_costs,
+)
 from funcpipe._src.viz.svg import timeline_html, timeline_svg, timeline_text
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def boxes(svg: str) -> list[ET.Element]:
-    return [element for element in ET.fromstring(svg).iter(f"{SVG}rect") if element.get("class") == "box"]
+    return [
+        element
+        for element in ET.fromstring(svg).iter(f"{SVG}rect")
+        if element.get("class") == "box"
+    ]
 
 
 @given(library(ranks=6, microbatches=12))
@@ -47,15 +58,22 @@ def test_memory() -> None:
     svg = timeline_svg(line, memory=[[(0.0, 0.0), (1.0, 3 * 2**30), (2.0, 2**30)]])
     texts = [element.text for element in ET.fromstring(svg).iter(f"{SVG}text")]
     assert "3 GiB" in texts and "memory" in texts
-    assert "M0 50L0.00 50.00L373.33 50.00L373.33 26.00L746.67 26.00L746.67 42.00L1120.00 42.00L1120.00 50Z" in svg
+    assert (
+        "M0 50L0.00 50.00L373.33 50.00L373.33 26.00L746.67 26.00L746.67 42.00L1120.00 "
+        "42.00L1120.00 50Z" in svg
+    )
 
 
 def test_page() -> None:
-    page = timeline_html(timeline(table("0F0 0I0 0W0.0 0W0.1"), unit_costs(segments=[2])), unit="ms")
+    page = timeline_html(
+        timeline(table("0F0 0I0 0W0.0 0W0.1"), unit_costs(segments=[2])), unit="ms"
+    )
     assert page.startswith("<!doctype html>")
     assert "<title>rank 0: 0W0.1, 2.5 to 3 ms</title>" in page
     assert page.count("<svg") == page.count("</svg>") == 1
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from anywhere
+    assert "http" not in page.replace(
+        "http://www.w3.org/2000/svg", ""
+    )  # nothing is loaded from anywhere
 
 
 @given(library(ranks=6, microbatches=12), st.integers(1, 200))

@@ -1,7 +1,8 @@
-"""Results: what a ``value_and_grad`` gives, as fakes, and what of it may go into the batch of a later one.
+"""Results: what a ``value_and_grad`` gives, as fakes, and what of it may go into the batch of a
+later one.
 
-In: a loss function, params as fakes, a batch. Out: fakes of loss and aux. Each has an `Origin`, which ops hand on, so that
-the planner knows how a leaf of a later batch is split.
+In: a loss function, params as fakes, a batch. Out: fakes of loss and aux. Each has an `Origin`,
+which ops hand on, so that the planner knows how a leaf of a later batch is split.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _SEED = 0
 class Origin(enum.Flag):
     """What a tensor was computed from.
 
-    ``RESULT``: losses, means and norms, which have no rows. ``ROWS``: `Rows` of an earlier call, which have the rows of all
-    ranks. ``BATCH``: the step's batch, or a tensor that the step makes.
+    ``RESULT``: losses, means and norms, which have no rows. ``ROWS``: `Rows` of an earlier call,
+    which have the rows of all ranks. ``BATCH``: the step's batch, or a tensor that the step makes.
     """
 
     RESULT = 0
@@ -61,7 +62,8 @@ def hand_on(inputs: Iterable[Any], outputs: Any) -> None:
 def loss_and_aux(
     loss_fn: Callable, has_aux: bool, params: Any, batch: Any, mode: FakeTensorMode, row_ranks: int
 ) -> tuple[torch.Tensor, Any]:
-    """What a loss function gives on the whole batch: loss and aux, as fakes that a step may compute with.
+    """What a loss function gives on the whole batch: loss and aux, as fakes that a step may compute
+    with.
 
     Args:
         params: fakes of ``mode``, in the dtypes in which the loss function sees them.
@@ -69,7 +71,13 @@ def loss_and_aux(
     """
     parts = batch.parts if isinstance(batch, Microbatches) else [batch]
     # Without the modes of the step, since a loss function need not be elementwise.
-    with restored(loss_fn), _disable_current_modes(), step_.bind(None), looking(params, mode) as seen, one_rank():
+    with (
+        restored(loss_fn),
+        _disable_current_modes(),
+        step_.bind(None),
+        looking(params, mode) as seen,
+        one_rank(),
+    ):
         read = [step_.read_loss(loss_fn(seen, part), has_aux) for part in parts]
         total, weight, first = read[0]
         loss = total if weight is None else step_.mean(total, weight)
@@ -90,12 +98,14 @@ def loss_and_aux(
 
 
 MADE_UP = (
-    "({paths} comes from an earlier value_and_grad: this was tried with made-up values from 0.5 to 1.5, or 0 and 1.)"
+    "({paths} comes from an earlier value_and_grad: this was tried with made-up values "
+    "from 0.5 to 1.5, or 0 and 1.)"
 )
 
 
 def with_values(batch: Any, read: Iterable[int]) -> tuple[Any, str]:
-    """A batch with made-up values in place of the fakes among some of its leaves, and the paths of those.
+    """A batch with made-up values in place of the fakes among some of its leaves, and the paths of
+    those.
 
     Args:
         read: the numbers of the leaves.

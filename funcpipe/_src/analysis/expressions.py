@@ -1,5 +1,5 @@
-"""How every tensor of a step was computed, outside ``value_and_grad``, as a number: two runs of a step compute the same
-where their numbers are equal.
+"""How every tensor of a step was computed, outside ``value_and_grad``, as a number: two runs of a
+step compute the same where their numbers are equal.
 
 In: every op of a run, its arguments and its results. Out: the number of a tensor's expression.
 """
@@ -53,7 +53,8 @@ class Seen:
 
     Args:
         expressions: those of its tensors.
-        init_state, init: what ``init_state`` made, and the numbers of its leaves (None: the step did not run).
+        init_state, init: what ``init_state`` made, and the numbers of its leaves (None: the step
+            did not run).
         state, metrics: what the step returned.
         calls, sums: what every ``value_and_grad`` and every global sum got.
     """
@@ -91,8 +92,8 @@ class Expressions:
         shape: from a list of sizes to what stands for it, where it is the shape of a parameter.
         param: from a tensor to the parameter that it is, or belongs to.
 
-    ``entered``: the global sums of which entries were handed out by leaf. ``joined``: those of which a step joins entries of
-    several leaves, each with the line that does so.
+    ``entered``: the global sums of which entries were handed out by leaf. ``joined``: those of
+    which a step joins entries of several leaves, each with the line that does so.
     """
 
     def __init__(
@@ -139,7 +140,9 @@ class Expressions:
         """Note an op that ran."""
         name = func.overloadpacket.__name__
         listed = name.startswith(("_foreach_", "_fused_"))
-        runs: Iterable[tuple[int | None, Any]] = _elements(args, kwargs) if listed else [(None, (args, kwargs))]
+        runs: Iterable[tuple[int | None, Any]] = (
+            _elements(args, kwargs) if listed else [(None, (args, kwargs))]
+        )
         for j, given in runs:
             expression = (str(func), self._key(given))
             sources = self._joined(given)
@@ -166,20 +169,25 @@ class Expressions:
         self._numbers[x] = number, self._written.get(_memory(x))
 
     def _joined(self, given: Any) -> frozenset[Source]:
-        """The entries that an op reads; those of several leaves, or of one leaf beside another leaf, are noted as joined."""
+        """The entries that an op reads; those of several leaves, or of one leaf beside another
+        leaf, are noted as joined."""
         if not self._sources:
             return frozenset()
         tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, torch.Tensor)]
         sources = self._sources_of(tensors)
         if sources:
-            params = {param for _, param in sources} | {p for p in map(self.param, tensors) if p is not None}
+            params = {param for _, param in sources} | {
+                p for p in map(self.param, tensors) if p is not None
+            }
             if len(params) > 1:
                 for k, _ in sources:
                     self.joined.setdefault(k, user_line())
         return sources
 
     def _sources_of(self, tensors: list[Any]) -> frozenset[Source]:
-        found = [self._sources[x] for x in tensors if isinstance(x, torch.Tensor) and x in self._sources]
+        found = [
+            self._sources[x] for x in tensors if isinstance(x, torch.Tensor) and x in self._sources
+        ]
         return frozenset().union(*found)
 
     def _key(self, x: Any) -> Hashable:
@@ -228,7 +236,9 @@ def _elements(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[int, Any]]:
 def _outputs(out: Any, j: int | None) -> Iterator[tuple[int, Any]]:
     """What an op made, or what it made at a place of its lists."""
     if j is None:
-        yield from [(0, out)] if isinstance(out, torch.Tensor) else enumerate(pytree.tree_leaves(out))
+        yield from (
+            [(0, out)] if isinstance(out, torch.Tensor) else enumerate(pytree.tree_leaves(out))
+        )
     elif isinstance(out, list | tuple):
         several = out if out and isinstance(out[0], list | tuple) else [out]
         yield from ((k, _nth(x, j)) for k, x in enumerate(several))
@@ -245,5 +255,7 @@ def _written(func: Any) -> list[tuple[int, str]]:
     """The arguments that an op writes to: place and name."""
     if func not in _writes:
         arguments = enumerate(func._schema.arguments)
-        _writes[func] = [(n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        _writes[func] = [
+            (n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
     return _writes[func]

@@ -1,6 +1,8 @@
-"""What code names: the globals, attributes and imports that a Python function may read when it runs.
+"""What code names: the globals, attributes and imports that a Python function may read when it
+runs.
 
-In: a code object. Out: `Names`, found once for each code object; and whose code it is, the user's or a library's.
+In: a code object. Out: `Names`, found once for each code object; and whose code it is, the user's
+or a library's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ _GLOBALS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"])
 _ATTRIBUTES = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"])
 _BY_TEXT = frozenset(["getattr", "hasattr", "attrgetter", "methodcaller"])
 _WHOLE = frozenset(["vars", "__dict__", "asdict", "astuple", "_asdict"])
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_LIBRARIES = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
 _PACKAGES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
 _OWN = str(Path(__file__).parent) + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
@@ -79,7 +83,8 @@ def names_of(code: CodeType) -> Names:
 def package_of(file: str) -> str | None:
     """The folder of the installed package that a file belongs to; None for a file elsewhere.
 
-    A function that is installed with pip is followed where the step or the loss is of the same package.
+    A function that is installed with pip is followed where the step or the loss is of the same
+    package.
     """
     for folder in _PACKAGES:
         if file.startswith(folder + "/"):
@@ -89,7 +94,8 @@ def package_of(file: str) -> str | None:
 
 
 def is_user_file(file: str, packages: frozenset[str] = frozenset()) -> bool:
-    """Whether code of a file is the user's, and not that of Python, of an installed library or of funcpipe.
+    """Whether code of a file is the user's, and not that of Python, of an installed library or of
+    funcpipe.
 
     Args:
         packages: installed ones (`package_of`) that count as the user's.

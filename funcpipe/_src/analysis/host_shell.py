@@ -1,7 +1,7 @@
 """Shells: a function with those in its cells, and values as they are compared.
 
-In: a function, which a step may make anew each time that it runs. Out: `Shell`: numbers and texts that it
-holds, the objects that it leads to (`host_walk.py`); `token` of any value.
+In: a function, which a step may make anew each time that it runs. Out: `Shell`: numbers and texts
+that it holds, the objects that it leads to (`host_walk.py`); `token` of any value.
 """
 
 from __future__ import annotations
@@ -82,13 +82,16 @@ def token(x: Any) -> Token:
         return Token(kind.__qualname__, str(x))
     if isinstance(x, list | deque):
         return Token(kind.__name__, f"a {kind.__name__} of {len(x)}")
-    if isinstance(x, dict | tuple | set | frozenset | FunctionType | MethodType | functools.partial):
+    if isinstance(
+        x, dict | tuple | set | frozenset | FunctionType | MethodType | functools.partial
+    ):
         return Token(kind.__name__, f"a {kind.__name__}")  # what is in it is read for itself
     return Token(kind.__name__, 0 if _is_open(kind) else _identities.of(x))
 
 
 def _is_open(kind: type) -> bool:
-    """Whether objects are compared by what is in them: the user's, and those that are nothing but fields."""
+    """Whether objects are compared by what is in them: the user's, and those that are nothing but
+    fields."""
     return kind in FIELDS or dataclasses.is_dataclass(kind) or is_user_file(file_of(kind))
 
 
@@ -98,22 +101,28 @@ def is_number(x: Any) -> bool:
 
 
 def is_flag(x: Any) -> bool:
-    """Whether a token is of a kind that code branches on: a flag, a text, None; or another function."""
-    return isinstance(x, CodeType) or (isinstance(x, Token) and x.kind in ("bool", "str", "NoneType"))
+    """Whether a token is of a kind that code branches on: a flag, a text, None; or another
+    function."""
+    return isinstance(x, CodeType) or (
+        isinstance(x, Token) and x.kind in ("bool", "str", "NoneType")
+    )
 
 
 @functools.cache
 def file_of(kind: type) -> str:
     """The file that a class was written in."""
     module = sys.modules.get(kind.__module__)
-    return getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else "<frozen>")
+    return getattr(module, "__file__", None) or (
+        "<main>" if kind.__module__ == "__main__" else "<frozen>"
+    )
 
 
 # ---- the function itself: what is made anew each time that a step runs
 
 
 class Shell(NamedTuple):
-    """A function and those in its cells, which a step may make anew each time: values in them, and objects.
+    """A function and those in its cells, which a step may make anew each time: values in them, and
+    objects.
 
     Args:
         values: numbers and texts in cells and defaults, and the code of functions.
@@ -201,7 +210,12 @@ def _has_function(fn: Any) -> bool:
 
 def is_value(x: Any) -> bool:
     kind = type(x)
-    return x is MISSING or kind in _NUMBERS or kind in _FLAGS or isinstance(x, (np.generic, *_TORCH_VALUES, enum.Enum))
+    return (
+        x is MISSING
+        or kind in _NUMBERS
+        or kind in _FLAGS
+        or isinstance(x, (np.generic, *_TORCH_VALUES, enum.Enum))
+    )
 
 
 def contents(cell: CellType) -> Any:

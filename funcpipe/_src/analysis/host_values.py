@@ -4,13 +4,15 @@ settings and the training flags of modules.
 Followed: closure cells, defaults and globals of the function; of every object that is found so, the
 attributes, properties and methods whose names occur in the user's code that it calls; entries of
 dicts, elements of lists, tuples and sets, small numpy arrays, fields of dataclasses, attributes of
-classes and modules; ``training``, numbers, texts and configs of every ``nn.Module``, and which of its
-params require gradients. Up to `DEPTH` steps from the function, and `LONGEST` entries of a container.
+classes and modules; ``training``, numbers, texts and configs of every ``nn.Module``, and which of
+its params require gradients. Up to `DEPTH` steps from the function, and `LONGEST` entries of a
+container.
 
-Not followed: what a library's own code reads (torch, and what is installed, unless the step is of the
-same package), objects of C extensions (another one counts, a change within does not), the elements of
-tensors, longer containers (another length counts), attributes by names that are computed beside ones
-that are written out, files, the environment, clocks and random states; what the function itself writes.
+Not followed: what a library's own code reads (torch, and what is installed, unless the step is of
+the same package), objects of C extensions (another one counts, a change within does not), the
+elements of tensors, longer containers (another length counts), attributes by names that are
+computed beside ones that are written out, files, the environment, clocks and random states; what
+the function itself writes.
 
 In: functions. Out: `Reading`, whose values are equal as long as the functions read the same.
 """
@@ -42,7 +44,9 @@ from funcpipe._src.analysis.host_shell import (
 from funcpipe._src.analysis.host_walk import Walk
 from funcpipe.errors import TraceError
 
-Place = tuple[Callable[[], Any], Callable[[Any], Any], Any]  # how to read it, how to write it, what was there
+Place = tuple[
+    Callable[[], Any], Callable[[Any], Any], Any
+]  # how to read it, how to write it, what was there
 
 
 # ---- what a walk found, and whether it still holds
@@ -119,13 +123,17 @@ class Watch:
         out: list[Place] = []
         for n, ((box, key), x) in enumerate(zip(walk.dicts, walk.last, strict=True)):
             owner = walk.owners.get(n, box)
-            out.append((functools.partial(box.get, key, MISSING), functools.partial(_set, owner, key), x))
+            out.append(
+                (functools.partial(box.get, key, MISSING), functools.partial(_set, owner, key), x)
+            )
         for cell, x in walk.cells:
             out.append((functools.partial(contents, cell), functools.partial(_fill, cell), x))
         for box, held in walk.lists:
             out.append((functools.partial(list, box), functools.partial(_refill, box), held))
         for p in (p for some in walk.params for p in some.values() if p is not None):
-            out.append((functools.partial(getattr, p, "requires_grad"), p.requires_grad_, p.requires_grad))
+            out.append(
+                (functools.partial(getattr, p, "requires_grad"), p.requires_grad_, p.requires_grad)
+            )
         return out
 
 
@@ -137,22 +145,31 @@ def _fits(old: FunctionType, new: FunctionType) -> bool:
 
 
 class Follower:
-    """Reads a function of a step, time and again: the step itself, or the loss function of one call.
+    """Reads a function of a step, time and again: the step itself, or the loss function of one
+    call.
 
     Args:
         written: the paths that functions were seen to write; shared, and grows.
-        tensors: whether what a tensor holds counts: a loss function may read it as a number, a step as it is.
+        tensors: whether what a tensor holds counts: a loss function may read it as a number, a step
+            as it is.
     """
 
     def __init__(self, written: set[str], tensors: bool = True) -> None:
         self.written, self.tensors = written, tensors
         self.watch: Watch | None = None
-        self._last: tuple[Any, Shell, Values] | None = None  # the function, its shell, and what of it counts
+        self._last: tuple[Any, Shell, Values] | None = (
+            None  # the function, its shell, and what of it counts
+        )
 
     def values(self, fn: Callable) -> tuple[Values, Values]:
         """What the function itself holds, and what it reaches."""
         last, watch = self._last, self.watch
-        if watch is not None and last is not None and same_function(last[0], fn) and last[1].holds():
+        if (
+            watch is not None
+            and last is not None
+            and same_function(last[0], fn)
+            and last[1].holds()
+        ):
             return last[2], watch.now()
         shell = shell_of(fn)
         if watch is None or not watch.fits(shell):
@@ -167,7 +184,8 @@ class Follower:
 
 
 class Reading:
-    """What a loss function reads at a call: compared with other calls, and put back while it is traced."""
+    """What a loss function reads at a call: compared with other calls, and put back while it is
+    traced."""
 
     def __init__(self, fn: Callable, follower: Follower) -> None:
         self.name = name_of(fn)
@@ -176,7 +194,9 @@ class Reading:
         self.values = follower.values(fn)
         assert follower.watch is not None
         cells = shell_of(fn).cells
-        held: list[Place] = [(functools.partial(contents, c), functools.partial(_fill, c), x) for c, x in cells]
+        held: list[Place] = [
+            (functools.partial(contents, c), functools.partial(_fill, c), x) for c, x in cells
+        ]
         self._places = held + follower.watch.places()
 
     @contextlib.contextmanager
@@ -211,13 +231,17 @@ class Reading:
             kept = [tuple(v for v in some if not _within(v[0], changed)) for some in self.values]
             self.values = kept[0], kept[1]
 
-    def _changed(self, before: tuple[Values, Values], cause: Exception | None = None) -> dict[str, tuple[Any, Any]]:
+    def _changed(
+        self, before: tuple[Values, Values], cause: Exception | None = None
+    ) -> dict[str, tuple[Any, Any]]:
         """By path, what the function has written; TraceError if it is a number."""
         assert self.fn is not None
         changed = differences(before, self.follower.values(self.fn))
         for path, (old, new) in changed.items():
             if is_number(old) and is_number(new):
-                raise TraceError(f"{self.name} {WRITES.format(path=path, old=old, new=new)}") from cause
+                raise TraceError(
+                    f"{self.name} {WRITES.format(path=path, old=old, new=new)}"
+                ) from cause
         return changed
 
     def done(self) -> None:
@@ -231,7 +255,8 @@ class Reading:
 
 
 WRITES = (
-    "changes `{path}` from {old} to {new} while it runs: a loss is planned once, not run at every step, so the number "
+    "changes `{path}` from {old} to {new} while it runs: a loss is planned once, not run at "
+    "every step, so the number "
     "would stay. Count in the step, outside value_and_grad, or return it as aux"
 )
 
@@ -240,7 +265,9 @@ def _within(path: str, others: Mapping[str, Any]) -> bool:
     return any(path == other or path.startswith((f"{other}[", f"{other}.")) for other in others)
 
 
-def differences(before: tuple[Values, Values], after: tuple[Values, Values]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    before: tuple[Values, Values], after: tuple[Values, Values]
+) -> dict[str, tuple[Any, Any]]:
     """By path, what differs between two readings of a function.
 
     >>> differences(((("k", 1),), ()), ((("k", 2),), ()))

@@ -1,6 +1,8 @@
-"""The walk over what a function reaches in Python: objects in its cells and globals, as far as code names them.
+"""The walk over what a function reaches in Python: objects in its cells and globals, as far as code
+names them.
 
-In: a shell. Out: `Walk`: every place that may be read, what is there, and how to see quickly whether it is still.
+In: a shell. Out: `Walk`: every place that may be read, what is there, and how to see quickly
+whether it is still.
 """
 
 from __future__ import annotations
@@ -41,8 +43,18 @@ _NOT_READ = frozenset(["__init__", "__new__", "__repr__", "__str__", "__setattr_
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_TORCH = frozenset(
     [
-        *("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_is_full_backward_hook"),
-        *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+        *(
+            "_parameters",
+            "_buffers",
+            "_non_persistent_buffers_set",
+            "_modules",
+            "_is_full_backward_hook",
+        ),
+        *(
+            "_forward_hooks_with_kwargs",
+            "_forward_hooks_always_called",
+            "_forward_pre_hooks_with_kwargs",
+        ),
     ]
 )
 
@@ -50,7 +62,9 @@ _OF_TORCH = frozenset(
 class Walk:
     """One walk over everything that can be reached from a shell, by attributes of these names."""
 
-    def __init__(self, names: set[str], packages: frozenset[str], written: set[str], tensors: bool) -> None:
+    def __init__(
+        self, names: set[str], packages: frozenset[str], written: set[str], tensors: bool
+    ) -> None:
         self.names, self.packages, self.written, self.tensors = names, packages, written, tensors
         self.values: list[tuple[str, Any]] = []
         # Entries of dicts: where they lie, what was there, and their numbers among values.
@@ -90,9 +104,13 @@ class Walk:
             boxes.setdefault(id(box), []).append(n)
         order: list[int] = []
         for numbers in boxes.values():
-            some = numbers if len(numbers) > 1 else numbers * 2  # of one key alone, a getter gives no tuple
+            some = (
+                numbers if len(numbers) > 1 else numbers * 2
+            )  # of one key alone, a getter gives no tuple
             order += some
-            self.getters.append((itemgetter(*(self.dicts[n][1] for n in some)), self.dicts[some[0]][0]))
+            self.getters.append(
+                (itemgetter(*(self.dicts[n][1] for n in some)), self.dicts[some[0]][0])
+            )
         self.owners = {n: self.owners[old] for n, old in enumerate(order) if old in self.owners}
         self.dicts = [self.dicts[n] for n in order]
         self.last = [self.last[n] for n in order]
@@ -101,7 +119,8 @@ class Walk:
     # -- places
 
     def put(self, path: str, x: Any, depth: int, whole: bool = False) -> bool:
-        """Note what is at a place, and go there later; False where the function itself writes there."""
+        """Note what is at a place, and go there later; False where the function itself writes
+        there."""
         if path in self.written:
             return False
         small = self.tensors and _is_small(x)
@@ -112,7 +131,10 @@ class Walk:
 
     def entry(self, box: Mapping, key: Any, path: str, depth: int, whole: bool = False) -> None:
         """A place in a dict."""
-        own = isinstance(box, dict) and type(box) not in (dict, OrderedDict)  # may look up in its own way
+        own = isinstance(box, dict) and type(box) not in (
+            dict,
+            OrderedDict,
+        )  # may look up in its own way
         x = dict.get(box, key, MISSING) if own else box.get(key, MISSING)  # type: ignore[call-overload]
         if not self.put(path, x, depth, whole):
             return
@@ -157,7 +179,9 @@ class Walk:
         elif isinstance(x, torch.Tensor):
             if self.tensors and not _is_uncounted(x):
                 self.poll(_version, x)
-                self.values.append((path, Token("Tensor", repr(x.tolist()) if _is_small(x) else x._version)))
+                self.values.append(
+                    (path, Token("Tensor", repr(x.tolist()) if _is_small(x) else x._version))
+                )
         elif isinstance(x, dict):
             self.entries(x, path, depth, whole)
         elif isinstance(x, list | deque):
@@ -251,7 +275,8 @@ class Walk:
                     self.poll(functools.partial(_number_in, slot), x)
 
     def names_for(self, kind: type) -> set[str]:
-        """The attributes that are read of an object: also those that methods of a library, which are called, name."""
+        """The attributes that are read of an object: also those that methods of a library, which
+        are called, name."""
         if is_user_file(file_of(kind), self.packages):
             return self.names
         found = set(self.names)
@@ -263,7 +288,8 @@ class Walk:
         return found
 
     def nn_module(self, x: nn.Module, path: str, depth: int) -> None:
-        """A module: all of a library's, which other code reads; of the user's own what is named, and the flags."""
+        """A module: all of a library's, which other code reads; of the user's own what is named,
+        and the flags."""
         kinds = [k for k in type(x).__mro__ if k not in (nn.Module, object)]
         users = all(is_user_file(file_of(k), self.packages) for k in kinds)
         held = x.__dict__
@@ -273,7 +299,9 @@ class Walk:
             self.size(held[name])
             for hook in held[name].values():
                 self.put(f"{path}.{name}", hook, depth)
-        for name in sorted(name for name in held if name not in _OF_TORCH and not name.endswith("_hooks")):
+        for name in sorted(
+            name for name in held if name not in _OF_TORCH and not name.endswith("_hooks")
+        ):
             named = name in self.names or name == "training"
             if named or (not users and _is_setting(held[name])):
                 self.entry(held, name, f"{path}.{name}", depth, whole=not users and not named)
@@ -282,7 +310,9 @@ class Walk:
         if x._parameters:
             self.params.append(x._parameters)
             trained = [n for n, p in x._parameters.items() if p is not None and p.requires_grad]
-            self.values.append((f"{path}, requires_grad of its params", Token("list", repr(trained))))
+            self.values.append(
+                (f"{path}, requires_grad of its params", Token("list", repr(trained)))
+            )
         self.attributes_of_class(type(x), path, depth, instance=True)
 
     def attributes_of_class(self, kind: type, path: str, depth: int, instance: bool) -> None:
@@ -293,7 +323,11 @@ class Walk:
             for name, x in base.__dict__.items():
                 if not self.may_read(name, x, instance):
                     continue
-                inner = x.fget if isinstance(x, property) else getattr(x, "__func__", getattr(x, "func", x))
+                inner = (
+                    x.fget
+                    if isinstance(x, property)
+                    else getattr(x, "__func__", getattr(x, "func", x))
+                )
                 before = len(self.dicts)
                 self.entry(base.__dict__, name, f"{path}.{name}", depth)
                 if len(self.dicts) > before:
@@ -366,11 +400,16 @@ def _static(kind: type, name: str) -> Any:
 
 
 def _imported(name: str, level: int, of: dict) -> ModuleType | None:
-    full = importlib.util.resolve_name("." * level + name, of.get("__package__") or "") if level else name
+    full = (
+        importlib.util.resolve_name("." * level + name, of.get("__package__") or "")
+        if level
+        else name
+    )
     return sys.modules.get(full)
 
 
 def _is_setting(x: Any) -> bool:
-    """Whether an attribute of a library's module is read by its code, as far as can be said without that."""
+    """Whether an attribute of a library's module is read by its code, as far as can be said without
+    that."""
     plain = is_value(x) or isinstance(x, dict | list | tuple | set) or dataclasses.is_dataclass(x)
     return plain or type(x) in FIELDS or "Config" in type(x).__name__

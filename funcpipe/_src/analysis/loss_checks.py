@@ -1,11 +1,13 @@
 """What must hold of a loss whose batch is split, checked when it is traced.
 
-The loss is ``sum of totals / sum of weights`` over the parts of a batch. That is the loss of the whole batch only if
-``weight`` does not depend on params and adds up over the parts, as ``total`` does: that is proven (`proof/rows.py`).
-Weights are also compared as numbers, where they may not be exact, or where the proof fails: it is the clearer error.
+The loss is ``sum of totals / sum of weights`` over the parts of a batch. That is the loss of the
+whole batch only if ``weight`` does not depend on params and adds up over the parts, as ``total``
+does: that is proven (`proof/rows.py`).
+Weights are also compared as numbers, where they may not be exact, or where the proof fails: it is
+the clearer error.
 
-In: the nodes of a joint graph, the loss function, the batch and its parts. Out: nothing, or an error that says which
-rule is broken and what to write instead.
+In: the nodes of a joint graph, the loss function, the batch and its parts. Out: nothing, or an
+error that says which rule is broken and what to write instead.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def check_weight(n: Nodes) -> None:
     """
     if n.heads[1] in reached(n, n.params):
         raise BatchError(
-            "Mean.weight depends on params: it has to be computed from the batch alone (a count of tokens or rows), "
+            "Mean.weight depends on params: it has to be computed from the batch alone (a count "
+            "of tokens or rows), "
             "since gradients are divided by it once, after all sums"
         )
 
@@ -71,7 +74,13 @@ def check_additive(
     """
     token = step_._context.set(_Whole())  # type: ignore[arg-type]
     try:
-        with restored(loss_fn), looking(params, mode) as seen, one_rank(), hook.bound(_Glancing()), Intercept():
+        with (
+            restored(loss_fn),
+            looking(params, mode) as seen,
+            one_rank(),
+            hook.bound(_Glancing()),
+            Intercept(),
+        ):
             weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
     finally:
         step_._context.reset(token)
@@ -81,8 +90,10 @@ def check_additive(
     whole, total = times * float(weight), float(sum(weights[1:], weights[0]))
     if abs(whole - total) > _WEIGHT_TOLERANCE * max(abs(whole), abs(total)):
         raise BatchError(
-            f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts add up to {total:g}: the "
-            "loss would change with the split. Return a weight that adds up, such as the number of tokens or rows in "
+            f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts "
+            f"add up to {total:g}: the "
+            "loss would change with the split. Return a weight that adds up, such as the number "
+            "of tokens or rows in "
             f"what the loss function sees.{also}"
         )
 
@@ -101,10 +112,13 @@ class _Whole:
 
 
 class _Glancing(Unsplit):
-    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its masks, which may come
+    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its
+    masks, which may come
     from the batch alone, are not made: of a long sequence they would not fit."""
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec
+    ) -> torch.Tensor:
         if isinstance(q, FakeTensor):
             return q.new_empty((*q.shape[:3], v.shape[3]))
         with hook.bound(None):
@@ -112,9 +126,11 @@ class _Glancing(Unsplit):
 
 
 def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
-    """By how many ranks a weight divides its sum over ranks, written as a number; 1 where it does not.
+    """By how many ranks a weight divides its sum over ranks, written as a number; 1 where it does
+    not.
 
-    Such a sum is a mean, as in ``psum(rows, "data") / 2``. One device, where the axis has one rank, divides by 1.
+    Such a sum is a mean, as in ``psum(rows, "data") / 2``. One device, where the axis has one rank,
+    divides by 1.
     """
     aten = torch.ops.aten
     (out,) = weight.graph.find_nodes(op="output")
@@ -141,8 +157,8 @@ def reached(n: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
-    """A function from the tensors of a part of the batch to its weight; if it names axes, it runs as a rank. None where the
-    weight depends on params."""
+    """A function from the tensors of a part of the batch to its weight; if it names axes, it runs
+    as a rank. None where the weight depends on params."""
     return None if n.heads[1] in reached(n, n.params) else extract(module, n.heads[1], n.batch)
 
 

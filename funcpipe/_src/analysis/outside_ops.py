@@ -1,5 +1,6 @@
-"""Outside: what a step computes outside ``value_and_grad``, with the Python values that it takes, such as a
-learning rate. Ranks compare it, since what an update does on one rank alone lets replicas drift apart.
+"""Outside: what a step computes outside ``value_and_grad``, with the Python values that it takes,
+such as a learning rate. Ranks compare it, since what an update does on one rank alone lets replicas
+drift apart.
 
 In: ops, as a dyed run (`state.py`) meets them. Out: a text for every op, and the user's line of it.
 """
@@ -18,7 +19,17 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import checksums
 from funcpipe._src.core.source_lines import Line, user_line
 
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.layout, torch.memory_format)
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    type(None),
+    torch.dtype,
+    torch.layout,
+    torch.memory_format,
+)
 Op = tuple[str, Line | None]  # what is computed, and the user's line of it
 
 
@@ -35,7 +46,8 @@ class Outside:
         self._ops: list[Op] = []
         self._takes: list[set[int]] = []  # for every op those that made what it takes
         self._roots: set[int] = set()  # ops on params or the batch
-        # Without references of its own: torch detaches what a dispatch mode returns where another one refers to it.
+        # Without references of its own: torch detaches what a dispatch mode returns where another
+        # one refers to it.
         self._makers: Any = WeakTensorKeyDictionary()  # the last op that wrote a tensor
         self._rows: Any = WeakTensorKeyDictionary()  # the batch, and what is made of it
         self._rows.update((x, True) for x in _tensors(tree.leaves(batch)))
@@ -71,14 +83,16 @@ class Outside:
         if name is not None:
             return name
         text = f"{x.dtype}{list(x.shape)}".removeprefix("torch.")
-        # What an op has made is told by that op, so that values are told of closed-over tensors alone.
+        # What an op has made is told by that op, so that values are told of closed-over tensors
+        # alone.
         if isinstance(x, FakeTensor) or x in self._rows or x in self._makers:
             return text
         return f"{text} {x.item() if x.numel() == 1 else checksums([x])[0]}"
 
     def ops(self, results: Any) -> tuple[Op, ...]:
-        """The ops on params and the batch, and those that make what these and ``results`` take. Others may be anyone's,
-        such as of an object that is collected meanwhile. Sorted: in which order a step goes over leaves does not matter."""
+        """The ops on params and the batch, and those that make what these and ``results`` take.
+        Others may be anyone's, such as of an object that is collected meanwhile. Sorted: in which
+        order a step goes over leaves does not matter."""
         todo = [*self._roots, *self._made_by(_tensors(results))]
         found: set[int] = set()
         while todo:

@@ -1,8 +1,8 @@
-"""Rehearsal: the step runs once more on fakes, as on a rank that lacks leaves or holds shards of them, and has to compute the
-same expressions.
+"""Rehearsal: the step runs once more on fakes, as on a rank that lacks leaves or holds shards of
+them, and has to compute the same expressions.
 
-In: what the run on all leaves computed (`Seen`), and which leaves a rank holds. Out: the state of that rank, and which metrics it
-lacks; or a StateError.
+In: what the run on all leaves computed (`Seen`), and which leaves a rank holds. Out: the state of
+that rank, and which metrics it lacks; or a StateError.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from funcpipe._src.graph.fake_tensors import fake
 from funcpipe.errors import FuncpipeError, StateError
 
 _LISTS = (
-    "A list of leaves is shorter there (tree_leaves, len, zip, stack): go over leaves with optree.tree_map, which skips None. "
-    "The norm of each leaf is in fp.optim.statistics(tree).norm, a tree that goes with params through tree_map; that of all "
+    "A list of leaves is shorter there (tree_leaves, len, zip, stack): go over leaves with "
+    "optree.tree_map, which skips None. "
+    "The norm of each leaf is in fp.optim.statistics(tree).norm, a tree that goes with params "
+    "through tree_map; that of all "
     "leaves is fp.global_norm(tree)"
 )
 _SIZES = (
-    "A shape or number of elements is another there: take sizes from the full params, before the step, and look them up by "
+    "A shape or number of elements is another there: take sizes from the full params, before the "
+    "step, and look them up by "
     "path (optree.tree_map_with_path)"
 )
 
@@ -53,7 +56,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank that holds some leaves has: its state, as fakes, and the numbers of the metrics that it lacks."""
+    """What a rank that holds some leaves has: its state, as fakes, and the numbers of the metrics
+    that it lacks."""
 
     state: Any
     lacks: frozenset[int] = frozenset()
@@ -63,7 +67,13 @@ class Rehearsal:
     """Runs of a step as ranks run it, each compared with the first run, on all leaves."""
 
     def __init__(
-        self, step: Callable, init_state: Callable, batch: Any, context: Looking, dyed: Dyed, first: Seen
+        self,
+        step: Callable,
+        init_state: Callable,
+        batch: Any,
+        context: Looking,
+        dyed: Dyed,
+        first: Seen,
     ) -> None:
         self.step, self.init_state, self.batch = step, init_state, batch
         self.context, self.dyes, self.dyed, self.first = context, context.dyes, dyed, first
@@ -74,7 +84,8 @@ class Rehearsal:
 
     @property
     def separable(self) -> frozenset[int]:
-        """The global sums of which each entry may be where its leaf is, and only there: no op joins several."""
+        """The global sums of which each entry may be where its leaf is, and only there: no op joins
+        several."""
         return frozenset(self.first.expressions.entered - self.first.expressions.joined.keys())
 
     def of_rank(self, held: Callable[[int], bool], apart: Collection[int] = ()) -> Held:
@@ -85,22 +96,29 @@ class Rehearsal:
             apart: the global sums whose trees have entries for held leaves alone.
 
         Raises:
-            StateError: ``init_state`` or the step fails there, or computes something else than on all leaves.
+            StateError: ``init_state`` or the step fails there, or computes something else than on
+            all leaves.
         """
         missing = next((i for i in range(len(self.dyes.leaves)) if not held(i)), None)
         if missing is None:
             return Held(self.first.init_state)
         name = self.dyes.name(missing)
-        other = Other(f"on a rank that does not hold {name} than on one device", _LISTS, held, apart)
+        other = Other(
+            f"on a rank that does not hold {name} than on one device", _LISTS, held, apart
+        )
         context = Rehearsing(self.context, self.dyes, self.dyed, self.first, other)
         try:
-            seen = run_on_fakes(self.step, self.init_state, self.batch, context, held, self.dyed.state_spec)
+            seen = run_on_fakes(
+                self.step, self.init_state, self.batch, context, held, self.dyed.state_spec
+            )
         except Exception as error:
             if isinstance(error, FuncpipeError) and not isinstance(error, ValueError):
                 raise
             raise StateError(
-                f"{context.running} fails on a rank that does not hold all leaves ({name} is None there)"
-                f"{line_of(error) or ''}: {type(error).__name__}: {error}. Go over leaves with optree.tree_map, which skips "
+                f"{context.running} fails on a rank that does not hold all leaves ({name} is "
+                "None there)"
+                f"{line_of(error) or ''}: {type(error).__name__}: {error}. Go over leaves with "
+                "optree.tree_map, which skips "
                 f"None{self._note()}"
             ) from error
         return Held(seen.init_state, self._compare(seen, context))
@@ -115,10 +133,14 @@ class Rehearsal:
             return
         dyes = self.dyes.resized(frozenset(sharded))
         other = Other(
-            f"on a rank that holds a shard of {self.dyes.name(min(sharded))} than on one device", _SIZES, lambda i: True
+            f"on a rank that holds a shard of {self.dyes.name(min(sharded))} than on one device",
+            _SIZES,
+            lambda i: True,
         )
         context = Rehearsing(self.context, dyes, self.dyed, self.first, other)
-        seen = run_on_fakes(self.step, self.init_state, self.batch, context, other.held, self.dyed.state_spec)
+        seen = run_on_fakes(
+            self.step, self.init_state, self.batch, context, other.held, self.dyed.state_spec
+        )
         self._compare(seen, context)
 
     def _note(self) -> str:
@@ -128,7 +150,8 @@ class Rehearsal:
             return ""
         line = next(iter(joined.values()))
         return (
-            f". Entries of fp.optim.statistics, of several leaves, are joined{line or ''}: its trees are then whole on every rank, "
+            f". Entries of fp.optim.statistics, of several leaves, are joined{line or ''}: its "
+            "trees are then whole on every rank, "
             "and do not go with params through tree_map. Call it twice, once for each use"
         )
 
@@ -142,7 +165,9 @@ class Rehearsal:
             if now is not None and now != was:
                 context.refuse(f"init_state makes another state{path} {where}")
         new = context.up_to(self.dyed.state_spec, seen.state, "the state that the step returns")
-        states = zip(paths, seen.init, self._numbers(first.state), context.numbers(new), strict=True)
+        states = zip(
+            paths, seen.init, self._numbers(first.state), context.numbers(new), strict=True
+        )
         for path, before, was, now in states:
             if (before is None) != (now is None):
                 what = "drops" if now is None else "adds"
@@ -151,7 +176,9 @@ class Rehearsal:
                 context.refuse(f"the step computes another state{path} {where}")
         spec = tree.flatten(first.metrics)[1]
         metrics = context.numbers(context.metrics(spec, seen.metrics))
-        for path, was, now in zip(tree.paths(first.metrics), self._numbers(first.metrics), metrics, strict=True):
+        for path, was, now in zip(
+            tree.paths(first.metrics), self._numbers(first.metrics), metrics, strict=True
+        ):
             if now is not None and now != was:
                 context.refuse(f"the step computes another metrics{path} {where}")
         return frozenset(k for k, now in enumerate(metrics) if now is None)
@@ -161,10 +188,13 @@ class Rehearsal:
 
 
 class Rehearsing(Looking):
-    """The context of a run on what one rank holds: results are those of the first run, and what it is given is compared."""
+    """The context of a run on what one rank holds: results are those of the first run, and what it
+    is given is compared."""
 
     def __init__(self, context: Looking, dyes: Dyes, dyed: Dyed, first: Seen, other: Other) -> None:
-        super().__init__(dyes, context.seen, context.row_ranks, context.exact, first.expressions.table)
+        super().__init__(
+            dyes, context.seen, context.row_ranks, context.exact, first.expressions.table
+        )
         self.known, self.dyed, self.first, self.other = context.results, dyed, first, other
         self.calls_made = self.sums_made = 0
 
@@ -173,13 +203,21 @@ class Rehearsing(Looking):
         who = f"value_and_grad {k}"
         self.calls_made += 1
         if k >= len(self.dyed.calls):
-            self.refuse(f"the step calls value_and_grad{user_line() or ''} more often {self.other.where}")
+            self.refuse(
+                f"the step calls value_and_grad{user_line() or ''} more often {self.other.where}"
+            )
         call, given = self.dyed.calls[k], self.first.calls[k]
         leaves = self.up_to(call.params_spec, params, who)
         names = [f"params{self.dyed.paths[i]}" for i in call.params]
         self._check(who, names, [self.other.held(i) for i in call.params], leaves, given.params)
         beside = tree.leaves(batch)
-        self._check(who, [f"batch{path}" for path in tree.paths(batch)], [True] * len(beside), beside, given.batch)
+        self._check(
+            who,
+            [f"batch{path}" for path in tree.paths(batch)],
+            [True] * len(beside),
+            beside,
+            given.batch,
+        )
         present = [x for x in leaves if x is not None]
         return self.returned(k, present, tree.flatten(params)[1], self.known[k], has_aux)
 
@@ -207,10 +245,14 @@ class Rehearsing(Looking):
 
     def check_counts(self) -> None:
         """StateError when fewer calls or sums were made than on one device."""
-        made, planned = (self.calls_made, self.sums_made), (len(self.dyed.calls), len(self.dyed.sums))
+        made, planned = (
+            (self.calls_made, self.sums_made),
+            (len(self.dyed.calls), len(self.dyed.sums)),
+        )
         if made != planned:
             self.refuse(
-                f"the step calls value_and_grad and global norms and sums less often ({made[0]} and {made[1]} times, not "
+                f"the step calls value_and_grad and global norms and sums less often ({made[0]} "
+                f"and {made[1]} times, not "
                 f"{planned[0]} and {planned[1]}) {self.other.where}"
             )
 
@@ -232,11 +274,16 @@ class Rehearsing(Looking):
         """StateError: what differs, and what to write instead."""
         raise StateError(f"{what}. {self.other.remedy}")
 
-    def _check(self, who: str, names: list[str], held: list[bool], mine: list[Any], first: Numbers) -> None:
+    def _check(
+        self, who: str, names: list[str], held: list[bool], mine: list[Any], first: Numbers
+    ) -> None:
         if len(mine) != len(first):
             self.refuse(
-                f"{who}{user_line() or ''} gets other leaves ({len(mine)}, not {len(first)}) {self.other.where}"
+                f"{who}{user_line() or ''} gets other leaves ({len(mine)}, not {len(first)}) "
+                f"{self.other.where}"
             )
         for name, here, now, was in zip(names, held, self.numbers(mine), first, strict=True):
             if now != (was if here else None):
-                self.refuse(f"{who}{user_line() or ''} gets another value for {name} {self.other.where}")
+                self.refuse(
+                    f"{who}{user_line() or ''} gets another value for {name} {self.other.where}"
+                )

@@ -1,11 +1,15 @@
-"""Which leaf of a state is which parameter, and what the step does to leaves outside ``value_and_grad``.
+"""Which leaf of a state is which parameter, and what the step does to leaves outside
+``value_and_grad``.
 
-A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may touch leaves only
-elementwise, or through `global_norm` and its kin. Both questions are answered by running ``init_state`` and the step
-once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that nothing else has, so moments, masters and
-averages are known by their size, and an op that is not elementwise is caught in the act. `rehearsal` runs both again as ranks do.
+A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may
+touch leaves only elementwise, or through `global_norm` and its kin. Both questions are answered by
+running ``init_state`` and the step
+once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that
+nothing else has, so moments, masters and averages are known by their size, and an op that is not
+elementwise is caught in the act. `rehearsal` runs both again as ranks do.
 
-In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the parameter it belongs to (or
+In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the
+parameter it belongs to (or
 None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
 """
 
@@ -45,7 +49,8 @@ _FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
 _FOREACH_REDUCTIONS = frozenset(["_foreach_norm", "_foreach_max"])
 _OF_EACH = dict.fromkeys(
     ["norm", "linalg_vector_norm", "_foreach_norm", "sum"],
-    ", fp.clip_by_global_norm in place of an optimizer's own clipping, fp.optim.statistics(tree).norm for the norm of each leaf",
+    ", fp.clip_by_global_norm in place of an optimizer's own clipping, "
+    "fp.optim.statistics(tree).norm for the norm of each leaf",
 ) | dict.fromkeys(
     ["max", "amax", "_foreach_max", "aminmax"],
     ", fp.optim.statistics(tree).max_abs for the largest value of each leaf",
@@ -78,7 +83,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Sum:
-    """One global sum of a step: the structure of its tree, the parameter of every leaf (None: replicated), its dtype."""
+    """One global sum of a step: the structure of its tree, the parameter of every leaf (None:
+    replicated), its dtype."""
 
     spec: Any
     params: tuple[int | None, ...]
@@ -159,20 +165,31 @@ class Looking:
         for path, i in zip(tree.paths(params), numbers, strict=True):
             if i is None:
                 raise StateError(
-                    f"value_and_grad: its params{path} is no parameter of the state, so it is not known where it is held; "
-                    "pass parameters (or what follows from them elementwise) here and everything else through batch"
+                    f"value_and_grad: its params{path} is no parameter of the state, so it is "
+                    "not known where it is held; "
+                    "pass parameters (or what follows from them elementwise) here and everything "
+                    "else through batch"
                 )
         for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True):
             if self.dyes.of(x) is not None:
                 raise StateError(
-                    f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a rank may not hold; "  # type: ignore[arg-type]
+                    f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a "
+                    "rank may not hold; "  # type: ignore[arg-type]
                     "pass it through params (detach it in the loss if it should stay as it is)"
                 )
-        if self.calls and not self.exact and any(isinstance(x, FakeTensor) for x in tree.leaves(batch)):
+        if (
+            self.calls
+            and not self.exact
+            and any(isinstance(x, FakeTensor) for x in tree.leaves(batch))
+        ):
             raise _Feeds
-        reading = None if self.follower is None else Reading(loss_fn, self.follower(len(self.calls)))
+        reading = (
+            None if self.follower is None else Reading(loss_fn, self.follower(len(self.calls)))
+        )
         dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
-        self.calls.append(Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading))  # type: ignore[arg-type]
+        self.calls.append(
+            Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading)
+        )  # type: ignore[arg-type]
         self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
         for x in tree.leaves(batch):
             self.expressions.whole(x)
@@ -185,7 +202,12 @@ class Looking:
         return [None if x is None else self.expressions.of(x) for x in leaves]
 
     def returned(
-        self, k: int, leaves: list[torch.Tensor], spec: Any, result: tuple[torch.Tensor, Any], has_aux: bool
+        self,
+        k: int,
+        leaves: list[torch.Tensor],
+        spec: Any,
+        result: tuple[torch.Tensor, Any],
+        has_aux: bool,
     ) -> Any:
         """What a call returns, for the leaves that are held."""
         grads, name = [torch.empty_like(x) for x in leaves], self.expressions.name
@@ -202,7 +224,10 @@ class Looking:
             with mode:
                 return torch.zeros((), device=given[0].device if given else None), None
         call = self.seen(call, self.dyes)
-        true = [fake(leaves[i].shape, leaves[i], mode, d) for i, d in zip(call.params, call.dtypes, strict=True)]
+        true = [
+            fake(leaves[i].shape, leaves[i], mode, d)
+            for i, d in zip(call.params, call.dtypes, strict=True)
+        ]
         params = tree.unflatten(call.params_spec, true)
         return loss_and_aux(call.loss_fn, call.has_aux, params, call.batch, mode, self.row_ranks)
 
@@ -233,11 +258,16 @@ class Looking:
 
 
 class _Elementwise(BatchIsReal):
-    """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not repeat."""
+    """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not
+    repeat."""
 
     def __init__(self, context: Looking) -> None:
         super().__init__(context.dyes.mode)
-        self.dyes, self.row_ranks, self.expressions = context.dyes, context.row_ranks, context.expressions
+        self.dyes, self.row_ranks, self.expressions = (
+            context.dyes,
+            context.row_ranks,
+            context.expressions,
+        )
         self.outside = context.outside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,8 +291,10 @@ class _Elementwise(BatchIsReal):
         except RuntimeError as error:
             if self.row_ranks > 1 and {Origin.ROWS, Origin.BATCH} <= self._origins((args, kwargs)):
                 raise StateError(
-                    f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a value_and_grad, which have the rows of all "
-                    "ranks, with a tensor of the batch, which has this rank's alone (batch='local'): pass both through the "
+                    f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a "
+                    "value_and_grad, which have the rows of all "
+                    "ranks, with a tensor of the batch, which has this rank's alone "
+                    "(batch='local'): pass both through the "
                     "batch of a second value_and_grad and combine them there, or use batch='global'"
                 ) from error
             raise
@@ -278,14 +310,21 @@ class _Elementwise(BatchIsReal):
         who, what = self.dyes.name(dyed[0]), str(func.overloadpacket)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise StateError(
-                f"the step draws random values ({what}) for {who} outside value_and_grad: ranks that hold copies or parts of "
-                "it would draw different ones. Draw them before the step and pass them through the state or batch"
+                f"the step draws random values ({what}) for {who} outside value_and_grad: ranks "
+                "that hold copies or parts of "
+                "it would draw different ones. Draw them before the step and pass them through "
+                "the state or batch"
             )
-        listed = name.startswith(("_foreach_", "_fused_")) and name.rstrip("_") not in _FOREACH_REDUCTIONS
+        listed = (
+            name.startswith(("_foreach_", "_fused_"))
+            and name.rstrip("_") not in _FOREACH_REDUCTIONS
+        )
         if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
             raise StateError(
-                f"the step applies {what} to {who} (or its gradient or state) outside value_and_grad{user_line() or ''}: "
-                "that is not elementwise, and a rank holds only part of the leaves. Use fp.global_norm or fp.global_sum for "
+                f"the step applies {what} to {who} (or its gradient or state) outside "
+                f"value_and_grad{user_line() or ''}: "
+                "that is not elementwise, and a rank holds only part of the leaves. Use "
+                "fp.global_norm or fp.global_sum for "
                 f"a reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
             )
         lists = [x for x in args if isinstance(x, list | tuple)]
@@ -293,29 +332,40 @@ class _Elementwise(BatchIsReal):
             mixed = sorted({i for i in map(self.dyes.of, together) if i is not None})
             if len(mixed) > 1:
                 a, b = map(self.dyes.name, mixed[:2])
-                raise StateError(f"the step mixes {a} and {b} in {what}: a rank may hold only one of them")
+                raise StateError(
+                    f"the step mixes {a} and {b} in {what}: a rank may hold only one of them"
+                )
         for x in [] if listed else pytree.tree_leaves(args):
             self._check_shape(what, x, dyed[0])
 
     def _check_shape(self, what: str, x: Any, param: int) -> None:
-        """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or would reshape it."""
+        """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or
+        would reshape it."""
         if not isinstance(x, torch.Tensor) or self.dyes.of(x) is not None:
             return
         if x.numel() != 1 or x.dim() > self.dyes.leaves[param].dim():
             raise StateError(
-                f"the step combines {self.dyes.name(param)} (or its gradient or state) with a tensor of shape "
-                f"{tuple(x.shape)} in {what} outside value_and_grad: a rank may hold a flat part of the leaf. Keep to numbers "
+                f"the step combines {self.dyes.name(param)} (or its gradient or state) with a "
+                "tensor of shape "
+                f"{tuple(x.shape)} in {what} outside value_and_grad: a rank may hold a flat part "
+                "of the leaf. Keep to numbers "
                 "and 0-d tensors here, or do it in the loss function"
             )
 
 
 def run_on_fakes(
-    step: Callable, init_state: Callable, batch: Any, context: Looking, held: Callable[[int], bool], spec: Any = None
+    step: Callable,
+    init_state: Callable,
+    batch: Any,
+    context: Looking,
+    held: Callable[[int], bool],
+    spec: Any = None,
 ) -> Seen:
     """Run ``init_state`` and the step once on the fakes of the leaves that are held.
 
     Args:
-        spec: the structure of the full state; by default what this run makes. A state that does not fit it is not stepped.
+        spec: the structure of the full state; by default what this run makes. A state that does not
+            fit it is not stepped.
     """
     dyes, name = context.dyes, context.expressions.name
     with torch.no_grad(), step_.bind(context), _Elementwise(context):
@@ -335,7 +385,9 @@ def run_on_fakes(
         with context.ledger.watch():
             new_state, metrics = _returned(step(state, batch))
             context.ledger.read((new_state, metrics))
-        return Seen(context.expressions, state, init, new_state, metrics, context.given, context.summed)
+        return Seen(
+            context.expressions, state, init, new_state, metrics, context.given, context.summed
+        )
 
 
 def look(
@@ -351,7 +403,8 @@ def look(
     """Run ``init_state`` and the step once on dyed fakes.
 
     Args:
-        seen: makes of a call the one that is traced, which says the shapes and dtypes of its results.
+        seen: makes of a call the one that is traced, which says the shapes and dtypes of its
+            results.
         row_ranks: how many ranks have rows of their own that are not in the batch.
         follower: reads what the loss of a call reads from Python.
 
@@ -359,18 +412,25 @@ def look(
         what it told, and what runs the step again as a rank that holds some leaves.
 
     Raises:
-        StateError: params, state or metrics have a container that trees do not look into; a leaf is touched other than elementwise; the step returns a state of another structure than it
+        StateError: params, state or metrics have a container that trees do not look into; a leaf is
+            touched other than elementwise; the step returns a state of another structure than it
             takes; a metric is a parameter; the step decides by the value of a tensor.
     """
     check_containers("params", params)
     dyes = Dyes(params, batch, mode)
     try:
-        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table(), follower))
+        return _look(
+            step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table(), follower)
+        )
     except _Feeds:
-        return _look(step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table(), follower))
+        return _look(
+            step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table(), follower)
+        )
 
 
-def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) -> tuple[Dyed, Rehearsal]:
+def _look(
+    step: Callable, init_state: Callable, batch: Any, context: Looking
+) -> tuple[Dyed, Rehearsal]:
     from funcpipe._src.analysis.rehearsal import Rehearsal
 
     dyes = context.dyes
@@ -379,8 +439,10 @@ def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) ->
         seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
     except (*BY_VALUE, DynamicOutputShapeException) as error:
         raise StateError(
-            f"the step decides by the value of a tensor outside value_and_grad{line_of(error) or ''} (an if, .item(), "
-            "float(), or a mask as index): every rank runs the same step without looking. Use torch.where, or read the "
+            "the step decides by the value of a tensor outside "
+            f"value_and_grad{line_of(error) or ''} (an if, .item(), "
+            "float(), or a mask as index): every rank runs the same step without looking. Use "
+            "torch.where, or read the "
             "value from the metrics"
         ) from error
     state, new_state, metrics = seen.init_state, seen.state, seen.metrics
@@ -389,17 +451,22 @@ def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) ->
     spec, numbers = _numbers(state, dyes)
     new_spec, new_numbers = _numbers(new_state, dyes)
     if spec != new_spec:
-        raise StateError(f"the step returns a state of another structure than it takes: {new_spec} instead of {spec}")
+        raise StateError(
+            f"the step returns a state of another structure than it takes: {new_spec} instead of "
+            f"{spec}"
+        )
     for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
         if i != j:
             was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))
             raise StateError(
-                f"state{path} belongs to {was} before the step and to {now} after it: keep its place and shape"
+                f"state{path} belongs to {was} before the step and to {now} after it: keep its "
+                "place and shape"
             )
     for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
         if (i := dyes.of(x)) is not None:
             raise StateError(
-                f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with fp.global_sum"
+                f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with "
+                "fp.global_sum"
             )
     dyed = Dyed(
         dyes.spec,
@@ -419,7 +486,9 @@ def _look(step: Callable, init_state: Callable, batch: Any, context: Looking) ->
 
 def _returned(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise StateError(f"a step returns (state, metrics); this one returned {step_.describe(out)}")
+        raise StateError(
+            f"a step returns (state, metrics); this one returned {step_.describe(out)}"
+        )
     return out
 
 

@@ -1,6 +1,8 @@
-"""Dyes: fakes of params, each with a size in its first dim that nothing else has, by which its tensors are known.
+"""Dyes: fakes of params, each with a size in its first dim that nothing else has, by which its
+tensors are known.
 
-In: params and a batch. Out: `Dyes`, which makes the fakes, and tells from a tensor which parameter it belongs to.
+In: params and a batch. Out: `Dyes`, which makes the fakes, and tells from a tensor which parameter
+it belongs to.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ class Dyes:
         self.leaves, self.spec = step_.check_params(params)
         self.paths = tuple(tree.paths(params))
         self.shapes = tuple(tuple(x.shape) for x in self.leaves)
-        sizes = [n for x in (*self.leaves, *tree.leaves(batch)) if isinstance(x, torch.Tensor) for n in x.shape]
+        sizes = [
+            n
+            for x in (*self.leaves, *tree.leaves(batch))
+            if isinstance(x, torch.Tensor)
+            for n in x.shape
+        ]
         self.first = max([1 << 20, *sizes]) + 1
         self.mode = mode
         self.moved: frozenset[int] = frozenset()
@@ -37,8 +44,11 @@ class Dyes:
         return out
 
     def fake_shape(self, i: int) -> list[int]:
-        """The shape of a parameter's fake: its dye in the first dim (a 0-d leaf gets one), ones in the others."""
-        size, rest = (self.first + len(self.leaves) + i, 2) if i in self.moved else (self.first + i, 1)
+        """The shape of a parameter's fake: its dye in the first dim (a 0-d leaf gets one), ones in
+        the others."""
+        size, rest = (
+            (self.first + len(self.leaves) + i, 2) if i in self.moved else (self.first + i, 1)
+        )
         return [size, *[rest] * (self.leaves[i].dim() - 1)]
 
     def shape_of(self, sizes: list[int]) -> tuple[str, int] | None:
@@ -52,7 +62,9 @@ class Dyes:
 
     def params(self, held: Callable[[int], bool] = lambda i: True) -> Any:
         """The tree of params as fakes, None where ``held`` says no."""
-        return tree.unflatten(self.spec, [self.fake(i) if held(i) else None for i in range(len(self.leaves))])
+        return tree.unflatten(
+            self.spec, [self.fake(i) if held(i) else None for i in range(len(self.leaves))]
+        )
 
     def of(self, x: Any) -> int | None:
         """The parameter that a tensor belongs to."""

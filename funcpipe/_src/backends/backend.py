@@ -1,10 +1,12 @@
-"""Backends: what runs a unit. "eager" runs its graph op by op, bitwise as plain PyTorch; "inductor" compiles it.
+"""Backends: what runs a unit. "eager" runs its graph op by op, bitwise as plain PyTorch; "inductor"
+compiles it.
 
-Equal units share one `Code`, so a model of any depth compiles a handful of them. What was compiled is kept on disk by torch's
-own cache (the FX graph cache of inductor, ``TORCHINDUCTOR_CACHE_DIR``), so that the next process finds it.
+Equal units share one `Code`, so a model of any depth compiles a handful of them. What was compiled
+is kept on disk by torch's own cache (the FX graph cache of inductor, ``TORCHINDUCTOR_CACHE_DIR``),
+so that the next process finds it.
 
-A compiled backend also *fuses* (see `fusion.py`): it adds gradients up without making them first, and compiles two units that
-run back to back as one.
+A compiled backend also *fuses* (see `fusion.py`): it adds gradients up without making them first,
+and compiles two units that run back to back as one.
 
 In: `Code`. Out: a boxed function, a list of tensors in, a sequence out.
 """
@@ -38,8 +40,10 @@ class Backend:
     Args:
         name: "eager" or "inductor".
         progress: called with a line of text while units compile.
-        sums: the dtype in which gradients with fewer bits are added up over microbatches by a backend that fuses.
-        captured: whether units run in a CUDA graph: then what the host does between them takes no time.
+        sums: the dtype in which gradients with fewer bits are added up over microbatches by a
+            backend that fuses.
+        captured: whether units run in a CUDA graph: then what the host does between them takes no
+            time.
     """
 
     def __init__(
@@ -64,7 +68,8 @@ class Backend:
 
         Args:
             code: of the unit.
-            products: the places of outputs that it hands out as `funcpipe._src.backends.grad_accumulation.Product`.
+            products: the places of outputs that it hands out as
+                `funcpipe._src.backends.grad_accumulation.Product`.
         """
         if not self.fuses:
             assert not products
@@ -77,8 +82,8 @@ class Backend:
         return self._made[key]
 
     def peak(self, code: Code, products: tuple[int, ...] = ()) -> int:
-        """Bytes that a unit takes for itself at its peak, outputs included: as it was seen to on a GPU, else as its graph
-        says."""
+        """Bytes that a unit takes for itself at its peak, outputs included: as it was seen to on a
+        GPU, else as its graph says."""
         return self._peaks.get((code.key, products), code.peak)
 
     def function(self, name: str, fn: Callable[..., torch.Tensor], *like: torch.Tensor) -> Run:
@@ -114,14 +119,17 @@ class Backend:
 
 
 def _peak(run: Run, code: Code) -> int:
-    """What a compiled unit takes beyond its inputs, on a GPU; elsewhere what its graph says. Torch's own record of the peak
-    begins anew."""
+    """What a compiled unit takes beyond its inputs, on a GPU; elsewhere what its graph says.
+    Torch's own record of the peak begins anew."""
     likes = [n.meta["val"] for n in code.module.graph.nodes if n.op == "placeholder"]
     device = next((x.device for x in likes if x.device.type == "cuda"), None)
     if device is None:
         return code.peak
     with torch.no_grad(), torch.cuda.device(device):
-        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_() for x in likes]
+        inputs = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
+            for x in likes
+        ]
         run(list(inputs))  # the first run makes what stays
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -135,16 +143,22 @@ def _inductor(module: fx.GraphModule, key: str) -> Run:
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())  # inductor looks into its cache on disk only where there is one
+    mode = FakeTensorMode(
+        shape_env=ShapeEnv()
+    )  # inductor looks into its cache on disk only where there is one
     likes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     try:
         with _disable_current_modes(), mode:
             inputs = [_like(x) for x in likes]
-            flat = make_fx(lambda *xs: module.forward(list(xs)), select_decomp_table(), tracing_mode="fake")(*inputs)
+            flat = make_fx(
+                lambda *xs: module.forward(list(xs)), select_decomp_table(), tracing_mode="fake"
+            )(*inputs)
         with torch.no_grad(), tracing(TracingContext(mode)):
             return compile_fx_inner(flat, inputs)  # type: ignore[return-value]
     except Exception as error:
-        raise TraceError(f"torch's inductor cannot compile unit {key}: {error}; use backend='eager'") from error
+        raise TraceError(
+            f"torch's inductor cannot compile unit {key}: {error}; use backend='eager'"
+        ) from error
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

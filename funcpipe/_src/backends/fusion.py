@@ -1,14 +1,18 @@
-"""Fuse: what a compiled backend does with the units of a program beyond running them one after another.
+"""Fuse: what a compiled backend does with the units of a program beyond running them one after
+another.
 
-- A gradient that is a matrix product (or an embedding's) and that nothing but its accumulator reads is never made: its
-  unit hands out a `Product`, and ADD takes that into the accumulator in one pass. One that is reduced is made in the
-  dtype in which it travels.
-- F and B (or I) of a segment that run back to back, as in the last stage, are compiled as one: what only the second reads of
-  the first is then no value that has to be kept, as the log-probabilities of a cross entropy.
-- Sums of gradients with fewer bits than `Backend.sums` are held in that dtype, until the last summand is in.
+- A gradient that is a matrix product (or an embedding's) and that nothing but its accumulator reads
+  is never made: its unit hands out a `Product`, and ADD takes that into the accumulator in one
+  pass. One that is reduced is made in the dtype in which it travels.
+- F and B (or I) of a segment that run back to back, as in the last stage, are compiled as one: what
+  only the second reads of the first is then no value that has to be kept, as the log-probabilities
+  of a cross entropy.
+- Sums of gradients with fewer bits than `Backend.sums` are held in that dtype, until the last
+  summand is in.
 
-In: a program, a backend. Out: for RUN and ADD instructions what runs, in place of the plain function of the unit and the
-plain addition, and what that changes about memory. Instructions keep their places and slots.
+In: a program, a backend. Out: for RUN and ADD instructions what runs, in place of the plain
+function of the unit and the plain addition, and what that changes about memory. Instructions keep
+their places and slots.
 """
 
 from __future__ import annotations
@@ -46,13 +50,16 @@ class Work(NamedTuple):
 
 
 def fused(program: Program, backend: Backend) -> tuple[dict[int, Work], dict[int, Sum]]:
-    """What runs, by the place of the instruction: for every RUN its unit, for every ADD how it adds."""
+    """What runs, by the place of the instruction: for every RUN its unit, for every ADD how it
+    adds."""
     products = _products(program, backend) if backend.fuses else set()
     work = _joined(program, backend, products) if backend.fuses else {}
     for k, (row, i) in enumerate(zip(program.rows, program.instructions, strict=True)):
         if row.op == RUN and k not in work:
             assert row.unit is not None
-            work[k] = Work(backend(row.unit.code, _at(row.writes, products)), i.reads, i.writes, i.frees)
+            work[k] = Work(
+                backend(row.unit.code, _at(row.writes, products)), i.reads, i.writes, i.frees
+            )
     return work, _sums(program, backend, products)
 
 
@@ -103,7 +110,8 @@ def _sums(program: Program, backend: Backend, products: set[Name]) -> dict[int, 
 
 
 def _dtype(row: Row, turns: int, backend: Backend) -> torch.dtype | None:
-    """The dtype in which so many summands and one are added up; None for that of the first, as it comes."""
+    """The dtype in which so many summands and one are added up; None for that of the first, as it
+    comes."""
     value = row.reads[0][1].dtype if row.reads[0][0] == "value" else None
     own: torch.dtype | None = row.dtype or value
     gradient = row.writes[0][0] in ("grad", "whole")
@@ -113,7 +121,8 @@ def _dtype(row: Row, turns: int, backend: Backend) -> torch.dtype | None:
 
 
 def _plain(turn: int, dtype: torch.dtype | None) -> Sum:
-    """The second summand makes a new tensor, since the first may be anybody's; after that it is ours."""
+    """The second summand makes a new tensor, since the first may be anybody's; after that it is
+    ours."""
     cast = (lambda x: x) if dtype is None else (lambda x: x.to(dtype))
     if turn == 0:
         return lambda sums, x: cast(x)
@@ -131,9 +140,14 @@ def _then(add: Sum, dtype: torch.dtype | None) -> Sum:
 
 
 def _products(program: Program, backend: Backend) -> set[Name]:
-    """The values that are handed out as products: those that a reduction alone reads, or an accumulator, all of whose
-    summands are such."""
-    makers = {name: (row.unit.code, k) for row in program.rows if row.unit for k, name in enumerate(row.writes)}
+    """The values that are handed out as products: those that a reduction alone reads, or an
+    accumulator, all of whose summands are such."""
+    makers = {
+        name: (row.unit.code, k)
+        for row in program.rows
+        if row.unit
+        for k, name in enumerate(row.writes)
+    }
     readers = Counter(name for row in program.rows for name in row.reads)
     rows: dict[Name, list[Row]] = defaultdict(list)
     for row in program.rows:
@@ -154,16 +168,23 @@ def _products(program: Program, backend: Backend) -> set[Name]:
         return fits(row.reads[0], _dtype(row, len(rows[row.writes[0]]) - 1, backend))
 
     reduced = {
-        n for row in program.rows if row.op == REDUCE and row.bucket for n in row.reads if fits(n, row.bucket.dtype)
+        n
+        for row in program.rows
+        if row.op == REDUCE and row.bucket
+        for n in row.reads
+        if fits(n, row.bucket.dtype)
     }
-    return reduced | {row.reads[0] for some in rows.values() if all(map(adds, some)) for row in some}
+    return reduced | {
+        row.reads[0] for some in rows.values() if all(map(adds, some)) for row in some
+    }
 
 
 # ---- units that run back to back
 
 
 def _merged(program: Program) -> Iterator[tuple[int, int, Code, tuple[Name, ...]]]:
-    """The places of two units that are one, its code, and what it keeps of the outputs of the first."""
+    """The places of two units that are one, its code, and what it keeps of the outputs of the
+    first."""
     readers = Counter(name for row in program.rows for name in row.reads)
     codes: dict[str, Code] = {}
     made: dict[tuple, Code] = {}
@@ -172,7 +193,9 @@ def _merged(program: Program) -> Iterator[tuple[int, int, Code, tuple[Name, ...]
         own, reads = set(first.writes), _reads(first, second)
         kept = tuple(n for n in first.writes if readers[n] > (n in second.reads))
         assert first.unit is not None and second.unit is not None
-        wires = tuple((n in own, (first.writes if n in own else reads).index(n)) for n in second.reads)
+        wires = tuple(
+            (n in own, (first.writes if n in own else reads).index(n)) for n in second.reads
+        )
         key = first.unit.code, second.unit.code, wires, tuple(map(first.writes.index, kept))
         if key not in made:
             made[key] = _join(*key, codes)
@@ -198,12 +221,16 @@ def _joined(program: Program, backend: Backend, products: set[Name]) -> dict[int
         a, b = program.instructions[k], program.instructions[j]
         spent = tuple(s for s in b.frees if s in {slots[n] for n in reads})
         out[k], out[j] = _both(run, len(kept), spent + a.frees, b.frees)
-        out[k] = out[k]._replace(reads=tuple(slots[n] for n in reads), writes=tuple(slots[n] for n in kept))
+        out[k] = out[k]._replace(
+            reads=tuple(slots[n] for n in reads), writes=tuple(slots[n] for n in kept)
+        )
         out[j] = out[j]._replace(writes=b.writes)
     return out
 
 
-def _both(run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[Work, Work]:
+def _both(
+    run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]
+) -> tuple[Work, Work]:
     later: list[Any] = []
 
     def both(inputs: list[Any]) -> Any:
@@ -215,8 +242,8 @@ def _both(run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]) 
 
 
 def pairs(program: Program) -> Iterator[tuple[int, int]]:
-    """The places of F and B, or I, of one segment and microbatch with nothing between them but sums, and gathers for
-    later units, which then start a little later."""
+    """The places of F and B, or I, of one segment and microbatch with nothing between them but
+    sums, and gathers for later units, which then start a little later."""
     rows = program.rows
     for k, row in enumerate(rows):
         j = next((j for j in range(k + 1, len(rows)) if rows[j].op not in (ADD, GATHER)), k)
@@ -227,14 +254,21 @@ def pairs(program: Program) -> Iterator[tuple[int, int]]:
             yield k, j
 
 
-def _join(a: Code, b: Code, wires: tuple[tuple[bool, int], ...], kept: tuple[int, ...], codes: dict[str, Code]) -> Code:
+def _join(
+    a: Code,
+    b: Code,
+    wires: tuple[tuple[bool, int], ...],
+    kept: tuple[int, ...],
+    codes: dict[str, Code],
+) -> Code:
     """Two units as one.
 
     Args:
         a, b: the first and the second.
-        wires: for every input of the second, whether the first makes it, and its place among the outputs of that, or
-            among the inputs of both.
-        kept: the places of the outputs of the first that others read; they come before those of the second.
+        wires: for every input of the second, whether the first makes it, and its place among the
+            outputs of that, or among the inputs of both.
+        kept: the places of the outputs of the first that others read; they come before those of the
+            second.
         codes: by hash, those that are there already.
     """
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -262,6 +296,9 @@ def _join(a: Code, b: Code, wires: tuple[tuple[bool, int], ...], kept: tuple[int
     body_outputs = [outputs[at] for at in kept] + copy(b)
     body = [x for x in graph.nodes if x.op != "placeholder"]
     root = {
-        x.target: attrgetter(x.target)(c.module) for c in (a, b) for x in c.module.graph.nodes if x.op == "get_attr"
+        x.target: attrgetter(x.target)(c.module)
+        for c in (a, b)
+        for x in c.module.graph.nodes
+        if x.op == "get_attr"
     }
     return compile_unit(fx.GraphModule(root, fx.Graph()), body, inputs, body_outputs, codes)

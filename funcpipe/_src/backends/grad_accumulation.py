@@ -1,11 +1,13 @@
 """Products: gradients that are added up without being made first.
 
-Terms. A *product* stands for the gradient of a leaf: two factors whose matrix product it is, or the rows of an embedding's
-gradient and where they belong. A unit hands it out in place of the gradient; an accumulator takes it in one pass
-(``addmm`` with ``out=``), in a precision that may be higher than that of the factors.
+Terms. A *product* stands for the gradient of a leaf: two factors whose matrix product it is, or the
+rows of an embedding's gradient and where they belong. A unit hands it out in place of the gradient;
+an accumulator takes it in one pass (``addmm`` with ``out=``), in a precision that may be higher
+than that of the factors.
 
-In: the graph of a unit, and which of its outputs are to be handed out so. Out: a graph whose outputs are the operands, and a
-function that packs them; `Factors` and `Lookup`, which start an accumulator or are added to it.
+In: the graph of a unit, and which of its outputs are to be handed out so. Out: a graph whose
+outputs are the operands, and a function that packs them; `Factors` and `Lookup`, which start an
+accumulator or are added to it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Factors(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """The gradient of a table of ``height`` rows from those that were looked up: ``rows`` [..., n] belong to ``places``."""
+    """The gradient of a table of ``height`` rows from those that were looked up: ``rows`` [..., n]
+    belong to ``places``."""
 
     rows: torch.Tensor
     places: torch.Tensor
@@ -87,7 +90,8 @@ class Form:
     dtype: torch.dtype
 
     def sums(self, dtype: torch.dtype) -> bool:
-        """Whether accumulators of a dtype take it in without loss: of its factors' own, or float32 for half the bits."""
+        """Whether accumulators of a dtype take it in without loss: of its factors' own, or float32
+        for half the bits."""
         made = self.operands[0].meta["val"].dtype
         return dtype == made or (dtype == torch.float32 and made in _HALF)
 
@@ -99,9 +103,14 @@ class Form:
 
 
 def form_of(x: fx.Node) -> Form | None:
-    """How a node is a product, transposed or cast perhaps; None where it is none, or others read what is in between."""
+    """How a node is a product, transposed or cast perhaps; None where it is none, or others read
+    what is in between."""
     val, flipped = x.meta["val"], False
-    while len(x.users) == 1 and is_op(x) and x.target not in (aten.mm.default, aten.embedding_dense_backward.default):
+    while (
+        len(x.users) == 1
+        and is_op(x)
+        and x.target not in (aten.mm.default, aten.embedding_dense_backward.default)
+    ):
         source = viewed(x) if x.target is not aten._to_copy.default else x.args[0]
         if not isinstance(source, fx.Node) or not (_turns(x) or _stays(x, source)):
             return None
@@ -122,12 +131,15 @@ def _turns(x: fx.Node) -> bool:
     """Whether a node transposes a matrix."""
     if x.target is aten.t.default:
         return True
-    dims = [d % 2 for d in x.args[1:] if isinstance(d, int)] if len(x.meta["val"].shape) == 2 else []
+    dims = (
+        [d % 2 for d in x.args[1:] if isinstance(d, int)] if len(x.meta["val"].shape) == 2 else []
+    )
     return x.target is aten.transpose.int and sorted(dims) == [0, 1]
 
 
 def _stays(x: fx.Node, source: fx.Node) -> bool:
-    """Whether a node has the elements of its source in their places: a view of the same shape, or a cast."""
+    """Whether a node has the elements of its source in their places: a view of the same shape, or a
+    cast."""
     new, old = x.meta["val"], source.meta["val"]
     if x.target is aten._to_copy.default:
         return new.device == old.device
@@ -139,7 +151,9 @@ def outputs_of(graph: fx.Graph) -> Sequence[fx.Node]:
     return next(x for x in reversed(graph.nodes) if x.op == "output").args[0]  # type: ignore[return-value]
 
 
-def handing_out(module: fx.GraphModule, at: tuple[int, ...]) -> tuple[fx.GraphModule, Callable[[Sequence[Any]], list]]:
+def handing_out(
+    module: fx.GraphModule, at: tuple[int, ...]
+) -> tuple[fx.GraphModule, Callable[[Sequence[Any]], list]]:
     """A unit that hands out products.
 
     Args:
@@ -147,7 +161,8 @@ def handing_out(module: fx.GraphModule, at: tuple[int, ...]) -> tuple[fx.GraphMo
         at: the places of its outputs that are to be products.
 
     Returns:
-        the graph in which the operands of each stand in its place; and the function from that graph's outputs to the unit's.
+        the graph in which the operands of each stand in its place; and the function from that
+        graph's outputs to the unit's.
     """
     graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.graph_copy(module.graph, new)

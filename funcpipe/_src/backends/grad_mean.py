@@ -1,6 +1,7 @@
 """Divide: gradients over the weight of the batch.
 
-In: sums of gradients, what they are divided by, a backend. Out: the gradients of a mean, each in its own dtype.
+In: sums of gradients, what they are divided by, a backend. Out: the gradients of a mean, each in
+its own dtype.
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ def divide(sums: list[torch.Tensor | None], divisor: torch.Tensor, backend: Back
 
 
 def _is_slow(x: torch.Tensor, divisor: torch.Tensor) -> bool:
-    """On a GPU PyTorch divides by a 0-d tensor there without vectors, at a quarter of the speed of memory."""
-    return x.is_cuda and divisor.is_cuda and x.is_floating_point() and x.is_contiguous() and x.numel() > 0
+    """On a GPU PyTorch divides by a 0-d tensor there without vectors, at a quarter of the speed of
+    memory."""
+    return (
+        x.is_cuda
+        and divisor.is_cuda
+        and x.is_floating_point()
+        and x.is_contiguous()
+        and x.numel() > 0
+    )
 
 
 def _compiled(x: torch.Tensor, divisor: torch.Tensor, backend: Backend) -> torch.Tensor:
     """By a function that is compiled once for every number of elements."""
-    run = backend.function(f"mean of {x.numel()} {x.dtype} over {divisor.dtype}", averaged, x.view(-1), divisor)
+    run = backend.function(
+        f"mean of {x.numel()} {x.dtype} over {divisor.dtype}", averaged, x.view(-1), divisor
+    )
     return run([x.view(-1), divisor])[0].view(x.shape)

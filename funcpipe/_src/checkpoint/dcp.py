@@ -1,11 +1,14 @@
-"""Writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there, in *chunks*.
+"""Writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there, in
+*chunks*.
 
-DCP describes a stored tensor by its size and its chunks, boxes that tile it. A shard of funcpipe is a range of the elements
-of its leaf, which is no box of the leaf's own shape; so a leaf is stored as its elements in row-major order, one dim, and a
-shard is an interval of them. Chunks are at most `CHUNK` elements, because a chunk is read whole (`pieces.py`). So a rank
+DCP describes a stored tensor by its size and its chunks, boxes that tile it. A shard of funcpipe is
+a range of the elements of its leaf, which is no box of the leaf's own shape; so a leaf is stored as
+its elements in row-major order, one dim, and a shard is an interval of them. Chunks are at most
+`CHUNK` elements, because a chunk is read whole (`pieces.py`). So a rank
 needs memory for its own part of the state, and for one chunk twice: as bytes, and as a tensor.
 
-In: parts (`leaves.py`) and their values, a directory. Out: an ordinary DCP checkpoint, and the digest of every chunk.
+In: parts (`leaves.py`) and their values, a directory. Out: an ordinary DCP checkpoint, and the
+digest of every chunk.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ CHUNK = 1 << 24  # elements
 class Saver(DefaultSavePlanner):
     """A rank's part in a save: which chunks it could write, and their data.
 
-    Every holder of a leaf offers all chunks of its part; `DefaultSavePlanner.create_global_plan` gives each to one of them.
+    Every holder of a leaf offers all chunks of its part; `DefaultSavePlanner.create_global_plan`
+    gives each to one of them.
     """
 
     def __init__(self, held: Iterable[tuple[Part, Any]]) -> None:
@@ -72,18 +76,22 @@ class Saver(DefaultSavePlanner):
         """Copy what this rank is to write to the CPU, and let go of the state."""
         chosen = [item for item in plan.items if item.tensor_data is not None]
         self._staged = {item.index: self.resolve_data(item).to("cpu", copy=True) for item in chosen}  # type: ignore[union-attr]
-        self._parts = {name: (part, x) for name, (part, x) in self._parts.items() if part.shape is None}
+        self._parts = {
+            name: (part, x) for name, (part, x) in self._parts.items() if part.shape is None
+        }
 
 
 def _bytes(part: Part, x: Any) -> io.BytesIO:
-    """What is not a tensor, as DCP stores it; CheckpointError unless it can be read back without running code."""
+    """What is not a tensor, as DCP stores it; CheckpointError unless it can be read back without
+    running code."""
     out = io.BytesIO()
     try:
         torch.save(x, out)
         torch.load(io.BytesIO(out.getvalue()), weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{part.name} is a {type(x).__name__}, which is not stored: keep tensors, numbers, text, True and False in the state"
+            f"{part.name} is a {type(x).__name__}, which is not stored: keep tensors, numbers, "
+            "text, True and False in the state"
         ) from error
     return out
 
@@ -98,7 +106,9 @@ def _items(part: Part, x: Any) -> list[WriteItem]:
 
 
 def _item(part: Part, dtype: torch.dtype, start: int, end: int) -> WriteItem:
-    data = TensorWriteData(_chunk(start, end), TensorProperties(dtype=dtype), torch.Size([part.numel]))
+    data = TensorWriteData(
+        _chunk(start, end), TensorProperties(dtype=dtype), torch.Size([part.numel])
+    )
     return WriteItem(MetadataIndex(part.name, (start,)), WriteItemType.SHARD, tensor_data=data)
 
 

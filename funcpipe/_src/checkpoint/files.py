@@ -1,15 +1,17 @@
 """The directories of checkpoints: what makes one complete, how one appears, how old ones go.
 
-Terms. A *root* is the directory that a user names. In it ``step-N`` is the checkpoint of step N, complete when it holds
-its *manifest*, ``checkpoint.json``. It is written in a folder of its own (`claims.py`) and appears whole: its files are on
-the disk before its directory gets its name, and it loses its manifest before it goes. So whatever is killed at whatever
-moment, what `steps` lists can be loaded; and of two saves of one step, the one that is complete first gets the name.
+Terms. A *root* is the directory that a user names. In it ``step-N`` is the checkpoint of step N,
+complete when it holds its *manifest*, ``checkpoint.json``. It is written in a folder of its own
+(`claims.py`) and appears whole: its files are on the disk before its directory gets its name, and
+it loses its manifest before it goes. So whatever is killed at whatever moment, what `steps` lists
+can be loaded; and of two saves of one step, the one that is complete first gets the name.
 
-A *piece* is what one rank wrote of one leaf in one go: a run of its elements, at some bytes of a data file. The manifest
-has a *digest* of these bytes (SHA-256, its first 128 bits), taken while they were written, one of DCP's metadata, which
-nothing here reads, and one of itself.
+A *piece* is what one rank wrote of one leaf in one go: a run of its elements, at some bytes of a
+data file. The manifest has a *digest* of these bytes (SHA-256, its first 128 bits), taken while
+they were written, one of DCP's metadata, which nothing here reads, and one of itself.
 
-In: a root. Out: paths, manifests, or a CheckpointError that says what is there instead. Nothing here knows of ranks.
+In: a root. Out: paths, manifests, or a CheckpointError that says what is there instead. Nothing
+here knows of ranks.
 """
 
 from __future__ import annotations
@@ -135,7 +137,8 @@ def leaf_of(x: Any, shape: tuple[int, ...]) -> Leaf:
 
 
 def steps(dir: str | os.PathLike[str]) -> list[int]:
-    """The steps of the complete checkpoints in a directory, in ascending order; so the last one is the newest.
+    """The steps of the complete checkpoints in a directory, in ascending order; so the last one is
+    the newest.
 
     Args:
         dir: the directory that `save` was given. None where it does not exist.
@@ -163,7 +166,9 @@ def find(root: Path, step: int | None) -> tuple[Path, Manifest]:
     if not there:
         raise CheckpointError(_nothing(root))
     if step is not None and step not in there:
-        raise CheckpointError(f"{root} has no checkpoint of step {step}; its steps are {', '.join(map(str, there))}")
+        raise CheckpointError(
+            f"{root} has no checkpoint of step {step}; its steps are {', '.join(map(str, there))}"
+        )
     step = there[-1] if step is None else step
     path = final(root, step)
     manifest = _read(path)
@@ -180,15 +185,23 @@ def _check_metadata(path: Path, digest: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing. {INSTEAD}")
     if digest_of(path.read_bytes()) != digest:
-        raise CheckpointError(f"{path} {DAMAGED}: its bytes are not those that were saved. {INSTEAD}")
+        raise CheckpointError(
+            f"{path} {DAMAGED}: its bytes are not those that were saved. {INSTEAD}"
+        )
 
 
 def _nothing(root: Path) -> str:
     if (root / MANIFEST).is_file():
-        return f"{root} is one checkpoint: pass the directory above it, and step= to choose among several"
+        return (
+            f"{root} is one checkpoint: pass the directory above it, and step= to choose "
+            "among several"
+        )
     unfinished = sorted(path.name for path in root.glob("step-*"))
     if unfinished:
-        return f"{root} holds no complete checkpoint; {', '.join(unfinished)} was begun and never finished"
+        return (
+            f"{root} holds no complete checkpoint; {', '.join(unfinished)} was begun and "
+            "never finished"
+        )
     return f"{root} holds no checkpoint: pass the directory that fp.checkpoint.save was given"
 
 

@@ -1,9 +1,11 @@
 """What a rank holds of every leaf of the state, and whether that fits the run and the checkpoint.
 
-Terms. A *part* is what a rank holds of a leaf: the elements from ``start`` to ``end`` of its row-major order. A leaf that
-is not sharded is one whole part on each of its ranks; a leaf that is not a tensor is one too.
+Terms. A *part* is what a rank holds of a leaf: the elements from ``start`` to ``end`` of its
+row-major order. A leaf that is not sharded is one whole part on each of its ranks; a leaf that is
+not a tensor is one too.
 
-In: a runner that has made its plan. Out: parts, leaves of a state checked against them, or errors that name a leaf.
+In: a runner that has made its plan. Out: parts, leaves of a state checked against them, or errors
+that name a leaf.
 """
 
 from __future__ import annotations
@@ -50,13 +52,18 @@ class Part:
 
 def whole(name: str, leaf: Leaf) -> Part:
     """All of a leaf, on the CPU."""
-    return Part(name, leaf) if leaf.shape is None else Part(name, leaf, 0, torch.Size(leaf.shape).numel(), leaf.shape)
+    return (
+        Part(name, leaf)
+        if leaf.shape is None
+        else Part(name, leaf, 0, torch.Size(leaf.shape).numel(), leaf.shape)
+    )
 
 
 class Leaves:
     """The leaves of a run's state, as its ``init_state`` makes them.
 
-    They are found by running ``init_state`` on fakes, so no memory is needed for a state to load into.
+    They are found by running ``init_state`` on fakes, so no memory is needed for a state to load
+    into.
     """
 
     def __init__(self, run: Simulation | Spmd) -> None:
@@ -80,7 +87,9 @@ class Leaves:
             return Part(name, leaf)
         param = self.placement.dyed.state[j]
         axes = () if param is None else self.placement.layouts[param].axes
-        start, end = extent(torch.Size(leaf.shape).numel(), mesh.axis_size(axes), mesh.index(rank, axes))
+        start, end = extent(
+            torch.Size(leaf.shape).numel(), mesh.axis_size(axes), mesh.index(rank, axes)
+        )
         shape = shard_shape(leaf.shape, end - start) if axes else leaf.shape
         return Part(name, leaf, start, end, shape, self.found[j].device)
 
@@ -89,16 +98,24 @@ class Leaves:
 
         Raises:
             StateError: the state has another structure.
-            CheckpointError: a leaf is not what ``init_state`` makes it, so that no run could load it.
+            CheckpointError: a leaf is not what ``init_state`` makes it, so that no run could load
+            it.
         """
         values = self.placement.state_leaves(state, "fp.checkpoint.save")
-        held = [(part, x) for part, x in zip(self.parts(rank), values, strict=True) if part is not None]
+        held = [
+            (part, x) for part, x in zip(self.parts(rank), values, strict=True) if part is not None
+        ]
         for part, x in held:
-            got = "None" if x is None else str(leaf_of(x, tuple(x.shape) if isinstance(x, torch.Tensor) else ()))
+            got = (
+                "None"
+                if x is None
+                else str(leaf_of(x, tuple(x.shape) if isinstance(x, torch.Tensor) else ()))
+            )
             want = str(part.leaf._replace(shape=part.shape))
             if got != want:
                 raise CheckpointError(
-                    f"{part.name} on rank {rank} is {got}, but init_state makes it {want}: it could not be loaded again. "
+                    f"{part.name} on rank {rank} is {got}, but init_state makes it {want}: it "
+                    "could not be loaded again. "
                     "Let the step keep shapes and dtypes, and save what it returned"
                 )
         return held
@@ -108,25 +125,30 @@ class Leaves:
         return tree.unflatten(self.placement.dyed.state_spec, leaves)
 
     def check(self, where: str, saved: Mapping[str, Leaf]) -> None:
-        """CheckpointError unless a checkpoint has these leaves, no others, and with these shapes and dtypes."""
+        """CheckpointError unless a checkpoint has these leaves, no others, and with these shapes
+        and dtypes."""
         here = dict(zip(self.names, self.leaves, strict=True))
         for name, leaf in here.items():
             if name not in saved:
                 raise CheckpointError(
-                    f"{where} has no leaf {name}, which the state of this run has ({leaf}). {_INSTEAD}"
+                    f"{where} has no leaf {name}, which the state of this run has ({leaf}). "
+                    f"{_INSTEAD}"
                 )
             if str(saved[name]) != str(leaf):
                 raise CheckpointError(
-                    f"{where}: {name} was saved as {saved[name]}, but this run has {leaf}. {_INSTEAD}"
+                    f"{where}: {name} was saved as {saved[name]}, but this run has {leaf}. "
+                    f"{_INSTEAD}"
                 )
         for name, leaf in saved.items():
             if name not in here:
                 raise CheckpointError(
-                    f"{where} has a leaf {name} ({leaf}), which the state of this run lacks. {_INSTEAD}"
+                    f"{where} has a leaf {name} ({leaf}), which the state of this run lacks. "
+                    f"{_INSTEAD}"
                 )
 
 
 _INSTEAD = (
-    "Load it with the model, optimizer and dtypes that it was saved with; for anything else, fp.checkpoint.export it "
+    "Load it with the model, optimizer and dtypes that it was saved with; for anything else, "
+    "fp.checkpoint.export it "
     "and hand run.place the state that you make of it"
 )

@@ -1,6 +1,7 @@
 """What ranks say to each other about a checkpoint.
 
-In: a communicator, what one rank found or was asked for. Out: the same of all ranks, or one error on all of them.
+In: a communicator, what one rank found or was asked for. Out: the same of all ranks, or one error
+on all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ T = TypeVar("T")
 
 
 def agree(comm: Communicator, what: str, fn: Callable[[], T]) -> list[T]:
-    """What ``fn`` gives on every rank; where it raises on one, a CheckpointError with its text on all of them.
+    """What ``fn`` gives on every rank; where it raises on one, a CheckpointError with its text on
+    all of them.
 
     So no rank waits for one that failed, and all can go on. ``fn`` itself does not communicate.
     """
@@ -52,7 +54,8 @@ def _plain(error: Exception) -> str:
     """What happened, for what users meet in plain words first.
 
     >>> _plain(OSError(errno.EROFS, "Read-only file system", "/mnt"))
-    "that file system is read-only: save into another directory (OSError: [Errno 30] Read-only file system: '/mnt')"
+    "that file system is read-only: save into another directory (OSError: [Errno 30] Read-only file
+    system: '/mnt')"
     """
     plain = _PLAIN.get(error.errno or 0) if isinstance(error, OSError) else None
     return one_line(error) if plain is None else f"{plain} ({one_line(error)})"
@@ -78,7 +81,9 @@ def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | N
     """
     for name, n, least in (("step", step, 0), ("keep", keep, 1)):
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < least):
-            raise CheckpointError(f"fp.checkpoint.save: {name}={n!r}; write a whole number, {least} or more")
+            raise CheckpointError(
+                f"fp.checkpoint.save: {name}={n!r}; write a whole number, {least} or more"
+            )
     try:
         text = json.dumps(extra, sort_keys=True)
         same = json.loads(text) == extra
@@ -86,7 +91,8 @@ def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | N
         same = False
     if not same:
         raise CheckpointError(
-            f"fp.checkpoint.save: extra={extra!r} would not come back from JSON as it is: write dicts with text as keys, "
+            f"fp.checkpoint.save: extra={extra!r} would not come back from JSON as it is: write "
+            "dicts with text as keys, "
             "lists, text, numbers, True, False and None; tensors belong in the state"
         )
     return Request(os.fspath(dir), step, text, keep)
@@ -97,6 +103,7 @@ def check_alike(requests: list[Request]) -> None:
     for rank, other in enumerate(requests):
         if other != requests[0]:
             raise MismatchError(
-                f"fp.checkpoint.save: rank 0 saves {requests[0]}, but rank {rank} saves {other}: every rank saves the same "
+                f"fp.checkpoint.save: rank 0 saves {requests[0]}, but rank {rank} saves {other}: "
+                "every rank saves the same "
                 "step of the same run, with the same extra and keep"
             )

@@ -1,8 +1,10 @@
-"""A save: first all ranks plan it together, then each writes its files, and rank 0 gives the checkpoint its name.
+"""A save: first all ranks plan it together, then each writes its files, and rank 0 gives the
+checkpoint its name.
 
-In: a request, a rank's state. Out: the directory of a complete checkpoint. Between planning and writing a job may copy
-what it needs, so that steps go on while it writes, over another communicator. Rank 0 holds the folder (`claims.py`) from
-the beginning to the end; where all ranks have agreed that the save failed, it is removed.
+In: a request, a rank's state. Out: the directory of a complete checkpoint. Between planning and
+writing a job may copy what it needs, so that steps go on while it writes, over another
+communicator. Rank 0 holds the folder (`claims.py`) from the beginning to the end; where all ranks
+have agreed that the save failed, it is removed.
 """
 
 from __future__ import annotations
@@ -27,11 +29,15 @@ from funcpipe._src.checkpoint.rank_agreement import Request, agree, check_alike
 from funcpipe._src.comm import Communicator
 from funcpipe.errors import CheckpointError
 
-Offer = tuple[SavePlan, dict[str, Leaf]]  # what a rank could write, and what the leaves are that it holds
+Offer = tuple[
+    SavePlan, dict[str, Leaf]
+]  # what a rank could write, and what the leaves are that it holds
 Written = tuple[list[WriteResult], list[tuple[str, Piece]]]  # for DCP, and for the manifest
 
 
-def plan(comm: Communicator, request: Request, leaves: Leaves, state: Any, staged: bool = False) -> Save:
+def plan(
+    comm: Communicator, request: Request, leaves: Leaves, state: Any, staged: bool = False
+) -> Save:
     """Find out, together, which rank writes what.
 
     Args:
@@ -59,7 +65,8 @@ def write(comm: Communicator, job: Save) -> Path:
 
 
 class Save:
-    """One rank's part in a save. Methods are called in this order; only rank 0 touches the directory and divides."""
+    """One rank's part in a save. Methods are called in this order; only rank 0 touches the
+    directory and divides."""
 
     def __init__(self, request: Request, rank: int) -> None:
         self.request, self.rank, self.root = request, rank, Path(request.dir)

@@ -1,8 +1,9 @@
-"""The collectives that a loss function calls, by axis name: the signatures of jax.lax, on pytrees of tensors.
+"""The collectives that a loss function calls, by axis name: the signatures of jax.lax, on pytrees
+of tensors.
 
-Every function takes an axis name, or a tuple of names of which the first is major, and works on what one rank holds.
-How the name is bound decides what runs (`axis_scope.py`); with one rank, or in plain PyTorch, nothing does. Shapes below
-are of one leaf; ``n`` is the number of ranks.
+Every function takes an axis name, or a tuple of names of which the first is major, and works on
+what one rank holds. How the name is bound decides what runs (`axis_scope.py`); with one rank, or in
+plain PyTorch, nothing does. Shapes below are of one leaf; ``n`` is the number of ranks.
 
 In: a pytree of tensors and numbers, an axis. Out: a pytree of the same structure, differentiable.
 """
@@ -29,8 +30,8 @@ def psum(x: Any, axis: Axis) -> Any:
     """The sum over all ranks of an axis, on each of them.
 
     Args:
-        x: a pytree of tensors of any shape, or numbers, which are as ``torch.tensor`` makes them. Bools are counted, in
-            int64, as ``torch.sum`` does.
+        x: a pytree of tensors of any shape, or numbers, which are as ``torch.tensor`` makes them.
+            Bools are counted, in int64, as ``torch.sum`` does.
         axis: an axis name or several.
 
     Returns:
@@ -44,7 +45,8 @@ def psum(x: Any, axis: Axis) -> Any:
 
 
 def pmean(x: Any, axis: Axis) -> Any:
-    """The mean over all ranks of an axis: ``psum(x) / n``. Ranks with unequal numbers of rows count alike.
+    """The mean over all ranks of an axis: ``psum(x) / n``. Ranks with unequal numbers of rows count
+    alike.
 
     >>> from funcpipe._src.collectives import vmap
     >>> vmap(lambda x: pmean(x, "i"), "i")(torch.tensor([1.0, 2.0, 6.0]))
@@ -66,8 +68,8 @@ def pmax(x: Any, axis: Axis) -> Any:
         axis: an axis name or several.
 
     Returns:
-        leaves of the same shape. Its gradient goes to the ranks that hold the maximum; if several do, they get equal
-        shares (over several axes: axis by axis, the last one first).
+        leaves of the same shape. Its gradient goes to the ranks that hold the maximum; if several
+        do, they get equal shares (over several axes: axis by axis, the last one first).
 
     >>> from funcpipe._src.collectives import vmap
     >>> vmap(lambda x: pmax(x, "i"), "i")(torch.tensor([1.0, 6.0, 2.0]))
@@ -76,7 +78,9 @@ def pmax(x: Any, axis: Axis) -> Any:
 
     def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         if t.is_complex():
-            raise AxisError(f"pmax: complex numbers ({t.dtype}) have no maximum; take it of x.abs()")
+            raise AxisError(
+                f"pmax: complex numbers ({t.dtype}) have no maximum; take it of x.abs()"
+            )
         for a in reversed(_names(found)):
             t = rules.pmax(t, next(iter(runs(a, "pmax"))))
         return t
@@ -85,14 +89,15 @@ def pmax(x: Any, axis: Axis) -> Any:
 
 
 def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
-    """What all ranks of an axis hold, in rank order, on each of them. Its transpose is `psum_scatter`.
+    """What all ranks of an axis hold, in rank order, on each of them. Its transpose is
+    `psum_scatter`.
 
     Args:
         x: a pytree of tensors.
         axis: an axis name or several.
         dim: where the ranks' tensors are put one after another.
-        tiled: concatenate along ``dim``, which grows from ``k`` to ``n * k``; if False, stack along a new dim ``dim``
-            of size ``n``. (jax.lax stacks by default.)
+        tiled: concatenate along ``dim``, which grows from ``k`` to ``n * k``; if False, stack along
+            a new dim ``dim`` of size ``n``. (jax.lax stacks by default.)
 
     >>> from funcpipe._src.collectives import vmap
     >>> vmap(lambda x: all_gather(x, "i"), "i")(torch.tensor([[1, 2], [3, 4]]))
@@ -108,7 +113,8 @@ def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
 
 
 def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
-    """The sum over all ranks of an axis, of which each rank gets its piece. Its transpose is `all_gather`.
+    """The sum over all ranks of an axis, of which each rank gets its piece. Its transpose is
+    `all_gather`.
 
     Args:
         x: a pytree of tensors. Bools are counted, in int64.
@@ -138,15 +144,17 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
 
 
 def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool = True) -> Any:
-    """Every rank of an axis gets a piece of what every rank holds. Its transpose is itself, with the dims swapped.
+    """Every rank of an axis gets a piece of what every rank holds. Its transpose is itself, with
+    the dims swapped.
 
     Args:
         x: a pytree of tensors.
         axis: an axis name or several.
         split_dim: the dim that is cut into ``n`` pieces, the ``i``-th for rank ``i``.
         concat_dim: where the pieces that came from all ranks are put one after another.
-        tiled: ``split_dim`` shrinks from ``n * k`` to ``k``, and ``concat_dim`` grows from ``m`` to ``n * m``; if
-            False, ``split_dim`` has size ``n`` and is removed, and ``concat_dim`` is a new dim of size ``n``.
+        tiled: ``split_dim`` shrinks from ``n * k`` to ``k``, and ``concat_dim`` grows from ``m`` to
+            ``n * m``; if False, ``split_dim`` has size ``n`` and is removed, and ``concat_dim`` is
+            a new dim of size ``n``.
 
     Raises:
         AxisError: the dim is not a multiple of ``n`` (not ``n``, if not tiled).
@@ -166,19 +174,24 @@ def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool 
         out = _exchange(_pieces("all_to_all", t, d, found, tiled), found)
         return _joined(out, c) if tiled else out.movedim(0, c)
 
-    return _map("all_to_all", leaf, x, axis, split_dim=split_dim, concat_dim=concat_dim, tiled=tiled)
+    return _map(
+        "all_to_all", leaf, x, axis, split_dim=split_dim, concat_dim=concat_dim, tiled=tiled
+    )
 
 
 def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
-    """Every rank of an axis sends what it holds to at most one other. Its transpose turns the pairs around.
+    """Every rank of an axis sends what it holds to at most one other. Its transpose turns the pairs
+    around.
 
     Args:
         x: a pytree of tensors.
         axis: an axis name or several.
-        perm: (source, destination) pairs of places on the axis; no source and no destination comes twice.
+        perm: (source, destination) pairs of places on the axis; no source and no destination comes
+            twice.
 
     Returns:
-        what came; zeros on a rank that is nobody's destination. Where no axis is bound, ``x``, unless there are no pairs.
+        what came; zeros on a rank that is nobody's destination. Where no axis is bound, ``x``,
+        unless there are no pairs.
 
     Raises:
         AxisError: a place that the axis does not have, or that comes twice.
@@ -188,12 +201,18 @@ def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
     tensor([0, 1, 2])
     """
     found = runs(axis, "ppermute")
-    pairs = _checked(tuple((int(s), int(d)) for s, d in perm), None if is_free(axis) else _count(found))
+    pairs = _checked(
+        tuple((int(s), int(d)) for s, d in perm), None if is_free(axis) else _count(found)
+    )
 
     def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
         if not found:
             return t if pairs else torch.zeros_like(t)
-        return rules.linear("ppermute", t, found[0], pairs) if len(found) == 1 else _permute_over(t, found, pairs)
+        return (
+            rules.linear("ppermute", t, found[0], pairs)
+            if len(found) == 1
+            else _permute_over(t, found, pairs)
+        )
 
     return _map("ppermute", leaf, x, axis, perm=pairs)
 
@@ -219,8 +238,11 @@ def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Te
 # ---- leaves
 
 
-def _map(who: str, fn: Callable[[torch.Tensor, Runs], torch.Tensor], x: Any, axis: Axis, **options: Any) -> Any:
-    """Every leaf of a tree, by what a collective makes of a tensor over some runs; ``options``: what it was called with."""
+def _map(
+    who: str, fn: Callable[[torch.Tensor, Runs], torch.Tensor], x: Any, axis: Axis, **options: Any
+) -> Any:
+    """Every leaf of a tree, by what a collective makes of a tensor over some runs; ``options``:
+    what it was called with."""
     axis = axis if isinstance(axis, str) else tuple(axis)
     seen, found = tap(), runs(axis, who)
     if seen is None:
@@ -271,9 +293,13 @@ def _index(found: Runs, device: torch.device) -> torch.Tensor:
 
 
 def _permute_over(t: torch.Tensor, found: Runs, pairs: rules.Pairs) -> torch.Tensor:
-    """A permutation over several runs, which none of them can do alone: pieces for all ranks, at most one not zero."""
+    """A permutation over several runs, which none of them can do alone: pieces for all ranks, at
+    most one not zero."""
     index, zero, sources = _index(found, t.device), torch.zeros_like(t), {d: s for s, d in pairs}
-    pieces = [torch.where(index == sources[d], t, zero) if d in sources else zero for d in range(_count(found))]
+    pieces = [
+        torch.where(index == sources[d], t, zero) if d in sources else zero
+        for d in range(_count(found))
+    ]
     got = _exchange(torch.stack(pieces), found)
     out = zero
     for s, d in pairs:
@@ -286,7 +312,8 @@ def _pieces(who: str, t: torch.Tensor, dim: int, found: Runs, tiled: bool) -> to
     n, size = _count(found), t.shape[dim]
     if size % n if tiled else size != n:
         raise AxisError(
-            f"{who}: dim {dim} of a tensor of shape {tuple(t.shape)} {'is no multiple of' if tiled else 'is not'} {n}, "
+            f"{who}: dim {dim} of a tensor of shape {tuple(t.shape)} "
+            f"{'is no multiple of' if tiled else 'is not'} {n}, "
             f"the number of ranks on {', '.join(map(repr, _names(found))) or 'the axis'}; "
             f"{'pad it, or name another dim' if tiled else 'use tiled=True to cut it into pieces'}"
         )
@@ -306,11 +333,17 @@ def _dim(who: str, t: torch.Tensor, dim: int, extra: bool = False) -> int:
 
 
 def _checked(pairs: rules.Pairs, n: int | None) -> rules.Pairs:
-    """The pairs. ``n``: the number of ranks, None where no axis is bound: there every pair stands for the one rank."""
+    """The pairs. ``n``: the number of ranks, None where no axis is bound: there every pair stands
+    for the one rank."""
     for what, places in (("source", [s for s, _ in pairs]), ("destination", [d for _, d in pairs])):
         for p in places:
             if n is not None and not 0 <= p < n:
-                raise AxisError(f"ppermute: {what} {p} is no place on an axis of {n} ranks: 0 to {n - 1}")
+                raise AxisError(
+                    f"ppermute: {what} {p} is no place on an axis of {n} ranks: 0 to {n - 1}"
+                )
         if len(set(places)) < len(places):
-            raise AxisError(f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to several ranks")
+            raise AxisError(
+                f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to "
+                "several ranks"
+            )
     return pairs

@@ -1,7 +1,8 @@
 """How a collective over one run is differentiated and mapped.
 
-Terms. A *linear* collective is its own derivative, and its *transpose* is linear, too. Every rank seeds 1 on its local
-loss, so a gradient is that of the sum of all ranks' losses: the transpose of psum is psum.
+Terms. A *linear* collective is its own derivative, and its *transpose* is linear, too. Every rank
+seeds 1 on its local loss, so a gradient is that of the sum of all ranks' losses: the transpose of
+psum is psum.
 
 =============  ===============  ===========================  ==================================
 kind           operand          result                       transpose
@@ -14,9 +15,10 @@ ppermute       ``s``            ``s``                        ppermute, every pai
 pmax           ``s``            ``s``                        (not linear)
 =============  ===============  ===========================  ==================================
 
-In: an operand of a rank (or of all elements of a mapped axis) and a run. Out: the result. Under vmap over the run's
-own axis a collective is ordinary tensor code, which autograd and every outer transform know; under another vmap it
-moves the foreign dim out of the way; on a mesh it is a pair of ops.
+In: an operand of a rank (or of all elements of a mapped axis) and a run. Out: the result. Under
+vmap over the run's own axis a collective is ordinary tensor code, which autograd and every outer
+transform know; under another vmap it moves the foreign dim out of the way; on a mesh it is a pair
+of ops.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ from funcpipe._src.collectives.axis_scope import Run
 from funcpipe._src.core.mesh import Axes
 from funcpipe.errors import AxisError
 
-_TRANSPOSES = {"psum": "psum", "all_gather": "psum_scatter", "psum_scatter": "all_gather", "all_to_all": "all_to_all"}
+_TRANSPOSES = {
+    "psum": "psum",
+    "all_gather": "psum_scatter",
+    "psum_scatter": "all_gather",
+    "all_to_all": "all_to_all",
+}
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -56,12 +63,14 @@ def linear(kind: str, x: torch.Tensor, run: Run, pairs: Pairs = ()) -> torch.Ten
 
 
 def pmax(x: torch.Tensor, run: Run) -> torch.Tensor:
-    """The maximum over one run. Ranks that hold it share its gradient equally, as in ``torch.amax``."""
+    """The maximum over one run. Ranks that hold it share its gradient equally, as in
+    ``torch.amax``."""
     return _Max.apply(x, run.index, _Call("pmax", run.axes, run.size))
 
 
 class _Linear(torch.autograd.Function):
-    """``index`` is the run's own place, an operand so that vmap over the run's axis always calls the rule below."""
+    """``index`` is the run's own place, an operand so that vmap over the run's axis always calls
+    the rule below."""
 
     @staticmethod
     def forward(x: torch.Tensor, index: torch.Tensor | None, call: _Call) -> torch.Tensor:  # type: ignore[override]
@@ -85,10 +94,14 @@ class _Linear(torch.autograd.Function):
         return _Linear.apply(t, *ctx.saved_tensors, ctx.call)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call) -> tuple[torch.Tensor, int | None]:
+    def vmap(
+        info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call
+    ) -> tuple[torch.Tensor, int | None]:
         if in_dims[1] is not None:
             return _in_one_tensor(call, _spread(x, in_dims[0], call.size))
-        before = 1 if call.kind in ("psum_scatter", "all_to_all") else 0  # where the operand has its pieces in dim 0
+        before = (
+            1 if call.kind in ("psum_scatter", "all_to_all") else 0
+        )  # where the operand has its pieces in dim 0
         after = 1 if call.kind in ("all_gather", "all_to_all") else 0
         out = _Linear.apply(x.movedim(in_dims[0], before), index, call)
         return out.movedim(after, 0), 0
@@ -123,7 +136,9 @@ class _Max(torch.autograd.Function):
         return _Linear.apply(torch.where(mine, t, 0), index, call) / holders
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call) -> tuple[torch.Tensor, int | None]:
+    def vmap(
+        info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call
+    ) -> tuple[torch.Tensor, int | None]:
         if in_dims[1] is not None:
             return _spread(x, in_dims[0], call.size).amax(0), None
         return _Max.apply(x.movedim(in_dims[0], 0), index, call), 0
@@ -135,8 +150,8 @@ def _spread(x: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
 
 
 def _in_one_tensor(call: _Call, x: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-    """A linear collective among the elements of dim 0; the result, and the dim in which its elements lie (None: all are
-    the same)."""
+    """A linear collective among the elements of dim 0; the result, and the dim in which its
+    elements lie (None: all are the same)."""
     if call.kind == "psum":
         return x.sum(0, dtype=x.dtype), None
     if call.kind == "all_gather":
@@ -153,6 +168,8 @@ def _in_one_tensor(call: _Call, x: torch.Tensor) -> tuple[torch.Tensor, int | No
 def _refuse_escaped(index: torch.Tensor | None, call: _Call) -> None:
     if index is not None:
         raise AxisError(
-            f"{call.kind}: a collective over axis {call.axes[0]!r} runs outside of the fp.vmap that binds it: a "
-            "closure of the mapped function was called after it had returned. Return what it computes instead"
+            f"{call.kind}: a collective over axis {call.axes[0]!r} runs outside of the fp.vmap "
+            "that binds it: a "
+            "closure of the mapped function was called after it had returned. Return what it "
+            "computes instead"
         )

@@ -1,11 +1,13 @@
 """Collectives as ops of a graph, and what they do on a rank.
 
-Terms. A *start* op begins a collective and hands out a *token*, a tensor without elements; ``funcpipe::wait`` takes it,
-and the operand, which must live until then, and hands out the result. Passes may move the two apart. Where the
-communicator has no asynchronous form, the start does all the work. Ops name axes (``"data,seq"``) and carry no process
-group, rank number or axis size, so one graph serves every rank.
+Terms. A *start* op begins a collective and hands out a *token*, a tensor without elements;
+``funcpipe::wait`` takes it, and the operand, which must live until then, and hands out the result.
+Passes may move the two apart. Where the communicator has no asynchronous form, the start does all
+the work. Ops name axes (``"data,seq"``) and carry no process group, rank number or axis size, so
+one graph serves every rank.
 
-In: a tensor of a rank, axes, and the rank's communicator, which the runner binds (`bind_rank`) where it runs a graph.
+In: a tensor of a rank, axes, and the rank's communicator, which the runner binds (`bind_rank`)
+where it runs a graph.
 Out: a new contiguous tensor. Pieces for, or from, every rank of a group lie along dim 0.
 """
 
@@ -33,8 +35,8 @@ CHANNEL = "ppermute"  # of messages between two ranks
 def bind_rank(comm: Communicator) -> Iterator[None]:
     """Run graphs as the rank of a communicator.
 
-    It binds no axis names. To call collectives on a rank directly, add `bind_mesh`; their backward then has to run on
-    this thread, too, which it does on CPUs.
+    It binds no axis names. To call collectives on a rank directly, add `bind_mesh`; their backward
+    then has to run on this thread, too, which it does on CPUs.
 
     >>> from funcpipe._src.comm.simulated import run_ranks
     >>> def body(comm):
@@ -53,7 +55,9 @@ def bind_rank(comm: Communicator) -> Iterator[None]:
 def _comm(op: str) -> Communicator:
     comm = _rank.get()
     if comm is None:
-        raise AxisError(f"funcpipe::{op} runs outside of a rank: wrap the call in bind_rank(communicator)")
+        raise AxisError(
+            f"funcpipe::{op} runs outside of a rank: wrap the call in bind_rank(communicator)"
+        )
     return comm
 
 
@@ -90,7 +94,9 @@ def _ppermute(comm: Communicator, x: torch.Tensor, axes: Axes, perm: Sequence[in
     source = next((s for s, d in _pairs(perm) if d == me), None)
     for s, d in _pairs(perm):
         if s == me != d:
-            comm.send([wire.fresh(x)], group[d], CHANNEL)  # a copy: x's memory may be used again before it has left
+            comm.send(
+                [wire.fresh(x)], group[d], CHANNEL
+            )  # a copy: x's memory may be used again before it has left
     if source is None:
         return Done(out.zero_())
     if source == me:
@@ -139,10 +145,16 @@ def _start(begin: Callable[..., Pending], extra: str = "") -> torch._ops.OpOverl
     return _op(f"{name}(Tensor x, str axes{extra}) -> Tensor", run, lambda x, *_: x.new_empty(0))
 
 
-STARTS = {f.__name__[1:]: _start(f) for f in (_psum, _pmax, _all_gather, _psum_scatter, _all_to_all)}
+STARTS = {
+    f.__name__[1:]: _start(f) for f in (_psum, _pmax, _all_gather, _psum_scatter, _all_to_all)
+}
 STARTS["ppermute"] = _start(_ppermute, ", int[] perm")
 _KINDS = {op: kind for kind, op in STARTS.items()}
-WAIT = _op("wait(Tensor token, Tensor x, int[] shape) -> Tensor", _wait, lambda token, x, shape: token.new_empty(shape))
+WAIT = _op(
+    "wait(Tensor token, Tensor x, int[] shape) -> Tensor",
+    _wait,
+    lambda token, x, shape: token.new_empty(shape),
+)
 AXIS_INDEX = _op(
     "axis_index(str axes, Device device) -> Tensor",
     _axis_index,
@@ -165,14 +177,16 @@ def collective(
 
 
 def _variable(x: torch.Tensor) -> torch.Tensor:
-    """The operand of an op that is traced as such: a fake whose number is known would be computed with on the spot, on no rank."""
+    """The operand of an op that is traced as such: a fake whose number is known would be computed
+    with on the spot, on no rank."""
     if not isinstance(x, FakeTensor) or x.constant is None:
         return x
     return torch.where(torch.ones((), dtype=torch.bool, device=x.device), x, x)
 
 
 def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:
-    """The place of a rank in its group: a 0-d int64 tensor. A constant of the rank, not of the graph."""
+    """The place of a rank in its group: a 0-d int64 tensor. A constant of the rank, not of the
+    graph."""
     return AXIS_INDEX(axes if isinstance(axes, str) else ",".join(axes), device)
 
 
@@ -186,12 +200,15 @@ def names_axes(graph: fx.Graph) -> bool:
 
 def collectives_of(graph: fx.Graph) -> list[str]:
     """The collectives of a graph in order: kind and axes."""
-    return [f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in STARTS.values()]
+    return [
+        f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in STARTS.values()
+    ]
 
 
 def received(graph: fx.Graph, mesh: Mesh) -> dict[Axes, int]:
-    """Bytes that a rank receives where a graph runs, by axes: counted as rings do, ``n - 1`` of ``n`` parts for a gather, a
-    reduce-scatter or an all-to-all, twice that for an all-reduce; a ppermute's operand."""
+    """Bytes that a rank receives where a graph runs, by axes: counted as rings do, ``n - 1`` of
+    ``n`` parts for a gather, a reduce-scatter or an all-to-all, twice that for an all-reduce; a
+    ppermute's operand."""
     out: dict[Axes, int] = {}
     for node in graph.nodes:
         kind = _KINDS.get(node.target)
@@ -199,7 +216,12 @@ def received(graph: fx.Graph, mesh: Mesh) -> dict[Axes, int]:
             continue
         axes, x = _axes(node.args[1]), node.args[0].meta["val"]
         n, nbytes = mesh.axis_size(axes), x.numel() * x.element_size()
-        parts = {"psum": 2 * (n - 1) / n, "pmax": 2 * (n - 1) / n, "all_gather": n - 1, "ppermute": 1}
+        parts = {
+            "psum": 2 * (n - 1) / n,
+            "pmax": 2 * (n - 1) / n,
+            "all_gather": n - 1,
+            "ppermute": 1,
+        }
         out[axes] = out.get(axes, 0) + round(nbytes * parts.get(kind, (n - 1) / n))
     return out
 
@@ -215,5 +237,7 @@ def lanes_of(graph: fx.Graph, mesh: Mesh) -> set[tuple[int, int, str]]:
     for node in graph.nodes:
         if node.target is STARTS["ppermute"]:
             groups = {mesh.group(r, _axes(node.args[1])) for r in range(mesh.size)}
-            out |= {(g[s], g[d], CHANNEL) for g in groups for s, d in _pairs(node.args[2]) if s != d}
+            out |= {
+                (g[s], g[d], CHANNEL) for g in groups for s, d in _pairs(node.args[2]) if s != d
+            }
     return out

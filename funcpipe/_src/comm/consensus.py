@@ -1,14 +1,15 @@
 """A number that every rank tells all others, before every step.
 
-Terms. In *round* ``k`` a rank tells the rank ``2**k`` before it all numbers that it knows: its own and the next ranks'. It hears as
-many from the rank ``2**k`` after it (Bruck et al. 1997, "Efficient Algorithms for All-to-All Communications in Multiport
-Message-Passing Systems", concatenation).
+Terms. In *round* ``k`` a rank tells the rank ``2**k`` before it all numbers that it knows: its own
+and the next ranks'. It hears as many from the rank ``2**k`` after it (Bruck et al. 1997, "Efficient
+Algorithms for All-to-All Communications in Multiport Message-Passing Systems", concatenation).
 
 In: a gloo group of all ranks, a number. Out: all numbers. Errors are those of torch.distributed.
 
-Why not a collective: the host of a captured step does little else, and each time that a thread of gloo is woken counts. A message
-whose receive has begun is sent at once, where gloo else asks the receiver first (gloo/transport/tcp/pair.cc), and a collective
-takes a thread of its own too. So what the next call hears is received from the end of this one on.
+Why not a collective: the host of a captured step does little else, and each time that a thread of
+gloo is woken counts. A message whose receive has begun is sent at once, where gloo else asks the
+receiver first (gloo/transport/tcp/pair.cc), and a collective takes a thread of its own too. So what
+the next call hears is received from the end of this one on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Digests:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._size = group, group.rank(), group.size()
-        self._expected: list[tuple[int, torch.Tensor, dist.Work]] = []  # how far the teller is, what it tells
+        self._expected: list[
+            tuple[int, torch.Tensor, dist.Work]
+        ] = []  # how far the teller is, what it tells
         self._expect()
 
     def _expect(self) -> None:
@@ -36,7 +39,8 @@ class Digests:
             self._expected.append((far, told, work))
 
     def exchange(self, n: int, meanwhile: Callable[[], object]) -> list[int]:
-        """Every rank's 64-bit number, in rank order; ``meanwhile`` runs when the own one is on its way."""
+        """Every rank's 64-bit number, in rank order; ``meanwhile`` runs when the own one is on its
+        way."""
         known, sent = [n], []
         for far, told, work in self._expected:
             mine = torch.tensor(known[: len(told)])

@@ -1,15 +1,17 @@
 """Whose turn it is among the ranks of one process, and what they say to each other.
 
-Terms. The *floor* belongs to one rank at a time: it runs until it blocks (in a receive, or in a collective
-that others have not reached), then hands the floor to the next rank, in cyclic order, that can go on. A
-rank's *gate* is the lock that its thread sleeps on. A *box* holds the messages of one (source, destination,
-channel) in order. Ranks *meet* in a collective: the last one to arrive computes everybody's result, so no
-rank can change an operand that others still read.
+Terms. The *floor* belongs to one rank at a time: it runs until it blocks (in a receive, or in a
+collective that others have not reached), then hands the floor to the next rank, in cyclic order,
+that can go on. A rank's *gate* is the lock that its thread sleeps on. A *box* holds the messages of
+one (source, destination, channel) in order. Ranks *meet* in a collective: the last one to arrive
+computes everybody's result, so no rank can change an operand that others still read.
 
-In: what ranks call. Out: who goes on, with what; or the first error, after which every rank is stopped.
+In: what ranks call. Out: who goes on, with what; or the first error, after which every rank is
+stopped.
 
-Why so: the interleaving depends on nothing but the program, so results and errors are the same in every run;
-and since only the floor's holder touches what is shared, nothing needs a lock and "no rank can go on" is a
+Why so: the interleaving depends on nothing but the program, so results and errors are the same in
+every run; and since only the floor's holder touches what is shared, nothing needs a lock and "no
+rank can go on" is a
 plain fact: a deadlock is reported exactly when it happens.
 """
 
@@ -66,7 +68,10 @@ class Box:
         self.expects: Sequence[torch.Tensor] = ()
 
     def __str__(self) -> str:
-        return f"to receive {wire.specs(self.expects)} from rank {self.src} on channel {self.channel!r}"
+        return (
+            f"to receive {wire.specs(self.expects)} from rank {self.src} on channel "
+            f"{self.channel!r}"
+        )
 
     def unread(self) -> str:
         n = len(self.messages)
@@ -110,12 +115,15 @@ class World:
             raise self.stopped()
 
     def next(self, rank: int) -> int:
-        """The next rank that can go on, or -1 when all have finished. If none can, all are stopped."""
+        """The next rank that can go on, or -1 when all have finished. If none can, all are
+        stopped."""
         after = self.state.find(READY, rank + 1)
         if after < 0:
             after = self.state.find(READY)
         if after < 0 and self.state.find(BLOCKED) >= 0:
-            self.stop(None, DeadlockError(self.standstill()) if self.error is None else self.error[1])
+            self.stop(
+                None, DeadlockError(self.standstill()) if self.error is None else self.error[1]
+            )
             return self.next(rank)
         return after
 
@@ -171,8 +179,8 @@ class World:
         """Enter a collective; returns this rank's result once the whole group has entered."""
         if self.error is not None:
             raise self.stopped()
-        # Looked up as a set: the same ranks under other axes are then a mismatch that can be named, not a
-        # deadlock.
+        # Looked up as a set: the same ranks under other axes are then a mismatch that can be named,
+        # not a deadlock.
         key = tuple(sorted(group))
         meeting = self.meetings.get(key)
         if meeting is None:

@@ -1,12 +1,14 @@
-"""Who failed first: one note in the store of torch.distributed that every rank can write and all ranks watch.
+"""Who failed first: one note in the store of torch.distributed that every rank can write and all
+ranks watch.
 
-Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The first one
-written counts; the later ones follow from it. A rank whose peers fall silent cannot know why: it looks here.
-A rank that closes its communicator leaves a note of that too. It is no failure unless another rank waits for it.
+Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The
+first one written counts; the later ones follow from it. A rank whose peers fall silent cannot know
+why: it looks here. A rank that closes its communicator leaves a note of that too. It is no failure
+unless another rank waits for it.
 
-In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where another
-rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is far from any
-communication.
+In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where
+another rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is
+far from any communication.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Failure(NamedTuple):
 
     def error(self) -> RankError:
         """The error that every other rank raises."""
-        return RankError(self.text if self.rank is None else f"rank {self.rank} failed: {self.text}")
+        return RankError(
+            self.text if self.rank is None else f"rank {self.rank} failed: {self.text}"
+        )
 
 
 def one_line(error: BaseException) -> str:
@@ -59,13 +63,20 @@ class Alarm:
     """
 
     def __init__(
-        self, store: dist.Store, key: str, rank: int, on_alarm: Callable[[], None], period: float = 0.5
+        self,
+        store: dist.Store,
+        key: str,
+        rank: int,
+        on_alarm: Callable[[], None],
+        period: float = 0.5,
     ) -> None:
         self.failure: Failure | None = None
         self.reachable = True  # whether the store answered when it was looked at last
         self._store, self._key, self._rank = store, key, rank
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True
+        )
         self._thread.start()
 
     def record(self, rank: int | None, text: str) -> Failure:

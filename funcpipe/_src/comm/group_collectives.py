@@ -1,12 +1,12 @@
 """Collectives over process groups.
 
-Terms. A *team* is the process group of a rank over some axes (`groups.py`). What only moves, moves as
-bytes, so every dtype can. A *fold* is a sum or maximum taken in the order of the team.
+Terms. A *team* is the process group of a rank over some axes (`groups.py`). What only moves, moves
+as bytes, so every dtype can. A *fold* is a sum or maximum taken in the order of the team.
 
 In: a team and a tensor. Out: a new contiguous tensor. Errors are those of torch.distributed.
 
-On CPUs reductions move the operands and fold them here, in team order: the bits are then those of the
-in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces.
+On CPUs reductions move the operands and fold them here, in team order: the bits are then those of
+the in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from funcpipe._src.comm import Done, Pending
 from funcpipe._src.comm import tensor_layout as wire
 from funcpipe._src.comm.groups import Team
 
-_SMALL = 1 << 16  # bytes that a gather may hand to every member at once, rather than in a ring of steps
+_SMALL = (
+    1 << 16
+)  # bytes that a gather may hand to every member at once, rather than in a ring of steps
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _REDUCED_BY_NCCL = frozenset(
     {
@@ -59,7 +61,9 @@ def all_gather(x: torch.Tensor, team: Team) -> torch.Tensor:
 class _Work:
     """A collective under way, and what becomes of what it wrote."""
 
-    def __init__(self, work: dist.Work, finish: Callable[[], torch.Tensor], *held: torch.Tensor) -> None:
+    def __init__(
+        self, work: dist.Work, finish: Callable[[], torch.Tensor], *held: torch.Tensor
+    ) -> None:
         self.work, self.finish, self.held = work, finish, held
 
     def wait(self) -> torch.Tensor:
@@ -111,7 +115,12 @@ def _by_rank(x: torch.Tensor, team: Team) -> torch.Tensor:
 
 def reduce_scatter(x: torch.Tensor, team: Team) -> torch.Tensor:
     """The sum over members of their ``x[i]``, where ``i`` is the own place."""
-    if x.device.type == "cpu" or team.group is None or x.dtype not in _REDUCED_BY_NCCL or x.numel() == 0:
+    if (
+        x.device.type == "cpu"
+        or team.group is None
+        or x.dtype not in _REDUCED_BY_NCCL
+        or x.numel() == 0
+    ):
         return wire.fold(list(all_to_all(x, team)), "sum")
     x = _by_rank(x, team)
     out = x.new_empty(x.shape[1:])

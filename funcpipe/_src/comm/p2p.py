@@ -1,13 +1,15 @@
 """Messages over process groups: one mail for gloo, one for NCCL.
 
-Terms. A *lane* is a (source, destination, channel). A message is a sequence of tensors; each travels as the
-flat elements in its wire order (`tensor_layout.py`), and one without elements does not travel at all. A *pending*
+Terms. A *lane* is a (source, destination, channel). A message is a sequence of tensors; each
+travels as the flat elements in its wire order (`tensor_layout.py`), and one without elements does
+not travel at all. A *pending*
 send is one that may not have left yet: its tensor must live until then.
 
-In: tensors, peers, channels. Out: filled tensors, pending sends. Errors are those of torch.distributed.
+In: tensors, peers, channels. Out: filled tensors, pending sends. Errors are those of
+torch.distributed.
 
-FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo every tensor
-carries its number in its tag, on NCCL every lane has a communicator of its own.
+FIFO on a lane does not hang on the order in which a library happens to match messages: on gloo
+every tensor carries its number in its tag, on NCCL every lane has a communicator of its own.
 """
 
 from __future__ import annotations
@@ -74,9 +76,10 @@ class _Lane:
 class GlooMail:
     """Messages between CPUs, over one group of all ranks.
 
-    A gloo send says that it has left only to who waits for it, and to wait would make a send wait for its
-    receiver. So every sent tensor is kept until somebody who knows that it has arrived waits for it, or ``flush``.
-    To wait takes a moment even then, so that small ones are kept until ``flush`` in any case.
+    A gloo send says that it has left only to who waits for it, and to wait would make a send wait
+    for its receiver. So every sent tensor is kept until somebody who knows that it has arrived
+    waits for it, or ``flush``. To wait takes a moment even then, so that small ones are kept until
+    ``flush`` in any case.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: dist.Store, key: str) -> None:
@@ -103,7 +106,8 @@ class GlooMail:
         works = []
         for out in outs:
             if out.numel():
-                # A view or copy where `out` is not contiguous; the elements of a copy are put in place below.
+                # A view or copy where `out` is not contiguous; the elements of a copy are put in
+                # place below.
                 dense = out if out.is_contiguous() else wire.flat(out)
                 works.append((self._group.recv([dense], lane.peer, lane.tag()), dense, out))
         for work, dense, out in works:
@@ -120,12 +124,15 @@ class GlooMail:
         return lane
 
     def _number(self, channel: str) -> int:
-        """The number of a channel, the same on all ranks: whoever asks the store first gives it one."""
+        """The number of a channel, the same on all ranks: whoever asks the store first gives it
+        one."""
         if channel not in self._channels:
             number = self._store.add(f"{self._key}/channels", 1)
             kept = int(self._store.compare_set(f"{self._key}/channel/{channel}", "", str(number)))
             if kept >= _CHANNELS:
-                raise RuntimeError(f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart")
+                raise RuntimeError(
+                    f"more than {_CHANNELS} channels; reuse names, FIFO order tells messages apart"
+                )
             self._channels[channel] = kept
         return self._channels[channel]
 
@@ -133,13 +140,16 @@ class GlooMail:
 class NcclMail:
     """Messages between GPUs, one communicator for each lane (`Groups.prepare`).
 
-    Both ends only enqueue: a receive makes the current stream wait, not the host, and so does who waits for a
-    send; what is then freed may be used again. At the latest ``flush`` does so, which joins the communicators'
-    streams to the current one, as a capture of the step into a CUDA graph needs.
+    Both ends only enqueue: a receive makes the current stream wait, not the host, and so does who
+    waits for a send; what is then freed may be used again. At the latest ``flush`` does so, which
+    joins the communicators' streams to the current one, as a capture of the step into a CUDA graph
+    needs.
 
-    torch marks what travels as used by the communicator's stream (``record_stream``), and what is marked while a
-    graph is captured is not used again before its end: every message would keep memory of its own. Here the program
-    proves how long each lives, so they travel under names that the allocator does not know.
+    torch marks what travels as used by the communicator's stream (``record_stream``), and what is
+    marked while a
+    graph is captured is not used again before its end: every message would keep memory of its own.
+    Here the program proves how long each lives, so they travel under names that the allocator does
+    not know.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -148,7 +158,9 @@ class NcclMail:
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> list[Pending]:
         group = self._groups.lane(self._groups.rank, dst, channel)
-        there = int(self._groups.rank < dst)  # the two ranks of a group are counted in ascending order
+        there = int(
+            self._groups.rank < dst
+        )  # the two ranks of a group are counted in ascending order
         out: list[Pending] = []
         for x in xs:
             if x.numel():
@@ -174,7 +186,8 @@ class NcclMail:
 
 
 def unmarked(x: torch.Tensor) -> torch.Tensor:
-    """The same memory, which lives as long as this does, in a tensor that torch's allocator takes for somebody else's."""
+    """The same memory, which lives as long as this does, in a tensor that torch's allocator takes
+    for somebody else's."""
     return torch.from_dlpack(to_dlpack(x.detach()))
 
 

@@ -1,6 +1,8 @@
-"""Ranks inside this process: one thread a rank, exactly one of which runs at a time (`cooperative_scheduler.py`).
+"""Ranks inside this process: one thread a rank, exactly one of which runs at a time
+(`cooperative_scheduler.py`).
 
-In: a mesh and ``body(comm) -> result``. Out: the results in rank order, or the first error. Both are the same
+In: a mesh and ``body(comm) -> result``. Out: the results in rank order, or the first error. Both
+are the same
 in every run: the interleaving depends on nothing but the program.
 """
 
@@ -26,10 +28,12 @@ _CPU = torch.device("cpu")
 
 
 class InProcessCommunicator:
-    """One rank's way to the others, as ``funcpipe._src.comm.Communicator`` describes it. ``Ranks`` makes them.
+    """One rank's way to the others, as ``funcpipe._src.comm.Communicator`` describes it. ``Ranks``
+    makes them.
 
-    Messages and exchanged objects are handed over by reference, so nobody may change them afterwards; the
-    results of collectives are new tensors that no two ranks share. Sums are taken in group order.
+    Messages and exchanged objects are handed over by reference, so nobody may change them
+    afterwards; the results of collectives are new tensors that no two ranks share. Sums are taken
+    in group order.
     """
 
     def __init__(self, world: World, rank: int) -> None:
@@ -40,11 +44,15 @@ class InProcessCommunicator:
         group = self.mesh.group(self.rank, axes)
         if len(group) == 1:
             return combine([x])[0]
-        return self._world.meet(self.rank, Call(kind, axes, tuple(x.shape), x.dtype), group, x, combine)
+        return self._world.meet(
+            self.rank, Call(kind, axes, tuple(x.shape), x.dtype), group, x, combine
+        )
 
     def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
         wire.check_op(op)
-        return self._collective(f"all_reduce({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs)))
+        return self._collective(
+            f"all_reduce({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs))
+        )
 
     def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         return self._collective("all_gather", x, axes, lambda xs: _copies(torch.stack(xs), len(xs)))
@@ -67,7 +75,10 @@ class InProcessCommunicator:
     def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
         wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
         return self._collective(
-            "all_to_all", x, axes, lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))]
+            "all_to_all",
+            x,
+            axes,
+            lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))],
         )
 
     def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Done]:
@@ -109,9 +120,13 @@ class InProcessCommunicator:
 
     def _exchange(self, kind: str, what: Any) -> list[Any]:
         everyone = tuple(range(self.mesh.size))
-        return self._world.meet(self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs])
+        return self._world.meet(
+            self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs]
+        )
 
-    def prepare(self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()) -> None:
+    def prepare(
+        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()
+    ) -> None:
         for axes in axes_sets:
             self.mesh.check(axes, "prepare")
 
@@ -133,7 +148,8 @@ def _copies(x: torch.Tensor, n: int) -> list[torch.Tensor]:
 
 
 def _serve(world: World, rank: int) -> None:
-    """A rank's thread: sleep until the floor comes, run the job, hand the floor on; no job means the end."""
+    """A rank's thread: sleep until the floor comes, run the job, hand the floor on; no job means
+    the end."""
     gate = world.gates[rank]
     while True:
         gate.acquire()
@@ -156,7 +172,8 @@ class Ranks:
     """The ranks of a mesh as threads of this process, for any number of runs; a context manager.
 
     Args:
-        mesh: a thread is kept for each of its ranks, from the first run to ``close`` (or garbage collection).
+        mesh: a thread is kept for each of its ranks, from the first run to ``close`` (or garbage
+            collection).
         device: what the communicators say their device is.
 
     >>> with Ranks(Mesh(pipe=2, data=2)) as ranks:
@@ -173,22 +190,26 @@ class Ranks:
         self._closer = weakref.finalize(self, _dismiss, self._world, self._threads)
 
     def run(self, body: Callable[[InProcessCommunicator], T]) -> list[T]:
-        """Run ``body(comm)`` once per rank, without gradients, in a copy of the caller's context variables.
+        """Run ``body(comm)`` once per rank, without gradients, in a copy of the caller's context
+        variables.
 
         Returns:
             the results in rank order.
 
         Raises:
-            DeadlockError: every unfinished rank waits for another one; says where each of them stands.
-            MismatchError: members of a group called different collectives, a message is not what its receiver
-                expects, or nobody received it.
-            Exception: the first error that a rank raised, with a note that names the rank; the others were
-                stopped.
+            DeadlockError: every unfinished rank waits for another one; says where each of them
+            stands.
+            MismatchError: members of a group called different collectives, a message is not what
+                its receiver expects, or nobody received it.
+            Exception: the first error that a rank raised, with a note that names the rank; the
+                others were stopped.
         """
         if not self._closer.alive:
             raise FuncpipeError("these ranks are closed; make new ones with Ranks(mesh)")
         if not self._busy.acquire(blocking=False):
-            raise FuncpipeError("these ranks are running already; give each thread its own Ranks(mesh)")
+            raise FuncpipeError(
+                "these ranks are running already; give each thread its own Ranks(mesh)"
+            )
         try:
             return self._run(body)
         finally:
@@ -246,7 +267,8 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _wait(world: World) -> None:
-    """Sleep until every rank has finished; an interrupt stops them at their next call of the communicator."""
+    """Sleep until every rank has finished; an interrupt stops them at their next call of the
+    communicator."""
     while world.state.count(DONE) < world.mesh.size:
         try:
             world.home.acquire()
@@ -266,7 +288,9 @@ def _raise_first(world: World) -> None:
             raise MismatchError(f"rank {box.dst} finished without receiving {box.unread()}")
 
 
-def run_ranks(mesh: Mesh, body: Callable[[InProcessCommunicator], T], device: torch.device | str = _CPU) -> list[T]:
+def run_ranks(
+    mesh: Mesh, body: Callable[[InProcessCommunicator], T], device: torch.device | str = _CPU
+) -> list[T]:
     """Run ``body(comm)`` once per rank of the mesh in this process; ``Ranks.run`` for a single run.
 
     >>> run_ranks(Mesh(seq=3), lambda comm: comm.exchange(comm.rank * 10))

@@ -1,8 +1,10 @@
-"""Tensors on the wire: how they are laid out there, what both communicators refuse, how errors name them.
+"""Tensors on the wire: how they are laid out there, what both communicators refuse, how errors name
+them.
 
-Terms. A tensor is *dense* when its elements fill its storage range without gaps or overlaps, in any order of
-dims. Its *wire order* is the order in which its elements travel: memory order when it is dense, row-major
-otherwise. The wire carries elements only, so both ends must have the same wire order.
+Terms. A tensor is *dense* when its elements fill its storage range without gaps or overlaps, in any
+order of dims. Its *wire order* is the order in which its elements travel: memory order when it is
+dense, row-major otherwise. The wire carries elements only, so both ends must have the same wire
+order.
 
 In: tensors. Out: flat views of them, yes or no, words.
 """
@@ -51,7 +53,8 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:
-    """The elements in wire order as a 1-d tensor: a view where the tensor is dense, a copy otherwise.
+    """The elements in wire order as a 1-d tensor: a view where the tensor is dense, a copy
+    otherwise.
 
     >>> flat(torch.arange(6).view(2, 3).T).tolist(), flat(torch.arange(6).view(2, 3)[:, 1:]).tolist()
     ([0, 1, 2, 3, 4, 5], [1, 2, 4, 5])
@@ -69,7 +72,8 @@ def fresh(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(xs: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """The sum (``"sum"``) or maximum (``"max"``) of tensors of one shape, in the given order: a new tensor.
+    """The sum (``"sum"``) or maximum (``"max"``) of tensors of one shape, in the given order: a new
+    tensor.
 
     >>> fold([torch.tensor([1, 5]), torch.tensor([2, 3])], "max")
     tensor([2, 5])
@@ -111,7 +115,9 @@ def specs(xs: Sequence[torch.Tensor], strides: bool = False) -> str:
     '(float32[3, 2] with strides (1, 3), float32[] with strides ())'
     """
     tails = [f" with strides {x.stride()}" if strides else "" for x in xs]
-    return f"({', '.join(spec(x.shape, x.dtype) + tail for x, tail in zip(xs, tails, strict=True))})"
+    return (
+        f"({', '.join(spec(x.shape, x.dtype) + tail for x, tail in zip(xs, tails, strict=True))})"
+    )
 
 
 def check_op(op: str) -> None:
@@ -124,4 +130,6 @@ def check_pieces(kind: str, x: torch.Tensor, axes: Axes, n: int) -> None:
     """ValueError unless ``x`` has one piece for every member along dim 0."""
     if x.dim() == 0 or x.shape[0] != n:
         what = spec(x.shape, x.dtype)
-        raise ValueError(f"{kind} over {axes} takes one piece for each of {n} ranks along dim 0, not {what}")
+        raise ValueError(
+            f"{kind} over {axes} takes one piece for each of {n} ranks along dim 0, not {what}"
+        )

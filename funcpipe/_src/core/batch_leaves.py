@@ -1,9 +1,12 @@
-"""Batch leaves: what people pass in a batch becomes tensors and constants, or is refused by its path.
+"""Batch leaves: what people pass in a batch becomes tensors and constants, or is refused by its
+path.
 
-A numpy array becomes a tensor. A mapping that is no dict, such as a tokenizer's output, becomes `Items`. A *constant* is any
-other leaf; a plan holds for its value, so that it needs a key which tells it from every other value.
+A numpy array becomes a tensor. A mapping that is no dict, such as a tokenizer's output, becomes
+`Items`. A *constant* is any other leaf; a plan holds for its value, so that it needs a key which
+tells it from every other value.
 
-In: a batch as it was passed. Out: the same batch of tensors and constants; or a BatchError that names the path.
+In: a batch as it was passed. Out: the same batch of tensors and constants; or a BatchError that
+names the path.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class MissingEntry(BatchError, AttributeError):
 
 
 class Items(dict):
-    """A mapping that was no dict: a dict whose entries can be read as attributes, as those of a tokenizer's output can.
+    """A mapping that was no dict: a dict whose entries can be read as attributes, as those of a
+    tokenizer's output can.
 
     >>> Items(x=1).x
     1
@@ -45,13 +49,16 @@ class Items(dict):
         if name in self:
             return self[name]
         raise MissingEntry(
-            f"a mapping in the batch has no entry {name!r}{user_line() or ''}: in a loss function it is a dict of its entries, "
+            f"a mapping in the batch has no entry {name!r}{user_line() or ''}: in a loss "
+            "function it is a dict of its entries, "
             f"{list(self)}. Call the mapping's own methods before the step"
         )
 
 
 def _flatten_items(x: Any) -> tuple[Iterable[Any], Any, Iterable[Any]]:
-    keys = tree.flatten(dict.fromkeys(x, 0))[1].entries()  # in the order in which those of a dict are
+    keys = tree.flatten(dict.fromkeys(x, 0))[
+        1
+    ].entries()  # in the order in which those of a dict are
     return [x[key] for key in keys], (tuple(keys), tuple(x)), keys
 
 
@@ -61,7 +68,11 @@ def _unflatten_items(keys: Any, children: Iterable[Any]) -> Items:
 
 
 optree.register_pytree_node(
-    Items, _flatten_items, _unflatten_items, path_entry_type=optree.MappingEntry, namespace=tree.NAMESPACE
+    Items,
+    _flatten_items,
+    _unflatten_items,
+    path_entry_type=optree.MappingEntry,
+    namespace=tree.NAMESPACE,
 )
 
 
@@ -72,7 +83,8 @@ def read_batch(batch: Any, name: str = "batch") -> Any:
     """The batch of tensors and constants that a runner works on; ``batch`` itself if it is one.
 
     Args:
-        batch: a pytree. Numpy arrays and numbers become tensors, without a copy where torch can do without.
+        batch: a pytree. Numpy arrays and numbers become tensors, without a copy where torch can do
+            without.
         name: what it is called in errors.
 
     Raises:
@@ -89,7 +101,8 @@ def read_batch(batch: Any, name: str = "batch") -> Any:
 
 
 def with_tensors(batch: Any) -> Any:
-    """The batch with tensors in place of numpy's arrays and numbers, as plain PyTorch gets it; all else stays.
+    """The batch with tensors in place of numpy's arrays and numbers, as plain PyTorch gets it; all
+    else stays.
 
     >>> with_tensors([np.float32(2.0), "train"])
     [tensor(2.), 'train']
@@ -117,7 +130,9 @@ def _is_read(x: Any) -> bool:
     """Whether a leaf is a tensor or a constant already, of the usual kinds."""
     kind = type(x)
     if kind is torch.Tensor:
-        return x.layout is torch.strided and not (x.is_meta or x.is_conj() or x.is_neg() or x.is_quantized)
+        return x.layout is torch.strided and not (
+            x.is_meta or x.is_conj() or x.is_neg() or x.is_quantized
+        )
     return kind in _PLAIN or (kind is float and x == x)
 
 
@@ -140,18 +155,35 @@ def _read_tensor(path: str, x: torch.Tensor) -> torch.Tensor:
     if isinstance(x, FakeTensor):
         return x
     if x.is_nested:
-        what = "a nested tensor (torch.nested)", "pad it (x.to_padded_tensor(0)), or pass its values() and offsets()"
+        what = (
+            "a nested tensor (torch.nested)",
+            "pad it (x.to_padded_tensor(0)), or pass its values() and offsets()",
+        )
     elif x.is_meta:
-        what = "a tensor on the meta device, which holds no numbers", "make it on the device of the others"
+        what = (
+            "a tensor on the meta device, which holds no numbers",
+            "make it on the device of the others",
+        )
     elif x.is_quantized:
-        what = f"a quantized tensor ({x.dtype})", "pass x.dequantize(), or x.int_repr() with scale and zero point"
+        what = (
+            f"a quantized tensor ({x.dtype})",
+            "pass x.dequantize(), or x.int_repr() with scale and zero point",
+        )
     elif x.layout is not torch.strided:
-        what = f"a sparse tensor ({x.layout})", "pass x.to_dense(), or its indices and values as two leaves"
+        what = (
+            f"a sparse tensor ({x.layout})",
+            "pass x.to_dense(), or its indices and values as two leaves",
+        )
     elif type(x) not in (torch.Tensor, nn.Parameter):
-        what = f"a {type(x).__name__}, a subclass of torch.Tensor", "pass x.as_subclass(torch.Tensor)"
+        what = (
+            f"a {type(x).__name__}, a subclass of torch.Tensor",
+            "pass x.as_subclass(torch.Tensor)",
+        )
     else:
         return x.resolve_conj().resolve_neg()
-    raise BatchError(f"{path} is {what[0]}; a batch is split and traced as dense tensors: {what[1]}")
+    raise BatchError(
+        f"{path} is {what[0]}; a batch is split and traced as dense tensors: {what[1]}"
+    )
 
 
 # ---- numpy
@@ -180,7 +212,8 @@ def _from_numpy(path: str, x: np.ndarray | np.generic) -> torch.Tensor:
         return torch.from_numpy(np.array(array, order="C"))
     except (TypeError, ValueError):
         raise BatchError(
-            f"{path} is an array of numpy with dtype {array.dtype}, which torch does not have: write x.astype(...) with one "
+            f"{path} is an array of numpy with dtype {array.dtype}, which torch does not have: "
+            "write x.astype(...) with one "
             "that it has; texts go in a list of str, the fields of records in a dict"
         ) from None
 
@@ -215,19 +248,29 @@ def _problem(x: Any) -> str:
     name, kind = type(x).__name__, type(x)
     if kind in (float, complex) and x != x:
         return (
-            f"{x}, which equals nothing, itself included: no plan could be found for it again. Write torch.tensor({x})"
+            f"{x}, which equals nothing, itself included: no plan could be found for it "
+            f"again. Write torch.tensor({x})"
         )
     if isinstance(x, set):
         return f"a {name}, which has no order that ranks could share: write a sorted tuple or list"
     if isinstance(x, nn.Module):
-        return f"a {name}, a module: pass its tensors (fp.from_module gives them), and close over the rest"
+        return (
+            f"a {name}, a module: pass its tensors (fp.from_module gives them), and close "
+            "over the rest"
+        )
     if _holds(x, lambda y: isinstance(y, torch.Tensor | np.ndarray)):
         return _unregistered(x, "whose tensors are not seen")
-    if kind in _PLAIN or x is None or isinstance(x, (float, complex, slice, frozenset, *_BY_IDENTITY, *_BY_VALUE)):
+    if (
+        kind in _PLAIN
+        or x is None
+        or isinstance(x, (float, complex, slice, frozenset, *_BY_IDENTITY, *_BY_VALUE))
+    ):
         return ""
     if _is_frozen(x):
         found = ((f.name, _problem(getattr(x, f.name))) for f in dataclasses.fields(x))
-        return next((f"a {name} whose {field} is {problem}" for field, problem in found if problem), "")
+        return next(
+            (f"a {name} whose {field} is {problem}" for field, problem in found if problem), ""
+        )
     if kind.__eq__ is object.__eq__ and not callable(x):
         return _unregistered(x, "compared by identity, so that a change in it would not be seen")
     try:
@@ -241,7 +284,8 @@ def _unregistered(x: Any, why: str) -> str:
     name = type(x).__name__
     what = f"a {name} (a dataclass)" if dataclasses.is_dataclass(x) else f"a {name}"
     return (
-        f"{what}, {why}: the class is no pytree node. Pass tensors, or a dict of them; or register the class: "
+        f"{what}, {why}: the class is no pytree node. Pass tensors, or a dict of them; or "
+        "register the class: "
         f"optree.register_pytree_node({name}, flatten, unflatten, namespace={tree.NAMESPACE!r})"
     )
 

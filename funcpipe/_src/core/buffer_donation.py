@@ -1,14 +1,16 @@
-"""Donation: memory of a state that an optimizer may write to, since nobody reads what it holds any more.
+"""Donation: memory of a state that an optimizer may write to, since nobody reads what it holds any
+more.
 
-A step is pure, and so are optimizers: they make new tensors. A runner that is given a state to use up needs no copy of it.
-Whether a leaf is read again after its update cannot be seen in a step; but a step does the same every time, so it can be seen
-by *watching* it once, on fakes (`analysis/state.py`). Old params that are compared with new ones, or kept for an average, are read, and go
-on being copied.
+A step is pure, and so are optimizers: they make new tensors. A runner that is given a state to use
+up needs no copy of it. Whether a leaf is read again after its update cannot be seen in a step; but
+a step does the same every time, so it can be seen by *watching* it once, on fakes
+(`analysis/state.py`). Old params that are compared with new ones, or kept for an average, are read,
+and go on being copied.
 
 Terms. An optimizer *offers* a tensor when it asks for one that it may write to in its place.
 
-In: a step that runs once under a `Ledger` that watches, then inside `donate`. Out: `writable`, which gives an optimizer a copy
-of a tensor, or the tensor itself.
+In: a step that runs once under a `Ledger` that watches, then inside `donate`. Out: `writable`,
+which gives an optimizer a copy of a tensor, or the tensor itself.
 """
 
 from __future__ import annotations
@@ -26,9 +28,8 @@ from funcpipe.errors import StateError
 
 _ledger: ContextVar[Ledger | None] = ContextVar("funcpipe_ledger", default=None)
 _writable: ContextVar[Lent | None] = ContextVar("funcpipe_writable", default=None)
-_SPENT = (
-    "_funcpipe_spent"  # an attribute of the leaves of states that a runner has made: whether what they held is gone
-)
+# an attribute of the leaves of states that a runner has made: whether what they held is gone
+_SPENT = "_funcpipe_spent"
 
 
 def writable(x: torch.Tensor) -> torch.Tensor:
@@ -53,8 +54,8 @@ def memory(x: torch.Tensor) -> int:
 
 
 class Lent:
-    """Leaves of a state that optimizers may write to. A leaf is spent before one does, so that a step which fails half-way
-    leaves nothing that passes as good."""
+    """Leaves of a state that optimizers may write to. A leaf is spent before one does, so that a
+    step which fails half-way leaves nothing that passes as good."""
 
     def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
         self._leaves = {memory(x): x for x in leaves}
@@ -70,8 +71,8 @@ class Lent:
 
 @contextlib.contextmanager
 def donate(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Inside, optimizers write to these leaves of a state, no two of which share memory; they lie at places that a ledger
-    found to be ``free``."""
+    """Inside, optimizers write to these leaves of a state, no two of which share memory; they lie
+    at places that a ledger found to be ``free``."""
     token = _writable.set(Lent(leaves))
     try:
         yield
@@ -92,8 +93,10 @@ def spent(x: Any) -> bool | None:
 
 
 SPENT_LEAF = (
-    "{path} was given to an earlier step, which has updated it in place, or is a view of such a leaf: it is used up (half, if "
-    "that step failed). Pass the state that the last step returned; clone what you want to keep, load a checkpoint, or let "
+    "{path} was given to an earlier step, which has updated it in place, or is a view of such a "
+    "leaf: it is used up (half, if "
+    "that step failed). Pass the state that the last step returned; clone what you want to keep, "
+    "load a checkpoint, or let "
     "steps leave old states alone: fp.spmd(..., donate=False), without a CUDA graph"
 )
 
@@ -135,7 +138,9 @@ class Ledger:
     def read(self, x: Any) -> None:
         """Note that all tensors of a tree are read."""
         if self._offered:
-            self._read |= {_storage(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)} & self._offered
+            self._read |= {
+                _storage(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)
+            } & self._offered
 
     def offer(self, x: torch.Tensor) -> None:
         """Note that an optimizer would write to a tensor."""

@@ -1,7 +1,8 @@
-"""Checksums: one number for the bits of a tensor, computed where it lies; the host reads the numbers alone.
+"""Checksums: one number for the bits of a tensor, computed where it lies; the host reads the
+numbers alone.
 
-In: tensors, or any other leaves of a tree. Out: a number for each. Equal bits have equal numbers; others
-have different ones but for chance.
+In: tensors, or any other leaves of a tree. Out: a number for each. Equal bits have equal numbers;
+others have different ones but for chance.
 """
 
 from __future__ import annotations
@@ -13,24 +14,30 @@ from typing import Any
 
 import torch
 
-# Words at a time. Their products take 256 KiB on a CPU, which its cache holds, and 512 KiB elsewhere: a
-# step that just fits into memory still does.
+# Words at a time. Their products take 256 KiB on a CPU, which its cache holds, and 512 KiB
+# elsewhere: a step that just fits into memory still does.
 _CHUNK = {"cpu": 1 << 15}
 _LARGE = 1 << 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_ODD = -0x61C8864680B583EB  # 2**64 over the golden ratio; odd, so that a product with it loses nothing
+_ODD = (
+    -0x61C8864680B583EB
+)  # 2**64 over the golden ratio; odd, so that a product with it loses nothing
 
 
 def checksums(leaves: Sequence[Any]) -> list[int]:
-    """A number for every leaf: for a tensor of its bits in row-major order, else of its ``repr``, without addresses.
+    """A number for every leaf: for a tensor of its bits in row-major order, else of its ``repr``,
+    without addresses.
 
-    It depends on where a value stands, not on strides. No tensor is moved; one that is not contiguous is copied.
+    It depends on where a value stands, not on strides. No tensor is moved; one that is not
+    contiguous is copied.
 
     >>> one, same, other = checksums([torch.ones(3), torch.ones(3, 2)[:, 0], torch.tensor([1.0, 1.0, 2.0])])
     >>> one == same, one == other
     (True, False)
     """
-    out = [0 if isinstance(x, torch.Tensor) else text_sum(_ADDRESS.sub("", repr(x))) for x in leaves]
+    out = [
+        0 if isinstance(x, torch.Tensor) else text_sum(_ADDRESS.sub("", repr(x))) for x in leaves
+    ]
     where: dict[torch.device, list[int]] = {}
     for i, x in enumerate(leaves):
         if isinstance(x, torch.Tensor) and x.device.type != "meta":
@@ -62,8 +69,9 @@ def _words(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(size: int, device: torch.device) -> torch.Tensor:
-    """64-bit integers that look random. Sums of 32-bit words times these differ for different words, but in one of
-    2**32 cases (multilinear hashing; Lemire and Kaser 2014, "Strongly universal string hashing is fast")."""
+    """64-bit integers that look random. Sums of 32-bit words times these differ for different
+    words, but in one of 2**32 cases (multilinear hashing; Lemire and Kaser 2014, "Strongly
+    universal string hashing is fast")."""
     x = torch.arange(1, size + 1, device=device) * _ODD
     for shift in (32, 29):
         x ^= x >> shift

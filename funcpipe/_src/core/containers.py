@@ -1,8 +1,10 @@
 """Containers: objects that hold tensors and that a tree does not look into.
 
-To a tree such an object is one leaf, so its tensors would be neither placed on ranks, nor updated, nor saved.
+To a tree such an object is one leaf, so its tensors would be neither placed on ranks, nor updated,
+nor saved.
 
-In: a tree. Out: nothing, or a StateError that names the object's class, its path and how to register it.
+In: a tree. Out: nothing, or a StateError that names the object's class, its path and how to
+register it.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ def check_containers(name: str, x: Any) -> None:
 
     >>> check_containers("state", {"w": torch.ones(2), "count": 0})
     >>> check_containers("state", {"w": {torch.ones(2)}})
-    Traceback (most recent call last):
-    funcpipe.errors.StateError: state['w'] is a set, which holds tensors but is not registered as a container: use a list or dict
+    Traceback (most recent call last): funcpipe.errors.StateError: state['w'] is a set, which holds
+    tensors but is not registered as a container: use a list or dict
     """
     for k, leaf in enumerate(tree.leaves(x)):
         if not isinstance(leaf, torch.Tensor) and _holds_tensors(leaf, _DEPTH):
             raise StateError(
-                f"{name}{tree.paths(x)[k]} is {_described(leaf)}, which holds tensors but is not registered as a container: "
+                f"{name}{tree.paths(x)[k]} is {_described(leaf)}, which holds tensors but is not "
+                "registered as a container: "
                 f"{_remedy(leaf)}"
             )
 
@@ -86,10 +89,13 @@ def _remedy(x: Any) -> str:
         return "use a list or dict"
     if dataclasses.is_dataclass(x):
         return (
-            'decorate it with @optree.dataclasses.dataclass(namespace="") in place of @dataclasses.dataclass, or make it a '
+            'decorate it with @optree.dataclasses.dataclass(namespace="") in place of '
+            "@dataclasses.dataclass, or make it a "
             "typing.NamedTuple or dict"
         )
     return (
-        'decorate it with @optree.register_pytree_node_class(namespace="funcpipe"), give it the methods tree_flatten and '
-        "tree_unflatten, and name that namespace in optree.tree_map; or make it a typing.NamedTuple or dict"
+        'decorate it with @optree.register_pytree_node_class(namespace="funcpipe"), give it the '
+        "methods tree_flatten and "
+        "tree_unflatten, and name that namespace in optree.tree_map; or make it a "
+        "typing.NamedTuple or dict"
     )

@@ -1,6 +1,7 @@
 """Scaling: the dynamic loss scale under which a step runs, and what became of its gradients.
 
-In: a scale. Out: a context in which every ``value_and_grad`` starts its backward pass from the scale, and counts.
+In: a scale. Out: a context in which every ``value_and_grad`` starts its backward pass from the
+scale, and counts.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def current() -> Scaling | None:
 
 
 def non_finite(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """How many leaves hold a value that is not finite: 0-d, int64. One pass over each: the largest magnitude tells.
+    """How many leaves hold a value that is not finite: 0-d, int64. One pass over each: the largest
+    magnitude tells.
 
     >>> non_finite([torch.tensor([1.0, torch.inf]), torch.zeros(0), torch.tensor(torch.nan), torch.tensor([3])])
     tensor(2)
@@ -53,4 +55,6 @@ def non_finite(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     able = [x for x in leaves if (x.is_floating_point() or x.is_complex()) and x.numel()]
     if not able:
         return torch.zeros((), dtype=torch.int64)
-    return torch.stack([torch.linalg.vector_norm(x, torch.inf).isfinite().logical_not() for x in able]).sum()
+    return torch.stack(
+        [torch.linalg.vector_norm(x, torch.inf).isfinite().logical_not() for x in able]
+    ).sum()

@@ -1,7 +1,8 @@
 """The mesh: named axes and their sizes. The last axis varies fastest over ranks.
 
-An **axis** is a mesh axis, a **dim** is a tensor dimension. A *group* of a rank over some axes is the tuple of ranks
-whose coordinates differ from its own on those axes only, in the order in which the axes are given.
+An **axis** is a mesh axis, a **dim** is a tensor dimension. A *group* of a rank over some axes is
+the tuple of ranks whose coordinates differ from its own on those axes only, in the order in which
+the axes are given.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ def as_axes(axis: str | Iterable[str]) -> Axes:
     >>> as_axes("pipe"), as_axes(["data", "seq"])
     (('pipe',), ('data', 'seq'))
     """
-    axes = (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    axes = (
+        (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    )
     if not all(isinstance(a, str) for a in axes):
-        raise StackError(f"axis={axis!r}: write the name of a mesh axis, such as axis='data', or a tuple of names")
+        raise StackError(
+            f"axis={axis!r}: write the name of a mesh axis, such as axis='data', or a tuple of "
+            "names"
+        )
     return axes
 
 
@@ -31,7 +37,8 @@ class Mesh:
     """Named axes of ranks, immutable and hashable.
 
     Args:
-        axes: the size of every axis, at least 1; the last one varies fastest over ranks. None at all: one rank.
+        axes: the size of every axis, at least 1; the last one varies fastest over ranks. None at
+            all: one rank.
 
     Raises:
         MeshError: a size that is not a positive int.
@@ -48,7 +55,8 @@ class Mesh:
         for name, n in axes.items():
             if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise MeshError(
-                    f"axis {name!r} of the mesh has size {n!r}; an axis has a whole number of ranks, 1 or more"
+                    f"axis {name!r} of the mesh has size {n!r}; an axis has a whole number of "
+                    "ranks, 1 or more"
                 )
         self._axes = tuple(axes.items())
         self._groups: dict[tuple[int, Axes], tuple[int, ...]] = {}
@@ -62,9 +70,16 @@ class Mesh:
         Mesh(pipe=2, data=4)
         """
         try:
-            return cls(**{name.strip(): int(n) for name, n in (part.split("=") for part in text.split(",") if part)})
+            return cls(
+                **{
+                    name.strip(): int(n)
+                    for name, n in (part.split("=") for part in text.split(",") if part)
+                }
+            )
         except ValueError:
-            raise MeshError(f"cannot read a mesh from {text!r}; write it like 'pipe=2,data=4'") from None
+            raise MeshError(
+                f"cannot read a mesh from {text!r}; write it like 'pipe=2,data=4'"
+            ) from None
 
     @property
     def axes(self) -> Mapping[str, int]:
@@ -107,12 +122,15 @@ class Mesh:
         return r
 
     def group(self, rank: int, axes: str | Iterable[str]) -> tuple[int, ...]:
-        """The ranks that differ from ``rank`` on ``axes`` only; the last of the given axes varies fastest."""
+        """The ranks that differ from ``rank`` on ``axes`` only; the last of the given axes varies
+        fastest."""
         key = (rank, as_axes(axes))
         if key not in self._groups:
             sizes, here = self.axes, self.coords(rank)
             places = itertools.product(*(range(sizes[a]) for a in self.check(key[1])))
-            self._groups[key] = tuple(self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places)
+            self._groups[key] = tuple(
+                self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places
+            )
         return self._groups[key]
 
     def index(self, rank: int, axes: str | Iterable[str]) -> int:

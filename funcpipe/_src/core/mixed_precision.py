@@ -1,11 +1,13 @@
 """Precision: what `mixed_precision` asks for, done around the step and around its loss functions.
 
-Terms. *Masters* are the params as the state holds them, in float32. The loss function sees them in the *compute* dtype:
-every rank casts its own once per step (a shard before it is gathered), and gradients are added up in the dtype of the
-masters. The *loss scale* is what the backward pass starts from in place of 1, so that small gradients do not vanish in
-float16; gradients are divided by it after all sums, and the loss never sees it. A *dynamic* scale lies in the state: `Scaled`.
+Terms. *Masters* are the params as the state holds them, in float32. The loss function sees them in
+the *compute* dtype: every rank casts its own once per step (a shard before it is gathered), and
+gradients are added up in the dtype of the masters. The *loss scale* is what the backward pass
+starts from in place of 1, so that small gradients do not vanish in float16; gradients are divided
+by it after all sums, and the loss never sees it. A *dynamic* scale lies in the state: `Scaled`.
 
-In: a step, an ``init_state`` or a loss function, and `Precision`. Out: the same with precision taken care of.
+In: a step, an ``init_state`` or a loss function, and `Precision`. Out: the same with precision
+taken care of.
 """
 
 from __future__ import annotations
@@ -24,15 +26,19 @@ from funcpipe.errors import StateError
 
 DYNAMIC = "dynamic"
 ROUNDED = (
-    "Here parts are computed in {dtype}, the whole as written: if the weight is rounded, leave what it is summed from out of "
+    "Here parts are computed in {dtype}, the whole as written: if the weight is rounded, leave "
+    "what it is summed from out of "
     "mixed_precision (batch=...), or sum it in float32"
 )
-_FIRST = 2.0**15  # the largest power of two that float16 holds: a loss that ends in float16 takes it too
+_FIRST = (
+    2.0**15
+)  # the largest power of two that float16 holds: a loss that ends in float16 takes it too
 
 
 @dataclass(frozen=True)
 class Precision:
-    """In which dtype a loss function computes, and how its backward pass is scaled; see `mixed_precision`."""
+    """In which dtype a loss function computes, and how its backward pass is scaled; see
+    `mixed_precision`."""
 
     compute: torch.dtype
     loss_scale: float | str | None = None
@@ -43,9 +49,15 @@ class Precision:
     batch: bool | Callable[[str], bool] = True
 
     def __str__(self) -> str:
-        given = [(f.name, getattr(self, f.name)) for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        given = [
+            (f.name, getattr(self, f.name))
+            for f in fields(self)[1:]
+            if getattr(self, f.name) != f.default
+        ]
         words = [f"compute={str(self.compute).removeprefix('torch.')!r}"]
-        words += [f"{name}=..." if callable(value) else f"{name}={value!r}" for name, value in given]
+        words += [
+            f"{name}=..." if callable(value) else f"{name}={value!r}" for name, value in given
+        ]
         return f"mixed_precision({', '.join(words)})"
 
     @property
@@ -68,7 +80,9 @@ class Precision:
         return self._narrowed(own) if wanted else own
 
     def _narrowed(self, own: torch.dtype) -> torch.dtype:
-        return self.compute if own.is_floating_point and own.itemsize >= self.compute.itemsize else own
+        return (
+            self.compute if own.is_floating_point and own.itemsize >= self.compute.itemsize else own
+        )
 
 
 class Scaled(NamedTuple):
@@ -77,7 +91,8 @@ class Scaled(NamedTuple):
     Args:
         state: what ``init_state`` made, and the step sees.
         scale: the loss scale of the next step: 0-d, float32.
-        good_steps: how many steps in a row had finite gradients since the scale last changed: 0-d, int64.
+        good_steps: how many steps in a row had finite gradients since the scale last changed: 0-d,
+            int64.
         skipped: how many steps were skipped so far: 0-d, int64.
     """
 
@@ -91,8 +106,9 @@ class Scaled(NamedTuple):
 
 
 def computed(loss_fn: Callable, has_aux: bool, p: Precision) -> Callable:
-    """A loss function that sees its batch in the compute dtype, and whose sums leave it in float32 at least: they go on
-    being added up, over microbatches and ranks. Its params come cast already."""
+    """A loss function that sees its batch in the compute dtype, and whose sums leave it in float32
+    at least: they go on being added up, over microbatches and ranks. Its params come cast
+    already."""
 
     @functools.wraps(loss_fn)
     def run(params: Any, batch: Any) -> Any:
@@ -105,7 +121,11 @@ def computed(loss_fn: Callable, has_aux: bool, p: Precision) -> Callable:
         if not has_aux:
             return _wide(out)
         # What has another form is refused where it is read.
-        return (_wide(out[0]), tree.map(_wide_mean, out[1], is_leaf=is_summary)) if type(out) is tuple else out
+        return (
+            (_wide(out[0]), tree.map(_wide_mean, out[1], is_leaf=is_summary))
+            if type(out) is tuple
+            else out
+        )
 
     return run
 
@@ -113,7 +133,11 @@ def computed(loss_fn: Callable, has_aux: bool, p: Precision) -> Callable:
 def _wide(x: Any) -> Any:
     if isinstance(x, Mean):
         return Mean(_wide(x.total), _wide(x.weight))
-    narrow = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize < torch.float32.itemsize
+    narrow = (
+        isinstance(x, torch.Tensor)
+        and x.is_floating_point()
+        and x.dtype.itemsize < torch.float32.itemsize
+    )
     return x.float() if narrow else x
 
 
@@ -135,7 +159,8 @@ def scaled_init(init_state: Callable[[Any], Any], device: torch.device) -> Calla
 
 
 def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any, Any], Any]:
-    """A step whose state is `Scaled`: one with a non-finite gradient anywhere on the mesh changes no leaf of the state.
+    """A step whose state is `Scaled`: one with a non-finite gradient anywhere on the mesh changes
+    no leaf of the state.
 
     Nothing waits for the host: both states are at hand, and elementwise one of them is taken.
     """
@@ -144,7 +169,8 @@ def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any,
     def run(state: Any, batch: Any) -> Any:
         if not isinstance(state, Scaled):
             raise StateError(
-                f"the state is {describe(state)}, but with a dynamic loss scale it is an fp.Scaled. Pass the state that "
+                f"the state is {describe(state)}, but with a dynamic loss scale it is an "
+                "fp.Scaled. Pass the state that "
                 "run.init, run.place or the last step returned"
             )
         with scaling.scaled(state.scale) as found:
@@ -164,10 +190,13 @@ def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any,
 
 
 def _next(state: Scaled, skip: torch.Tensor, p: Precision) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and good steps after a step. A scale that would leave the range of float32 stays."""
+    """The scale and good steps after a step. A scale that would leave the range of float32
+    stays."""
     good_steps = torch.where(skip, 0, state.good_steps + 1)
     grow = good_steps >= p.growth_interval
-    wanted = torch.where(skip, state.scale * p.backoff, torch.where(grow, state.scale * p.growth, state.scale))
+    wanted = torch.where(
+        skip, state.scale * p.backoff, torch.where(grow, state.scale * p.growth, state.scale)
+    )
     scale = torch.where(wanted.isfinite() & (wanted > 0), wanted, state.scale)
     return scale, torch.where(grow, 0, good_steps)
 
@@ -175,13 +204,15 @@ def _next(state: Scaled, skip: torch.Tensor, p: Precision) -> tuple[torch.Tensor
 def _told(metrics: Any, more: dict[str, torch.Tensor]) -> dict[str, Any]:
     if not isinstance(metrics, dict):
         raise StateError(
-            f"the step returns {describe(metrics)} as metrics, but with a dynamic loss scale {' and '.join(more)} join "
+            f"the step returns {describe(metrics)} as metrics, but with a dynamic loss scale "
+            f"{' and '.join(more)} join "
             "them: return a dict"
         )
     for name in more:
         if name in metrics:
             raise StateError(
-                f"metrics[{name!r}] is taken: mixed_precision reports its own under this name; give yours another one"
+                f"metrics[{name!r}] is taken: mixed_precision reports its own under this name; "
+                "give yours another one"
             )
     return {**metrics, **more}
 
@@ -203,7 +234,8 @@ def _either(skip: torch.Tensor, name: str, old: Any, new: Any) -> Any:
         return torch.where(skip, old, new)
     if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor) or old != new:
         raise StateError(
-            f"{name} goes from {old!r} to {new!r}: whether a step is skipped is known on the device only, so that a number "
+            f"{name} goes from {old!r} to {new!r}: whether a step is skipped is known on the "
+            "device only, so that a number "
             "of Python cannot follow it. Make it a tensor, such as torch.zeros(())"
         )
     return new

@@ -1,7 +1,8 @@
 """Pytrees (optree): leaves with their paths, prefixes, and absent leaves.
 
-In funcpipe ``None`` in a rank's tree means one thing: this rank does not hold the leaf. So the trees of users are
-flattened with ``None`` as an empty node, and the trees of ranks are flattened *up to* the full tree's structure.
+In funcpipe ``None`` in a rank's tree means one thing: this rank does not hold the leaf. So the
+trees of users are flattened with ``None`` as an empty node, and the trees of ranks are flattened
+*up to* the full tree's structure.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def without_data(tree: Any) -> Any:
     return map(lambda _: _Leaf(), tree)
 
 
-def map(fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def map(
+    fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
     """``optree.tree_map``."""
     return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf, namespace=NAMESPACE)
 
@@ -108,7 +111,8 @@ def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
 
 
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
-    """For every leaf of ``tree`` the leaf of ``prefix`` that stands above it; ``None`` is a leaf of the prefix.
+    """For every leaf of ``tree`` the leaf of ``prefix`` that stands above it; ``None`` is a leaf of
+    the prefix.
 
     >>> broadcast_prefix({"x": 0, "y": None}, {"x": [1, 2], "y": {"z": 3}})
     [0, 0, None]

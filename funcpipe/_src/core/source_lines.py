@@ -1,7 +1,7 @@
 """Lines: where in the user's own code something happens, for errors.
 
-In: the stack, or an error. Out: the innermost line that is neither torch's nor funcpipe's, as text that is ready to be put into
-a sentence.
+In: the stack, or an error. Out: the innermost line that is neither torch's nor funcpipe's, as text
+that is ready to be put into a sentence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class Line:
     number: int
 
     def __str__(self) -> str:
-        return f" at {Path(self.file).name}:{self.number} `{linecache.getline(self.file, self.number).strip()}`"
+        return (
+            f" at {Path(self.file).name}:{self.number} "
+            f"`{linecache.getline(self.file, self.number).strip()}`"
+        )
 
 
 def user_line() -> Line | None:
@@ -57,7 +60,9 @@ def user_depth() -> int:
 
 def line_of(error: BaseException) -> Line | None:
     """The line that an error comes from."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_FOREIGN)]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_FOREIGN)
+    ]
     return Line(frames[-1].filename, frames[-1].lineno or 0) if frames else None
 
 

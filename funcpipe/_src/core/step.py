@@ -1,11 +1,12 @@
 """The step: what a researcher calls in it.
 
-A *step* is a pure function ``(state, batch) -> (state, metrics)``; a *loss function* a pure function
-``(params, batch) -> scalar`` or ``-> Mean(total, weight)``. In a step, ``value_and_grad`` is the one primitive that
-transforms rewrite. It asks the current *context*: there is none in plain PyTorch; a runner binds one while it runs a
-transformed step (or looks at it on fake tensors).
+A *step* is a pure function ``(state, batch) -> (state, metrics)``; a *loss function* a pure
+function ``(params, batch) -> scalar`` or ``-> Mean(total, weight)``. In a step, ``value_and_grad``
+is the one primitive that transforms rewrite. It asks the current *context*: there is none in plain
+PyTorch; a runner binds one while it runs a transformed step (or looks at it on fake tensors).
 
-In: a loss function, params and a batch. Out: the loss and its gradient, as plain PyTorch or as the context says.
+In: a loss function, params and a batch. Out: the loss and its gradient, as plain PyTorch or as the
+context says.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class Mean(NamedTuple):
         total: 0-d tensor, the sum of what is averaged; every summand depends on the batch.
         weight: 0-d tensor, how much there was to average (tokens, rows); does not depend on params.
 
-    The loss of a step is the sum of totals over the sum of weights, over every microbatch and every shard, so that
-    gradients do not depend on how the batch was split.
+    The loss of a step is the sum of totals over the sum of weights, over every microbatch and every
+    shard, so that gradients do not depend on how the batch was split.
 
-    A mean of nothing is 0, and so is its gradient: where the whole weight is 0, as in a batch whose labels are all ignored,
-    an optimizer gets zeros. It still lets its momentum run out and decays weights, as with any gradient of zeros.
+    A mean of nothing is 0, and so is its gradient: where the whole weight is 0, as in a batch whose
+    labels are all ignored, an optimizer gets zeros. It still lets its momentum run out and decays
+    weights, as with any gradient of zeros.
     """
 
     total: torch.Tensor
@@ -45,7 +47,8 @@ class Mean(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An aux value with one entry per row of the batch: concatenated along ``dim`` in global row order."""
+    """An aux value with one entry per row of the batch: concatenated along ``dim`` in global row
+    order."""
 
     x: torch.Tensor
     dim: int = 0
@@ -61,7 +64,9 @@ class Context(Protocol):
     """What a runner binds while a transformed step runs."""
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any: ...
-    def global_sum(self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor: ...
+    def global_sum(
+        self, params: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor: ...
     def stage_boundary(self, x: Any) -> Any: ...
 
 
@@ -81,7 +86,8 @@ def bind(context: Context | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tap() -> Iterator[list]:
-    """Collect ``(context, loss, grads)`` of every ``value_and_grad`` call, in tensors of their own: for tests."""
+    """Collect ``(context, loss, grads)`` of every ``value_and_grad`` call, in tensors of their own:
+    for tests."""
     seen: list = []
     token = _tap.set(seen)
     try:
@@ -109,30 +115,39 @@ def stage_boundary(x: Any) -> Any:
     return x if context is None else context.stage_boundary(x)
 
 
-def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) -> Callable[[Any, Any], Any]:
-    """The loss and its gradient with respect to the params: the one primitive that transforms rewrite.
+def value_and_grad(
+    loss_fn: Callable[[Any, Any], Any], has_aux: bool = False
+) -> Callable[[Any, Any], Any]:
+    """The loss and its gradient with respect to the params: the one primitive that transforms
+    rewrite.
 
     Args:
-        loss_fn: ``(params, batch) -> scalar | Mean``; with ``has_aux``, ``-> (scalar | Mean, aux)``. Pure: every tensor
-            comes in through its arguments.
-        has_aux: whether the loss function returns further values. Their leaves are `Mean` (averaged over the whole
-            batch) or `Rows` (concatenated in row order); any tensor where the batch is not split.
+        loss_fn: ``(params, batch) -> scalar | Mean``; with ``has_aux``, ``-> (scalar | Mean,
+            aux)``. Pure: every tensor comes in through its arguments.
+        has_aux: whether the loss function returns further values. Their leaves are `Mean` (averaged
+            over the whole batch) or `Rows` (concatenated in row order); any tensor where the batch
+            is not split.
 
     Returns:
-        A function ``(params, batch) -> (loss, grads)``, or ``((loss, aux), grads)``. ``loss`` is a detached 0-d tensor,
-        ``grads`` a tree like ``params`` of dense tensors; the gradient of an unused or integer leaf is zeros.
+        A function ``(params, batch) -> (loss, grads)``, or ``((loss, aux), grads)``. ``loss`` is a
+        detached 0-d tensor, ``grads`` a tree like ``params`` of dense tensors; the gradient of an
+        unused or integer leaf is zeros.
 
-    Python values that the loss function reads (closed-over numbers, attributes, training flags) count as they are at the
-    call, also in a transformed step: another value makes another plan. What is followed, and what is not, is said in
-    ``analysis/host_values.py``.
+    Python values that the loss function reads (closed-over numbers, attributes, training flags)
+    count as they are at the
+    call, also in a transformed step: another value makes another plan. What is followed, and what
+    is not, is said in ``analysis/host_values.py``.
 
-    In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is torch.func's.
+    In plain PyTorch it is ``torch.autograd.grad``; inside a torch.func transform it is
+    torch.func's.
 
     Arrays and numbers of numpy in the batch are tensors for the loss function.
 
     Raises:
-        TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor; it runs in torch.inference_mode.
-        BatchError: a leaf of the batch is neither a tensor nor a constant (a number, a text, ...); in a runner.
+        TraceError: the loss is not a 0-d tensor, or a leaf of params is not a tensor; it runs in
+        torch.inference_mode.
+        BatchError: a leaf of the batch is neither a tensor nor a constant (a number, a text, ...);
+        in a runner.
 
     >>> w = torch.tensor([1.0, 2.0])
     >>> value_and_grad(lambda p, b: (p * b).sum())(w, torch.tensor([3.0, 4.0]))
@@ -160,9 +175,11 @@ def value_and_grad(loss_fn: Callable[[Any, Any], Any], has_aux: bool = False) ->
 
 
 def global_norm(tree_of_leaves: Any) -> torch.Tensor:
-    """The 2-norm over all elements of a tree of params, gradients or the like: a 0-d tensor, the same on every rank.
+    """The 2-norm over all elements of a tree of params, gradients or the like: a 0-d tensor, the
+    same on every rank.
 
-    Computed in float32, or in float64 where a leaf has it. A leaf that several ranks hold counts once.
+    Computed in float32, or in float64 where a leaf has it. A leaf that several ranks hold counts
+    once.
 
     >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
     tensor(5.)
@@ -170,12 +187,15 @@ def global_norm(tree_of_leaves: Any) -> torch.Tensor:
     return global_sum(tree_of_leaves, _sum_of_squares).sqrt()
 
 
-def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+def global_sum(
+    tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> torch.Tensor:
     """The sum over every rank of ``local(leaves)``, each element of a leaf counted once.
 
     Args:
         tree_of_leaves: params, gradients, or a tree like them.
-        local: from the leaves that this rank counts (possibly none) to a 0-d tensor or number, additive over elements.
+        local: from the leaves that this rank counts (possibly none) to a 0-d tensor or number,
+            additive over elements.
 
     >>> global_sum([torch.ones(3), torch.ones(2)], lambda leaves: sum(x.sum() for x in leaves))
     tensor(5.)
@@ -190,12 +210,16 @@ def global_sum(tree_of_leaves: Any, local: Callable[[list[torch.Tensor]], torch.
     return summed(tree.leaves(tree_of_leaves))
 
 
-Join = Callable[[Sequence[Any]], Any]  # from a value for each leaf of the whole tree to a tree of them
+Join = Callable[
+    [Sequence[Any]], Any
+]  # from a value for each leaf of the whole tree to a tree of them
 
 
 def join(spec: Any, shown: Sequence[bool], values: Sequence[Any]) -> Any:
     """The tree of the values that are shown, with None for others."""
-    return tree.unflatten(spec, [x if here else None for x, here in zip(values, shown, strict=True)])
+    return tree.unflatten(
+        spec, [x if here else None for x, here in zip(values, shown, strict=True)]
+    )
 
 
 def reduce_leaves(
@@ -205,15 +229,16 @@ def reduce_leaves(
 
     Args:
         tree_of_leaves: as for `global_sum`.
-        local: gets an entry for every leaf of the whole tree, None for those that this rank does not count; gives a tensor
-            whose shape follows from their number.
+        local: gets an entry for every leaf of the whole tree, None for those that this rank does
+            not count; gives a tensor whose shape follows from their number.
         op: "sum" or "max".
 
     Returns:
-        what makes a tree of a value for each leaf, and what ``local`` gave, reduced over every rank. Where the values of such
-        a tree go with leaves, a rank has those of its own leaves.
+        what makes a tree of a value for each leaf, and what ``local`` gave, reduced over every
+        rank. Where the values of such a tree go with leaves, a rank has those of its own leaves.
     """
-    # The contexts under which a loss function is looked at or traced hold all leaves, as plain PyTorch does.
+    # The contexts under which a loss function is looked at or traced hold all leaves, as plain
+    # PyTorch does.
     return getattr(_context.get(), "reduce", _plain_reduce)(tree_of_leaves, local, op)
 
 
@@ -230,7 +255,9 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     """
     norm = global_norm(grads)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    return tree.map(lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads), norm
+    return tree.map(
+        lambda g: g * scale.to(g.dtype) if g.is_floating_point() or g.is_complex() else g, grads
+    ), norm
 
 
 def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -238,7 +265,10 @@ def _sum_of_squares(leaves: list[torch.Tensor]) -> torch.Tensor:
     if not leaves:
         return torch.zeros(())
     real = functools.reduce(torch.promote_types, (x.dtype.to_real() for x in leaves), torch.float32)
-    norms = [torch.linalg.vector_norm(x, dtype=real.to_complex() if x.is_complex() else real) for x in leaves]
+    norms = [
+        torch.linalg.vector_norm(x, dtype=real.to_complex() if x.is_complex() else real)
+        for x in leaves
+    ]
     return torch.stack([x.real.square().to(norms[0].device) for x in norms]).sum()
 
 
@@ -273,22 +303,34 @@ def mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def averaged(grad: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    """A gradient of a total over a divisor, in the dtype of the leaf: a quotient of two 0-d tensors may have another."""
+    """A gradient of a total over a divisor, in the dtype of the leaf: a quotient of two 0-d tensors
+    may have another."""
     return (grad / divisor).to(grad.dtype) if differentiable(grad) else grad
 
 
 def read_loss(out: Any, has_aux: bool) -> tuple[Any, Any, Any]:
     """What a loss function returned, as ``(total, weight or None, aux)``."""
     if has_aux and not (isinstance(out, tuple) and len(out) == 2 and not isinstance(out, Mean)):
-        raise TraceError(f"with has_aux=True the loss function returns (loss, aux); this one returned {describe(out)}")
+        raise TraceError(
+            "with has_aux=True the loss function returns (loss, aux); this one returned "
+            f"{describe(out)}"
+        )
     loss, aux = out if has_aux else (out, None)
-    parts = {"Mean.total": loss.total, "Mean.weight": loss.weight} if isinstance(loss, Mean) else {"loss": loss}
+    parts = (
+        {"Mean.total": loss.total, "Mean.weight": loss.weight}
+        if isinstance(loss, Mean)
+        else {"loss": loss}
+    )
     for name, x in parts.items():
         if not (isinstance(x, torch.Tensor) and x.dim() == 0):
-            raise TraceError(f"the {name} that the loss function returned is {describe(x)}; {_instead(x)}")
+            raise TraceError(
+                f"the {name} that the loss function returned is {describe(x)}; {_instead(x)}"
+            )
     total, weight = loss if isinstance(loss, Mean) else (loss, None)
     if not total.is_floating_point():
-        raise TraceError(f"the loss has dtype {total.dtype}; gradients need a real floating-point loss")
+        raise TraceError(
+            f"the loss has dtype {total.dtype}; gradients need a real floating-point loss"
+        )
     if aux is not None:
         _check_aux(aux)
     return total, weight, aux
@@ -310,20 +352,31 @@ def _check_aux(aux: Any) -> None:
         held = x if isinstance(x, Mean) else (x.x,) if isinstance(x, Rows) else ()
         if not all(isinstance(y, torch.Tensor) for y in held):
             raise TraceError(
-                f"aux{path} is a {type(x).__name__} of {', '.join(map(describe, held))}; it takes tensors: write torch.tensor(...)"
+                f"aux{path} is a {type(x).__name__} of {', '.join(map(describe, held))}; it "
+                "takes tensors: write torch.tensor(...)"
             )
         if isinstance(x, Rows) and not -x.x.dim() <= x.dim < x.x.dim():
-            raise TraceError(f"aux{path} is fp.Rows of {describe(x.x)} along dim {x.dim}, which it lacks")
+            raise TraceError(
+                f"aux{path} is fp.Rows of {describe(x.x)} along dim {x.dim}, which it lacks"
+            )
 
 
 def check_params(params: Any) -> tuple[list[torch.Tensor], Any]:
-    """The leaves and structure of params; TraceError when one is not a tensor, StateError when it holds some."""
+    """The leaves and structure of params; TraceError when one is not a tensor, StateError when it
+    holds some."""
     leaves, spec = tree.flatten(params)
     if not all(map(torch.is_tensor, leaves)):
         check_containers("params", params)
-    for path, x in zip(tree.paths(params), leaves, strict=True) if not all(map(torch.is_tensor, leaves)) else ():
+    for path, x in (
+        zip(tree.paths(params), leaves, strict=True)
+        if not all(map(torch.is_tensor, leaves))
+        else ()
+    ):
         if not isinstance(x, torch.Tensor):
-            raise TraceError(f"params{path} is {describe(x)}, not a tensor; pass settings through a closure instead")
+            raise TraceError(
+                f"params{path} is {describe(x)}, not a tensor; pass settings through a closure "
+                "instead"
+            )
     return leaves, spec
 
 
@@ -348,7 +401,8 @@ def refuse_inference_mode(who: str) -> None:
     """TraceError in ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
         raise TraceError(
-            f"{who} is called in torch.inference_mode(), in which PyTorch records nothing to take gradients of: leave it "
+            f"{who} is called in torch.inference_mode(), in which PyTorch records nothing to "
+            "take gradients of: leave it "
             "before, or use torch.no_grad(), in which value_and_grad and runners work"
         )
 
@@ -368,7 +422,9 @@ def _plain(loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _functorch(loss_fn, has_aux, leaves, spec, batch)
     total, weight, aux, grads = totals_and_grads(loss_fn, has_aux, leaves, spec, batch)
-    return _divide(total, weight, tree.map(plain_aux, aux, is_leaf=is_summary), grads, spec, has_aux)
+    return _divide(
+        total, weight, tree.map(plain_aux, aux, is_leaf=is_summary), grads, spec, has_aux
+    )
 
 
 def totals_and_grads(
@@ -390,11 +446,15 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.layout is torch.strided else x.to_dense()
 
 
-def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any) -> Any:
+def _functorch(
+    loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spec: Any, batch: Any
+) -> Any:
     moving = [i for i, x in enumerate(leaves) if differentiable(x)]
     others: list[
         Any
-    ] = []  # torch.func hands back tensors only; the rest of weight and aux, and their structure, stay here
+        # torch.func hands back tensors only; the rest of weight and aux, and their structure, stay
+        # here
+    ] = []
 
     def loss(some: list[torch.Tensor]) -> Any:
         full = dict(enumerate(leaves)) | dict(zip(moving, some, strict=True))
@@ -403,10 +463,14 @@ def _functorch(loss_fn: Callable, has_aux: bool, leaves: list[torch.Tensor], spe
         others[:] = beside_spec, [None if isinstance(x, torch.Tensor) else x for x in beside]
         return total, [x for x in beside if isinstance(x, torch.Tensor)]
 
-    some, (total, tensors) = torch.func.grad_and_value(loss, has_aux=True)([leaves[i] for i in moving])
+    some, (total, tensors) = torch.func.grad_and_value(loss, has_aux=True)(
+        [leaves[i] for i in moving]
+    )
     rest = iter(tensors)
     weight, aux = tree.unflatten(others[0], [next(rest) if x is None else x for x in others[1]])
-    grads = {i: torch.zeros_like(x) for i, x in enumerate(leaves)} | dict(zip(moving, some, strict=True))
+    grads = {i: torch.zeros_like(x) for i, x in enumerate(leaves)} | dict(
+        zip(moving, some, strict=True)
+    )
     return _divide(total, weight, aux, list(grads.values()), spec, has_aux)
 
 
@@ -420,7 +484,9 @@ def _divide(total: Any, weight: Any, aux: Any, grads: list, spec: Any, has_aux: 
 
 def _plain_microbatches(loss_fn: Callable, has_aux: bool, params: Any, batch: Microbatches) -> Any:
     leaves, spec = check_params(params)
-    parts = [totals_and_grads(loss_fn, has_aux, leaves, spec, part) for part in check_microbatches(batch)]
+    parts = [
+        totals_and_grads(loss_fn, has_aux, leaves, spec, part) for part in check_microbatches(batch)
+    ]
     if len(parts) > 1 and any(weight is None for _, weight, _, _ in parts):
         raise BatchError(SCALAR_LOSS.format(why="the batch comes in several microbatches"))
     add = functools.partial(functools.reduce, torch.add)
@@ -434,7 +500,8 @@ def check_microbatches(batch: Microbatches) -> Sequence[Any]:
     """The ready microbatches; BatchError when there are none."""
     if not isinstance(batch.parts, Sequence) or not batch.parts:
         raise BatchError(
-            f"the batch is fp.Microbatches({batch.parts!r}): it takes a list of microbatches, and a step needs at least one"
+            f"the batch is fp.Microbatches({batch.parts!r}): it takes a list of microbatches, "
+            "and a step needs at least one"
         )
     return batch.parts
 
@@ -456,7 +523,8 @@ def join_aux(parts: list[Any]) -> Any:
 
 
 SCALAR_LOSS = (
-    "{why}, but the loss function returns a plain scalar: whether to add or to average the scalars of the parts cannot be "
+    "{why}, but the loss function returns a plain scalar: whether to add or to average the "
+    "scalars of the parts cannot be "
     "known. Return fp.Mean(total, weight), for instance the summed loss and the number of tokens."
 )
 AUX_LEAF = (

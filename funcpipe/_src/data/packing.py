@@ -1,9 +1,10 @@
 """Packing: token sequences of any lengths become microbatches of few shapes.
 
-Terms. A *document* is a token sequence with labels and weights. A *row* holds documents laid end to end, and then padding,
-which is a document of its own: every position is in some document, so that no attention leaves one undefined. A
-*bucket* is a length to which rows are padded. Plans, compiled units and captured graphs are kept by shape, so few buckets
-are few of those.
+Terms. A *document* is a token sequence with labels and weights. A *row* holds documents laid end to
+end, and then padding,
+which is a document of its own: every position is in some document, so that no attention leaves one
+undefined. A *bucket* is a length to which rows are padded. Plans, compiled units and captured
+graphs are kept by shape, so few buckets are few of those.
 
 In: sequences, on the host. Out: `Packed`: `fp.Microbatches` for ``pipelined(microbatches=None)`` or
 ``accumulated(microbatches=None)``, and what fit nowhere.
@@ -33,7 +34,8 @@ class Document(NamedTuple):
 
     Args:
         tokens: integer, shape ``(n,)``, 1 or more.
-        labels: integer, ``(n,)``: what is to be predicted at every position, -100 for nothing; by default the next token.
+        labels: integer, ``(n,)``: what is to be predicted at every position, -100 for nothing; by
+            default the next token.
         weights: ``(n,)``: how much each label counts; by default 1.
     """
 
@@ -46,9 +48,10 @@ class Packed(NamedTuple):
     """What `pack` gives.
 
     Args:
-        batch: the microbatches. Each is a dict of ``tokens``, ``labels``, ``positions`` (int64) and ``weights`` (float32), all of
-            shape ``(rows, tokens)``, and ``cu_seqlens`` (int32), where the documents of a row begin and the last one ends:
-            ``(documents + 1,)``, or ``(rows, documents + 1)`` if ``rows`` was given.
+        batch: the microbatches. Each is a dict of ``tokens``, ``labels``, ``positions`` (int64) and
+            ``weights`` (float32), all of shape ``(rows, tokens)``, and ``cu_seqlens`` (int32),
+            where the documents of a row begin and the last one ends: ``(documents + 1,)``, or
+            ``(rows, documents + 1)`` if ``rows`` was given.
         leftover: documents that fit nowhere, in order; pack them first next time.
         fill: the fraction of positions that hold tokens.
     """
@@ -65,13 +68,15 @@ class Buckets:
     Args:
         lengths: the lengths that a row may have, or
         multiple_of: a number of which all lengths are multiples.
-        documents: the most documents in a row; rows of ``cu_seqlens`` then have the same length always. By default any
-            number, padded (with documents of length zero) to the next power of two.
-        ragged: whether microbatches of one batch may differ. A plan is for one sequence of shapes, so that few lengths
-            can make many plans; by default all microbatches get the length of the longest.
+        documents: the most documents in a row; rows of ``cu_seqlens`` then have the same length
+            always. By default any number, padded (with documents of length zero) to the next power
+            of two.
+        ragged: whether microbatches of one batch may differ. A plan is for one sequence of shapes,
+            so that few lengths can make many plans; by default all microbatches get the length of
+            the longest.
 
-    ``shapes`` counts the batches of every shape; a *miss* was the first of its shape, for which a plan was made, a *hit* any
-    other.
+    ``shapes`` counts the batches of every shape; a *miss* was the first of its shape, for which a
+    plan was made, a *hit* any other.
 
     >>> buckets = Buckets([256, 1024])
     >>> buckets.fit(100), buckets.fit(257), Buckets(multiple_of=128).fit(257)
@@ -114,7 +119,8 @@ class Buckets:
         fits = [n for n in self.lengths if n >= tokens]
         if not fits:
             raise BatchError(
-                f"Buckets: {tokens} tokens are more than the longest of {sorted(self.lengths)}; add a longer one"
+                f"Buckets: {tokens} tokens are more than the longest of {sorted(self.lengths)}; "
+                "add a longer one"
             )
         return min(fits)
 
@@ -132,27 +138,31 @@ def pack(
     buckets: Buckets | None = None,
     split: bool = False,
 ) -> Packed:
-    """Pack token sequences of any lengths into microbatches, so that the longest row is as short as can be.
+    """Pack token sequences of any lengths into microbatches, so that the longest row is as short as
+    can be.
 
     Args:
         sequences: 1-d integer tensors, or `Document`\\ s.
         max_tokens: the most tokens of documents in a row.
         microbatches: how many.
-        rows: rows in a microbatch, for `data_parallel`, which splits dim 0: a multiple of the ranks that split it. By
-            default one row, and a ``cu_seqlens`` without dim of rows.
-        buckets: to what rows are padded; by default all to ``max_tokens``. Pass the same object every time.
-        split: cut documents that are longer than ``max_tokens`` into equal pieces, each a document of its own; the last
-            token of a piece still has its label.
+        rows: rows in a microbatch, for `data_parallel`, which splits dim 0: a multiple of the ranks
+            that split it. By default one row, and a ``cu_seqlens`` without dim of rows.
+        buckets: to what rows are padded; by default all to ``max_tokens``. Pass the same object
+            every time.
+        split: cut documents that are longer than ``max_tokens`` into equal pieces, each a document
+            of its own; the last token of a piece still has its label.
 
     Returns:
-        a `Packed`. The same sequences always give the same batch. Longer microbatches come first. Padding has token 0,
-        label -100, weight 0 and position 0. A microbatch that got no document is all padding.
+        a `Packed`. The same sequences always give the same batch. Longer microbatches come first.
+        Padding has token 0, label -100, weight 0 and position 0. A microbatch that got no document
+        is all padding.
 
     Raises:
-        BatchError: a sequence that is no such tensor, is empty, or too long; no sequences; no bucket for ``max_tokens``.
+        BatchError: a sequence that is no such tensor, is empty, or too long; no sequences; no
+        bucket for ``max_tokens``.
 
-    Rows are filled first-fit, longest documents first, up to the smallest capacity that suffices: MULTIFIT of Coffman, Garey
-    & Johnson, 1978, https://doi.org/10.1137/0207001.
+    Rows are filled first-fit, longest documents first, up to the smallest capacity that suffices:
+    MULTIFIT of Coffman, Garey & Johnson, 1978, https://doi.org/10.1137/0207001.
 
     >>> batch, leftover, fill = pack([torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])], 4, 2)
     >>> for name, x in batch.parts[0].items():
@@ -173,7 +183,11 @@ def pack(
         _check_count("pack", name, value)
     buckets = buckets or Buckets([max_tokens])
     buckets.fit(max_tokens)
-    documents = [piece for k, x in enumerate(sequences) for piece in _pieces(k, _read(k, x), max_tokens, split)]
+    documents = [
+        piece
+        for k, x in enumerate(sequences)
+        for piece in _pieces(k, _read(k, x), max_tokens, split)
+    ]
     if not documents:
         raise BatchError("pack: there are no sequences, and a step needs at least one token")
     sizes = [len(d.tokens) for d in documents]
@@ -183,16 +197,20 @@ def pack(
     laid = [[documents[i] for i in row] for row in filled]
     groups = [laid[k : k + each] for k in range(0, len(laid), each)]
     shapes = _shapes(groups, buckets)
-    parts = [_microbatch(group, shape, documents[0]) for group, shape in zip(groups, shapes, strict=True)]
+    parts = [
+        _microbatch(group, shape, documents[0]) for group, shape in zip(groups, shapes, strict=True)
+    ]
     if rows is None:
         parts = [part | {"cu_seqlens": part["cu_seqlens"][0]} for part in parts]
     held = sum(sizes) - sum(sizes[i] for i in left)
-    return Packed(Microbatches(parts), [documents[i] for i in left], held / sum(r * t for r, t, _ in shapes))
+    return Packed(
+        Microbatches(parts), [documents[i] for i in left], held / sum(r * t for r, t, _ in shapes)
+    )
 
 
 def local_rows(batch: Microbatches, index: int, ranks: int) -> Microbatches:
-    """A rank's rows of a batch packed with ``rows``, for ``spmd(batch="local")``: every rank gets equally many microbatches, of
-    the same shapes.
+    """A rank's rows of a batch packed with ``rows``, for ``spmd(batch="local")``: every rank gets
+    equally many microbatches, of the same shapes.
 
     Args:
         batch: as `pack` gives it in every process, from the same sequences.
@@ -213,7 +231,8 @@ def local_rows(batch: Microbatches, index: int, ranks: int) -> Microbatches:
     def mine(x: torch.Tensor) -> torch.Tensor:
         if x.dim() < 2 or x.shape[0] % ranks:
             raise BatchError(
-                f"local_rows: {describe(x)} has no rows that divide by {ranks} ranks; pack with rows={ranks}, or a multiple"
+                f"local_rows: {describe(x)} has no rows that divide by {ranks} ranks; pack with "
+                f"rows={ranks}, or a multiple"
             )
         return x.chunk(ranks)[index]
 
@@ -231,13 +250,18 @@ def _read(number: int, sequence: torch.Tensor | Document) -> Document:
             continue
         if not isinstance(x, torch.Tensor) or x.dim() != 1 or not len(x) or len(x) != len(tokens):
             raise BatchError(
-                f"pack: the {name} of sequence {number} are {describe(x)}; write a 1-d tensor, one entry for every token, and "
+                f"pack: the {name} of sequence {number} are {describe(x)}; write a 1-d tensor, "
+                "one entry for every token, and "
                 "leave empty sequences out"
             )
         if name != "weights" and (x.is_floating_point() or x.is_complex()):
-            raise BatchError(f"pack: the {name} of sequence {number} are {describe(x)}; they have to be integers")
+            raise BatchError(
+                f"pack: the {name} of sequence {number} are {describe(x)}; they have to be integers"
+            )
     tokens = tokens.long()
-    labels = torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)]) if labels is None else labels.long()
+    labels = (
+        torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)]) if labels is None else labels.long()
+    )
     weights = torch.ones_like(tokens, dtype=torch.float32) if weights is None else weights.float()
     return Document(tokens, labels, weights.masked_fill(labels == IGNORED, 0.0))
 
@@ -248,17 +272,24 @@ def _pieces(number: int, document: Document, max_tokens: int, split: bool) -> li
         return [document]
     if not split:
         raise BatchError(
-            f"pack: sequence {number} has {n} tokens, more than max_tokens={max_tokens}; write split=True to cut it into "
+            f"pack: sequence {number} has {n} tokens, more than max_tokens={max_tokens}; write "
+            "split=True to cut it into "
             "pieces, or leave it out"
         )
-    return [Document(*piece) for piece in zip(*(x.tensor_split(-(-n // max_tokens)) for x in document), strict=True)]  # type: ignore[union-attr]
+    return [
+        Document(*piece)
+        for piece in zip(*(x.tensor_split(-(-n // max_tokens)) for x in document), strict=True)
+    ]  # type: ignore[union-attr]
 
 
 # ---- which document goes where
 
 
-def _fill(sizes: list[int], rows: int, most_tokens: int, most_documents: int) -> tuple[list[list[int]], list[int]]:
-    """The documents of every row, and those that fit nowhere, each in order; of the smallest capacity that suffices."""
+def _fill(
+    sizes: list[int], rows: int, most_tokens: int, most_documents: int
+) -> tuple[list[list[int]], list[int]]:
+    """The documents of every row, and those that fit nowhere, each in order; of the smallest
+    capacity that suffices."""
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     found, left = _first_fit(sizes, order, rows, most_tokens, most_documents)
     low, high = max(sizes[order[0]], -(-sum(sizes) // rows)), most_tokens
@@ -304,18 +335,26 @@ def _shapes(groups: list[list[list[Document]]], buckets: Buckets) -> Shape:
     return shapes
 
 
-def _microbatch(group: list[list[Document]], shape: tuple[int, int, int], like: Document) -> dict[str, torch.Tensor]:
+def _microbatch(
+    group: list[list[Document]], shape: tuple[int, int, int], like: Document
+) -> dict[str, torch.Tensor]:
     _, length, documents = shape
     rows = [_row(row, length, documents, like) for row in group]
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _row(row: list[Document], length: int, documents: int, like: Document) -> dict[str, torch.Tensor]:
+def _row(
+    row: list[Document], length: int, documents: int, like: Document
+) -> dict[str, torch.Tensor]:
     sizes = [len(d.tokens) for d in row]
     device = like.tokens.device
 
-    def padded(xs: list[torch.Tensor], fill: float, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.cat([*xs, torch.full((length - sum(sizes),), fill, dtype=dtype, device=device)])
+    def padded(
+        xs: list[torch.Tensor], fill: float, dtype: torch.dtype = torch.int64
+    ) -> torch.Tensor:
+        return torch.cat(
+            [*xs, torch.full((length - sum(sizes),), fill, dtype=dtype, device=device)]
+        )
 
     tokens, labels, weights = ([d[k] for d in row] for k in range(3))
     ends = [0, *itertools.accumulate(sizes), *[length] * (documents - len(row))]

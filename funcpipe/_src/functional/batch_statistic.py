@@ -1,6 +1,7 @@
 """Declared batch statistics: where the rows of a part of the batch may meet.
 
-In: a function of tensors. Out: the same function, of which a proof (`proof/rows.py`) knows that it is meant so.
+In: a function of tensors. Out: the same function, of which a proof (`proof/rows.py`) knows that it
+is meant so.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ def changed_buffer(x: torch.Tensor) -> torch.Tensor:
 
 
 def batch_statistic(fn: Callable) -> Callable:
-    """Declare that rows of the batch meet in a function: each microbatch of each shard is a batch of its own.
+    """Declare that rows of the batch meet in a function: each microbatch of each shard is a batch
+    of its own.
 
-    Where a step's batch is split, a loss function in which rows meet is refused, since its parts do not add up to what one
-    device computes. In ``fn`` they may meet. It sees the rows of one microbatch of one shard, so that what the step computes
-    depends on how its batch is split; that is what batch normalization does everywhere. The BatchNorm modules of `from_module`
-    are declared so already. In plain PyTorch, ``fn`` is called as it is.
+    Where a step's batch is split, a loss function in which rows meet is refused, since its parts do
+    not add up to what one device computes. In ``fn`` they may meet. It sees the rows of one
+    microbatch of one shard, so that what the step computes depends on how its batch is split; that
+    is what batch normalization does everywhere. The BatchNorm modules of `from_module` are declared
+    so already. In plain PyTorch, ``fn`` is called as it is.
 
     Args:
-        fn: any function of tensors, which may come in any way. Of what it returns, a tensor with an entry for every row (one
-            dim as long as the rows) counts as the rows' own values; any other one as a value that every row of the part sees.
+        fn: any function of tensors, which may come in any way. Of what it returns, a tensor with an
+            entry for every row (one dim as long as the rows) counts as the rows' own values; any
+            other one as a value that every row of the part sees.
 
     Returns:
         a function with the arguments and results of ``fn``.
 
-    A penalty on the balance of experts within every microbatch. It counts once for every row, as the weight does:
+    A penalty on the balance of experts within every microbatch. It counts once for every row, as
+    the weight does:
 
     >>> import torch
     >>> import funcpipe as fp

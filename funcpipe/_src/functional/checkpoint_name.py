@@ -1,7 +1,7 @@
 """Names: what a loss function calls the values that a policy may speak of.
 
-A named value leaves a node in a trace, ``funcpipe::named(x, name)``, that makes nothing; `graph/node_labels.py` notes it and takes it
-out again. Everywhere else a name is nothing.
+A named value leaves a node in a trace, ``funcpipe::named(x, name)``, that makes nothing;
+`graph/node_labels.py` notes it and takes it out again. Everywhere else a name is nothing.
 
 In: values of a loss function. Out: the same values.
 """
@@ -36,7 +36,8 @@ torch.library.register_vmap("funcpipe::named", _vmap, lib=_LIB)
 
 
 def checkpoint_name(x: Any, name: str) -> Any:
-    """Give a value of a loss function a name, so that `remat` can say whether it is saved for the backward half.
+    """Give a value of a loss function a name, so that `remat` can say whether it is saved for the
+    backward half.
 
     Args:
         x: any pytree; its tensors get the name. They may have any shape and dtype.
@@ -54,7 +55,9 @@ def checkpoint_name(x: Any, name: str) -> Any:
     {'x': 1}
     """
     if not (isinstance(name, str) and name):
-        raise TraceError(f"checkpoint_name: the name is {describe(name)}; write a text such as 'attention'")
+        raise TraceError(
+            f"checkpoint_name: the name is {describe(name)}; write a text such as 'attention'"
+        )
     mark = getattr(step_._context.get(), "checkpoint_name", None)  # only a trace's context has one
     if mark is not None:
         tree.map_tensors(lambda leaf: mark(leaf, name), x)

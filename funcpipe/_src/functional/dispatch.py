@@ -1,7 +1,9 @@
-"""The hook: whom the calls that funcpipe knows ask while a loss is planned. None is bound in plain PyTorch.
+"""The hook: whom the calls that funcpipe knows ask while a loss is planned. None is bound in plain
+PyTorch.
 
-Attention's operands here have torch's layout, ``(batch, heads, positions, head dim)``, with exactly four dims; keys and
-values may have fewer heads than queries if the number of query heads is a multiple of theirs.
+Attention's operands here have torch's layout, ``(batch, heads, positions, head dim)``, with exactly
+four dims; keys and values may have fewer heads than queries if the number of query heads is a
+multiple of theirs.
 
 In: a known call with its operands. Out: its result.
 """
@@ -24,12 +26,14 @@ class Spec:
     """What an attention computes beside its queries, keys and values.
 
     Args:
-        causal: whether a query sees no key behind its own place (both counted from the front, as torch does).
+        causal: whether a query sees no key behind its own place (both counted from the front, as
+            torch does).
         scale: of the scores; None: ``1 / sqrt(head dim)``.
-        bias: 4-d, broadcastable to ``(batch, query heads, query positions, key positions)``: bool (True takes part), or
-            added to the scores.
-        cu_seqlens: where the documents of a packed sequence begin, and the end of the last: int, ``(documents + 1,)``, or
-            ``(batch, documents + 1)``. A query sees keys of its own document only.
+        bias: 4-d, broadcastable to ``(batch, query heads, query positions, key positions)``: bool
+            (True takes part), or added to the scores.
+        cu_seqlens: where the documents of a packed sequence begin, and the end of the last: int,
+            ``(documents + 1,)``, or ``(batch, documents + 1)``. A query sees keys of its own
+            document only.
     """
 
     causal: bool = False
@@ -43,9 +47,9 @@ class Held:
     """How the operands of an attention lie on ranks; a finding.
 
     Args:
-        q, k: the parts that split queries (and the result), and keys and values, along their dim of positions; both
-            None: the attention is not over a split sequence, and runs as it is. ``k`` alone None: every rank holds all
-            keys and values.
+        q, k: the parts that split queries (and the result), and keys and values, along their dim of
+            positions; both None: the attention is not over a split sequence, and runs as it is.
+            ``k`` alone None: every rank holds all keys and values.
         bias_query, bias_key: whether the bias is split along its dim of queries, of keys.
     """
 
@@ -58,7 +62,9 @@ class Held:
 class Hook(Protocol):
     """What is asked."""
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
+    ) -> torch.Tensor:
         """The attention; the layout of this module."""
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:

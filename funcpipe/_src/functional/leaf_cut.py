@@ -13,8 +13,8 @@ from funcpipe._src.functional.sequence_layout import Part
 
 @dataclass(frozen=True)
 class LeafCut:
-    """One split of one leaf: into how many pieces along which dim; over mesh axes, or (no axes) into microbatches. With a
-    ``part``, of its positions."""
+    """One split of one leaf: into how many pieces along which dim; over mesh axes, or (no axes)
+    into microbatches. With a ``part``, of its positions."""
 
     dim: int
     pieces: int

@@ -1,6 +1,7 @@
 """Positions: where in the whole sequence a rank's slice lies.
 
-In: a tensor and the dim of its positions. Out: their numbers, from ops that name axes, so that one graph serves all ranks.
+In: a tensor and the dim of its positions. Out: their numbers, from ops that name axes, so that one
+graph serves all ranks.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from funcpipe.errors import TraceError
 
 
 def positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """The global positions of a tensor along a dim: what ``torch.arange(x.shape[dim])`` is on one device.
+    """The global positions of a tensor along a dim: what ``torch.arange(x.shape[dim])`` is on one
+    device.
 
     Args:
         x: a tensor with positions along ``dim``, such as the token ids ``(batch, positions)``.
         dim: which dim.
 
     Returns:
-        int64 of shape ``(x.shape[dim],)``, on the device of ``x``. Where the sequence is split (`seq_all_to_all`,
-        `seq_ring`), the numbers of this rank's positions; else ``0, 1, …``.
+        int64 of shape ``(x.shape[dim],)``, on the device of ``x``. Where the sequence is split
+        (`seq_all_to_all`, `seq_ring`), the numbers of this rank's positions; else ``0, 1, …``.
 
     Raises:
         TraceError: ``x`` has no such dim.
@@ -42,12 +44,17 @@ def plain(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def member_positions(part: Part, member: int, device: torch.device) -> torch.Tensor:
-    """The positions of the member that runs this, int64 ``(part.length(member),)``; ``member`` gives lengths only."""
+    """The positions of the member that runs this, int64 ``(part.length(member),)``; ``member``
+    gives lengths only."""
     ring = member // part.heads
-    first, *_ = (b - a for a, b in part.ring_ranges(ring))  # how many positions the first piece of the ring rank has
+    first, *_ = (
+        b - a for a, b in part.ring_ranges(ring)
+    )  # how many positions the first piece of the ring rank has
     place = torch.arange(part.length(member), device=device)
     if part.heads > 1:
-        place = place + _start(part.ring_length(ring), part.heads, axis_index(part.head_axes, device))
+        place = place + _start(
+            part.ring_length(ring), part.heads, axis_index(part.head_axes, device)
+        )
     if part.ring == 1 and not part.zigzag:
         return place
     index = axis_index(part.ring_axes, device)

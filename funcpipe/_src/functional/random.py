@@ -1,10 +1,13 @@
-"""Randomness as data: a key is a tensor, and what is drawn from it depends on the key and the shape alone.
+"""Randomness as data: a key is a tensor, and what is drawn from it depends on the key and the shape
+alone.
 
-Terms. A *key* is a 0-d int64 tensor. ``fold_in`` makes a new key of a key and a name or number; an *initialiser* is a
-function from a key to a tensor. The same key gives the same bits on every mesh, rank and device.
+Terms. A *key* is a 0-d int64 tensor. ``fold_in`` makes a new key of a key and a name or number; an
+*initialiser* is a function from a key to a tensor. The same key gives the same bits on every mesh,
+rank and device.
 
-In a loss, randomness comes in through the batch: a key for every row (`keys`), split with the rows. A number then depends on
-the row's key and the place in the row, so that it is the same on one device and on every mesh, schedule and microbatch.
+In a loss, randomness comes in through the batch: a key for every row (`keys`), split with the rows.
+A number then depends on the row's key and the place in the row, so that it is the same on one
+device and on every mesh, schedule and microbatch.
 
 In: keys. Out: tensors.
 """
@@ -62,17 +65,21 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     Args:
         x: of any floating dtype.
         rate: the probability of a zero, at least 0 and less than 1.
-        key: int64, a key for every row: its shape is that of the leading dims of ``x``. Give every layer its own with
-            ``fold_in(key, layer)``. One 0-d key for all will do where the batch is not split.
+        key: int64, a key for every row: its shape is that of the leading dims of ``x``. Give every
+            layer its own with ``fold_in(key, layer)``. One 0-d key for all will do where the batch
+            is not split.
 
     Returns:
-        a tensor like ``x``. Which places are zero depends on the row's key and the place in the row: on every mesh and
-        schedule as on one device, also where the sequence is split, and where a checkpoint recomputes.
+        a tensor like ``x``. Which places are zero depends on the row's key and the place in the
+        row: on every mesh and schedule as on one device, also where the sequence is split, and
+        where a checkpoint recomputes.
 
     Raises:
-        TraceError: ``rate``, ``x`` or ``key`` is none; or a 0-d key, where a transform splits the batch.
+        TraceError: ``rate``, ``x`` or ``key`` is none; or a 0-d key, where a transform splits the
+        batch.
 
-    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": bits from a counter, not from a state.
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": bits from a counter, not from
+    a state.
 
     >>> x = torch.ones(2, 8)
     >>> y = dropout(x, 0.5, keys(key(0), 2))
@@ -82,10 +89,14 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise TraceError(f"dropout: rate={rate!r}; it is a probability, at least 0 and less than 1")
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int64:
-        raise TraceError(f"dropout: the key is {describe(key)}; take it from fp.random.keys, as a leaf of the batch")
+        raise TraceError(
+            f"dropout: the key is {describe(key)}; take it from fp.random.keys, as a leaf of the "
+            "batch"
+        )
     if not x.is_floating_point() or key.shape != x.shape[: key.dim()]:
         raise TraceError(
-            f"dropout: x is {describe(x)}, the key {describe(key)}; x takes floating-point numbers, and the key has a number "
+            f"dropout: x is {describe(x)}, the key {describe(key)}; x takes floating-point "
+            "numbers, and the key has a number "
             "for every row of it: its shape is that of the leading dims of x"
         )
     if rate == 0:
@@ -94,12 +105,18 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     return dropped(x, rate, key, {}) if asked is None else asked.dropout(x, rate, key)
 
 
-def dropped(x: torch.Tensor, rate: float, key: torch.Tensor, numbers: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """`dropout`; ``numbers`` says, for a dim of ``x``, which places of the whole its places are (else: all, in order)."""
+def dropped(
+    x: torch.Tensor, rate: float, key: torch.Tensor, numbers: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """`dropout`; ``numbers`` says, for a dim of ``x``, which places of the whole its places are
+    (else: all, in order)."""
     bits = key
     for d in range(key.dim(), x.dim()):
         place = numbers.get(d)
-        bits = _mixed(bits.unsqueeze(-1) ^ (torch.arange(x.shape[d], device=x.device) if place is None else place))
+        bits = _mixed(
+            bits.unsqueeze(-1)
+            ^ (torch.arange(x.shape[d], device=x.device) if place is None else place)
+        )
     kept = (bits >> 11 & (1 << 53) - 1) >= int(rate * (1 << 53))
     return x.masked_fill(~kept, 0) / (1 - rate)
 
@@ -112,7 +129,9 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def normal(key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normal(
+    key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Standard normal values of a shape, on the CPU.
 
     >>> torch.equal(normal(key(1), (2, 3)), normal(key(1), (2, 3)))
@@ -121,7 +140,9 @@ def normal(key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.f
     return torch.ops.funcpipe_random.normal(key, list(shape), dtype)
 
 
-def uniform(key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def uniform(
+    key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Values uniform in [0, 1), on the CPU.
 
     >>> bool((uniform(key(1), (100,)) < 1).all())
@@ -141,30 +162,40 @@ for _name, _how in (("normal", torch.randn), ("uniform", torch.rand)):
     _LIB.define(f"{_name}(Tensor key, int[] shape, ScalarType dtype) -> Tensor")
     _LIB.impl(_name, _draw(_how), "CompositeExplicitAutograd")
     torch.library.register_fake(
-        f"funcpipe_random::{_name}", lambda key, shape, dtype: torch.empty(shape, dtype=dtype), lib=_LIB
+        f"funcpipe_random::{_name}",
+        lambda key, shape, dtype: torch.empty(shape, dtype=dtype),
+        lib=_LIB,
     )
 
 
 # ---- initialisers
 
 
-def scaled_normal(shape: Sequence[int], std: float = 0.02, dtype: torch.dtype = torch.float32) -> Initialiser:
+def scaled_normal(
+    shape: Sequence[int], std: float = 0.02, dtype: torch.dtype = torch.float32
+) -> Initialiser:
     """An initialiser: normal values of a standard deviation."""
     return lambda key: normal(key, shape, dtype) * std
 
 
-def constant(shape: Sequence[int], value: float = 0.0, dtype: torch.dtype = torch.float32) -> Initialiser:
+def constant(
+    shape: Sequence[int], value: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Initialiser:
     """An initialiser: one value everywhere."""
     return lambda key: torch.full(tuple(shape), value, dtype=dtype)
 
 
 def init(key: torch.Tensor, initialisers: Any) -> Any:
-    """A tree of params from a tree of initialisers; every leaf draws from the key folded with its own path.
+    """A tree of params from a tree of initialisers; every leaf draws from the key folded with its
+    own path.
 
     >>> params = init(key(0), {"w": scaled_normal((2, 3)), "b": constant((3,))})
     >>> params["w"].shape, params["b"]
     (torch.Size([2, 3]), tensor([0., 0., 0.]))
     """
     leaves, spec = tree.flatten(initialisers)
-    made = [make(fold_in(key, path)) for path, make in zip(tree.paths(initialisers), leaves, strict=True)]
+    made = [
+        make(fold_in(key, path))
+        for path, make in zip(tree.paths(initialisers), leaves, strict=True)
+    ]
     return tree.unflatten(spec, made)

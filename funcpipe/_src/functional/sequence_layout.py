@@ -1,9 +1,10 @@
 """How one sequence is split over ranks.
 
-Ring axes are major: every ring rank gets one piece of the sequence, or with *zigzag* two, the ``r``-th from the front and
-the ``r``-th from the back, so that under a causal mask all have equal work (Brandon et al. 2023, "Striped Attention"; Zhu
-2024, ring-flash-attention's zigzag). Its positions, one piece after another, are cut once more over the axes of head
-exchanges. Pieces differ by at most one position; some may be empty.
+Ring axes are major: every ring rank gets one piece of the sequence, or with *zigzag* two, the
+``r``-th from the front and the ``r``-th from the back, so that under a causal mask all have equal
+work (Brandon et al. 2023, "Striped Attention"; Zhu 2024, ring-flash-attention's zigzag). Its
+positions, one piece after another, are cut once more over the axes of head exchanges. Pieces differ
+by at most one position; some may be empty.
 
 In: a length, axes and their sizes. Out: the positions of every member.
 """
@@ -14,16 +15,20 @@ from dataclasses import dataclass
 
 from funcpipe._src.core.mesh import Axes
 
-Ranges = tuple[tuple[int, int], ...]  # [start, stop) pairs of positions, in the order in which they are held
+Ranges = tuple[
+    tuple[int, int], ...
+]  # [start, stop) pairs of positions, in the order in which they are held
 
 
 @dataclass(frozen=True)
 class Part:
-    """One sequence over the members of ring and head axes; member ``m`` has ring rank ``m // heads``.
+    """One sequence over the members of ring and head axes; member ``m`` has ring rank ``m //
+    heads``.
 
     Args:
         size: the number of positions of the whole sequence.
-        ring_axes, head_axes: the axes, major first; a member's number is its place on all of them, ring axes first.
+        ring_axes, head_axes: the axes, major first; a member's number is its place on all of them,
+            ring axes first.
         ring, heads: how many ranks those have.
         zigzag: whether a ring rank holds two pieces.
 
@@ -53,20 +58,27 @@ class Part:
     @property
     def even(self) -> bool:
         """Whether all members (and both pieces of a zigzag) have equally many positions."""
-        return self.size % (self.ring * (2 if self.zigzag else 1)) == 0 and self.ring_length(0) % self.heads == 0
+        return (
+            self.size % (self.ring * (2 if self.zigzag else 1)) == 0
+            and self.ring_length(0) % self.heads == 0
+        )
 
     def ring_ranges(self, r: int) -> Ranges:
         """The positions of a ring rank: of all its members together."""
         if not self.zigzag:
             return (_piece(self.size, self.ring, r),)
-        return (_piece(self.size, 2 * self.ring, r), _piece(self.size, 2 * self.ring, 2 * self.ring - 1 - r))
+        return (
+            _piece(self.size, 2 * self.ring, r),
+            _piece(self.size, 2 * self.ring, 2 * self.ring - 1 - r),
+        )
 
     def ring_length(self, r: int) -> int:
         """How many positions a ring rank has."""
         return sum(b - a for a, b in self.ring_ranges(r))
 
     def ranges(self, member: int) -> Ranges:
-        """The positions of a member, in the order in which it holds them; empty pieces are left out."""
+        """The positions of a member, in the order in which it holds them; empty pieces are left
+        out."""
         r, h = divmod(member, self.heads)
         start, stop = _piece(self.ring_length(r), self.heads, h)
         out, before = [], 0

@@ -1,7 +1,7 @@
 """Looking at a function without the work: params are fakes, the batch is real.
 
-What follows from the batch alone is computed, so that a weight has its value and Python may decide by it; what any fake
-tensor enters is computed as shapes.
+What follows from the batch alone is computed, so that a weight has its value and Python may decide
+by it; what any fake tensor enters is computed as shapes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from funcpipe._src.graph.grouped_mm import explain_grouped
 from funcpipe._src.graph.traceable import traceable
 
 
-def fake(shape: Any, like: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> torch.Tensor:
+def fake(
+    shape: Any, like: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """A contiguous fake of a shape, with dtype and device of a tensor."""
     with mode:
         return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
@@ -29,14 +31,22 @@ def fake(shape: Any, like: torch.Tensor, mode: FakeTensorMode, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
-    """To call a loss function on fake params and a real batch; gives params of which it may take gradients itself.
+    """To call a loss function on fake params and a real batch; gives params of which it may take
+    gradients itself.
 
     Args:
         params: fakes of ``mode``.
     """
-    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), traceable(), BatchIsReal(mode):
+    with (
+        torch.enable_grad(),
+        torch.autograd.set_multithreading_enabled(False),
+        traceable(),
+        BatchIsReal(mode),
+    ):
         try:
-            yield tree.map(lambda x: x.detach().requires_grad_() if differentiable(x) else x, params)
+            yield tree.map(
+                lambda x: x.detach().requires_grad_() if differentiable(x) else x, params
+            )
         except RuntimeError as error:
             raise explain_grouped(error) or error from error
 

@@ -1,7 +1,7 @@
 """Grouped products: ``F.grouped_mm`` on fakes in every dtype that its kernels take.
 
-Torch's own fake takes bfloat16 alone, while the kernels take float32 and float16 too; and without CUDA
-it leaves out the padding of the rows that the kernels make (2.13).
+Torch's own fake takes bfloat16 alone, while the kernels take float32 and float16 too; and without
+CUDA it leaves out the padding of the rows that the kernels make (2.13).
 
 In: fakes of the operands. Out: a fake of the product; or an error as the kernel raises it, which
 `explain_grouped` puts into words with the user's line. And what experts take that do without them.
@@ -29,10 +29,18 @@ _STRIDES = ("Invalid strides/sizes, got", "strides should be multiple of 16 byte
 
 
 def _product(
-    mode: Any, func: Any, a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    mode: Any,
+    func: Any,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: Any = None,
+    bias: Any = None,
+    out_dtype: Any = None,
 ) -> Any:
     """A fake of a grouped product; left to torch where it knows better."""
-    known = a.dtype in _DTYPES and b.dtype == a.dtype and bias is None and out_dtype in (None, a.dtype)
+    known = (
+        a.dtype in _DTYPES and b.dtype == a.dtype and bias is None and out_dtype in (None, a.dtype)
+    )
     if not known or a.dim() not in (2, 3) or b.dim() not in (2, 3):
         return NotImplemented
     for name, x in (("mat_a", a), ("mat_b", b)):
@@ -42,7 +50,9 @@ def _product(
         raise RuntimeError("grouped_mm takes offs where an operand has two dims, and only there")
     if two_dims != (True, True) and a.shape[-1] != b.shape[-2]:
         raise RuntimeError("contraction dimension of mat_a and mat_b must match")
-    groups = {(True, True): offs, (True, False): b, (False, True): a, (False, False): a}[two_dims].shape[:1]
+    groups = {(True, True): offs, (True, False): b, (False, True): a, (False, False): a}[
+        two_dims
+    ].shape[:1]
     if offs is not None and offs.shape != groups:
         raise RuntimeError("matrix batch sizes have to match")
     rows, columns = a.shape[-2], b.shape[-1]
@@ -55,7 +65,8 @@ def _product(
 
 
 def _check_strides(name: str, x: torch.Tensor) -> None:
-    """RuntimeError unless the kernel takes the layout: rows or columns dense, the other stride aligned."""
+    """RuntimeError unless the kernel takes the layout: rows or columns dense, the other stride
+    aligned."""
     (rows, columns), (down, right) = x.shape[-2:], x.stride()[-2:]
     if down == 1 and right >= max(1, rows):
         stride = right
@@ -63,10 +74,13 @@ def _check_strides(name: str, x: torch.Tensor) -> None:
         stride = down
     else:
         raise RuntimeError(
-            f"Invalid strides/sizes, got {x.stride()} for strides of {name} and {tuple(x.shape)} for sizes"
+            f"Invalid strides/sizes, got {x.stride()} for strides of {name} and {tuple(x.shape)} "
+            "for sizes"
         )
     if stride * x.itemsize % _ALIGNED:
-        raise RuntimeError(f"strides should be multiple of 16 bytes, but one of {name} is {stride} of {x.dtype}")
+        raise RuntimeError(
+            f"strides should be multiple of 16 bytes, but one of {name} is {stride} of {x.dtype}"
+        )
 
 
 if GROUPED not in fake_impls.op_implementations_dict:
@@ -74,7 +88,8 @@ if GROUPED not in fake_impls.op_implementations_dict:
 
 
 def copied_experts(graph: fx.Graph, params: int) -> int:
-    """Bytes of weights of experts that are copied for every token, as ``batched_mm`` does before its product.
+    """Bytes of weights of experts that are copied for every token, as ``batched_mm`` does before
+    its product.
 
     Args:
         graph: of a loss function, whose first ``params`` placeholders are the params'.
@@ -98,14 +113,18 @@ def explain_grouped(error: BaseException) -> TraceError | None:
     if text.startswith(_DTYPE):
         got = text.partition("mat_a.dtype=")[2].split(" ")[0] or "another dtype"
         return TraceError(
-            f"the loss function calls grouped_mm{where} with {got}: there are kernels for bfloat16, float16 and "
-            'float32. Compute in one of them (fp.mixed_precision(compute="bfloat16")); experts of transformers '
+            f"the loss function calls grouped_mm{where} with {got}: there are kernels for "
+            "bfloat16, float16 and "
+            'float32. Compute in one of them (fp.mixed_precision(compute="bfloat16")); experts '
+            "of transformers "
             'compute in any dtype with config._experts_implementation = "batched_mm"'
         )
     if any(sign in text for sign in _STRIDES):
         return TraceError(
-            f"the loss function calls grouped_mm{where}, whose kernel does not take an operand, or the gradient of its "
-            f"result, as it lies in memory: {text.rstrip('.')}. Make it contiguous (an expanded gradient, as of a plain "
+            f"the loss function calls grouped_mm{where}, whose kernel does not take an operand, "
+            "or the gradient of its "
+            f"result, as it lies in memory: {text.rstrip('.')}. Make it contiguous (an expanded "
+            "gradient, as of a plain "
             "sum(), is not), and pad its last dims to multiples of 16 bytes"
         )
     return None

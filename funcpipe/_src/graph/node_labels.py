@@ -1,11 +1,14 @@
 """The nodes of a joint graph, sorted into what each of them is; the first half of cutting.
 
-Every node gets a *label*: F of segment ``s`` is ``s``; B of segment ``s`` is ``2 * segments - 1 - s``. Labels follow the
-order in which units run, and so do the edges of the graph, wherever a node is moved to below:
+Every node gets a *label*: F of segment ``s`` is ``s``; B of segment ``s`` is ``2 * segments - 1 -
+s``. Labels follow the order in which units run, and so do the edges of the graph, wherever a node
+is moved to below:
 
-- a cast (or the like) of a param at the top of a loss leaves its transpose at the very end of the backward pass: such a
-  node, which nothing but a gradient output reads, moves to the unit that makes what it reads;
-- the gradient of a tied parameter is a sum over segments: it is taken apart into the partial gradients.
+- a cast (or the like) of a param at the top of a loss leaves its transpose at the very end of the
+  backward pass: such a node, which nothing but a gradient output reads, moves to the unit that
+  makes what it reads;
+- the gradient of a tied parameter is a sum over segments: it is taken apart into the partial
+  gradients.
 
 In: `Traced`, whose graph is used up. Out: `Nodes`.
 """
@@ -107,12 +110,18 @@ def _labelled(traced: Traced) -> Nodes:
     inputs = [x for x in graph.nodes if x.op == "placeholder"]
     params, batch = inputs[: traced.params], inputs[traced.params :]
     return Nodes(
-        graph, segments, {x: i for i, x in enumerate(params)}, {x: i for i, x in enumerate(batch)}, label, names=names
+        graph,
+        segments,
+        {x: i for i, x in enumerate(params)},
+        {x: i for i, x in enumerate(batch)},
+        label,
+        names=names,
     )
 
 
 def _forget_data(n: Nodes) -> None:
-    """Nodes that read a tensor for its shape alone read nothing instead; ints among nodes become constants."""
+    """Nodes that read a tensor for its shape alone read nothing instead; ints among nodes become
+    constants."""
     for node in list(n.label):
         if isinstance(node.meta.get("val"), int):
             node.replace_all_uses_with(node.meta["val"])
@@ -123,7 +132,9 @@ def _forget_data(n: Nodes) -> None:
         if fill is not None and val is not None and val.is_contiguous():
             with n.graph.inserting_before(node):
                 args: tuple = (list(val.shape), fill)
-                new = n.graph.call_function(aten.full.default, args, {"dtype": val.dtype, "device": val.device})
+                new = n.graph.call_function(
+                    aten.full.default, args, {"dtype": val.dtype, "device": val.device}
+                )
             new.meta = dict(node.meta)
             n.label[new] = n.label.pop(node)
             node.replace_all_uses_with(new)
@@ -143,7 +154,8 @@ def _fill_of(node: fx.Node) -> Any:
 
 
 def _merge_constants(n: Nodes) -> None:
-    """Constants that are made alike, such as a mask that every block makes for itself, become one."""
+    """Constants that are made alike, such as a mask that every block makes for itself, become
+    one."""
     known: dict[tuple, fx.Node] = {}
     alike: dict[fx.Node, int] = {}  # constant -> a number that constants made alike share
     for node in list(n.label):
@@ -174,7 +186,8 @@ def _computed(n: Nodes, x: fx.Node) -> fx.Node:
 
 
 def _settle_epilogues(n: Nodes, out: fx.Node, grads: list[fx.Node | None]) -> None:
-    """Move what nothing but a gradient output reads up to the backward half of the segment that uses the param."""
+    """Move what nothing but a gradient output reads up to the backward half of the segment that
+    uses the param."""
     until: dict[fx.Node, int] = {}  # tail node -> the earliest label it may move to
     for grad, uses in zip(grads, _uses(n), strict=True):
         if grad is not None:
@@ -206,7 +219,8 @@ def _uses(n: Nodes) -> list[set[int]]:
 def _partials(n: Nodes, x: fx.Node) -> list[fx.Node]:
     """A gradient taken apart at its sums over segments.
 
-    Autograd adds to a running sum, the first operand. A second one that is a sum itself came through an alias of the
+    Autograd adds to a running sum, the first operand. A second one that is a sum itself came
+    through an alias of the
     param, and is not taken apart: adding its terms one by one would give other bits.
     """
     return [*_partials(n, x.args[0]), x.args[1]] if _spans(n, x) else [x]  # type: ignore[arg-type, list-item]
@@ -216,7 +230,9 @@ def _spans(n: Nodes, x: fx.Node) -> bool:
     if x.target is not aten.add.Tensor or len(x.users) > 1 or x.kwargs or len(x.args) > 2:
         return False
     terms = [a for a in x.args if isinstance(a, fx.Node) and n.label.get(a, -1) >= n.segments]
-    return len(terms) == 2 and (n.label[terms[0]] != n.label[terms[1]] or any(_spans(n, a) for a in terms))
+    return len(terms) == 2 and (
+        n.label[terms[0]] != n.label[terms[1]] or any(_spans(n, a) for a in terms)
+    )
 
 
 def _classify(n: Nodes) -> None:

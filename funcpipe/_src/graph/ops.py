@@ -1,4 +1,5 @@
-"""Ops: the marker that divides a graph into segments, and what can be asked about a node by its op alone."""
+"""Ops: the marker that divides a graph into segments, and what can be asked about a node by its op
+alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,16 @@ from torch import fx
 
 aten = torch.ops.aten
 HEAVY = frozenset(
-    ["mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "embedding_dense_backward", "_grouped_mm"]
+    [
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "convolution",
+        "convolution_backward",
+        "embedding_dense_backward",
+        "_grouped_mm",
+    ]
 )
 FACTORIES = frozenset(["zeros", "ones", "full", "empty", "arange", "scalar_tensor"])
 _CHEAP = frozenset(["_to_copy", "clone"])
@@ -30,15 +40,20 @@ def is_op(node: fx.Node) -> bool:
 
 
 def is_seeded(node: fx.Node) -> bool:
-    """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention backward is tagged so."""
+    """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention
+    backward is tagged so."""
     op: Any = node.target
     if not is_op(node) or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    return not op.overloadpacket.__name__.endswith("_backward") and _argument(node, op, "dropout_p") != 0.0
+    return (
+        not op.overloadpacket.__name__.endswith("_backward")
+        and _argument(node, op, "dropout_p") != 0.0
+    )
 
 
 def _argument(node: fx.Node, op: Any, name: str) -> Any:
-    """An argument of an op by name, its default included; None where the op has none of that name."""
+    """An argument of an op by name, its default included; None where the op has none of that
+    name."""
     for i, a in enumerate(op._schema.arguments):
         if a.name == name:
             return node.kwargs.get(name, node.args[i] if i < len(node.args) else a.default_value)
@@ -78,7 +93,11 @@ def is_cheap(x: fx.Node) -> bool:
         return True
     if not is_op(x):
         return False
-    return torch.Tag.pointwise in x.target.tags or is_view(x) or x.target.overloadpacket.__name__ in _CHEAP  # type: ignore[union-attr]
+    return (
+        torch.Tag.pointwise in x.target.tags
+        or is_view(x)
+        or x.target.overloadpacket.__name__ in _CHEAP
+    )  # type: ignore[union-attr]
 
 
 def is_factory(x: fx.Node) -> bool:

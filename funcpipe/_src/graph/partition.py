@@ -1,17 +1,22 @@
 """Cut: a joint graph becomes units, and every value that goes between two units becomes explicit.
 
-Terms. Boundary ``k`` begins *segment* ``k``; a loss with ``n`` boundaries has segments ``0..n``. A segment has the
-*units* F (forward) and B (backward), or F, I (gradient with respect to what came in) and W (gradient with respect to
-the params). A *value* is what a unit reads or writes: a leaf of params or batch, a folded constant, or an activation,
-residual or gradient that one unit makes and another reads.
+Terms. Boundary ``k`` begins *segment* ``k``; a loss with ``n`` boundaries has segments ``0..n``. A
+segment has the *units* F (forward) and B (backward), or F, I (gradient with respect to what came
+in) and W (gradient with respect to the params). A *value* is what a unit reads or writes: a leaf of
+params or batch, a folded constant, or an activation, residual or gradient that one unit makes and
+another reads.
 
-One liveness rule: a node used in another unit is an output of its own and an input there. Exceptions are *rebuilt*
-where they are used instead of being carried: views, and what follows from the batch or the params alone by cheap ops.
+One liveness rule: a node used in another unit is an output of its own and an input there.
+Exceptions are *rebuilt*
+where they are used instead of being carried: views, and what follows from the batch or the params
+    alone by cheap ops.
 What follows from neither is *folded*: computed once per rank, then an input.
 
-A tied parameter gets one partial gradient per segment that uses it, kept apart here and summed once per step.
+A tied parameter gets one partial gradient per segment that uses it, kept apart here and summed once
+per step.
 
-In: `Traced`. Out: `Cut`: units in the order of one microbatch, with shared code where two segments are alike.
+In: `Traced`. Out: `Cut`: units in the order of one microbatch, with shared code where two segments
+are alike.
 """
 
 from __future__ import annotations
@@ -40,7 +45,8 @@ class Unit:
         kind: ``"F"``, ``"B"``, ``"I"`` or ``"W"``.
         segment: which segment.
         code: what runs, shared between units that do the same.
-        inputs, outputs: the values it reads and writes, in the order of the code's arguments and results.
+        inputs, outputs: the values it reads and writes, in the order of the code's arguments and
+            results.
     """
 
     kind: str
@@ -61,8 +67,8 @@ class Cut:
         units: by kind and segment, in the order of one microbatch.
         segments: how many segments.
         heads: total, weight (if the loss has one) and aux tensors: values of F units.
-        grads: for every tensor of params its partial gradients, in the order in which autograd would sum them
-            (none at all: zeros).
+        grads: for every tensor of params its partial gradients, in the order in which autograd
+            would sum them (none at all: zeros).
         constants: what was folded: a function without arguments computes it on this rank.
         traced: where it all came from; its graph is used up.
         saved: what every segment saves for its backward half, where that is known.
@@ -105,7 +111,11 @@ class _Cutter:
         units = {key: self._unit(key) for key in self._keys()}
         grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
         heads = tuple(map(self._value, self.n.heads))
-        folded = {v: code_.folded(self.traced.module, x) for x, v in self.values.items() if v.kind == "const"}
+        folded = {
+            v: code_.folded(self.traced.module, x)
+            for x, v in self.values.items()
+            if v.kind == "const"
+        }
         in_order = dict(reversed(units.items()))
         return Cut(in_order, self.n.segments, heads, grads, folded, self.traced)
 
@@ -117,7 +127,9 @@ class _Cutter:
 
     def _nodes(self, kind: str, segment: int) -> list[fx.Node]:
         nodes = self.own.get(segment if kind == "F" else self.n.backward(segment), [])
-        return nodes if kind in "FB" else [x for x in nodes if (x in self.deferred) == (kind == "W")]
+        return (
+            nodes if kind in "FB" else [x for x in nodes if (x in self.deferred) == (kind == "W")]
+        )
 
     def _unit(self, key: Key) -> Unit:
         own = dict.fromkeys(self._nodes(*key))
@@ -130,7 +142,9 @@ class _Cutter:
         code = code_.compile_unit(self.traced.module, body, order, roots, self.codes)
         return Unit(*key, code, tuple(map(self._value, order)), tuple(map(self._value, roots)))
 
-    def _body(self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+    def _body(
+        self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]
+    ) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
         place, body, inputs = self.n.place, [], set()
         seen = set(roots)
@@ -160,7 +174,11 @@ class _Cutter:
         if x not in self.values:
             kind, index = "value", -1
             if x.op == "placeholder":
-                kind, index = ("param", self.n.params[x]) if x in self.n.params else ("batch", self.n.batch[x])
+                kind, index = (
+                    ("param", self.n.params[x])
+                    if x in self.n.params
+                    else ("batch", self.n.batch[x])
+                )
             elif x in self.n.constant and x not in self.final:
                 kind = "const"
             self.values[x] = code_.value_of(x, kind, index)
@@ -170,8 +188,8 @@ class _Cutter:
 def deferred(n: Nodes) -> set[fx.Node]:
     """The nodes of W: heavy ops off the path to an earlier segment, and what hangs off them.
 
-    In segment 0 nothing is on such a path; there, what feeds another heavy op is on it. Qi et al. 2023, "Zero Bubble
-    Pipeline Parallelism", section 2.
+    In segment 0 nothing is on such a path; there, what feeds another heavy op is on it. Qi et al.
+    2023, "Zero Bubble Pipeline Parallelism", section 2.
     """
     backward = [x for x, label in n.label.items() if label >= n.segments]
     needed: set[fx.Node] = set()

@@ -1,15 +1,20 @@
-"""Remat: the backward half of a segment computes forward values again instead of reading what the forward half saved.
+"""Remat: the backward half of a segment computes forward values again instead of reading what the
+forward half saved.
 
-A pass between `read_nodes` and `cut`. For every segment a policy says which forward values are saved. Every other forward
-value that the backward half reads is computed again there: its nodes are *cloned*, with the label of the backward half, just
-before what reads them first. The rule of liveness in `partition.py` does the rest: what nobody reads any more is no residual, and
-where I and W are units of their own, what I computes again W reads from I.
+A pass between `read_nodes` and `cut`. For every segment a policy says which forward values are
+saved. Every other forward
+value that the backward half reads is computed again there: its nodes are *cloned*, with the label
+of the backward half, just before what reads them first. The rule of liveness in `partition.py` does
+the rest: what nobody reads any more is no residual, and where I and W are units of their own, what
+I computes again W reads from I.
 
-Never cloned: communication, ops that draw from the global generator, ops that are no plain calls, and what enters the
-segment: values of other segments, params and the batch. A clone is the same op on the same operands, so gradients have the
-same bits.
+Never cloned: communication, ops that draw from the global generator, ops that are no plain calls,
+and what enters the
+segment: values of other segments, params and the batch. A clone is the same op on the same
+operands, so gradients have the same bits.
 
-In: `Nodes`, which are changed, and what `remat` transforms asked for. Out: for every segment a `Saved`.
+In: `Nodes`, which are changed, and what `remat` transforms asked for. Out: for every segment a
+`Saved`.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from funcpipe.errors import StackError
 if TYPE_CHECKING:
     from funcpipe._src.spec.transform_spec import Remat
 
-# Work for every element that an op makes of which it is not known how many FLOPs it takes, such as an attention of one's own.
+# Work for every element that an op makes of which it is not known how many FLOPs it takes, such as
+# an attention of one's own.
 _UNKNOWN = 1000
 
 
@@ -96,7 +102,8 @@ def rematerialise(n: Nodes, remats: Sequence[Remat]) -> tuple[Saved, ...]:
 
 
 def check_used(remats: Iterable[Remat], losses: Sequence[Sequence[Saved]]) -> None:
-    """StackError when a transform asks for a name or a segment that no loss function of the step has.
+    """StackError when a transform asks for a name or a segment that no loss function of the step
+    has.
 
     Args:
         losses: of every loss function what its segments save.
@@ -107,7 +114,8 @@ def check_used(remats: Iterable[Remat], losses: Sequence[Sequence[Saved]]) -> No
         for s in remat.segments if isinstance(remat.segments, tuple) else ():
             if s >= segments:
                 raise StackError(
-                    f"{remat}: there is no segment {s}: the loss function has {segments}, counted from 0, one more than "
+                    f"{remat}: there is no segment {s}: the loss function has {segments}, "
+                    "counted from 0, one more than "
                     "stage boundaries"
                 )
         for name in (*remat.save, *remat.recompute):
@@ -124,7 +132,8 @@ def _chosen(remats: Sequence[Remat], segment: int) -> Remat | None:
     found = [x for x in remats if x.covers(segment)]
     if len(found) > 1:
         raise StackError(
-            f"{found[0]} and {found[1]} both choose what segment {segment} saves; give each its own segments (segments=...)"
+            f"{found[0]} and {found[1]} both choose what segment {segment} saves; give each its "
+            "own segments (segments=...)"
         )
     return found[0] if found else None
 
@@ -137,14 +146,19 @@ def _policy(remat: Remat, c: Choice) -> frozenset[int]:
         return c.named(remat.save)
     if remat.recompute:
         return c.bases - c.named(remat.recompute)
-    return frozenset(i for i in c.bases if c.items[i].product) if remat.policy == "products" else frozenset()
+    return (
+        frozenset(i for i in c.bases if c.items[i].product)
+        if remat.policy == "products"
+        else frozenset()
+    )
 
 
 # ---- what there is to choose from
 
 
 class _Items:
-    """The forward values of a segment as items, and what enters it as soon as something reads it."""
+    """The forward values of a segment as items, and what enters it as soon as something reads
+    it."""
 
     def __init__(self, n: Nodes, segment: int, forward: Sequence[fx.Node]) -> None:
         self.n, self.segment = n, segment
@@ -158,11 +172,15 @@ class _Items:
     def choice(self, backward: Sequence[fx.Node]) -> Choice:
         """What the segment may choose from, given the nodes of its backward half."""
         read = tuple(dict.fromkeys(i for x in backward for i in self._operands(x)))
-        names = ((name, tuple(self.number[x] for x in some if x in self.number)) for name, some in self.n.names.items())
+        names = (
+            (name, tuple(self.number[x] for x in some if x in self.number))
+            for name, some in self.n.names.items()
+        )
         return Choice(tuple(self.items), read, tuple(names))
 
     def _is_own(self, x: fx.Node) -> bool:
-        """Not so what every unit makes for itself, from params, the batch or what enters the segment."""
+        """Not so what every unit makes for itself, from params, the batch or what enters the
+        segment."""
         rebuilt = x in self.n.rebuilt and not any(a in self.number for a in x.all_input_nodes)
         return x not in self.n.constant and not rebuilt
 
@@ -170,7 +188,8 @@ class _Items:
         return [i for i in map(self._item_of, x.all_input_nodes) if i is not None]
 
     def _item_of(self, x: fx.Node) -> int | None:
-        """The item of what a node reads; None where that costs nothing to keep, or is a gradient."""
+        """The item of what a node reads; None where that costs nothing to keep, or is a
+        gradient."""
         if x in self.number:
             return self.number[x]
         base = base_of(x)
@@ -181,7 +200,9 @@ class _Items:
             return None
         if base not in self.entering:
             i = self.entering[base] = len(self.items)
-            self.items.append(Item(_bytes(base), 0, 0, i, (), saveable=True, again=False, product=False))
+            self.items.append(
+                Item(_bytes(base), 0, 0, i, (), saveable=True, again=False, product=False)
+            )
         return self.entering[base]
 
     def _add(self, x: fx.Node) -> None:
@@ -206,7 +227,9 @@ class _Items:
 
 
 def _repeatable(x: fx.Node) -> bool:
-    return (is_op(x) or x.target is operator.getitem) and not is_communication(x) and not is_seeded(x)
+    return (
+        (is_op(x) or x.target is operator.getitem) and not is_communication(x) and not is_seeded(x)
+    )
 
 
 def _unknown(x: fx.Node) -> bool:
@@ -223,7 +246,9 @@ def _work(x: fx.Node) -> int:
         return 0
     val = x.meta.get("val")
     made = val if isinstance(val, tuple | list) else (val,)
-    return sum(y.numel() for y in made if isinstance(y, torch.Tensor)) * (_UNKNOWN if _unknown(x) else 1)
+    return sum(y.numel() for y in made if isinstance(y, torch.Tensor)) * (
+        _UNKNOWN if _unknown(x) else 1
+    )
 
 
 def _bytes(x: fx.Node) -> int:
@@ -234,7 +259,9 @@ def _bytes(x: fx.Node) -> int:
 # ---- cloning
 
 
-def _compute_again(n: Nodes, number: dict[fx.Node, int], saved: Saved, backward: Sequence[fx.Node]) -> None:
+def _compute_again(
+    n: Nodes, number: dict[fx.Node, int], saved: Saved, backward: Sequence[fx.Node]
+) -> None:
     """Clone what is not saved to where the backward half of a segment reads it first.
 
     Args:

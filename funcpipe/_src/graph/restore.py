@@ -1,9 +1,10 @@
-"""Restore: a run on fake tensors leaves no tensor in the Python objects that a loss function reaches.
+"""Restore: a run on fake tensors leaves no tensor in the Python objects that a loss function
+reaches.
 
 Models keep what they have computed: a rotary table in a dict, an attribute or a class, a function's
-``lru_cache``. On fakes they would keep fakes, and the next run, or the model itself, would find them.
-Where a run left a tensor somewhere, all that it changed is put back, since a flag or a length often says
-that the tensor is there.
+``lru_cache``. On fakes they would keep fakes, and the next run, or the model itself, would find
+them. Where a run left a tensor somewhere, all that it changed is put back, since a flag or a length
+often says that the tensor is there.
 
 In: a function. Out: while a run lasts its caches hold no tensors; after it everything is as it was.
 """
@@ -26,7 +27,17 @@ import torch
 _GLOBALS = 3
 _MOST = 10_000  # entries of a container: a data set or a vocabulary is not looked through
 _NESTED = 4  # how deep a tensor may lie in a value that is new
-_FOREIGN = ("torch", "funcpipe", "builtins", "typing", "abc", "enum", "functools", "optree", "numpy")
+_FOREIGN = (
+    "torch",
+    "funcpipe",
+    "builtins",
+    "typing",
+    "abc",
+    "enum",
+    "functools",
+    "optree",
+    "numpy",
+)
 _LEAVES = (type, ModuleType, enum.Enum, torch.Tensor, torch.dtype, torch.device)
 _PLAIN = frozenset([type(None), bool, int, float, complex, str, bytes, BuiltinFunctionType])
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)

@@ -1,13 +1,17 @@
-"""Trace: a loss function becomes one joint FX graph, forward then backward, of one microbatch as one rank runs it.
+"""Trace: a loss function becomes one joint FX graph, forward then backward, of one microbatch as
+one rank runs it.
 
-Terms. The *joint* function returns the loss and its gradient, by autograd on fake tensors. A *marker* is a node of the
-graph that reads and makes nothing, ``funcpipe::mark(label)``: what comes after it has that label (see `node_labels.py`). A
-boundary marks the forward half and notes how many autograd nodes there were. The engine, on one thread, runs them in the
-reverse order of their creation; so when it first comes to an older one than that, it has crossed the boundary backward,
-and a marker says so. Autograd knows nothing of boundaries: it adds up in the order in which it does without them.
+Terms. The *joint* function returns the loss and its gradient, by autograd on fake tensors. A
+*marker* is a node of the graph that reads and makes nothing, ``funcpipe::mark(label)``: what comes
+after it has that label (see `node_labels.py`). A boundary marks the forward half and notes how many
+autograd nodes there were. The engine, on one thread, runs them in the reverse order of their
+creation; so when it first comes to an older one than that, it has crossed the boundary backward,
+and a marker says so. Autograd knows nothing of boundaries: it adds up in the order in which it does
+without them.
 
-In: a loss function, the structure and fake leaves of params and batch. Out: `Traced`, a flat graph of ATen ops whose
-placeholders are the params' tensors, then the batch's. It holds no real data, process group or rank number.
+In: a loss function, the structure and fake leaves of params and batch. Out: `Traced`, a flat graph
+of ATen ops whose placeholders are the params' tensors, then the batch's. It holds no real data,
+process group or rank number.
 """
 
 from __future__ import annotations
@@ -46,12 +50,14 @@ class Traced:
     """A joint graph.
 
     Args:
-        module: the graph; its outputs are the total, the weight (if any), aux tensors, and a gradient (or None) for
-            every tensor of params.
-        params, batch: how many placeholders belong to each. One more is the loss scale, if that is a tensor.
+        module: the graph; its outputs are the total, the weight (if any), aux tensors, and a
+            gradient (or None) for every tensor of params.
+        params, batch: how many placeholders belong to each. One more is the loss scale, if that is
+            a tensor.
         boundaries: the number of boundaries, one less than segments.
         has_weight: whether the loss is a `Mean`.
-        aux: the aux tree, with the number of an output in place of a tensor (`Mean` and `Rows` kept).
+        aux: the aux tree, with the number of an output in place of a tensor (`Mean` and `Rows`
+            kept).
     """
 
     module: fx.GraphModule
@@ -64,7 +70,8 @@ class Traced:
 
 
 class _Tracing:
-    """The context of a loss that is being traced: boundaries are marked; everything else is plain PyTorch.
+    """The context of a loss that is being traced: boundaries are marked; everything else is plain
+    PyTorch.
 
     Args:
         parts: whether the loss sees a part of the batch only.
@@ -87,11 +94,13 @@ class _Tracing:
         if self.segment is not None:
             raise CutError(
                 "stage_boundary is called again while a checkpoint recomputes: a boundary inside "
-                "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one block, then stage_boundary"
+                "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one "
+                "block, then stage_boundary"
             )
         if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x)):
             raise CutError(
-                f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass what goes on"
+                f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass "
+                "what goes on"
             )
         self.ages.append(torch.autograd._get_sequence_nr())
         MARK(self.boundaries)
@@ -138,8 +147,8 @@ class _Crossing(TorchDispatchMode):
 
 
 def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
-    """A loss function inside another one that sees a part of the batch. It is refused where another split would make another
-    gradient of it.
+    """A loss function inside another one that sees a part of the batch. It is refused where another
+    split would make another gradient of it.
 
     Raises:
         BatchError: it is a mean over the part, or its gradient a sum over the rows of the part.
@@ -149,9 +158,12 @@ def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
         out = loss_fn(inner, batch)
         if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, step_.Mean):
             raise BatchError(
-                f"value_and_grad is called inside a loss function{where} whose batch is split: every part would take the loss "
-                "and gradient of its own rows, and not those of the batch. Call it in the step: update params with its "
-                "gradient there, pass its loss or fp.Rows through the batch, and call value_and_grad a second time; or use "
+                f"value_and_grad is called inside a loss function{where} whose batch is split: "
+                "every part would take the loss "
+                "and gradient of its own rows, and not those of the batch. Call it in the step: "
+                "update params with its "
+                "gradient there, pass its loss or fp.Rows through the batch, and call "
+                "value_and_grad a second time; or use "
                 "torch.func.vmap, for a gradient of every row"
             )
         return out
@@ -176,15 +188,19 @@ def trace(
     """The joint graph of a loss function.
 
     Args:
-        params, batch: fake leaves (a batch may hold other values too, which become constants) and structure.
-        mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any name has one rank.
+        params, batch: fake leaves (a batch may hold other values too, which become constants) and
+            structure.
+        mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any
+            name has one rank.
         rewriting: under what the loss function and its gradient run.
-        scale: what the backward pass starts from: a number, or a 0-d fake that becomes the last placeholder.
+        scale: what the backward pass starts from: a number, or a 0-d fake that becomes the last
+            placeholder.
         parts: whether the batch is a part of that of the step.
 
     Raises:
         BatchError: a ``value_and_grad`` inside, of a part.
-        TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified input.
+        TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified
+        input.
         AxisError: a collective over another axis.
         CutError: a boundary inside a checkpoint, or without a tensor.
     """
@@ -195,16 +211,23 @@ def trace(
     @traceable()
     def joint(*tensors: torch.Tensor) -> Any:
         context.begin()
-        inputs = [x.detach().requires_grad_() if step_.differentiable(x) else x for x in tensors[: len(params[0])]]
+        inputs = [
+            x.detach().requires_grad_() if step_.differentiable(x) else x
+            for x in tensors[: len(params[0])]
+        ]
         data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=False))
         with torch.enable_grad():
-            out = loss_fn(tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values()))
+            out = loss_fn(
+                tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values())
+            )
             total, weight, aux = step_.read_loss(out, has_aux)
         extra: list[torch.Tensor] = []
         found["aux"] = tree.map(lambda x: _number(x, extra), aux)
         found["weight"] = weight is not None
         with torch.no_grad():  # clones, so that every output is a node of the forward half
-            heads = [x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)]
+            heads = [
+                x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)
+            ]
         context.backward()
         with _Crossing(context):
             grads = _gradients(total, inputs, tensors[-1] if hidden else scale)
@@ -215,7 +238,13 @@ def trace(
     tensors = [*params[0], *(leaves[i] for i in moving), *hidden]
     device = tensors[0].device if tensors else None
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes, device)
-    with _TRACING, step_.bind(context), bound, torch.autograd.set_multithreading_enabled(False), fake_mode:
+    with (
+        _TRACING,
+        step_.bind(context),
+        bound,
+        torch.autograd.set_multithreading_enabled(False),
+        fake_mode,
+    ):
         try:
             with rewriting, restored(loss_fn):
                 module = make_fx(joint, tracing_mode="fake")(*tensors)
@@ -248,9 +277,20 @@ def _gradients(
     wanted = [x for x in inputs if x.requires_grad]
     if not (total.requires_grad and wanted):
         return [None] * len(inputs)
-    # torch.autograd.grad, but it would switch modes of torch functions off, and a checkpoint would recompute without them.
+    # torch.autograd.grad, but it would switch modes of torch functions off, and a checkpoint would
+    # recompute without them.
     engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
-    found = iter(engine((total,), (_seed(total, scale),), False, False, tuple(wanted), True, accumulate_grad=False))
+    found = iter(
+        engine(
+            (total,),
+            (_seed(total, scale),),
+            False,
+            False,
+            tuple(wanted),
+            True,
+            accumulate_grad=False,
+        )
+    )
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
@@ -259,7 +299,8 @@ def _refuse_sparse(grads: list[torch.Tensor | None], spec: Any) -> None:
         if x is not None and x.layout is not torch.strided:
             path = tree.paths(tree.unflatten(spec, range(len(grads))))[i]
             raise TraceError(
-                f"the gradient of params{path} is sparse ({x.layout}), but gradients are summed over ranks and microbatches as "
+                f"the gradient of params{path} is sparse ({x.layout}), but gradients are summed "
+                "over ranks and microbatches as "
                 "dense tensors: compute with x.to_dense() in the loss function"
             )
 

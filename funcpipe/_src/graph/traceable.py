@@ -1,6 +1,8 @@
-"""Traceable: under what a loss function runs on fakes, so that what libraries do in it can be traced.
+"""Traceable: under what a loss function runs on fakes, so that what libraries do in it can be
+traced.
 
-Lookups in tables give dense gradients, whatever they are asked for; distributions do not look at values to check them.
+Lookups in tables give dense gradients, whatever they are asked for; distributions do not look at
+values to check them.
 
 In: a loss function's calls of torch. Out: the same numbers.
 """
@@ -21,7 +23,10 @@ from torch.overrides import TorchFunctionMode
 # Calls that give sparse gradients if asked to: by which option, and its place among the arguments.
 _SPARSE: dict[Callable, tuple[str, int]] = {
     F.embedding: ("sparse", list(inspect.signature(F.embedding).parameters).index("sparse")),
-    F.embedding_bag: ("sparse", list(inspect.signature(F.embedding_bag).parameters).index("sparse")),
+    F.embedding_bag: (
+        "sparse",
+        list(inspect.signature(F.embedding_bag).parameters).index("sparse"),
+    ),
     torch.embedding: ("sparse", 4),
     torch.embedding_bag: ("sparse", 5),
     torch.gather: ("sparse_grad", 3),
@@ -44,7 +49,8 @@ def traceable() -> Iterator[None]:
 
 
 class _Unchecked:
-    """While any thread is inside, distributions do not check their arguments, unless one is told to."""
+    """While any thread is inside, distributions do not check their arguments, unless one is told
+    to."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, False
@@ -67,7 +73,8 @@ _unchecked = _Unchecked()
 
 
 class _Dense(TorchFunctionMode):
-    """Leaves the wish for sparse gradients out, since their sums over ranks and microbatches are dense anyway."""
+    """Leaves the wish for sparse gradients out, since their sums over ranks and microbatches are
+    dense anyway."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

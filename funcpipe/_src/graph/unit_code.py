@@ -1,7 +1,8 @@
 """Values and code: what goes between units, and what runs inside one.
 
-In: nodes of a joint graph. Out: `Value` (a name, shape, dtype, bytes) and `Code` (a callable, shared by all units whose
-graphs are equal; "boxed": it takes one list, empties it, and frees every input at its last use).
+In: nodes of a joint graph. Out: `Value` (a name, shape, dtype, bytes) and `Code` (a callable,
+shared by all units whose graphs are equal; "boxed": it takes one list, empties it, and frees every
+input at its last use).
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Value:
     nbytes: int
 
     def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+        return (
+            f"{self.name}: "
+            f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +59,8 @@ class Code:
         key: a hash of the graph; equal graphs are one `Code`.
         module: the graph.
         run: the boxed function: a list of tensors in, a tuple out.
-        flops: floating-point operations of its matrix products and attention (``torch.utils.flop_counter``).
+        flops: floating-point operations of its matrix products and attention
+            (``torch.utils.flop_counter``).
         peak: bytes of its own intermediates at their peak, outputs included, inputs not.
     """
 
@@ -70,7 +75,17 @@ def value_of(x: fx.Node, kind: str, index: int) -> Value:
     """The value that a node stands for."""
     base, val = base_of(x), x.meta["val"]
     shape, stride = tuple(val.shape), tuple(val.stride())
-    return Value(x.name, kind, index, shape, stride, val.dtype, val.device, base.name, nbytes(base.meta["val"]))
+    return Value(
+        x.name,
+        kind,
+        index,
+        shape,
+        stride,
+        val.dtype,
+        val.device,
+        base.name,
+        nbytes(base.meta["val"]),
+    )
 
 
 def nbytes(val: torch.Tensor) -> int:
@@ -131,7 +146,8 @@ def _meta(x: fx.Node) -> str:
 
 
 def flops(x: fx.Node) -> int:
-    """Floating-point operations of a node that is a matrix product, a convolution or an attention; 0 for others."""
+    """Floating-point operations of a node that is a matrix product, a convolution or an attention;
+    0 for others."""
     count = flop_registry.get(getattr(x.target, "overloadpacket", None)) if is_op(x) else None
     if count is None:
         return 0
@@ -143,7 +159,8 @@ def flops(x: fx.Node) -> int:
 
 
 def _with_equal_heads(args: Sequence[Any]) -> list[Any]:
-    """Operands of an attention, ``(batch, heads, positions, dim)``, with equally many heads: torch counts no others."""
+    """Operands of an attention, ``(batch, heads, positions, dim)``, with equally many heads: torch
+    counts no others."""
     heads = max(a.shape[1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4)
     wide = lambda a: torch.empty((a.shape[0], heads, *a.shape[2:]), device="meta")  # noqa: E731
     return [wide(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]

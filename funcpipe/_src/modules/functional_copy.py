@@ -1,12 +1,13 @@
 """Stand-ins: shallow copies of a module and of all in it, which hold other tensors.
 
-Terms. A *slot* is a parameter or buffer of a module, under the first of its names. A stand-in shares every Python value of
-its module but containers, modules and tensors; so a call on it neither changes the module nor waits for another call.
-Swapping tensors in the module itself, as ``torch.func.functional_call`` does, ends with the call: a
-``torch.utils.checkpoint`` in it would recompute with the module's own tensors, and gradients be wrong without a word.
+Terms. A *slot* is a parameter or buffer of a module, under the first of its names. A stand-in
+shares every Python value of its module but containers, modules and tensors; so a call on it neither
+changes the module nor waits for another call. Swapping tensors in the module itself, as
+``torch.func.functional_call`` does, ends with the call: a ``torch.utils.checkpoint`` in it would
+recompute with the module's own tensors, and gradients be wrong without a word.
 
-In: a module, and tensors for its slots. Out: a module of the same class; or a ModuleError that names what a copy cannot
-follow.
+In: a module, and tensors for its slots. Out: a module of the same class; or a ModuleError that
+names what a copy cannot follow.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Slot(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """What a module has: every submodule with its path, itself included, every parameter and every buffer, each once."""
+    """What a module has: every submodule with its path, itself included, every parameter and every
+    buffer, each once."""
 
     modules: list[tuple[str, nn.Module]]
     params: list[Slot]
@@ -81,7 +83,9 @@ def stand_in(module: nn.Module, has: Slots, tensors: dict[str, torch.Tensor]) ->
         new[id(m)] = object.__new__(type(m))
     for _, m in has.modules:
         copy = new[id(m)]
-        copy.__dict__.update((key, x if type(x) in _LEAVES else _moved(x, new)) for key, x in m.__dict__.items())
+        copy.__dict__.update(
+            (key, x if type(x) in _LEAVES else _moved(x, new)) for key, x in m.__dict__.items()
+        )
         copy.__dict__["_apply"] = functools.partial(_apply, weakref.ref(copy))
         if _may_normalize(m):
             copy.__dict__["forward"] = _with_open_batch_norm(copy.forward)
@@ -89,7 +93,8 @@ def stand_in(module: nn.Module, has: Slots, tensors: dict[str, torch.Tensor]) ->
 
 
 def _apply(module: weakref.ref, fn: Callable, recurse: bool = True) -> nn.Module:
-    """``nn.Module._apply``, of which ``.to()``, ``.float()`` and their like are made, with new tensors in the slots. Torch's
+    """``nn.Module._apply``, of which ``.to()``, ``.float()`` and their like are made, with new
+    tensors in the slots. Torch's
     writes to those that are there: to the caller's params, and no gradient goes through a cast."""
     m = module()
     assert m is not None  # its method is being called
@@ -100,7 +105,8 @@ def _apply(module: weakref.ref, fn: Callable, recurse: bool = True) -> nn.Module
             converted = None if x is None else fn(x)
             if converted is not x and type(m)._apply is not nn.Module._apply:
                 raise ModuleError(
-                    f"{type(m).__name__} is converted in forward (.to(), .float() and their like), and refers to {key!r} "
+                    f"{type(m).__name__} is converted in forward (.to(), .float() and their "
+                    f"like), and refers to {key!r} "
                     "in more places than one: convert it before from_module"
                 )
             tensors[key] = converted
@@ -108,7 +114,8 @@ def _apply(module: weakref.ref, fn: Callable, recurse: bool = True) -> nn.Module
 
 
 def _moved(x: Any, new: dict[int, Any]) -> Any:
-    """A value of a module with what is new in place of modules and tensors; containers are copied."""
+    """A value of a module with what is new in place of modules and tensors; containers are
+    copied."""
     if id(x) in new:
         return new[id(x)]
     kind = type(x)
@@ -119,7 +126,9 @@ def _moved(x: Any, new: dict[int, Any]) -> Any:
     if kind is MethodType:
         return MethodType(x.__func__, _moved(x.__self__, new))
     if kind is functools.partial:
-        return functools.partial(_moved(x.func, new), *_moved(x.args, new), **_moved(x.keywords, new))
+        return functools.partial(
+            _moved(x.func, new), *_moved(x.args, new), **_moved(x.keywords, new)
+        )
     return x
 
 
@@ -127,7 +136,8 @@ def _moved(x: Any, new: dict[int, Any]) -> Any:
 
 
 class _OpenBatchNorm(TorchFunctionMode):
-    """Batch normalization by an op that returns the new statistics: the usual one changes them, and does not say so."""
+    """Batch normalization by an op that returns the new statistics: the usual one changes them, and
+    does not say so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.instance_norm:
@@ -136,7 +146,8 @@ class _OpenBatchNorm(TorchFunctionMode):
 
 
 def _may_normalize(m: nn.Module) -> bool:
-    """Whether a module's own forward may change running statistics: its own, or those of a norm fused with it.
+    """Whether a module's own forward may change running statistics: its own, or those of a norm
+    fused with it.
 
     (Not all of them run under the mode, which costs a microsecond for every call into torch.)
     """
@@ -165,18 +176,22 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """``F.batch_norm``, with statistics that are seen to change; in training mode a declared batch statistic."""
+    """``F.batch_norm``, with statistics that are seen to change; in training mode a declared batch
+    statistic."""
     norm = batch_statistic(F.batch_norm) if training else F.batch_norm
     if not training or running_mean is None or running_var is None:
         return norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if input.numel() == input.shape[1]:
         raise ModuleError(
-            f"batch normalization in training mode got {describe(input)}: one value for each channel has no variance. To it "
+            f"batch normalization in training mode got {describe(input)}: one value for each "
+            "channel has no variance. To it "
             "each microbatch of each shard is a batch of its own: give those more rows"
         )
     op = batch_statistic(torch.ops.aten._native_batch_norm_legit_functional)
     # Clones: autograd keeps what it is given, and must not see it change.
-    out, _, _, mean, var = op(input, weight, bias, running_mean.clone(), running_var.clone(), training, momentum, eps)
+    out, _, _, mean, var = op(
+        input, weight, bias, running_mean.clone(), running_var.clone(), training, momentum, eps
+    )
     running_mean.copy_(mean)
     running_var.copy_(var)
     return out
@@ -195,10 +210,13 @@ def _instance_norm(
     """``F.instance_norm``; one that changes statistics is refused."""
     if use_input_stats and running_mean is not None:
         raise ModuleError(
-            f"instance normalization of {describe(input)} in training mode changes running statistics unseen: make the module "
+            f"instance normalization of {describe(input)} in training mode changes running "
+            "statistics unseen: make the module "
             "with track_running_stats=False, or set it to eval mode"
         )
-    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return F.instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
 
 
 # ---- what a stand-in cannot follow
@@ -210,8 +228,10 @@ def check_hooks(has: Slots) -> None:
         for made_by in ("register_hook", "register_post_accumulate_grad_hook"):
             if getattr(x, _HOOKS[made_by]):
                 raise ModuleError(
-                    f"parameter {name!r} has a hook ({made_by}): plain PyTorch calls it with the whole gradient, but in a "
-                    "step each microbatch of each shard has a part of it. Do what the hook does in the step, to "
+                    f"parameter {name!r} has a hook ({made_by}): plain PyTorch calls it with the "
+                    "whole gradient, but in a "
+                    "step each microbatch of each shard has a part of it. Do what the hook does "
+                    "in the step, to "
                     f"grads[{name!r}] as value_and_grad returns it, and remove the hook"
                 )
 
@@ -226,8 +246,10 @@ def check_references(has: Slots) -> None:
             held = None if key in _LOADING else _out_of_reach(x, True, own, seen)
             if held:
                 raise ModuleError(
-                    f"{f'{path}.{key}' if path else key} is {describe(x)} that holds {held}, where a call cannot put other "
-                    "tensors in its place. Keep it in an attribute, list or dict; take a module before torch.compile or "
+                    f"{f'{path}.{key}' if path else key} is {describe(x)} that holds {held}, "
+                    "where a call cannot put other "
+                    "tensors in its place. Keep it in an attribute, list or dict; take a module "
+                    "before torch.compile or "
                     "another wrapper (module._orig_mod)"
                 )
 
@@ -236,13 +258,15 @@ def check_references(has: Slots) -> None:
 
 
 class Caches:
-    """The buffers of a module that are no part of its state dict, and the plain attributes beside them, as they are now.
+    """The buffers of a module that are no part of its state dict, and the plain attributes beside
+    them, as they are now.
 
-    A module that fills such a buffer on a first call remembers that in an attribute. A call reads the attribute as it is
-    then, while its buffers may be of before.
+    A module that fills such a buffer on a first call remembers that in an attribute. A call reads
+    the attribute as it is then, while its buffers may be of before.
 
     Args:
-        copied: whether the buffers of calls are copies, which do not follow when the module writes to its own.
+        copied: whether the buffers of calls are copies, which do not follow when the module writes
+            to its own.
     """
 
     def __init__(self, has: Slots, copied: bool) -> None:
@@ -256,13 +280,19 @@ class Caches:
                 continue
             attributes, buffers = self._of(m)
             old_attributes, old_buffers = self.known[path]
-            changed = [k for k, x in attributes.items() if k not in old_attributes or old_attributes[k] != x]
+            changed = [
+                k
+                for k, x in attributes.items()
+                if k not in old_attributes or old_attributes[k] != x
+            ]
             filled = [k for k, x in buffers.items() if old_buffers.get(k) != x]
             if changed and filled:
                 at = f"{path}." if path else ""
                 raise ModuleError(
-                    f"apply_fn: a call of the module has filled buffer {at + filled[0]!r} and set {at + changed[0]!r} since "
-                    "from_module, so that the buffers of then do not fit the module of now. Call the module first, then "
+                    f"apply_fn: a call of the module has filled buffer {at + filled[0]!r} and "
+                    f"set {at + changed[0]!r} since "
+                    "from_module, so that the buffers of then do not fit the module of now. Call "
+                    "the module first, then "
                     "from_module"
                 )
 
@@ -277,15 +307,24 @@ class Caches:
         return x._version if self.copied and x is not None and not x.is_inference() else None
 
 
-def _out_of_reach(x: Any, reached: bool, own: dict[int, str], seen: set[tuple[int, bool]]) -> str | None:
+def _out_of_reach(
+    x: Any, reached: bool, own: dict[int, str], seen: set[tuple[int, bool]]
+) -> str | None:
     """What a value holds of ``own`` where `_moved` does not find it."""
     if id(x) in own:
         return None if reached else own[id(x)]
-    if type(x) in _LEAVES or (id(x), reached) in seen or isinstance(x, type | nn.Module | torch.Tensor):
+    if (
+        type(x) in _LEAVES
+        or (id(x), reached) in seen
+        or isinstance(x, type | nn.Module | torch.Tensor)
+    ):
         return None
     seen.add((id(x), reached))
     inside, followed = _inside(x)
-    return next((found for y in inside if (found := _out_of_reach(y, reached and followed, own, seen))), None)
+    return next(
+        (found for y in inside if (found := _out_of_reach(y, reached and followed, own, seen))),
+        None,
+    )
 
 
 def _inside(x: Any) -> tuple[Iterable[Any], bool]:

@@ -51,15 +51,18 @@ def ema(decay: float | Schedule) -> Average:
         a_t = \beta_t a_{t-1} + (1 - \beta_t) p_t, \quad a_0 = p_0
 
     Args:
-        decay: :math:`\beta`, in [0, 1]; or a schedule from ``step`` (how many updates were made before: 0-d, float64) to it,
-            such as ``lambda step: ((1 + step) / (10 + step)).clamp(max=0.999)``, which forgets the first params sooner.
+        decay: :math:`\beta`, in [0, 1]; or a schedule from ``step`` (how many updates were made
+            before: 0-d, float64) to it, such as ``lambda step: ((1 + step) / (10 +
+            step)).clamp(max=0.999)``, which forgets the first params sooner.
 
     Returns:
-        an `Average` with an `AverageState`. Averages of leaves with less than 32 bits are float32: a bfloat16 would not
-        move by a thousandth of itself. Frozen leaves (integers, bools) are those of the last params.
+        an `Average` with an `AverageState`. Averages of leaves with less than 32 bits are float32:
+        a bfloat16 would not move by a thousandth of itself. Frozen leaves (integers, bools) are
+        those of the last params.
 
     Raises:
-        OptimError: a decay out of range; in ``update``, trees that do not fit each other, with the path.
+        OptimError: a decay out of range; in ``update``, trees that do not fit each other, with the
+        path.
 
     Example:
         >>> average = ema(0.75)
@@ -69,15 +72,19 @@ def ema(decay: float | Schedule) -> Average:
         {'w': tensor([0.2500, 0.2500])}
 
     Reference:
-        Polyak & Juditsky, 1992, https://doi.org/10.1137/0330046; ``torch.optim.swa_utils.get_ema_multi_avg_fn``
+        Polyak & Juditsky, 1992, https://doi.org/10.1137/0330046;
+        ``torch.optim.swa_utils.get_ema_multi_avg_fn``
     """
     if not callable(decay) and not 0.0 <= decay <= 1.0:
         raise OptimError(f"ema: decay={decay!r}; it is at least 0 and at most 1")
 
     @torch.no_grad()
     def init(params: Any) -> AverageState:
-        # Clones: a state must not hold one tensor twice, since a step may be captured to update it in place.
-        return AverageState(step_of(params), tree.map_tensors(lambda p: _wide(p).detach().clone(), params))
+        # Clones: a state must not hold one tensor twice, since a step may be captured to update it
+        # in place.
+        return AverageState(
+            step_of(params), tree.map_tensors(lambda p: _wide(p).detach().clone(), params)
+        )
 
     @torch.no_grad()
     def update(state: AverageState, params: Any) -> AverageState:
@@ -86,7 +93,13 @@ def ema(decay: float | Schedule) -> Average:
         old = leaves_beside(params, state.average, "the average")
         share = 1 - scheduled(decay, state.step)
         for (device, dtype, _), at in groups(p).items():
-            put(out, at, _mixed(pick(old, at), [_wide(x) for x in pick(p, at)], rate_on(device, dtype, share)))
+            put(
+                out,
+                at,
+                _mixed(
+                    pick(old, at), [_wide(x) for x in pick(p, at)], rate_on(device, dtype, share)
+                ),
+            )
         return AverageState(state.step + 1, spec.unflatten(out))
 
     return Average(init, update)

@@ -33,7 +33,8 @@ from funcpipe.errors import OptimError
 
 
 class AdamWState(NamedTuple):
-    """``step``: how many updates so far, 0-d float64; ``m``, ``v``: the moments, trees like params."""
+    """``step``: how many updates so far, 0-d float64; ``m``, ``v``: the moments, trees like
+    params."""
 
     step: torch.Tensor
     m: Any
@@ -41,7 +42,8 @@ class AdamWState(NamedTuple):
 
 
 class SGDState(NamedTuple):
-    """``step``: how many updates so far; ``momentum``: a tree like params, or ``()`` without momentum."""
+    """``step``: how many updates so far; ``momentum``: a tree like params, or ``()`` without
+    momentum."""
 
     step: torch.Tensor
     momentum: Any
@@ -65,20 +67,22 @@ def adamw(
                - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     Args:
-        lr: the learning rate :math:`\eta`: a number, or a schedule from ``step`` (how many updates were made
-            before this one: a 0-d float64 tensor where the parameters are) to a number or a 0-d tensor. A float64 leaf
-            is updated with it in float64, others in float32.
+        lr: the learning rate :math:`\eta`: a number, or a schedule from ``step`` (how many updates
+            were made before this one: a 0-d float64 tensor where the parameters are) to a number or
+            a 0-d tensor. A float64 leaf is updated with it in float64, others in float32.
         betas: the decay rates :math:`\beta_1, \beta_2` of the two moments, each in [0, 1).
         eps: :math:`\epsilon`, outside the root.
         weight_decay: :math:`\lambda`.
-        decay: which leaves the weight decay applies to. By default those with two dims or more, thus neither
-            norms nor biases. Ask about dims or dtype, not about sizes: a rank may hold a slice of the leaf.
+        decay: which leaves the weight decay applies to. By default those with two dims or more,
+            thus neither norms nor biases. Ask about dims or dtype, not about sizes: a rank may hold
+            a slice of the leaf.
 
     Returns:
         an `Optimizer` with an `AdamWState`; the moments have the dtypes of the parameters.
 
     Raises:
-        OptimError: a setting out of range; in ``update``, trees that do not fit each other, with the path.
+        OptimError: a setting out of range; in ``update``, trees that do not fit each other, with
+        the path.
 
     Example:
         >>> params = {"w": torch.ones(2, 2), "ids": torch.arange(2)}
@@ -92,7 +96,8 @@ def adamw(
         tensor(1., dtype=torch.float64)
 
     Reference:
-        Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019, https://arxiv.org/abs/1711.05101
+        Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019,
+        https://arxiv.org/abs/1711.05101
     """
     check_settings("adamw", lr, eps=eps, weight_decay=weight_decay)
     if not all(0.0 <= beta < 1.0 for beta in betas):
@@ -112,13 +117,19 @@ def adamw(
         v = leaves_beside(params, state.v, "opt_state.v", same_dtype=True)
         step = state.step + 1
         rate = scheduled(lr, state.step)
-        for (device, dtype, (decays, factor)), at in groups(p, lambda i: (bool(decay(p[i])), scale[i])).items():
+        for (device, dtype, (decays, factor)), at in groups(
+            p, lambda i: (bool(decay(p[i])), scale[i])
+        ).items():
             # The kernel works in place and takes all four tensors of a leaf to lie in memory alike.
             for i in at:
                 p[i] = writable(p[i])
                 g[i], m[i], v[i] = laid_out(g[i], p[i]), fresh(m[i], p[i]), fresh(v[i], p[i])
-            count = [step.to(device=device, dtype=torch.float32)] * len(at)  # as the kernel reads it
-            kernel = functools.partial(_adamw_, pick(g, at), pick(m, at), pick(v, at), count, betas=betas, eps=eps)
+            count = [step.to(device=device, dtype=torch.float32)] * len(
+                at
+            )  # as the kernel reads it
+            kernel = functools.partial(
+                _adamw_, pick(g, at), pick(m, at), pick(v, at), count, betas=betas, eps=eps
+            )
             shrink = weight_decay * factor.weight_decay if decays else 0.0
             pace = rate_on(device, dtype, rate * factor.lr)
             if isinstance(pace, torch.Tensor) and pace.dtype == torch.float64:
@@ -161,8 +172,11 @@ def _adamw_(
     )
 
 
-def _scaled_(kernel: Callable, params: list[torch.Tensor], rate: torch.Tensor, weight_decay: float) -> None:
-    """An update with a rate that is a float64 tensor, which the kernel does not take on GPUs: it updates zeros with rate 1."""
+def _scaled_(
+    kernel: Callable, params: list[torch.Tensor], rate: torch.Tensor, weight_decay: float
+) -> None:
+    """An update with a rate that is a float64 tensor, which the kernel does not take on GPUs: it
+    updates zeros with rate 1."""
     directions: Any = [torch.zeros_like(p) for p in params]
     kernel(directions, lr=1.0, weight_decay=0.0)
     if weight_decay:
@@ -170,13 +184,14 @@ def _scaled_(kernel: Callable, params: list[torch.Tensor], rate: torch.Tensor, w
     torch._foreach_add_(params, torch._foreach_mul(directions, rate))
 
 
-def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
+def sgd(
+    lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
     r"""Stochastic gradient descent, with momentum and L2 regularization as in ``torch.optim.SGD``.
 
     .. math::
-        g_t &\leftarrow g_t + \lambda p_{t-1} \\
-        b_t &= \mu b_{t-1} + g_t \\
-        p_t &= p_{t-1} - \eta_t \begin{cases} g_t + \mu b_t & \text{nesterov} \\ b_t & \text{else} \end{cases}
+        g_t &\leftarrow g_t + \lambda p_{t-1} \\ b_t &= \mu b_{t-1} + g_t \\ p_t &= p_{t-1} - \eta_t
+        \begin{cases} g_t + \mu b_t & \text{nesterov} \\ b_t & \text{else} \end{cases}
 
     Args:
         lr: the learning rate :math:`\eta`, a number or a schedule as in `adamw`.
@@ -188,13 +203,15 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
         an `Optimizer` with an `SGDState`.
 
     Raises:
-        OptimError: a setting out of range; in ``update``, trees that do not fit each other, with the path.
+        OptimError: a setting out of range; in ``update``, trees that do not fit each other, with
+        the path.
 
     Example:
         >>> optimizer = sgd(lr=0.25)
         >>> params = [torch.ones(2), None]
         >>> optimizer.update([torch.ones(2), None], optimizer.init(params), params)
-        ([tensor([0.7500, 0.7500]), None], SGDState(step=tensor(1., dtype=torch.float64), momentum=()))
+        ([tensor([0.7500, 0.7500]), None], SGDState(step=tensor(1., dtype=torch.float64),
+        momentum=()))
 
     Reference:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,
@@ -202,7 +219,9 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
     """
     check_settings("sgd", lr, momentum=momentum, weight_decay=weight_decay)
     if nesterov and not momentum:
-        raise OptimError("sgd: nesterov=True looks ahead along the momentum; give it one, as in momentum=0.9")
+        raise OptimError(
+            "sgd: nesterov=True looks ahead along the momentum; give it one, as in momentum=0.9"
+        )
 
     def init(params: Any) -> SGDState:
         return SGDState(step_of(params), zeros_like(params) if momentum else ())
@@ -214,7 +233,11 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
         p, spec = tree.flatten(params)
         scale = factors or [Factors()] * len(p)
         g = leaves_beside(params, grads, "grads")
-        b = leaves_beside(params, state.momentum, "opt_state.momentum", same_dtype=True) if momentum else []
+        b = (
+            leaves_beside(params, state.momentum, "opt_state.momentum", same_dtype=True)
+            if momentum
+            else []
+        )
         rate = scheduled(lr, state.step)
         for (device, dtype, factor), at in groups(p, lambda i: scale[i]).items():
             ps: Any = pick(p, at)
@@ -232,7 +255,8 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
 
 
 def _descend(params: Any, directions: Any, rate: Any) -> Any:
-    """``params - rate * directions``; a tensor cannot be the ``alpha``, which the host has to know."""
+    """``params - rate * directions``; a tensor cannot be the ``alpha``, which the host has to
+    know."""
     if isinstance(rate, torch.Tensor):
         return torch._foreach_sub(params, torch._foreach_mul(directions, rate))
     return torch._foreach_add(params, directions, alpha=-rate)

@@ -23,12 +23,14 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> S
 
     Args:
         peak: the highest learning rate.
-        warmup: steps of the rise, 0 or more. The first step moves too: it has ``peak / warmup``, not 0.
+        warmup: steps of the rise, 0 or more. The first step moves too: it has ``peak / warmup``,
+            not 0.
         total: steps in all, more than ``warmup``; later ones stay at the floor.
         floor: the last learning rate as a fraction of ``peak``.
 
     Returns:
-        a schedule: from a 0-d tensor ``step`` of any dtype, 0 at first, to a 0-d float64 tensor on its device.
+        a schedule: from a 0-d tensor ``step`` of any dtype, 0 at first, to a 0-d float64 tensor on
+            its device.
 
     Raises:
         OptimError: a setting out of range.
@@ -43,7 +45,9 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> S
     """
     check_settings("warmup_cosine", peak, floor=floor)
     if not 0 <= warmup < total:
-        raise OptimError(f"warmup_cosine: warmup={warmup} and total={total}; 0 <= warmup < total is needed")
+        raise OptimError(
+            f"warmup_cosine: warmup={warmup} and total={total}; 0 <= warmup < total is needed"
+        )
 
     def schedule(step: torch.Tensor) -> torch.Tensor:
         step = step.double()

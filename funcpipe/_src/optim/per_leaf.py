@@ -1,7 +1,8 @@
 """Leaf by leaf: which leaves are trained, and how fast.
 
-A leaf is chosen by its path in params, as code: ``"['blocks'][0]['w']"``. On a mesh a rank holds some of the leaves, under the
-same paths, so every rank chooses alike. The functions of a path have to be pure: they are asked once for a tree.
+A leaf is chosen by its path in params, as code: ``"['blocks'][0]['w']"``. On a mesh a rank holds
+some of the leaves, under the same paths, so every rank chooses alike. The functions of a path have
+to be pure: they are asked once for a tree.
 
 In: an `Optimizer` and functions of a path. Out: an `Optimizer`.
 """
@@ -28,10 +29,12 @@ def freeze(optimizer: Optimizer, frozen: Callable[[str], bool]) -> Optimizer:
         frozen: from a leaf's path to whether it is frozen.
 
     Returns:
-        an `Optimizer`. Its state is that of ``optimizer`` for params in which frozen leaves are None.
+        an `Optimizer`. Its state is that of ``optimizer`` for params in which frozen leaves are
+        None.
 
-    The gradient of a frozen leaf may be None. `value_and_grad` gives it one all the same, and a global norm counts it:
-    ``detach`` the leaf in the loss function, and no time is spent on it either.
+    The gradient of a frozen leaf may be None. `value_and_grad` gives it one all the same, and a
+    global norm counts it: ``detach`` the leaf in the loss function, and no time is spent on it
+    either.
 
     Example:
         >>> from funcpipe.optim import sgd
@@ -49,22 +52,30 @@ def freeze(optimizer: Optimizer, frozen: Callable[[str], bool]) -> Optimizer:
 
     def shown(params: Any, leaves: list[Any]) -> Any:
         spec = tree.flatten(params)[1]
-        return spec.unflatten(x if t else None for x, t in zip(leaves, trained_leaves(spec), strict=True))
+        return spec.unflatten(
+            x if t else None for x, t in zip(leaves, trained_leaves(spec), strict=True)
+        )
 
     def init(params: Any) -> Any:
         leaves = tree.leaves(params)
-        device = next((x.device for x in leaves if isinstance(x, torch.Tensor)), torch.get_default_device())
+        device = next(
+            (x.device for x in leaves if isinstance(x, torch.Tensor)), torch.get_default_device()
+        )
         with device:  # of a step count beside leaves that are all frozen
             return optimizer.init(shown(params, leaves))
 
-    def update(grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None) -> tuple[Any, Any]:
+    def update(
+        grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None
+    ) -> tuple[Any, Any]:
         p, spec = tree.flatten(params)
         kept = trained_leaves(spec)
         rest = () if factors is None else ([f for f, t in zip(factors, kept, strict=True) if t],)
         g = up_to(params, grads, "grads")
         new, state = optimizer.update(shown(params, g), state, shown(params, p), *rest)
         moved = iter(tree.leaves(new))
-        return spec.unflatten(next(moved) if t else _still(x) for x, t in zip(p, kept, strict=True)), state
+        return spec.unflatten(
+            next(moved) if t else _still(x) for x, t in zip(p, kept, strict=True)
+        ), state
 
     return Optimizer(init, update)
 
@@ -82,16 +93,19 @@ def per_leaf(
     """Learning rates and weight decays that differ between leaves.
 
     Args:
-        optimizer: `adamw`, `sgd`, a pair `from_optax` (``lr`` alone), or one of these in a `freeze`.
+        optimizer: `adamw`, `sgd`, a pair `from_optax` (``lr`` alone), or one of these in a
+            `freeze`.
         lr: from a leaf's path to what its learning rate is multiplied by: 0 or more.
-        weight_decay: the same for the weight decay, where ``optimizer`` decays the leaf at all (see ``decay`` of `adamw`).
+        weight_decay: the same for the weight decay, where ``optimizer`` decays the leaf at all (see
+            ``decay`` of `adamw`).
 
     Returns:
-        an `Optimizer` with the state of ``optimizer``, in the same layout whatever the factors are. One kernel call
-        serves all leaves of the same factors.
+        an `Optimizer` with the state of ``optimizer``, in the same layout whatever the factors are.
+        One kernel call serves all leaves of the same factors.
 
     Raises:
-        OptimError: ``optimizer`` takes no factors; in ``update``, a factor that is no number of 0 or more, with the path.
+        OptimError: ``optimizer`` takes no factors; in ``update``, a factor that is no number of 0
+        or more, with the path.
 
     Example:
         >>> from funcpipe.optim import sgd
@@ -101,27 +115,42 @@ def per_leaf(
         {'head': tensor([0.7500, 0.7500]), 'w': tensor([0.5000, 0.5000])}
 
     Reference:
-        parameter groups of torch.optim; layer-wise rates: Howard & Ruder, ULMFiT, 2018, https://arxiv.org/abs/1801.06146
+        parameter groups of torch.optim; layer-wise rates: Howard & Ruder, ULMFiT, 2018,
+        https://arxiv.org/abs/1801.06146
     """
     if "factors" not in inspect.signature(optimizer.update).parameters:
         raise OptimError(
-            "per_leaf: the update of this optimizer takes no factors; write it as update(grads, state, params, "
+            "per_leaf: the update of this optimizer takes no factors; write it as update(grads, "
+            "state, params, "
             "factors=None), with one fp.optim.Factors for each leaf of params"
         )
     of = by_path(
-        lambda path: Factors(_checked("lr", path, lr(path)), _checked("weight_decay", path, weight_decay(path)))
+        lambda path: Factors(
+            _checked("lr", path, lr(path)), _checked("weight_decay", path, weight_decay(path))
+        )
     )
 
-    def update(grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None) -> tuple[Any, Any]:
+    def update(
+        grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None
+    ) -> tuple[Any, Any]:
         mine = of(tree.flatten(params)[1])
         if factors is not None:
-            mine = [Factors(a.lr * b.lr, a.weight_decay * b.weight_decay) for a, b in zip(mine, factors, strict=True)]
+            mine = [
+                Factors(a.lr * b.lr, a.weight_decay * b.weight_decay)
+                for a, b in zip(mine, factors, strict=True)
+            ]
         return optimizer.update(grads, state, params, mine)
 
     return Optimizer(optimizer.init, update)
 
 
 def _checked(name: str, path: str, factor: Any) -> float:
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0.0 <= factor < math.inf:
-        raise OptimError(f"per_leaf: {name} of params{path} is {factor!r}; a factor is a number, 0 or more")
+    if (
+        isinstance(factor, bool)
+        or not isinstance(factor, int | float)
+        or not 0.0 <= factor < math.inf
+    ):
+        raise OptimError(
+            f"per_leaf: {name} of params{path} is {factor!r}; a factor is a number, 0 or more"
+        )
     return float(factor)

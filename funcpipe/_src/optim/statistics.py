@@ -16,8 +16,8 @@ from funcpipe._src.optim.leaves import trained
 class Statistics(NamedTuple):
     """Trees of 0-d float64 tensors, with an entry for every leaf.
 
-    ``norm``: the 2-norm; ``max_abs``: the largest absolute value among finite elements; ``zeros``, ``nonfinite``: the fraction
-    of elements that are zero, that are infinite or NaN.
+    ``norm``: the 2-norm; ``max_abs``: the largest absolute value among finite elements; ``zeros``,
+    ``nonfinite``: the fraction of elements that are zero, that are infinite or NaN.
     """
 
     norm: Any
@@ -28,17 +28,21 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def statistics(tree_of_leaves: Any) -> Statistics:
-    """What the leaves of a tree look like: for the metrics of a step, and for updates that need the norm of each leaf.
+    """What the leaves of a tree look like: for the metrics of a step, and for updates that need the
+    norm of each leaf.
 
     Args:
-        tree_of_leaves: params, gradients, or a tree like them. Norms are computed in float32, or in float64 where a leaf
-            has it; those of integer leaves, and of leaves without elements, are zero like all else about them.
+        tree_of_leaves: params, gradients, or a tree like them. Norms are computed in float32, or in
+            float64 where a leaf has it; those of integer leaves, and of leaves without elements,
+            are zero like all else about them.
 
     Returns:
-        a `Statistics`, of whole leaves also where a rank holds a part of one. It takes two global reductions, however many
-        leaves there are. Its trees go with params through ``tree_map``, and are metrics; the entries of several leaves may
-        be joined (``torch.stack(tree_leaves(found.norm)).max()``). To do both, call it twice: where a rank lacks leaves, a
-        tree that goes with params has entries of its own leaves, one that is joined has all.
+        a `Statistics`, of whole leaves also where a rank holds a part of one. It takes two global
+        reductions, however many leaves there are. Its trees go with params through ``tree_map``,
+        and are metrics; the entries of several leaves may be joined
+        (``torch.stack(tree_leaves(found.norm)).max()``). To do both, call it twice: where a rank
+        lacks leaves, a tree that goes with params has entries of its own leaves, one that is joined
+        has all.
 
     Example:
         >>> import optree
@@ -55,7 +59,9 @@ def statistics(tree_of_leaves: Any) -> Statistics:
         Megatron-LM's ``--log-num-zeros-in-grad`` and ``--log-params-norm``, leaf by leaf
     """
     join, sums = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _sums, 4))
-    join_largest, largest = reduce_leaves(tree_of_leaves, lambda leaves: _rows(leaves, _largest, 1), "max")
+    join_largest, largest = reduce_leaves(
+        tree_of_leaves, lambda leaves: _rows(leaves, _largest, 1), "max"
+    )
     squares, zeros, nonfinite, count = sums.unbind(1)
     count = count.clamp(min=1)
     return Statistics(
@@ -67,7 +73,8 @@ def statistics(tree_of_leaves: Any) -> Statistics:
 
 
 def _rows(leaves: list[torch.Tensor | None], row: Any, width: int) -> torch.Tensor:
-    """One row for every leaf: zeros for one that another rank counts, or that has nothing to measure."""
+    """One row for every leaf: zeros for one that another rank counts, or that has nothing to
+    measure."""
     rows = [
         row(x)
         if trained(x) and x.numel()

@@ -1,13 +1,14 @@
 """The batch: how its leaves are split over mesh axes and into microbatches.
 
-Data axes are major, in mesh order; microbatches are minor: a rank's microbatch ``m`` is the ``m``-th piece of the rows
-that its place on the data axes gets. Of its positions a rank gets those of its *member* number (`functional/sequence_layout.py`), in
-every microbatch; their number need not divide, so that not all ranks have the same shapes. A 0-d leaf, and anything that is
-not a tensor, goes to everyone whole. Ready microbatches whose rows do not divide are *dealt*: each goes whole to one place on
-the data axes, equally many to each, in order.
+Data axes are major, in mesh order; microbatches are minor: a rank's microbatch ``m`` is the
+``m``-th piece of the rows that its place on the data axes gets. Of its positions a rank gets those
+of its *member* number (`functional/sequence_layout.py`), in every microbatch; their number need not
+divide, so that not all ranks have the same shapes. A 0-d leaf, and anything that is not a tensor,
+goes to everyone whole. Ready microbatches whose rows do not divide are *dealt*: each goes whole to
+one place on the data axes, equally many to each, in order.
 
-In: the records that split, a batch. Out: `Splits`, which hands a rank its microbatches, or a BatchError with the path
-of the leaf that cannot be split.
+In: the records that split, a batch. Out: `Splits`, which hands a rank its microbatches, or a
+BatchError with the path of the leaf that cannot be split.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from funcpipe._src.functional.sequence_layout import Part
 from funcpipe._src.spec.transform_spec import Record, Resolved
 from funcpipe.errors import BatchError
 
-_DEAL = ". Ready microbatches are dealt whole where their number is a multiple of the number of shards"
+_DEAL = (
+    ". Ready microbatches are dealt whole where their number is a multiple of the number of shards"
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class Splits:
     Args:
         mesh: the mesh.
         count: the number of microbatches of a rank.
-        cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every leaf, its splits, in the
-            order in which they are made: rows, microbatches, positions.
+        cuttings: for every ready microbatch (one, unless the batch is `Microbatches`), for every
+            leaf, its splits, in the order in which they are made: rows, microbatches, positions.
         specs: the structure of every ready microbatch.
         dealt: the axes over which ready microbatches are dealt.
         kinds: the `signature` of every ready microbatch.
         local: whether every rank gets a batch of its own rows.
-        rows: like ``cuttings``, how the rows of the whole batch are split, also where a rank's batch is its own rows already,
-            or a ready microbatch.
+        rows: like ``cuttings``, how the rows of the whole batch are split, also where a rank's
+            batch is its own rows already, or a ready microbatch.
     """
 
     mesh: Mesh
@@ -57,7 +60,9 @@ class Splits:
     local: bool = False
     rows: tuple[tuple[tuple[LeafCut, ...], ...], ...] = ()
 
-    def shape(self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0) -> tuple[int, ...]:
+    def shape(
+        self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0
+    ) -> tuple[int, ...]:
         """The shape of a leaf in one microbatch of a rank with this member number."""
         out, member = list(shape), self.slice_of(member)
         for c in self.cuttings[part][leaf]:
@@ -78,7 +83,9 @@ class Splits:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Every way in which positions are split: one for every length."""
-        return tuple(dict.fromkeys(c.part for leaves in self.cuttings for cs in leaves for c in cs if c.part))
+        return tuple(
+            dict.fromkeys(c.part for leaves in self.cuttings for cs in leaves for c in cs if c.part)
+        )
 
     @property
     def slices(self) -> int:
@@ -86,10 +93,12 @@ class Splits:
         return self.parts[0].members if self.parts else 1
 
     def member(self, rank: int) -> int:
-        """The member number of a rank, which says what shapes it has: by its place where microbatches are dealt, then by its
-        slice of the sequence."""
+        """The member number of a rank, which says what shapes it has: by its place where
+        microbatches are dealt, then by its slice of the sequence."""
         place = self.mesh.index(rank, self.dealt) if self.dealt else 0
-        return place * self.slices + (self.mesh.index(rank, self.parts[0].axes) if self.parts else 0)
+        return place * self.slices + (
+            self.mesh.index(rank, self.parts[0].axes) if self.parts else 0
+        )
 
     def slice_of(self, member: int) -> int:
         """Which slice of the sequence a member has."""
@@ -105,7 +114,10 @@ class Splits:
     def variants(self) -> dict[int, int]:
         """For every member number the first one that has the same shapes."""
         first: dict[Any, int] = {}
-        return {m: first.setdefault(self._variant(m), m) for m in range(self.mesh.axis_size(self.dealt) * self.slices)}
+        return {
+            m: first.setdefault(self._variant(m), m)
+            for m in range(self.mesh.axis_size(self.dealt) * self.slices)
+        }
 
     def _variant(self, member: int) -> tuple:
         shapes = tuple(self.kinds[i] for i in self.ready_of(member))
@@ -117,21 +129,27 @@ class Splits:
         parts = batch.parts if ready else [batch]
         out: list[list[Any]] = [[] for _ in range(self.count)]
         for k, i in enumerate(self.ready_of(member)):
-            for leaf, cuttings in zip(self.specs[i].flatten_up_to(parts[i]), self.cuttings[i], strict=True):
+            for leaf, cuttings in zip(
+                self.specs[i].flatten_up_to(parts[i]), self.cuttings[i], strict=True
+            ):
                 pieces = self._pieces(leaf, cuttings, rank, self.slice_of(member))
                 for m in [k] if ready else range(self.count):
                     out[m].append(pieces[0 if len(pieces) == 1 else m])
         return out
 
     def own_rows(self, batch: Any) -> Any:
-        """A whole batch as the loss function sees it on one device. Where ranks get batches of their own, results of earlier
-        calls have the rows of all ranks; those of rank 0 are taken."""
+        """A whole batch as the loss function sees it on one device. Where ranks get batches of
+        their own, results of earlier calls have the rows of all ranks; those of rank 0 are
+        taken."""
         if not self.local:
             return batch
         parts = []
         for (spec, part), leaves in zip(self._parts(batch), self.cuttings, strict=True):
             rows = [tuple(c for c in cuttings if c.axes and not c.part) for cuttings in leaves]
-            own = [self._pieces(x, cs, 0, 0)[0] for x, cs in zip(spec.flatten_up_to(part), rows, strict=True)]
+            own = [
+                self._pieces(x, cs, 0, 0)[0]
+                for x, cs in zip(spec.flatten_up_to(part), rows, strict=True)
+            ]
             parts.append(tree.unflatten(spec, own))
         return Microbatches(parts) if isinstance(batch, Microbatches) else parts[0]
 
@@ -139,7 +157,9 @@ class Splits:
         parts = batch.parts if isinstance(batch, Microbatches) else [batch]
         return list(zip(self.specs, parts, strict=True))
 
-    def _pieces(self, leaf: Any, cuttings: tuple[LeafCut, ...], rank: int, member: int) -> list[Any]:
+    def _pieces(
+        self, leaf: Any, cuttings: tuple[LeafCut, ...], rank: int, member: int
+    ) -> list[Any]:
         """What a rank has of a leaf: one piece for every microbatch, or one for all."""
         pieces = [leaf]
         for c in cuttings:
@@ -148,7 +168,9 @@ class Splits:
                 pieces = [_ranges(x, c.dim, ranges) for x in pieces]
             elif c.axes:
                 size = leaf.shape[c.dim] // c.pieces
-                pieces = [x.narrow(c.dim, self.mesh.index(rank, c.axes) * size, size) for x in pieces]
+                pieces = [
+                    x.narrow(c.dim, self.mesh.index(rank, c.axes) * size, size) for x in pieces
+                ]
                 leaf = pieces[0]
             else:
                 pieces = list(torch.chunk(pieces[0], c.pieces, c.dim))
@@ -168,11 +190,13 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
     """How a batch is split.
 
     Args:
-        origins: a tree like the batch, with an `Origin` for every leaf; None where all come from the step's batch.
+        origins: a tree like the batch, with an `Origin` for every leaf; None where all come from
+            the step's batch.
 
     Raises:
-        BatchError: a leaf that does not divide, a ``dims`` that does not fit the batch, another number of ready
-            microbatches than asked for; results of an earlier call that would be split and have no rows.
+        BatchError: a leaf that does not divide, a ``dims`` that does not fit the batch, another
+            number of ready microbatches than asked for; results of an earlier call that would be
+            split and have no rows.
     """
     ready = isinstance(batch, Microbatches)
     count = resolved.micro.count if resolved.micro else 1
@@ -180,12 +204,14 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
         check_microbatches(batch)
     if ready and count not in (None, len(batch.parts)) and resolved.micro:
         raise BatchError(
-            f"{resolved.micro_name} asks for {count} microbatches, but the batch brings {len(batch.parts)}; "
+            f"{resolved.micro_name} asks for {count} microbatches, but the batch brings "
+            f"{len(batch.parts)}; "
             "pass microbatches=None to take what the batch brings"
         )
     if count is None and not ready:
         raise BatchError(
-            f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch is a "
+            f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch "
+            "is a "
             f"{type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
         )
     parts = list(batch.parts) if ready else [batch]
@@ -203,7 +229,16 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
         for part, some in zip(parts, made, strict=True)
     )
     count = len(parts) // resolved.mesh.axis_size(dealt) if ready else count or 1
-    return Splits(resolved.mesh, count, cuttings, specs, dealt, tuple(map(signature, parts)), resolved.local, rows)
+    return Splits(
+        resolved.mesh,
+        count,
+        cuttings,
+        specs,
+        dealt,
+        tuple(map(signature, parts)),
+        resolved.local,
+        rows,
+    )
 
 
 def _row_cuttings(
@@ -215,19 +250,26 @@ def _row_cuttings(
         for r in resolved.row_splits
         if r.split and not dealt
     ]
-    wanted.append((resolved.micro_name, (), microbatches, resolved.micro.dims if resolved.micro else 0))
+    wanted.append(
+        (resolved.micro_name, (), microbatches, resolved.micro.dims if resolved.micro else 0)
+    )
     leaves = tree.leaves(batch)
     out: list[list[LeafCut]] = [[] for _ in leaves]
     for name, axes, pieces, dims in wanted:
-        for cuts, x, origin, dim in zip(out, leaves, origins, _dims(name, dims, batch), strict=True):
-            whole = axes and resolved.local and not origin  # a loss, or the like: all ranks have the same
+        for cuts, x, origin, dim in zip(
+            out, leaves, origins, _dims(name, dims, batch), strict=True
+        ):
+            whole = (
+                axes and resolved.local and not origin
+            )  # a loss, or the like: all ranks have the same
             if dim is not None and isinstance(x, torch.Tensor) and x.dim() and not whole:
                 cuts.append(LeafCut(dim % x.dim(), pieces, axes))
     return [tuple(c) for c in out]
 
 
 def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:
-    """The axes over which ready microbatches are dealt, since their rows do not divide; none if they are cut."""
+    """The axes over which ready microbatches are dealt, since their rows do not divide; none if
+    they are cut."""
     axes = () if resolved.local else resolved.row_axes
     if not axes or len(parts) % resolved.mesh.axis_size(axes):
         return ()
@@ -236,12 +278,21 @@ def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:
 
 def _rows_divide(resolved: Resolved, part: Any) -> bool:
     leaves = tree.leaves(part)
-    pieces = [dict.fromkeys(range(-x.dim(), x.dim()), 1) if isinstance(x, torch.Tensor) else {} for x in leaves]
+    pieces = [
+        dict.fromkeys(range(-x.dim(), x.dim()), 1) if isinstance(x, torch.Tensor) else {}
+        for x in leaves
+    ]
     for r in resolved.row_splits:
-        for x, cut, dim in zip(leaves, pieces, _dims(r.name, r.split.dims if r.split else 0, part), strict=True):
+        for x, cut, dim in zip(
+            leaves, pieces, _dims(r.name, r.split.dims if r.split else 0, part), strict=True
+        ):
             if dim in cut:
                 cut[dim % x.dim()] *= resolved.mesh.axis_size(r.axes)
-    return all(x.shape[dim] % n == 0 for x, cut in zip(leaves, pieces, strict=True) for dim, n in cut.items())
+    return all(
+        x.shape[dim] % n == 0
+        for x, cut in zip(leaves, pieces, strict=True)
+        for dim, n in cut.items()
+    )
 
 
 def _leaf_cuttings(
@@ -264,13 +315,21 @@ def _leaf_cuttings(
             if axes and resolved.local and not _has_all_rows(f"batch{path}", origins[i]):
                 continue
             if pieces > 1 and not origins[i]:
-                raise BatchError(NO_ROWS.format(name=name, path=path, shape=tuple(x.shape), dim=dim))
-            into = f"{pieces} microbatches" if not axes else f"{pieces} shards over {', '.join(map(repr, axes))}"
+                raise BatchError(
+                    NO_ROWS.format(name=name, path=path, shape=tuple(x.shape), dim=dim)
+                )
+            into = (
+                f"{pieces} microbatches"
+                if not axes
+                else f"{pieces} shards over {', '.join(map(repr, axes))}"
+            )
             if not -x.dim() <= dim < x.dim() or sizes[i][dim] % pieces:
                 split = "" if out[i] == [] else f", {tuple(sizes[i])} after other splits,"
                 raise BatchError(
-                    f"{name}: batch{path} of shape {tuple(x.shape)}{split} does not split along dim {dim} into {into}; "
-                    "leave the last rows out (drop_last=True of a DataLoader), pad with rows of weight 0, or name another dim "
+                    f"{name}: batch{path} of shape {tuple(x.shape)}{split} does not split along "
+                    f"dim {dim} into {into}; "
+                    "leave the last rows out (drop_last=True of a DataLoader), pad with rows of "
+                    "weight 0, or name another dim "
                     f"for this leaf (dims=..., None hands it out whole){_DEAL * ready}"
                 )
             sizes[i][dim] //= pieces
@@ -280,7 +339,8 @@ def _leaf_cuttings(
 
 
 NO_ROWS = (
-    "{name}: batch{path} of shape {shape} is computed from a loss, fp.Mean or norm of an earlier value_and_grad, which has no "
+    "{name}: batch{path} of shape {shape} is computed from a loss, fp.Mean or norm of an earlier "
+    "value_and_grad, which has no "
     "rows, and would be split along dim {dim}: give it None in dims=..., which hands it out whole"
 )
 
@@ -289,15 +349,21 @@ def _has_all_rows(name: str, origin: Origin) -> bool:
     """Whether a leaf has the rows of all ranks, though every rank gets a batch of its own."""
     if Origin.ROWS in origin and Origin.BATCH in origin:
         raise BatchError(
-            f"{name} is computed from fp.Rows of an earlier value_and_grad, which has the rows of all ranks, and from a tensor "
-            "of the batch, which has this rank's alone (batch='local'): pass both through the batch and combine them in the "
+            f"{name} is computed from fp.Rows of an earlier value_and_grad, which has the rows "
+            "of all ranks, and from a tensor "
+            "of the batch, which has this rank's alone (batch='local'): pass both through the "
+            "batch and combine them in the "
             "loss function, or use batch='global'"
         )
     return Origin.ROWS in origin
 
 
 def _cut_sequences(
-    resolved: Resolved, batch: Any, leaves: list[tuple[str, Any]], sizes: list[list[int]], out: list[list[LeafCut]]
+    resolved: Resolved,
+    batch: Any,
+    leaves: list[tuple[str, Any]],
+    sizes: list[list[int]],
+    out: list[list[LeafCut]],
 ) -> None:
     """Add how positions are split: by all records that do so together."""
     records = resolved.sequence_splits
@@ -310,13 +376,15 @@ def _cut_sequences(
         for r, dim in zip(records, dims, strict=True):
             if dim is not None and not -x.dim() <= dim < x.dim():
                 raise BatchError(
-                    f"{r.name}: batch{path} of shape {tuple(x.shape)} has no dim {dim} to split the sequence along; name "
+                    f"{r.name}: batch{path} of shape {tuple(x.shape)} has no dim {dim} to split "
+                    "the sequence along; name "
                     "another dim for this leaf (dims=..., None hands it out whole)"
                 )
         places = {None if d is None else d % x.dim() for d in dims}
         if len(places) > 1:
             raise BatchError(
-                f"{' and '.join(map(str, records))} split batch{path} along dims {' and '.join(map(str, dims))}: give both "
+                f"{' and '.join(map(str, records))} split batch{path} along dims "
+                f"{' and '.join(map(str, dims))}: give both "
                 "the same dims=..., since they cut one sequence"
             )
         if (dim := places.pop()) is not None:
@@ -326,7 +394,8 @@ def _cut_sequences(
 
 def _part(records: tuple[Record, ...], mesh: Mesh, size: int) -> Part:
     ring, heads = (
-        tuple(a for r in records if r.split and r.split.what == what for a in r.axes) for what in ("ring", "heads")
+        tuple(a for r in records if r.split and r.split.what == what for a in r.axes)
+        for what in ("ring", "heads")
     )
     zigzag = mesh.axis_size(ring) > 1 and any(r.split.zigzag for r in records if r.split)
     return Part(size, ring, heads, mesh.axis_size(ring), mesh.axis_size(heads), zigzag)
@@ -338,12 +407,16 @@ def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
         out = tree.broadcast_prefix(dims, bare)
     except ValueError as error:
         raise BatchError(
-            f"{name}: dims={dims!r} is not a prefix of the batch {bare!r}: {str(error).rstrip('.')}. Write one dim for the whole batch, or a "
+            f"{name}: dims={dims!r} is not a prefix of the batch {bare!r}: "
+            f"{str(error).rstrip('.')}. Write one dim for the whole batch, or a "
             "tree with the batch's keys"
         ) from None
     for d in out:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):
-            raise BatchError(f"{name}: dims={dims!r} holds {d!r}; a dim is an int, or None to hand a leaf out whole")
+            raise BatchError(
+                f"{name}: dims={dims!r} holds {d!r}; a dim is an int, or None to hand a leaf out "
+                "whole"
+            )
     return out
 
 
@@ -351,5 +424,6 @@ def signature(batch: Any) -> tuple:
     """What a plan depends on: structure, shapes, dtypes, and every value that is not a tensor."""
     leaves, spec = tree.flatten(batch)
     return spec, tuple(
-        (tuple(x.shape), x.dtype, x.device.type) if isinstance(x, torch.Tensor) else key_of(x) for x in leaves
+        (tuple(x.shape), x.dtype, x.device.type) if isinstance(x, torch.Tensor) else key_of(x)
+        for x in leaves
     )

@@ -46,14 +46,16 @@ class LazyParams:
         for node in self.module.graph.nodes:
             if is_seeded(node):
                 raise StateError(
-                    f"params_fn draws from the global random generator ({node.target}), so ranks could not agree on what "
+                    f"params_fn draws from the global random generator ({node.target}), so ranks "
+                    "could not agree on what "
                     "they hold: draw from its key with fp.random.normal or fp.random.uniform"
                 )
         self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
         self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])
 
     def digests(self) -> list[int]:
-        """For every leaf a number: equal where the same ops make it of the same key and constants."""
+        """For every leaf a number: equal where the same ops make it of the same key and
+        constants."""
         known: dict[Any, int] = {}
         for node in self.module.graph.nodes:
             if node.op == "placeholder":

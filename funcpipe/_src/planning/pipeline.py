@@ -1,7 +1,7 @@
 """The planner: makes the plans of a step.
 
-In: a resolved step, ``init_state``, the shapes of params and a batch. Out: a `Plan`, or any error of ``funcpipe.errors`` that
-can be known before a step runs. Every rank makes the same plan.
+In: a resolved step, ``init_state``, the shapes of params and a batch. Out: a `Plan`, or any error
+of ``funcpipe.errors`` that can be known before a step runs. Every rank makes the same plan.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ from funcpipe.errors import BatchError, CutError, ScheduleError, StateError
 
 
 class Found(NamedTuple):
-    """What tracing one microbatch gave: its cut, the function that computes its weight from its tensors, and how heads
-    that are `Rows` are split by positions."""
+    """What tracing one microbatch gave: its cut, the function that computes its weight from its
+    tensors, and how heads that are `Rows` are split by positions."""
 
     cut: Cut
     weight: GraphModule | None
@@ -84,7 +84,8 @@ class Found(NamedTuple):
 
 
 class Planner:
-    """Makes the plans of a step: one for every shape of batch, all with the same stages and placement.
+    """Makes the plans of a step: one for every shape of batch, all with the same stages and
+    placement.
 
     Raises, while planning: every error of ``funcpipe.errors`` that can be known before a step runs.
     """
@@ -157,18 +158,32 @@ class Planner:
 
     def _taken(self, call: Call) -> Call:
         """A call whose batch has no fakes but those of the planner."""
-        own = tree.map(lambda x: fake(x.shape, x, self.mode) if isinstance(x, FakeTensor) else x, call.batch)
+        own = tree.map(
+            lambda x: fake(x.shape, x, self.mode) if isinstance(x, FakeTensor) else x, call.batch
+        )
         return replace(call, batch=own)
 
     def outside(self, batch: Any) -> tuple[Op, ...]:
         """What the step now computes outside its calls."""
         return self._on_fakes(batch)[0].outside
 
-    def _on_fakes(self, batch: Any, follower: Callable[[int], Follower] | None = None) -> tuple[Dyed, Rehearsal]:
-        """In a mode of its own: a loss function that closes over what the step sees is refused when it is traced."""
+    def _on_fakes(
+        self, batch: Any, follower: Callable[[int], Follower] | None = None
+    ) -> tuple[Dyed, Rehearsal]:
+        """In a mode of its own: a loss function that closes over what the step sees is refused when
+        it is traced."""
         r, batch = self.resolved, without_inference(batch)
         ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
-        return look(r.step, self.init_state, self.params, batch, FakeTensorMode(), self._seen, ranks, follower)
+        return look(
+            r.step,
+            self.init_state,
+            self.params,
+            batch,
+            FakeTensorMode(),
+            self._seen,
+            ranks,
+            follower,
+        )
 
     def _computed(self, call: Call) -> Call:
         """A call with the loss function that is traced."""
@@ -176,17 +191,20 @@ class Planner:
         return call if p is None else replace(call, loss_fn=computed(call.loss_fn, call.has_aux, p))
 
     def _again(self, dyed: Dyed, rehearsal: Rehearsal, changed: bool) -> Placement | None:
-        """The placement of earlier plans for a step that does other things outside of its calls; None where there is none.
+        """The placement of earlier plans for a step that does other things outside of its calls;
+        None where there is none.
 
         Args:
-            changed: whether Python values have changed, so that what ranks do is to be rehearsed again.
+            changed: whether Python values have changed, so that what ranks do is to be rehearsed
+                again.
         """
         known = self.placement
         if known is None:
             return None
         if (known.dyed.state_spec, known.dyed.state) != (dyed.state_spec, dyed.state):
             raise StateError(
-                f"init_state makes another state than at run.init: {dyed.state_spec}, not {known.dyed.state_spec}. A Python "
+                f"init_state makes another state than at run.init: {dyed.state_spec}, not "
+                f"{known.dyed.state_spec}. A Python "
                 "value that it reads has changed: call run.init again, or keep the value"
             )
         alike = (known.dyed.sums, known.dyed.free) == (dyed.sums, dyed.free)
@@ -196,20 +214,34 @@ class Planner:
         return place_params(known.mesh, known.pipe_axis, dyed, rehearsal, owners, axes)
 
     def _place(
-        self, dyed: Dyed, rehearsal: Rehearsal, calls: Sequence[PlannedCall], placement: Placement | None
+        self,
+        dyed: Dyed,
+        rehearsal: Rehearsal,
+        calls: Sequence[PlannedCall],
+        placement: Placement | None,
     ) -> Placement:
         held: list[set[int]] = [set() for _ in dyed.paths]
         for c in calls:
             for m in set(c.cuts):
-                for i, places in zip(c.call.params, owners(m, c.stages, c.schedule.placement), strict=True):
+                for i, places in zip(
+                    c.call.params, owners(m, c.stages, c.schedule.placement), strict=True
+                ):
                     held[i] |= places
         if placement is None:
             r = self.resolved
-            axes = [r.sharded_over(path, shape) for path, shape in zip(dyed.paths, dyed.shapes, strict=True)]
-            placement = self.placement = place_params(r.mesh, r.pipe_axis, dyed, rehearsal, held, axes)
+            axes = [
+                r.sharded_over(path, shape)
+                for path, shape in zip(dyed.paths, dyed.shapes, strict=True)
+            ]
+            placement = self.placement = place_params(
+                r.mesh, r.pipe_axis, dyed, rehearsal, held, axes
+            )
         for path, places, layout in zip(dyed.paths, held, placement.layouts, strict=True):
             if not places <= set(layout.owners):
-                raise CutError(f"with a batch of this shape, params{path} is used by a stage that does not hold it")
+                raise CutError(
+                    f"with a batch of this shape, params{path} is used by a stage that does not "
+                    "hold it"
+                )
         return placement
 
     def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
@@ -221,13 +253,21 @@ class Planner:
         parts = list(call.batch.parts) if isinstance(call.batch, Microbatches) else [call.batch]
         members = splits.variants()
         found = {
-            m: [self._cut(k, call, dyed, splits, i, parts[i], split, splits.slice_of(m)) for i in splits.ready_of(m)]
+            m: [
+                self._cut(k, call, dyed, splits, i, parts[i], split, splits.slice_of(m))
+                for i in splits.ready_of(m)
+            ]
             for m in sorted(set(members.values()))
         }
         if r.splits or splits.count > 1 or r.precision:
             weights = {m: found[first][0].weight for m, first in members.items()}
             try:
-                exact = all([self._prove_rows(k, call, dyed, splits, i, part) for i, part in enumerate(parts)])
+                exact = all(
+                    [
+                        self._prove_rows(k, call, dyed, splits, i, part)
+                        for i, part in enumerate(parts)
+                    ]
+                )
             except BatchError:
                 self._check_weight(dyed.calls[k], dyed, splits, weights)  # it says more of a weight
                 raise
@@ -237,11 +277,15 @@ class Planner:
         if schedule is None:
             schedule = self._search(k, search, cuts, splits.count, _waits(dyed, cuts))
         elif k not in self.stages:
-            self.stages[k] = group(_costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even")
+            self.stages[k] = group(
+                _costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even"
+            )
         sharding, casts = self._sharding(call, dyed), self._casts(call, dyed)
         dealt = [f.cut for some in found.values() for f in some] if splits.dealt else []
         planned = {
-            m: self._planned(k, call, splits, some, splits.ready_of(m), dealt, schedule, sharding, casts)
+            m: self._planned(
+                k, call, splits, some, splits.ready_of(m), dealt, schedule, sharding, casts
+            )
             for m, some in found.items()
         }
         check_same_order([c.programs for c in planned.values()])
@@ -259,7 +303,8 @@ class Planner:
         sharding: Sharding,
         casts: Mapping[int, torch.dtype],
     ) -> PlannedCall:
-        """A call for the ranks that have these cuts, of which ``dealt`` are those of other ranks too."""
+        """A call for the ranks that have these cuts, of which ``dealt`` are those of other ranks
+        too."""
         stages = self.stages[k]
         cuts = tuple(f.cut for f in found) if len(found) > 1 else (found[0].cut,) * splits.count
         check_alike(dealt or cuts)
@@ -272,7 +317,8 @@ class Planner:
         moving = tuple(_tensors(parts[i]) for i in ready)
         moving = moving if len(parts) > 1 else moving * splits.count
         programs = tuple(
-            lower(cuts, stages, schedule, p, summed, sharding, masters) for p in range(self.resolved.ranks)
+            lower(cuts, stages, schedule, p, summed, sharding, masters)
+            for p in range(self.resolved.ranks)
         )
         return PlannedCall(
             call, splits, cuts, moving, stages, schedule, report, programs,
@@ -280,7 +326,8 @@ class Planner:
         )  # fmt: skip
 
     def _search(self, k: int, search: Any, one: Cut, microbatches: int, waits: bool) -> Schedule:
-        """The schedule that is found for a cut. It settles the stages, and what another batch shape finds keeps to them."""
+        """The schedule that is found for a cut. It settles the stages, and what another batch shape
+        finds keeps to them."""
         how: Any = self.resolved.pipe.stages  # type: ignore[union-attr]
         if k in self.stages:
             how = tuple(map(len, self.stages[k]))
@@ -301,13 +348,15 @@ class Planner:
         self.placement = None
 
     def split_cut(self, plan: Plan, k: int) -> Cut:
-        """The cut of a planned call's first microbatch with I and W units beside B, whatever its schedule runs."""
+        """The cut of a planned call's first microbatch with I and W units beside B, whatever its
+        schedule runs."""
         c = plan.calls[k]
         part = c.call.batch.parts[0] if isinstance(c.call.batch, Microbatches) else c.call.batch
         return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True, 0).cut
 
     def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
-        """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and S."""
+        """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and
+        S."""
         r, out = self.resolved, {}
         for k, i in enumerate(call.params):
             axes = r.sharded_over(dyed.paths[i], dyed.shapes[i])
@@ -318,11 +367,20 @@ class Planner:
                 whole, options = self._whole_dtype(call, dyed, k), r.shard_options(dyed.paths[i])
                 if r.precision and options.reduce_dtype is None:
                     options = replace(options, reduce_dtype=call.dtypes[k])
-                out[k] = Sharded(Piece(k, dyed.shapes[i], chunk), axes, parts, summed, call.dtypes[k], whole, options)
+                out[k] = Sharded(
+                    Piece(k, dyed.shapes[i], chunk),
+                    axes,
+                    parts,
+                    summed,
+                    call.dtypes[k],
+                    whole,
+                    options,
+                )
         return out
 
     def _whole_dtype(self, call: Call, dyed: Dyed | Dyes, k: int) -> torch.dtype:
-        """The dtype in which a loss function sees a parameter: what `sharded_weights` says, or `mixed_precision`."""
+        """The dtype in which a loss function sees a parameter: what `sharded_weights` says, or
+        `mixed_precision`."""
         path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
         r = self.resolved
         wanted = r.shard_options(path).param_dtype if r.sharded_over(path, shape) else None
@@ -331,7 +389,8 @@ class Planner:
         return r.precision.of_param(path, dtype) if r.precision else dtype
 
     def _casts(self, call: Call, dyed: Dyed) -> dict[int, torch.dtype]:
-        """The leaves that are held whole and that a loss function sees in another dtype, with that."""
+        """The leaves that are held whole and that a loss function sees in another dtype, with
+        that."""
         whole = {
             k: self._whole_dtype(call, dyed, k)
             for k, i in enumerate(call.params)
@@ -352,30 +411,53 @@ class Planner:
         schedule = (r.pipe.schedule if r.pipe else one_f_one_b())(r.ranks, microbatches)
         if not isinstance(schedule, Schedule):
             raise ScheduleError(
-                f"the schedule function returned {describe(schedule)}, not an fp.schedules.Schedule; "
+                f"the schedule function returned {describe(schedule)}, not an "
+                "fp.schedules.Schedule; "
                 "fp.schedules.from_table(rows) makes one from rows of actions"
             )
         if len(schedule.ranks) != r.ranks or schedule.microbatches != microbatches:
             raise ScheduleError(
-                f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and {schedule.microbatches} microbatches, but "
-                f"axis {r.pipe_axis!r} has {r.ranks} ranks and the batch {microbatches} microbatches"
+                f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and "
+                f"{schedule.microbatches} microbatches, but "
+                f"axis {r.pipe_axis!r} has {r.ranks} ranks and the batch {microbatches} "
+                "microbatches"
             )
         if not any(a.kind in "BW" for row in schedule.ranks for a in row):
-            raise ScheduleError(f"{schedule.name}: has no backward actions, but value_and_grad needs gradients")
+            raise ScheduleError(
+                f"{schedule.name}: has no backward actions, but value_and_grad needs gradients"
+            )
         return schedule
 
     def _cut(
-        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any, split: bool, member: int
+        self,
+        k: int,
+        call: Call,
+        dyed: Dyed,
+        splits: Splits,
+        i: int,
+        part: Any,
+        split: bool,
+        member: int,
     ) -> Found:
         """The cut of one microbatch, for the ranks that have the shapes of a member."""
         leaves, spec = tree.flatten(part)
         local = [
-            fake(splits.shape(i, j, tuple(x.shape), member), x, self.mode) if isinstance(x, torch.Tensor) else x
+            fake(splits.shape(i, j, tuple(x.shape), member), x, self.mode)
+            if isinstance(x, torch.Tensor)
+            else x
             for j, x in enumerate(leaves)
         ]
         sequences = [splits.sequence(i, j) for j in range(len(leaves))]
         values = None if call.reading is None else call.reading.values
-        key = (k, split, splits.count > 1, signature(tree.unflatten(spec, local)), tuple(sequences), member, values)
+        key = (
+            k,
+            split,
+            splits.count > 1,
+            signature(tree.unflatten(spec, local)),
+            tuple(sequences),
+            member,
+            values,
+        )
         if key not in self.cuts:
             params = self._fakes(call, dyed)
             r = self.resolved
@@ -408,11 +490,16 @@ class Planner:
             self.cuts[key] = Found(replace(cut(traced, nodes, split), saved=saved), weight, rows)
         return self.cuts[key]
 
-    def _fakes(self, call: Call, dyed: Dyed, dtypes: Sequence[torch.dtype] | None = None) -> list[torch.Tensor]:
+    def _fakes(
+        self, call: Call, dyed: Dyed, dtypes: Sequence[torch.dtype] | None = None
+    ) -> list[torch.Tensor]:
         """The leaves of params as the loss function sees them."""
         like = tree.leaves(self.params)
         dtypes = dtypes or [self._whole_dtype(call, dyed, k) for k in range(len(call.params))]
-        return [fake(dyed.shapes[i], like[i], self.mode, d) for i, d in zip(call.params, dtypes, strict=True)]
+        return [
+            fake(dyed.shapes[i], like[i], self.mode, d)
+            for i, d in zip(call.params, dtypes, strict=True)
+        ]
 
     def _check_split(self, traced: Traced, nodes: Nodes) -> None:
         r = self.resolved
@@ -422,11 +509,15 @@ class Planner:
         checks.check_weight(nodes)
         _check_aux(traced.aux)
 
-    def _prove_rows(self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any) -> bool:
+    def _prove_rows(
+        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any
+    ) -> bool:
         """The rows of the batch do not meet; gives whether weights add up to the last bits, too."""
         r, (leaves, spec) = self.resolved, tree.flatten(part)
         local = [
-            fake(splits.row_shape(i, j, tuple(x.shape)), x, self.mode) if isinstance(x, torch.Tensor) else x
+            fake(splits.row_shape(i, j, tuple(x.shape)), x, self.mode)
+            if isinstance(x, torch.Tensor)
+            else x
             for j, x in enumerate(leaves)
         ]
         values = None if call.reading is None else call.reading.values
@@ -434,27 +525,40 @@ class Planner:
         if key in self.proven:
             return self.proven[key]
         params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
-        whole = Mesh(**{a: 1 if a in r.split_axes and a not in r.row_axes else n for a, n in r.mesh.axes.items()})
+        whole = Mesh(
+            **{
+                a: 1 if a in r.split_axes and a not in r.row_axes else n
+                for a, n in r.mesh.axes.items()
+            }
+        )
         subject = Subject(call.loss_fn, call.has_aux, params, spec, self.mode, r.split_axes)
         ready = isinstance(call.batch, Microbatches)
         self.proven[key] = prove_rows(subject, local, splits.rows[i], whole, ready, splits.dealt)
         return self.proven[key]
 
-    def _check_weight(self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]) -> None:
-        """The weights of all parts of the batch add up, to what the loss function as written makes of the whole.
-        ``weights``: by member number, a function of a microbatch."""
+    def _check_weight(
+        self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]
+    ) -> None:
+        """The weights of all parts of the batch add up, to what the loss function as written makes
+        of the whole. ``weights``: by member number, a function of a microbatch."""
         if isinstance(call.batch, Microbatches) or None in weights.values():
             return  # ready microbatches: there is no whole batch to compare with
         r, moving = self.resolved, _tensors(call.batch)
         batch, made = with_values(
-            call.batch, {moving[k] for w in weights.values() for k in checks.batch_read(w, len(moving))}
+            call.batch,
+            {moving[k] for w in weights.values() for k in checks.batch_read(w, len(moving))},
         )
-        scale = [None] if r.precision and r.precision.dynamic else []  # an input of the graph, but not of the weight
+        scale = (
+            [None] if r.precision and r.precision.dynamic else []
+        )  # an input of the graph, but not of the weight
 
         def of_rank(rank: int) -> list[torch.Tensor]:
             weight = weights[splits.member(rank)]
             assert weight is not None
-            return [weight(*(leaves[i] for i in moving), *scale) for leaves in splits.microbatches(batch, rank)]
+            return [
+                weight(*(leaves[i] for i in moving), *scale)
+                for leaves in splits.microbatches(batch, rank)
+            ]
 
         axes = tuple(a for a in r.split_axes if not (r.local and a in r.row_axes))
         ranks = r.mesh.group(0, axes) if axes else (0,)
@@ -462,7 +566,8 @@ class Planner:
             if r.local:
                 return  # the other ranks' rows are not here
             found = run_ranks(
-                Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}), lambda comm: _as_rank(comm, of_rank, ranks)
+                Mesh(**{a: r.mesh.axes[a] for a in r.split_axes}),
+                lambda comm: _as_rank(comm, of_rank, ranks),
             )
         else:
             found = [of_rank(rank) for rank in ranks]
@@ -474,7 +579,9 @@ class Planner:
         also = f" {ROUNDED.format(dtype=r.precision.compute)}" if r.precision else ""
         also += f" {MADE_UP.format(paths=made)}" if made else ""
         whole = splits.own_rows(batch)
-        checks.check_additive(call.loss_fn, call.has_aux, params, whole, parts, self.mode, also, times)
+        checks.check_additive(
+            call.loss_fn, call.has_aux, params, whole, parts, self.mode, also, times
+        )
 
 
 def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:
@@ -487,7 +594,8 @@ def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]
 
 
 def _read_by(dyed: Dyed, placement: Placement | None) -> tuple:
-    """What makes plans for one shape of batch differ: what losses read from Python, and what the step does beside them."""
+    """What makes plans for one shape of batch differ: what losses read from Python, and what the
+    step does beside them."""
     calls = []
     for c in dyed.calls:
         values = c.reading and c.reading.values
@@ -525,13 +633,14 @@ def _check_aux(aux: Any) -> None:
 
 
 def _waits(dyed: Dyed, c: Cut) -> bool:
-    """Whether ranks wait for each other behind the last backward: a step takes a global sum, as clipping does, or parts of a
-    leaf's gradient come from several segments."""
+    """Whether ranks wait for each other behind the last backward: a step takes a global sum, as
+    clipping does, or parts of a leaf's gradient come from several segments."""
     return bool(dyed.sums) or any(len(set(s)) > 1 for s in partial_segments(c))
 
 
 def _summed(c: Cut) -> frozenset[int]:
-    """The heads that are summed over microbatches: total, weight, and both halves of a `Mean` in aux."""
+    """The heads that are summed over microbatches: total, weight, and both halves of a `Mean` in
+    aux."""
     first = 1 + c.traced.has_weight
     out = set(range(first))
     nodes: list[Any] = []

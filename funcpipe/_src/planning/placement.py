@@ -1,11 +1,12 @@
 """Placement: which rank holds which leaf, and the way there and back.
 
-Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and over which axes it is
-*sharded*: cut flat into equal pieces, one for each rank of the group on those axes. To *place* a tree is to
-turn the single-device pytree into what one rank holds, to *unplace* to turn what all ranks hold into it again. A leaf
-that a rank does not hold is None there.
+Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and
+over which axes it is *sharded*: cut flat into equal pieces, one for each rank of the group on those
+axes. To *place* a tree is to turn the single-device pytree into what one rank holds, to *unplace*
+to turn what all ranks hold into it again. A leaf that a rank does not hold is None there.
 
-In: `Dyed` (which leaf of the state is which parameter) and the owners of every parameter. Out: `Placement`.
+In: `Dyed` (which leaf of the state is which parameter) and the owners of every parameter. Out:
+`Placement`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def extent(numel: int, parts: int, index: int) -> tuple[int, int]:
-    """Where a shard begins and ends among the elements of its leaf: flat, the last ones may be smaller or empty.
+    """Where a shard begins and ends among the elements of its leaf: flat, the last ones may be
+    smaller or empty.
 
     >>> [extent(5, 3, i) for i in range(3)], extent(1, 3, 2)
     ([(0, 2), (2, 4), (4, 5)], (1, 1))
@@ -69,8 +71,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class LeafMetric:
-    """A metric that some ranks do not compute: its number, a place on the pipe axis that does, and what it is like there (a
-    fake, or a value of Python)."""
+    """A metric that some ranks do not compute: its number, a place on the pipe axis that does, and
+    what it is like there (a fake, or a value of Python)."""
 
     number: int
     place: int
@@ -118,23 +120,30 @@ class Placement:
         return shard_shape(layout.shape, end - start)
 
     def counts(self, rank: int, param: int | None) -> bool:
-        """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that hold the part."""
+        """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that
+        hold the part."""
         here = self.mesh.coords(rank)
         layout = Layout((0,), ()) if param is None else self.layouts[param]
         fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
-        return all(here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items())
+        return all(
+            here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items()
+        )
 
     def tells(self, rank: int, place: int) -> bool:
         """Whether a rank is the lowest at a place on the pipe axis."""
-        return all(n == (place if a == self.pipe_axis else 0) for a, n in self.mesh.coords(rank).items())
+        return all(
+            n == (place if a == self.pipe_axis else 0) for a, n in self.mesh.coords(rank).items()
+        )
 
     def free(self, rank: int) -> frozenset[int]:
-        """The places, among the leaves of a rank's state, of those that a step may write to (`core/buffer_donation.py`)."""
+        """The places, among the leaves of a rank's state, of those that a step may write to
+        (`core/buffer_donation.py`)."""
         held = [j for j, here in enumerate(self.present[self.stage_rank(rank)]) if here]
         return frozenset(k for k, j in enumerate(held) if j in self.dyed.free)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
-        """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in order."""
+        """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in
+        order."""
         place = next(p for p, present in enumerate(self.present) if present[leaf])
         zero = dict.fromkeys(self.mesh.axes, 0)
         first = self.mesh.rank(zero | ({self.pipe_axis: place} if self.pipe_axis else {}))
@@ -150,17 +159,23 @@ class Placement:
         return places, axes, self.mesh.index(rank, axes)
 
     def copies(self, rank: int, leaf: int) -> int:
-        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds none."""
+        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
+        none."""
         places = self._places(leaf)
         if self.stage_rank(rank) not in places:
             return 0
-        return len(places) * self.mesh.size // (len(self.present) * self.mesh.axis_size(self._axes(leaf)))
+        return (
+            len(places)
+            * self.mesh.size
+            // (len(self.present) * self.mesh.axis_size(self._axes(leaf)))
+        )
 
     def _places(self, leaf: int) -> tuple[int, ...]:
         return tuple(p for p, present in enumerate(self.present) if present[leaf])
 
     def params(self, leaf: Callable[[int], torch.Tensor], rank: int) -> Any:
-        """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a whole one."""
+        """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a
+        whole one."""
         held = [
             own(self._part(leaf(i), layout.axes, rank)) if self.holds(rank, i) else None
             for i, layout in enumerate(self.layouts)
@@ -181,7 +196,8 @@ class Placement:
         return take(x, self.mesh, rank, axes) if axes else x
 
     def unplace(self, leaf: Callable[[int, int], Any]) -> Any:
-        """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the state."""
+        """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the
+        state."""
         out = []
         for j, param in enumerate(self.dyed.state):
             parts = [leaf(rank, j) for rank in self.holders(j)]
@@ -190,18 +206,21 @@ class Placement:
         return tree.unflatten(self.dyed.state_spec, out)
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
-        """The leaves of a rank's state (None where it holds nothing), in the order of the full state's."""
+        """The leaves of a rank's state (None where it holds nothing), in the order of the full
+        state's."""
         try:
             return tree.leaves_up_to(self.dyed.state_spec, state)
         except ValueError as error:
             raise StateError(
-                f"{who}: the state has another structure than init_state made: {str(error).rstrip('.')}. Write init_state and "
+                f"{who}: the state has another structure than init_state made: "
+                f"{str(error).rstrip('.')}. Write init_state and "
                 "the step with tree_map, which keeps the places of leaves that a rank does not hold"
             ) from None
 
 
 def own(x: Any) -> Any:
-    """A tensor in memory of its own (ranks of one process must not share any); anything else as it is."""
+    """A tensor in memory of its own (ranks of one process must not share any); anything else as it
+    is."""
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
@@ -213,9 +232,11 @@ def place_params(
     owners: Sequence[Iterable[int]],
     axes: Sequence[Axes],
 ) -> Placement:
-    """The placement that follows from the owners of every parameter and the axes it is sharded over."""
+    """The placement that follows from the owners of every parameter and the axes it is sharded
+    over."""
     layouts = tuple(
-        Layout(tuple(sorted(set(o))) or (0,), shape, a) for o, shape, a in zip(owners, dyed.shapes, axes, strict=True)
+        Layout(tuple(sorted(set(o))) or (0,), shape, a)
+        for o, shape, a in zip(owners, dyed.shapes, axes, strict=True)
     )
     rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
@@ -228,23 +249,31 @@ def place_params(
     return replace(placement, present=present, apart=apart, metrics_spec=spec, leaf_metrics=own)
 
 
-def _leaf_metrics(metrics: Sequence[Any], lacks: Sequence[frozenset[int]]) -> tuple[LeafMetric, ...]:
+def _leaf_metrics(
+    metrics: Sequence[Any], lacks: Sequence[frozenset[int]]
+) -> tuple[LeafMetric, ...]:
     out = []
     for number in sorted(frozenset().union(*lacks)):
         place = next((p for p, some in enumerate(lacks) if number not in some), None)
         if place is None:
             raise StateError(
-                f"metric {number} is None on every rank, though not on one device: compute metrics of leaves with optree.tree_map"
+                f"metric {number} is None on every rank, though not on one device: compute "
+                "metrics of leaves with optree.tree_map"
             )
         out.append(LeafMetric(number, place, metrics[number]))
     return tuple(out)
 
 
-def _rehearsed(rehearsal: Rehearsal, layouts: Sequence[Layout], places: int) -> tuple[frozenset[int], list[Held]]:
-    """What every place on the pipe axis has. Trees of global sums are whole there, unless the step takes them leaf by leaf."""
+def _rehearsed(
+    rehearsal: Rehearsal, layouts: Sequence[Layout], places: int
+) -> tuple[frozenset[int], list[Held]]:
+    """What every place on the pipe axis has. Trees of global sums are whole there, unless the step
+    takes them leaf by leaf."""
 
     def all_places(apart: frozenset[int]) -> list[Held]:
-        return [rehearsal.of_rank(lambda i, p=p: p in layouts[i].owners, apart) for p in range(places)]  # type: ignore[misc]
+        return [
+            rehearsal.of_rank(lambda i, p=p: p in layouts[i].owners, apart) for p in range(places)
+        ]  # type: ignore[misc]
 
     whole: frozenset[int] = frozenset()
     try:

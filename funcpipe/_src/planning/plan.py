@@ -1,7 +1,8 @@
-"""Plans: everything that is decided before a step runs, and how to read it; `pipeline.py` makes them.
+"""Plans: everything that is decided before a step runs, and how to read it; `pipeline.py` makes
+them.
 
-A `Plan` says which leaf goes where, and for every ``value_and_grad`` of the step the cut, the stages, the checked schedule and
-a program for every place on the pipe axis.
+A `Plan` says which leaf goes where, and for every ``value_and_grad`` of the step the cut, the
+stages, the checked schedule and a program for every place on the pipe axis.
 """
 
 from __future__ import annotations
@@ -50,14 +51,17 @@ class PlannedCall:
         schedule: with sends and receives, checked.
         report: what the checker found.
         programs: for every place on the pipe axis.
-        segments: for every leaf of params the segments that make its partial gradients, in the order of their sum.
+        segments: for every leaf of params the segments that make its partial gradients, in the
+            order of their sum.
         summed: the numbers of the heads that are summed over microbatches.
         signature: of its batch.
         rows: how heads that are `Rows` are split by positions: along which dim, and how.
-        variants: by member number, the same call with the shapes of that member; this one is the first
-            member's. They are all the same where positions divide evenly, or are not split, and no microbatches are dealt.
+        variants: by member number, the same call with the shapes of that member; this one is the
+            first member's. They are all the same where positions divide evenly, or are not split,
+            and no microbatches are dealt.
         ready: which ready microbatches of the batch these are; 0 where it brings none.
-        casts: the leaves that are cast before units read them, and to what; their gradients are added up in their own dtype.
+        casts: the leaves that are cast before units read them, and to what; their gradients are
+            added up in their own dtype.
     """
 
     call: Call
@@ -86,8 +90,11 @@ class PlannedCall:
         return self.schedule.placement[stage]
 
     def hops(self, leaf: int) -> list[tuple[int, list[int]]]:
-        """The places that make partial gradients of a leaf, with their numbers, in the order of the sum."""
-        runs = itertools.groupby(range(len(self.segments[leaf])), lambda k: self.place_of(self.segments[leaf][k]))
+        """The places that make partial gradients of a leaf, with their numbers, in the order of the
+        sum."""
+        runs = itertools.groupby(
+            range(len(self.segments[leaf])), lambda k: self.place_of(self.segments[leaf][k])
+        )
         return [(place, list(partials)) for place, partials in runs]
 
     def constant(self, v: Value) -> torch.Tensor:
@@ -115,23 +122,25 @@ class Plan:
 
     @property
     def memory(self) -> list[dict[str, int]]:
-        """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak, with each unit's own
-        intermediates), ``residuals`` (the part of it held between units), ``gathered`` (whole leaves of sharded params,
-        at their peak), ``gradients`` (sums and what is being reduced, at their peak), ``step`` (all of these at once, at their
-        peak), ``params`` (what the rank holds, with the copies in which `mixed_precision` computes), and ``graph`` (what a CUDA
-        graph that was captured has taken for them; 0 before).
+        """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak,
+        with each unit's own intermediates), ``residuals`` (the part of it held between units),
+        ``gathered`` (whole leaves of sharded params, at their peak), ``gradients`` (sums and what
+        is being reduced, at their peak), ``step`` (all of these at once, at their peak), ``params``
+        (what the rank holds, with the copies in which `mixed_precision` computes), and ``graph``
+        (what a CUDA graph that was captured has taken for them; 0 before).
 
-        A unit's own intermediates are those of its graph; in `spmd` with a compiled backend, those that it was seen to make
-        when it was compiled."""
+        A unit's own intermediates are those of its graph; in `spmd` with a compiled backend, those
+        that it was seen to make when it was compiled."""
         return [sizes.memory(self, p) for p in range(self.resolved.ranks)]
 
     @property
     def traffic(self) -> list[dict[Axes, int]]:
-        """Bytes that a rank at every place on the pipe axis receives in a step, by the axes they travel along.
+        """Bytes that a rank at every place on the pipe axis receives in a step, by the axes they
+        travel along.
 
-        Counted as rings do: ``n - 1`` of ``n`` parts for a gather, a reduce-scatter or an all-to-all, twice that for an
-        all-reduce. Collectives in the loss function are counted, attention's exchanges among them.
-        The loss, the norm and other single numbers are left out.
+        Counted as rings do: ``n - 1`` of ``n`` parts for a gather, a reduce-scatter or an
+        all-to-all, twice that for an all-reduce. Collectives in the loss function are counted,
+        attention's exchanges among them. The loss, the norm and other single numbers are left out.
         """
         return [sizes.traffic(self, p) for p in range(self.resolved.ranks)]
 
@@ -139,27 +148,34 @@ class Plan:
         """Times and memory of a ``value_and_grad``: see `Prediction`.
 
         Args:
-            costs: `fp.schedules.Costs` (`fp.profile_units` measures them), a dict ``{("F", 0): seconds}`` or a function of
-                kind and segment; None for FLOPs and messages that take no time.
+            costs: `fp.schedules.Costs` (`fp.profile_units` measures them), a dict ``{("F", 0):
+                seconds}`` or a function of kind and segment; None for FLOPs and messages that take
+                no time.
             call: which ``value_and_grad``.
         """
         if call not in range(len(self.calls)):
-            raise PlanError(f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
+            raise PlanError(
+                f"cannot draw value_and_grad {call}: the step has {len(self.calls)}, counted from 0"
+            )
         return predict(self.calls[call], costs)
 
     def remat_curve(self, budgets: Sequence[float] = BUDGETS, call: int = 0) -> RematCurve:
-        """What `remat` would save and compute again with these budgets, for one microbatch: see `RematCurve`.
+        """What `remat` would save and compute again with these budgets, for one microbatch: see
+        `RematCurve`.
 
         Args:
             budgets: each from 0 to 1.
             call: which ``value_and_grad``.
         """
         if call not in range(len(self.calls)):
-            raise PlanError(f"no value_and_grad {call}: the step has {len(self.calls)}, counted from 0")
+            raise PlanError(
+                f"no value_and_grad {call}: the step has {len(self.calls)}, counted from 0"
+            )
         return remat_curve(self.calls[call].cuts[0], budgets)
 
     def timeline(self, call: int = 0) -> Timeline:
-        """When every action would run if a unit took as long as its FLOPs and transfers took no time."""
+        """When every action would run if a unit took as long as its FLOPs and transfers took no
+        time."""
         return self.predict(call=call).timeline
 
     @property
@@ -177,11 +193,15 @@ class Plan:
         return int.from_bytes(hashlib.sha256(repr(self.sections).encode()).digest()[:7], "big")
 
     def save(self, path: str | Path, call: int = 0, costs: Given = None) -> Path:
-        """Draw the timeline and memory: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for Perfetto."""
+        """Draw the timeline and memory: an ``.html`` page, an ``.svg`` picture, or a ``.json``
+        trace for Perfetto."""
         picture.check_suffix(Path(path))
         found = self.predict(costs, call)
         schedule = found.timeline.schedule
-        return found.save(path, f"{schedule.name}: {len(schedule.ranks)} ranks, {schedule.microbatches} microbatches")
+        return found.save(
+            path,
+            f"{schedule.name}: {len(schedule.ranks)} ranks, {schedule.microbatches} microbatches",
+        )
 
     def __str__(self) -> str:
         return "\n".join(reading.text(self))

@@ -1,6 +1,7 @@
 """Sizes: what a plan says of memory and traffic.
 
-In: a `Plan`, a place on the pipe axis. Out: bytes by what they are for, or by the axes they travel along.
+In: a `Plan`, a place on the pipe axis. Out: bytes by what they are for, or by the axes they travel
+along.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ def memory(plan: Plan, place: int) -> dict[str, int]:
     usage = plan.found.get(place) or most(v.programs[place].usage for v in variants)
     held = {i for i, x in enumerate(layouts) if place in x.owners}
     copies = [
-        sum(_shard_bytes(plan, c.call.params[k], d) for k, d in c.casts.items() if c.call.params[k] in held)
+        sum(
+            _shard_bytes(plan, c.call.params[k], d)
+            for k, d in c.casts.items()
+            if c.call.params[k] in held
+        )
         for c in plan.calls
     ]
     return {
@@ -54,7 +59,10 @@ def traffic(plan: Plan, place: int) -> dict[Axes, int]:
                 axes = i.bucket.axes if i.op == GATHER else i.bucket.summed
                 out[axes] += (r.mesh.axis_size(axes) - 1) * i.bucket.nbytes
         for k, param in enumerate(c.call.params):
-            layout, size = plan.placement.layouts[param], _shard_bytes(plan, param, c.call.dtypes[k])
+            layout, size = (
+                plan.placement.layouts[param],
+                _shard_bytes(plan, param, c.call.dtypes[k]),
+            )
             if times := _tied_sums(c, k, layout.owners, place):
                 out[(r.pipe_axis,)] += times * size
             axes = tuple(a for a in r.split_axes if a not in layout.axes)
@@ -67,10 +75,16 @@ def traffic(plan: Plan, place: int) -> dict[Axes, int]:
 def _shard_bytes(plan: Plan, param: int, dtype: torch.dtype) -> int:
     """The most that a rank holds of a parameter."""
     layout = plan.placement.layouts[param]
-    return -(-torch.Size(layout.shape).numel() // plan.resolved.mesh.axis_size(layout.axes)) * dtype.itemsize
+    return (
+        -(-torch.Size(layout.shape).numel() // plan.resolved.mesh.axis_size(layout.axes))
+        * dtype.itemsize
+    )
 
 
 def _tied_sums(c: PlannedCall, leaf: int, owners: Sequence[int], place: int) -> int:
-    """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole sum."""
+    """How often a place receives a tied leaf's gradient: a running sum on the way, then the whole
+    sum."""
     hops = [p for p, _ in c.hops(leaf)]
-    return hops[1:].count(place) + (len(owners) > 1 and place in owners and hops[-1:] not in ([], [place]))
+    return hops[1:].count(place) + (
+        len(owners) > 1 and place in owners and hops[-1:] not in ([], [place])
+    )

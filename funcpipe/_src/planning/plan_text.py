@@ -23,48 +23,66 @@ def sections(plan: Plan) -> dict[str, list[str]]:
     dyed = plan.placement.dyed
     out = {
         "the mesh": [repr(plan.resolved.mesh)],
-        "the transforms": [f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records],
-        "where params lie": [f"params{p}: {x}" for p, x in zip(dyed.paths, plan.placement.layouts, strict=True)],
+        "the transforms": [
+            f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records
+        ],
+        "where params lie": [
+            f"params{p}: {x}" for p, x in zip(dyed.paths, plan.placement.layouts, strict=True)
+        ],
         "what the state holds": [
             f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
             for p, i in zip(dyed.state_paths, dyed.state, strict=True)
         ],
-        "the global sums": [f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(dyed.sums)],
+        "the global sums": [
+            f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(dyed.sums)
+        ],
         "the precision of products": [precision()],
     }
     for k, c in enumerate(plan.calls):
         name = f"value_and_grad {k}"
         out[f"the stages of {name}"] = [str(s) for s in c.stages]
         out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
-        out[f"the splits of the batch of {name}"] = [str(leaf) for part in c.splits.cuttings for leaf in part]
+        out[f"the splits of the batch of {name}"] = [
+            str(leaf) for part in c.splits.cuttings for leaf in part
+        ]
         cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.cuts)
         out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
         folded = [x for m in cuts for x in m.constants.values()]
         out[f"the constants of {name}"] = [x.key for x in folded]
         for p, program in enumerate(c.programs):
-            out[f"the program of {name} on rank {p} of the pipeline"] = [i.text for i in program.instructions]
+            out[f"the program of {name} on rank {p} of the pipeline"] = [
+                i.text for i in program.instructions
+            ]
     return out
 
 
 def values(plan: Plan) -> dict[str, list[str]]:
-    """What losses read from Python, by loss: why plans of two ranks differ. (Where they are equal it does not matter: a
-    setting may name the rank.)"""
+    """What losses read from Python, by loss: why plans of two ranks differ. (Where they are equal
+    it does not matter: a setting may name the rank.)"""
     found = [c.call.reading for c in plan.calls if c.call.reading is not None]
-    return {f"what {x.name} (value_and_grad {k}) reads from Python": x.lines() for k, x in enumerate(found)}
+    return {
+        f"what {x.name} (value_and_grad {k}) reads from Python": x.lines()
+        for k, x in enumerate(found)
+    }
 
 
 def precision() -> str:
-    """How this process computes products: the caller's settings of PyTorch, which funcpipe leaves alone.
+    """How this process computes products: the caller's settings of PyTorch, which funcpipe leaves
+    alone.
 
     >>> precision()
-    "products of float32: 'none' on GPUs, 'none' in cuDNN, 'none' on CPUs ('none': PyTorch's default); partial sums in half: bfloat16 True, float16 True"
+    "products of float32: 'none' on GPUs, 'none' in cuDNN, 'none' on CPUs ('none': PyTorch's
+    default); partial sums in half: bfloat16 True, float16 True"
     """
     b: Any = torch.backends
     matmul = b.cuda.matmul
     return (
-        f"products of float32: {matmul.fp32_precision!r} on GPUs, {b.cudnn.fp32_precision!r} in cuDNN, "
-        f"{b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial sums in half: bfloat16 "
-        f"{matmul.allow_bf16_reduced_precision_reduction}, float16 {matmul.allow_fp16_reduced_precision_reduction}"
+        f"products of float32: {matmul.fp32_precision!r} on GPUs, {b.cudnn.fp32_precision!r} in "
+        "cuDNN, "
+        f"{b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial sums "
+        "in half: bfloat16 "
+        f"{matmul.allow_bf16_reduced_precision_reduction}, float16 "
+        f"{matmul.allow_fp16_reduced_precision_reduction}"
     )
 
 
@@ -77,14 +95,18 @@ def text(plan: Plan) -> list[str]:
     for k, c in enumerate(plan.calls):
         s = c.schedule
         out.append(
-            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, {s.microbatches} microbatches, "
-            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct units"
+            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, "
+            f"{s.microbatches} microbatches, "
+            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct "
+            "units"
         )
         out += tradeoff.lines(c.cuts[0].saved)
         for place, program in enumerate(c.programs):
             held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory[place].items())
             stages = ", ".join(
-                f"stage {i} = segments {_span(c.stages[i])}" for i, p in enumerate(s.placement) if p == place
+                f"stage {i} = segments {_span(c.stages[i])}"
+                for i, p in enumerate(s.placement)
+                if p == place
             )
             out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
             out += _program_text(c, program)
@@ -104,15 +126,22 @@ def _program_text(c: PlannedCall, program: Program) -> list[str]:
     for i in program.instructions:
         if i.op == RUN:
             assert i.unit is not None
-            made = ", ".join(map(str, i.unit.outputs[:3])) + (", …" if len(i.unit.outputs) > 3 else "")
+            made = ", ".join(map(str, i.unit.outputs[:3])) + (
+                ", …" if len(i.unit.outputs) > 3 else ""
+            )
             size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
             if i.unit.kind == "F":
                 kept = c.cuts[i.action.microbatch].saved[i.unit.segment].outcome.nbytes
                 size += f", {bytes_text(kept)} saved"
-            out.append(f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: {made}")
+            out.append(
+                f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: "
+                f"{made}"
+            )
         elif i.op in (GATHER, REDUCE):
             assert i.bucket is not None
-            out.append(f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank")
+            out.append(
+                f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank"
+            )
         elif i.op in (SEND, RECV):
             size = bytes_text(sum(v.nbytes for v in i.values))
             way = "to" if i.op == SEND else "from"

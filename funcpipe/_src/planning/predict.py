@@ -1,7 +1,9 @@
-"""Predictions: when every action of a plan runs and what every rank holds meanwhile, given what units cost.
+"""Predictions: when every action of a plan runs and what every rank holds meanwhile, given what
+units cost.
 
-In: a planned ``value_and_grad`` and `Costs`. Out: `Prediction`. Units, messages and waiting for them are timed; adding up
-gradients, collectives of sharded weights and the rest of the step are not. Without costs, a unit costs its FLOPs.
+In: a planned ``value_and_grad`` and `Costs`. Out: `Prediction`. Units, messages and waiting for
+them are timed; adding up gradients, collectives of sharded weights and the rest of the step are
+not. Without costs, a unit costs its FLOPs.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class Prediction:
 
     Args:
         timeline: start and end of every action, in the unit of the costs.
-        memory: for every place on the pipe axis (time, bytes held from then on): activations, residuals, and what units
-            take for themselves while they run.
+        memory: for every place on the pipe axis (time, bytes held from then on): activations,
+            residuals, and what units take for themselves while they run.
         unit: of time: ``"s"``, or ``""`` for FLOPs made relative.
     """
 
@@ -54,8 +56,9 @@ class Prediction:
 
     @property
     def period(self) -> float:
-        """What a step takes in steady state, where ranks do not wait for each other between steps: see `Timeline.period`. Captured
-        steps do not; where the step body sums over the pipe axis, as clipping does, and on CPUs they do."""
+        """What a step takes in steady state, where ranks do not wait for each other between steps:
+        see `Timeline.period`. Captured steps do not; where the step body sums over the pipe axis,
+        as clipping does, and on CPUs they do."""
         return self.timeline.period
 
     @property
@@ -74,15 +77,20 @@ class Prediction:
         return tuple(max((nbytes for _, nbytes in curve), default=0) for curve in self.memory)
 
     def save(self, path: str | Path, title: str = "") -> Path:
-        """Draw it: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for https://ui.perfetto.dev."""
+        """Draw it: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for
+        https://ui.perfetto.dev."""
         return picture.save(self.timeline, path, title=title, memory=self.memory, unit=self.unit)
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        steady = f", {self.period:.4g}{unit} in steady state" if self.period < self.step_time else ""
+        steady = (
+            f", {self.period:.4g}{unit} in steady state" if self.period < self.step_time else ""
+        )
         out = [f"step {self.step_time:.4g}{unit}{steady}, bubble {self.bubble:.1%}"]
         for place, (busy, peak) in enumerate(zip(self.busy, self.peak_memory, strict=True)):
-            out.append(f"  rank {place} of the pipeline: busy {busy:.4g}{unit}, peak {bytes_text(peak)}")
+            out.append(
+                f"  rank {place} of the pipeline: busy {busy:.4g}{unit}, peak {bytes_text(peak)}"
+            )
         return "\n".join(out)
 
 
@@ -91,10 +99,16 @@ def predict(c: PlannedCall, costs: Given = None) -> Prediction:
 
     Args:
         c: the planned call.
-        costs: `Costs`, what they are made of (a dict or a function of kind and segment), or None for FLOPs.
+        costs: `Costs`, what they are made of (a dict or a function of kind and segment), or None
+            for FLOPs.
     """
     costs = as_costs(costs, c.cuts[0])
-    nbytes = {i.action: sum(v.nbytes for v in i.values) for p in c.programs for i in p.instructions if i.op == SEND}
+    nbytes = {
+        i.action: sum(v.nbytes for v in i.values)
+        for p in c.programs
+        for i in p.instructions
+        if i.op == SEND
+    }
 
     def cost(action: Action) -> float:
         segments = c.stages[action.stage]
@@ -114,7 +128,10 @@ def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
     now, doing = 0.0, None
     for i, (peak, after) in zip(program.instructions, held(program), strict=True):
         if i.op in (RUN, SEND, RECV) and i.action != doing:
-            doing, now = i.action, starts.get(i.action, now)  # messages with sums are in no schedule
+            doing, now = (
+                i.action,
+                starts.get(i.action, now),
+            )  # messages with sums are in no schedule
         out.append((now, peak))
         if i.unit is not None:
             now += costs.of(i.unit.kind, i.unit.segment)
@@ -130,14 +147,16 @@ def as_costs(costs: Given, cut: Cut) -> Costs:
         return flop_costs(cut)
     if not (callable(costs) or isinstance(costs, Mapping)):
         raise PlanError(
-            f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', 0): 1e-3}}, or a function of "
+            f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', "
+            f"0): 1e-3}}, or a function of "
             "kind and segment"
         )
     return Costs(costs)
 
 
 def flop_costs(cut: Cut) -> Costs:
-    """Costs that are FLOPs, scaled so that F of a segment costs 1 on average; F = I = W = 1 where nothing has any."""
+    """Costs that are FLOPs, scaled so that F of a segment costs 1 on average; F = I = W = 1 where
+    nothing has any."""
     flops = {key: float(unit.code.flops) for key, unit in cut.units.items()}
     forward = sum(n for (kind, _), n in flops.items() if kind == "F") / cut.segments
     if not forward:
@@ -146,7 +165,8 @@ def flop_costs(cut: Cut) -> Costs:
 
 
 def load_of(cut: Cut, costs: Costs) -> Load:
-    """A cut as a search sees it. Bytes that two segments share are counted in both, so that caps are kept."""
+    """A cut as a search sees it. Bytes that two segments share are counted in both, so that caps
+    are kept."""
     made = {v: u for u in cut.units.values() for v in u.outputs}
     segments = range(cut.segments)
 
@@ -156,7 +176,8 @@ def load_of(cut: Cut, costs: Costs) -> Load:
         return float(sum({v.storage: v.nbytes for v in read}.values()))
 
     def work(kind: str, s: int) -> float:
-        """What a unit takes beside what is counted as held: for itself, and what other segments have just handed it."""
+        """What a unit takes beside what is counted as held: for itself, and what other segments
+        have just handed it."""
         unit = cut.units[kind, s]
         out = {v.storage: v.nbytes for v in unit.outputs if kind == "F" and v in later}
         strange = (v for v in unit.inputs if v in made and made[v].segment != s)

@@ -1,7 +1,7 @@
 """The trade-off of `remat`: for budgets of bytes, what is saved and what is computed again.
 
-In: what the segments of a cut may save (`funcpipe._src.graph.remat.Saved`). Out: `RematCurve`, as text or as a picture. Nothing is
-traced again, and nothing runs.
+In: what the segments of a cut may save (`funcpipe._src.graph.remat.Saved`). Out: `RematCurve`, as
+text or as a picture. Nothing is traced again, and nothing runs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Point:
 
     Args:
         budget: the part of the bytes that may be saved; None for what the plan does.
-        nbytes: of residuals, of one microbatch, over all segments. What two segments save counts twice.
+        nbytes: of residuals, of one microbatch, over all segments. What two segments save counts
+            twice.
         flops: computed again.
-        reached: whether every segment keeps within the budget; if not, it saves the least that it can.
+        reached: whether every segment keeps within the budget; if not, it saves the least that it
+            can.
     """
 
     budget: float | None
@@ -42,7 +44,8 @@ class Point:
 
 @dataclass(frozen=True)
 class RematCurve:
-    """What `remat` with a budget would save and compute again, on every segment of a ``value_and_grad``.
+    """What `remat` with a budget would save and compute again, on every segment of a
+    ``value_and_grad``.
 
     Args:
         points: by budget, in order.
@@ -69,8 +72,13 @@ class RematCurve:
 
     def _row(self, p: Point) -> str:
         name = "this plan" if p.budget is None else f"budget {p.budget:.2f}"
-        parts = f"{_part(p.nbytes, self.whole):>9.1%} {flops_text(p.flops):>14} {_part(p.flops, self.forward):>6.1%}"
-        return f"  {name:<11} {bytes_text(p.nbytes):>10} {parts}" + ("" if p.reached else "  the least there is")
+        parts = (
+            f"{_part(p.nbytes, self.whole):>9.1%} {flops_text(p.flops):>14} "
+            f"{_part(p.flops, self.forward):>6.1%}"
+        )
+        return f"  {name:<11} {bytes_text(p.nbytes):>10} {parts}" + (
+            "" if p.reached else "  the least there is"
+        )
 
     def save(self, path: str | Path, title: str = "remat") -> Path:
         """Draw it as an ``.svg`` picture.
@@ -80,25 +88,37 @@ class RematCurve:
         """
         path = Path(path)
         if path.suffix != ".svg":
-            raise PlanError(f"cannot draw a curve as {path.suffix or path.name!r}; name a file .svg")
+            raise PlanError(
+                f"cannot draw a curve as {path.suffix or path.name!r}; name a file .svg"
+            )
         path.write_text(self.svg(title), encoding="utf-8")
         return path
 
     def svg(self, title: str = "remat") -> str:
-        """The picture: bytes saved to the right, FLOPs computed again upwards, as parts of what the forward pass has."""
+        """The picture: bytes saved to the right, FLOPs computed again upwards, as parts of what the
+        forward pass has."""
         return "\n".join(self._svg(title))
 
     def _svg(self, title: str) -> Iterator[str]:
         width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
-        most = max((_part(p.flops, self.forward) for p in (*self.points, self.here)), default=0.0) or 1.0
+        most = (
+            max((_part(p.flops, self.forward) for p in (*self.points, self.here)), default=0.0)
+            or 1.0
+        )
         yield (
-            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' width='{width:g}'"
+            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
+            f"width='{width:g}'"
             f" height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
         )
         yield f"<rect width='{width:g}' height='{height:g}' fill='#fff'/>"
         yield f"<text x='{_LEFT:g}' y='26' font-size='17' font-weight='600'>{escape(title)}</text>"
-        facts = f"{bytes_text(self.whole)} of residuals, {flops_text(self.forward)} in the forward pass"
-        yield f"<text x='{_LEFT:g}' y='46' font-size='12' fill='{_FAINT}'>one microbatch: {facts}</text>"
+        facts = (
+            f"{bytes_text(self.whole)} of residuals, {flops_text(self.forward)} in the forward pass"
+        )
+        yield (
+            f"<text x='{_LEFT:g}' y='46' font-size='12' fill='{_FAINT}'>one microbatch: "
+            f"{facts}</text>"
+        )
         yield f"<g transform='translate({_LEFT:g} {_TOP:g})'>"
         yield from _axes(most)
         at = [self._at(p, most) for p in self.points]
@@ -106,16 +126,27 @@ class RematCurve:
         yield f"<polyline points='{path}' fill='none' stroke='{_COLOURS['F']}' stroke-width='1.6'/>"
         for p, (x, y) in zip(self.points, at, strict=True):
             text = f"budget {p.budget:g}: {bytes_text(p.nbytes)}, {flops_text(p.flops)} again"
-            yield f"<circle class='point' cx='{x:.1f}' cy='{y:.1f}' r='3.5' fill='{_COLOURS['F']}'><title>{text}</title></circle>"
+            yield (
+                f"<circle class='point' cx='{x:.1f}' cy='{y:.1f}' r='3.5' "
+                f"fill='{_COLOURS['F']}'><title>{text}</title></circle>"
+            )
         x, y = self._at(self.here, most)
-        yield f"<circle class='here' cx='{x:.1f}' cy='{y:.1f}' r='6' fill='none' stroke='{_COLOURS['B']}' stroke-width='2'/>"
+        yield (
+            f"<circle class='here' cx='{x:.1f}' cy='{y:.1f}' r='6' fill='none' "
+            f"stroke='{_COLOURS['B']}' stroke-width='2'/>"
+        )
         side, anchor = (-10, "end") if x > _WIDTH / 2 else (10, "start")
-        label = f"<text x='{x + side:.1f}' y='{y - 8:.1f}' text-anchor='{anchor}' fill='{_COLOURS['B']}'>"
+        label = (
+            f"<text x='{x + side:.1f}' y='{y - 8:.1f}' text-anchor='{anchor}' "
+            f"fill='{_COLOURS['B']}'>"
+        )
         yield f"{label}this plan</text>"
         yield "</g></svg>"
 
     def _at(self, p: Point, most: float) -> tuple[float, float]:
-        return _WIDTH * _part(p.nbytes, self.whole), _HEIGHT * (1 - _part(p.flops, self.forward) / most)
+        return _WIDTH * _part(p.nbytes, self.whole), _HEIGHT * (
+            1 - _part(p.flops, self.forward) / most
+        )
 
 
 def remat_curve(cut: Cut, budgets: Sequence[float] = BUDGETS) -> RematCurve:
@@ -127,13 +158,19 @@ def remat_curve(cut: Cut, budgets: Sequence[float] = BUDGETS) -> RematCurve:
     for budget in budgets:
         if not 0 <= budget <= 1:
             raise PlanError(
-                f"remat_curve: there is a budget of {budget!r}; it is the part of the bytes that may be saved, from 0 to 1"
+                f"remat_curve: there is a budget of {budget!r}; it is the part of the bytes that "
+                "may be saved, from 0 to 1"
             )
     whole = [s.whole for s in cut.saved]
-    points = [_point(b, [outcome(s.choice, within(s.choice, b)) for s in cut.saved], whole) for b in sorted(budgets)]
+    points = [
+        _point(b, [outcome(s.choice, within(s.choice, b)) for s in cut.saved], whole)
+        for b in sorted(budgets)
+    ]
     here = [s.outcome for s in cut.saved]
     forward = sum(unit.code.flops for (kind, _), unit in cut.units.items() if kind == "F")
-    return RematCurve(tuple(points), Point(None, _bytes(here), sum(x.flops for x in here)), _bytes(whole), forward)
+    return RematCurve(
+        tuple(points), Point(None, _bytes(here), sum(x.flops for x in here)), _bytes(whole), forward
+    )
 
 
 def _point(budget: float, found: Sequence[Outcome], whole: Sequence[Outcome]) -> Point:
@@ -155,9 +192,18 @@ def _axes(most: float) -> Iterator[str]:
     for i in range(6):
         x, y = _WIDTH * i / 5, _HEIGHT * (1 - i / 5)
         yield f"<path d='M{x:g} {_HEIGHT:g}v5M0 {y:g}h-5' stroke='{_FAINT}'/>"
-        yield f"<text x='{x:g}' y='{_HEIGHT + 18:g}' text-anchor='middle' fill='{_FAINT}'>{i / 5:.0%}</text>"
-        yield f"<text x='-10' y='{y + 4:g}' text-anchor='end' fill='{_FAINT}'>{most * i / 5:.1%}</text>"
-    yield f"<text x='{_WIDTH / 2:g}' y='{_HEIGHT + 40:g}' text-anchor='middle'>residuals, of those without remat</text>"
+        yield (
+            f"<text x='{x:g}' y='{_HEIGHT + 18:g}' text-anchor='middle' "
+            f"fill='{_FAINT}'>{i / 5:.0%}</text>"
+        )
+        yield (
+            f"<text x='-10' y='{y + 4:g}' text-anchor='end' "
+            f"fill='{_FAINT}'>{most * i / 5:.1%}</text>"
+        )
+    yield (
+        f"<text x='{_WIDTH / 2:g}' y='{_HEIGHT + 40:g}' text-anchor='middle'>residuals, of "
+        "those without remat</text>"
+    )
     yield "<text x='-70' y='-10'>FLOPs again, of the forward pass</text>"
 
 
@@ -184,8 +230,13 @@ def lines(saved: Sequence[Saved]) -> list[str]:
     for name, segments in groups.items():
         some = [saved[s] for s in segments]
         again = sum(s.outcome.flops for s in some)
-        kept, whole = (bytes_text(_bytes(x)) for x in ([s.outcome for s in some], [s.whole for s in some]))
-        line = f"  {name}: segments {_spans(segments)} save {kept} of {whole} a microbatch, and compute {flops_text(again)} again"
+        kept, whole = (
+            bytes_text(_bytes(x)) for x in ([s.outcome for s in some], [s.whole for s in some])
+        )
+        line = (
+            f"  {name}: segments {_spans(segments)} save {kept} of {whole} a microbatch, and "
+            f"compute {flops_text(again)} again"
+        )
         over = [s for s in segments if saved[s].over]
         out.append(line + (f"; segments {_spans(over)} cannot save less" if over else ""))
     return out

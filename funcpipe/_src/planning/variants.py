@@ -1,7 +1,8 @@
-"""Variants: the plans of a step for batches of one shape, one for every set of Python values that its
-losses read (`analysis/host_values.py`).
+"""Variants: the plans of a step for batches of one shape, one for every set of Python values that
+its losses read (`analysis/host_values.py`).
 
-Losses are known only while a step runs, plans are chosen before. So a plan is chosen by what was read
+Losses are known only while a step runs, plans are chosen before. So a plan is chosen by what was
+read
 the last time: where losses reach the same, and the step no other flag, it is taken. Each call then
 compares what its loss really reads, before it runs; `StaleValues` says that another plan is needed.
 
@@ -111,11 +112,14 @@ class Variants:
         self._plans[key] = plan
         while len(self._plans) > MOST:
             _, old = self._plans.popitem(last=False)
-            self._remembered = OrderedDict((k, p) for k, p in self._remembered.items() if p is not old)
+            self._remembered = OrderedDict(
+                (k, p) for k, p in self._remembered.items() if p is not old
+            )
             self._by_losses = {k: (v, p) for k, (v, p) in self._by_losses.items() if p is not old}
 
     def remember(self, of_step: Pair, plan: Plan) -> None:
-        """A plan is that for what the step read before it was looked at, and its losses read now."""
+        """A plan is that for what the step read before it was looked at, and its losses read
+        now."""
         read = of_step, tuple(f.reached() for f in self._followers)
         self._remembered[read] = plan
         self._by_losses[read[1]] = of_step, plan
@@ -131,15 +135,19 @@ class Variants:
         self._now = (None, None)
 
     def is_news(self, everything: bool) -> bool:
-        """Whether ranks have not yet agreed on the plan that is known; or on ``everything`` that was read."""
+        """Whether ranks have not yet agreed on the plan that is known; or on ``everything`` that
+        was read."""
         read, plan = self._now
-        return plan is None or plan is not self._agreed[1] or (everything and read != self._agreed[0])
+        return (
+            plan is None or plan is not self._agreed[1] or (everything and read != self._agreed[0])
+        )
 
     def agree(self, graphs: bool) -> int:
         """Ranks agree on what was read last; returns a number of its own for it.
 
         Args:
-            graphs: whether steps are captured; then warn where the same value makes a graph time and again.
+            graphs: whether steps are captured; then warn where the same value makes a graph time
+                and again.
         """
         before, self._agreed = self._agreed, self._now
         read, plan = self._now
@@ -175,8 +183,13 @@ class Variants:
 def stale(reading: Reading, values: Pair) -> StaleValues:
     """That a loss reads other values than those of its plan."""
     found = differences(reading.values, values)
-    told = [f"`{path}` ({_told(a)} when it was planned, {_told(b)} now)" for path, (a, b) in found.items()]
-    return StaleValues(f"{reading.name} reads from Python {' and '.join(told[:3]) or 'other values'}")
+    told = [
+        f"`{path}` ({_told(a)} when it was planned, {_told(b)} now)"
+        for path, (a, b) in found.items()
+    ]
+    return StaleValues(
+        f"{reading.name} reads from Python {' and '.join(told[:3]) or 'other values'}"
+    )
 
 
 def _told(x: Any) -> str:

@@ -12,16 +12,26 @@ from funcpipe._src.graph.partition import Unit
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.schedule.actions import Action
 
-RUN, SEND, RECV, ADD, GATHER, REDUCE, WAIT = "run", "send", "recv", "add", "gather", "reduce", "wait"
+RUN, SEND, RECV, ADD, GATHER, REDUCE, WAIT = (
+    "run",
+    "send",
+    "recv",
+    "add",
+    "gather",
+    "reduce",
+    "wait",
+)
 
-# What a slot holds while a program is being written: ("param", leaf), ("full", leaf, n), ("batch", m, leaf),
-# ("const", value), ("value", value, m), ("sent", value, m, place), ("pending", n), ("shard", leaf, partial, m), or a sum: ("head", number),
-# ("row", number, m), ("grad", leaf, partial), ("whole", leaf, partial).
+# What a slot holds while a program is being written: ("param", leaf), ("full", leaf, n), ("batch",
+# m, leaf), ("const", value), ("value", value, m), ("sent", value, m, place), ("pending", n),
+# ("shard", leaf, # partial, m), or a sum: ("head", number), ("row", number, m), ("grad", leaf,
+# partial), ("whole", # leaf, partial).
 Name = tuple
 
 
 class Piece(NamedTuple):
-    """A leaf in a bucket: its number among the params of a call, its full shape, and the elements of one shard."""
+    """A leaf in a bucket: its number among the params of a call, its full shape, and the elements
+    of one shard."""
 
     leaf: int
     shape: tuple[int, ...]
@@ -42,8 +52,8 @@ class Bucket:
         parts: the number of ranks on them.
         pieces: the leaves.
         dtype: on the wire.
-        summed: for gradients: those of the axes that split the batch (reduce-scatter); on the others a rank takes its
-            slice.
+        summed: for gradients: those of the axes that split the batch (reduce-scatter); on the
+            others a rank takes its slice.
     """
 
     axes: Axes
@@ -95,9 +105,10 @@ class Instruction:
     Args:
         op: RUN, SEND, RECV, GATHER, REDUCE, WAIT or ADD.
         action: the action of the schedule that it belongs to.
-        reads, writes: slots, in the order of the unit's inputs and outputs, of the values, or of the bucket's pieces.
-            GATHER and REDUCE write one slot, which WAIT reads. ADD adds ``reads[0]`` to ``writes[0]``. SEND writes what holds
-            its values until a RECV reads it, by which the other end has them; those of the last sends it does not write.
+        reads, writes: slots, in the order of the unit's inputs and outputs, of the values, or of
+            the bucket's pieces. GATHER and REDUCE write one slot, which WAIT reads. ADD adds
+            ``reads[0]`` to ``writes[0]``. SEND writes what holds its values until a RECV reads it,
+            by which the other end has them; those of the last sends it does not write.
         frees: slots that no later instruction reads.
         unit: for RUN: what runs.
         values: for SEND and RECV: what is moved, in order.
@@ -124,7 +135,10 @@ class Instruction:
         """On one line, the same in every process."""
         values = ", ".join(f"{v} {v.dtype} {v.shape} {v.stride}" for v in self.values)
         what = self.unit or self.bucket or values
-        return f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} {self.turn} {self.dtype or ''}".strip()
+        return (
+            f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} "
+            f"{self.turn} {self.dtype or ''}".strip()
+        )
 
 
 class Usage(NamedTuple):
@@ -153,9 +167,12 @@ class Program:
         place: the rank's place on the pipe axis.
         instructions: in order.
         rows: the same, with names: what each slot holds.
-        params, batch, constants: the slots of what comes in: by leaf, by (microbatch, leaf), by folded value.
-        heads: the slots of the sums of total, weight and averaged aux tensors, by number; those of other ranks come here.
-        kept: the slots of aux tensors that are not summed, by (number, microbatch), those of other ranks too.
+        params, batch, constants: the slots of what comes in: by leaf, by (microbatch, leaf), by
+            folded value.
+        heads: the slots of the sums of total, weight and averaged aux tensors, by number; those of
+            other ranks come here.
+        kept: the slots of aux tensors that are not summed, by (number, microbatch), those of other
+            ranks too.
         partials: the slots of partial gradients, by (leaf of params, number of the partial).
         slots: the length of the list.
         usage: the bytes that it is predicted to take.

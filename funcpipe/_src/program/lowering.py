@@ -12,7 +12,17 @@ import torch
 from funcpipe._src.collectives import collectives_of
 from funcpipe._src.graph.partition import Cut, Unit
 from funcpipe._src.graph.unit_code import Value
-from funcpipe._src.program.instructions import ADD, GATHER, RECV, REDUCE, RUN, SEND, Name, Program, Row
+from funcpipe._src.program.instructions import (
+    ADD,
+    GATHER,
+    RECV,
+    REDUCE,
+    RUN,
+    SEND,
+    Name,
+    Program,
+    Row,
+)
 from funcpipe._src.program.output_broadcast import Head, messages
 from funcpipe._src.program.slots import allocate
 from funcpipe._src.program.verify import verify
@@ -39,7 +49,8 @@ def _half(unit: Unit) -> str:
 
 
 def owners(cut: Cut, stages: Sequence[Sequence[int]], placement: Sequence[int]) -> list[set[int]]:
-    """For every leaf of params the places on the pipe axis whose units read it or make a partial gradient of it."""
+    """For every leaf of params the places on the pipe axis whose units read it or make a partial
+    gradient of it."""
     out: list[set[int]] = [set() for _ in cut.grads]
     stage_of = {segment: s for s, segments in enumerate(stages) for segment in segments}
     partial = {v: i for i, partials in enumerate(cut.grads) for v in partials}
@@ -74,14 +85,17 @@ def check_alike(cuts: Sequence[Cut]) -> None:
         same = cut.segments == first.segments and partial_segments(cut) == partial_segments(first)
         if not same or len(cut.heads) != len(first.heads):
             raise CutError(
-                f"microbatch {m} takes another way through the loss function than microbatch 0: it has {cut.segments} "
-                f"segments instead of {first.segments}, or its segments use other params. Shapes may differ between "
+                f"microbatch {m} takes another way through the loss function than microbatch 0: "
+                f"it has {cut.segments} "
+                f"segments instead of {first.segments}, or its segments use other params. Shapes "
+                "may differ between "
                 "microbatches, the path may not"
             )
 
 
 def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
-    """Ranks that hold other numbers of positions communicate in the same order, so that none waits for another.
+    """Ranks that hold other numbers of positions communicate in the same order, so that none waits
+    for another.
 
     Args:
         programs: for every such kind of rank, for every place on the pipe axis.
@@ -95,8 +109,10 @@ def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
             for x, y in itertools.zip_longest(a, b, fillvalue="nothing more"):
                 if x != y:
                     raise CutError(
-                        f"ranks whose slices of the sequence differ in length take other ways through the loss function: at "
-                        f"place {place} of the pipeline one does {x!r} where another does {y!r}. What the loss function does "
+                        "ranks whose slices of the sequence differ in length take other ways "
+                        "through the loss function: at "
+                        f"place {place} of the pipeline one does {x!r} where another does {y!r}. "
+                        "What the loss function does "
                         "must not depend on the number of positions"
                     )
 
@@ -128,9 +144,11 @@ def lower(
         stages: for every stage its segments, in order.
         schedule: checked, with its sends and receives.
         place: on the pipe axis.
-        summed: the numbers of the heads that are summed over microbatches; the others are kept as rows.
+        summed: the numbers of the heads that are summed over microbatches; the others are kept as
+            rows.
         sharding: the leaves that are sharded.
-        dtypes: for other leaves, the dtype in which their gradients are added up where that is not the units' own.
+        dtypes: for other leaves, the dtype in which their gradients are added up where that is not
+            the units' own.
     """
     rows = _Lowering(cuts, stages, schedule, place, summed, dtypes or {}).lower()
     program = allocate(place, shard(rows, sharding))
@@ -148,11 +166,15 @@ class _Lowering:
     dtypes: Mapping[int, torch.dtype]
     rows: list[Row] = field(default_factory=list)
     turns: dict[Name, int] = field(default_factory=lambda: defaultdict(int))
-    early: dict[Name, dict[int, tuple[Name, Action]]] = field(default_factory=lambda: defaultdict(dict))
+    early: dict[Name, dict[int, tuple[Name, Action]]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
     moved: dict[tuple, tuple[Value, ...]] = field(default_factory=dict)
 
     def lower(self) -> list[Row]:
-        self.stage_of = {segment: s for s, segments in enumerate(self.stages) for segment in segments}
+        self.stage_of = {
+            segment: s for s, segments in enumerate(self.stages) for segment in segments
+        }
         made = {id(cut): {v: u for u in cut.units.values() for v in u.outputs} for cut in self.cuts}
         self.made = [made[id(cut)] for cut in self.cuts]
         finals = {id(cut): _finals(cut) for cut in self.cuts}
@@ -201,7 +223,9 @@ class _Lowering:
         while self.turns[name] in self.early[name]:  # in microbatch order
             source, origin = self.early[name].pop(self.turns[name])
             dtype = self.dtypes.get(name[1]) if name[0] == "grad" else None
-            self.rows.append(Row(ADD, origin, (source,), (name,), turn=self.turns[name], dtype=dtype))
+            self.rows.append(
+                Row(ADD, origin, (source,), (name,), turn=self.turns[name], dtype=dtype)
+            )
             self.turns[name] += 1
 
     def _move(self, action: Action) -> None:
@@ -210,12 +234,28 @@ class _Lowering:
         if action.kind.startswith("SEND"):
             values = self._message(action.kind[-1], action.stage, peer, m)
             kept = self._sent(action) if action in self.told else ()
-            self.rows.append(Row(SEND, action, tuple(("value", v, m) for v in values), kept, values=values, peer=peer))
+            self.rows.append(
+                Row(
+                    SEND,
+                    action,
+                    tuple(("value", v, m) for v in values),
+                    kept,
+                    values=values,
+                    peer=peer,
+                )
+            )
         else:
             values = self._message(action.kind[-1], action.peer, self.place, m)
             arrived = tuple(name for send in self.arrivals[action] for name in self._sent(send))
             self.rows.append(
-                Row(RECV, action, arrived, tuple(("value", v, m) for v in values), values=values, peer=peer)
+                Row(
+                    RECV,
+                    action,
+                    arrived,
+                    tuple(("value", v, m) for v in values),
+                    values=values,
+                    peer=peer,
+                )
             )
 
     def _sent(self, send: Action) -> tuple[Name, ...]:
@@ -226,13 +266,16 @@ class _Lowering:
         return tuple(("sent", v, send.microbatch, peer) for v in values)
 
     def _message(self, half: str, source: int, target: int, m: int) -> tuple[Value, ...]:
-        """What a stage makes that any stage at a place reads: the same on both ends, in the same order."""
+        """What a stage makes that any stage at a place reads: the same on both ends, in the same
+        order."""
         key = (id(self.cuts[m]), half, source, target)
         if key not in self.moved:
             values: dict[Value, None] = {}
             for u in self.cuts[m].units.values():
                 if self.schedule.placement[self.stage_of[u.segment]] == target:
-                    values.update((v, None) for v in u.inputs if self._made_by(v, m) == (half, source))
+                    values.update(
+                        (v, None) for v in u.inputs if self._made_by(v, m) == (half, source)
+                    )
             self.moved[key] = tuple(values)
         return self.moved[key]
 

@@ -1,6 +1,8 @@
-"""Memory: the bytes that a program holds, instruction by instruction, as `funcpipe._src.runtime.interpreter` holds them.
+"""Memory: the bytes that a program holds, instruction by instruction, as
+`funcpipe._src.runtime.interpreter` holds them.
 
-In: the rows of a program with the names that end at each; perhaps what a backend changes. Out: `Usage`, or a curve.
+In: the rows of a program with the names that end at each; perhaps what a backend changes. Out:
+`Usage`, or a curve.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from funcpipe._src.program.instructions import ADD, GATHER, RECV, REDUCE, WAIT, Bucket, Name, Row, Usage
+from funcpipe._src.program.instructions import (
+    ADD,
+    GATHER,
+    RECV,
+    REDUCE,
+    WAIT,
+    Bucket,
+    Name,
+    Row,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from funcpipe._src.program.instructions import Program
@@ -37,7 +49,8 @@ class Change:
 
 
 class Changes(NamedTuple):
-    """All that a backend does otherwise: by row; and the values that it never makes (`funcpipe._src.backends.fusion`)."""
+    """All that a backend does otherwise: by row; and the values that it never makes
+    (`funcpipe._src.backends.fusion`)."""
 
     rows: Mapping[int, Change]
     products: frozenset[Name]
@@ -130,7 +143,9 @@ class _Memory:
 
     def _all(self, own: int = 0) -> None:
         """The peak of all at once, while a unit takes so much for itself."""
-        self.step_peak = max(self.step_peak, self.values.now + own + self.gathered.now + self.sums.now)
+        self.step_peak = max(
+            self.step_peak, self.values.now + own + self.gathered.now + self.sums.now
+        )
 
     def _write(self, row: Row, n: Name, change: Change | None) -> None:
         if n[0] == "value":
@@ -145,8 +160,8 @@ class _Memory:
             self.sums.hold(n, n, row.values[row.writes.index(n)].nbytes)
 
     def _add(self, row: Row, n: Name, change: Change | None) -> None:
-        """The first summand is the sum; the second makes a new one, to which the others are added. A product is added to a
-        sum that is there; and the last sum may be cast."""
+        """The first summand is the sum; the second makes a new one, to which the others are added.
+        A product is added to a sum that is there; and the last sum may be cast."""
         source = row.reads[0]
         product = source in self.products
         if change is not None and change.last is not None:
@@ -171,8 +186,8 @@ class _Memory:
             self.sums.hold(n, (n, row.turn), elements * wanted.itemsize)
 
     def _travel(self, row: Row, n: Name, bucket: Bucket) -> None:
-        """What is under way takes a bucket on all ranks, and in a reduction the shards that arrive; a whole leaf is a part
-        of its bucket, or a copy."""
+        """What is under way takes a bucket on all ranks, and in a reduction the shards that arrive;
+        a whole leaf is a part of its bucket, or a copy."""
         whole, piece = bucket.parts * bucket.nbytes, bucket.pieces[row.writes.index(n)]
         arriving = ("arriving", *row.reads[0]) if row.op == WAIT else ("arriving", *n)
         if row.op == GATHER:

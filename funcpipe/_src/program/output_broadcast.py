@@ -1,13 +1,16 @@
-"""Heads: what one place on the pipe axis makes of a loss and all ranks need: total and weight, averages and rows in aux.
+"""Heads: what one place on the pipe axis makes of a loss and all ranks need: total and weight,
+averages and rows in aux.
 
-They travel as messages, sent soon after the last summand, and received where what a place receives anyway tells that they have
-been sent; at the end of its program where nothing does. So no rank waits for another to end: one that is done goes on to its
-optimizer and to the next step while others still work on this one. Where steps follow one another, what a rank idles at the end
-of one and at the beginning of the next is then filled, unless all idle there (`Timeline.period`).
+They travel as messages, sent soon after the last summand, and received where what a place receives
+anyway tells that they have been sent; at the end of its program where nothing does. So no rank
+waits for another to end: one that is done goes on to its optimizer and to the next step while
+others still work on this one. Where steps follow one another, what a rank idles at the end of one
+and at the beginning of the next is then filled, unless all idle there (`Timeline.period`).
 
 Their actions, ``SEND_H`` and ``RECV_H``, stand in programs alone: no schedule has them.
 
-In: a schedule, and which stage makes which head. Out: rows, and where among the actions of a place they stand.
+In: a schedule, and which stage makes which head. Out: rows, and where among the actions of a place
+they stand.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ class Head(NamedTuple):
 
 
 def messages(schedule: Schedule, place: int, heads: Mapping[Name, Head]) -> dict[int, list[Row]]:
-    """The rows of a place that bring every head to every place, by the number of the action before which they stand.
+    """The rows of a place that bring every head to every place, by the number of the action before
+    which they stand.
 
     Args:
         schedule: with its sends and receives.
         place: on the pipe axis.
-        heads: by name: ``("head", number)`` or ``("row", number, microbatch)``; in the same order on all ranks.
+        heads: by name: ``("head", number)`` or ``("row", number, microbatch)``; in the same order
+            on all ranks.
     """
     made: dict[int, dict[Name, Head]] = defaultdict(dict)
     for name, head in heads.items():
@@ -48,11 +53,15 @@ def messages(schedule: Schedule, place: int, heads: Mapping[Name, Head]) -> dict
             others = [p for p in range(len(schedule.ranks)) if p != place]
             out[at] += [_message(SEND, schedule, place, other, some) for other in others]
         else:
-            out[_known(schedule, maker, at)[place]].append(_message(RECV, schedule, place, maker, some))
+            out[_known(schedule, maker, at)[place]].append(
+                _message(RECV, schedule, place, maker, some)
+            )
     return out
 
 
-def _message(op: str, schedule: Schedule, place: int, other: int, heads: Mapping[Name, Head]) -> Row:
+def _message(
+    op: str, schedule: Schedule, place: int, other: int, heads: Mapping[Name, Head]
+) -> Row:
     here, there = (schedule.placement.index(p) for p in (place, other))
     reads, writes = (tuple(heads), ()) if op == SEND else ((), tuple(heads))
     action = Action(f"{op.upper()}_H", here, 0, peer=there)
@@ -60,8 +69,8 @@ def _message(op: str, schedule: Schedule, place: int, other: int, heads: Mapping
 
 
 def _ready(row: Sequence[Action], stages: Set[int]) -> int:
-    """Behind the action that follows the last forward of these stages: F and B of the last segment stay back to back, and may
-    be one unit."""
+    """Behind the action that follows the last forward of these stages: F and B of the last segment
+    stay back to back, and may be one unit."""
     done = max(k for k, a in enumerate(row) if a.kind == "F" and a.stage in stages)
     for k in range(done + 1, len(row)):
         if row[k].kind in COMPUTE or row[k].kind.startswith("RECV"):
@@ -70,7 +79,8 @@ def _ready(row: Sequence[Action], stages: Set[int]) -> int:
 
 
 def _known(schedule: Schedule, maker: int, at: int) -> list[int]:
-    """For every place the number of actions after which it knows that a place has come to its action ``at``."""
+    """For every place the number of actions after which it knows that a place has come to its
+    action ``at``."""
     out = [len(row) for row in schedule.ranks]
     known, carried = [False] * len(out), {}
     for place, k in walk(schedule).order:

@@ -1,13 +1,15 @@
 """Shards: the gathers and reductions of sharded leaves, put between the rows of a program.
 
-Terms. A leaf that is sharded over axes S is held in flat *shards* of ``ceil(numel / n)`` elements (the last ones may be
-smaller, or empty). A unit reads whole leaves: a GATHER starts as many units before it as *prefetch* says, a WAIT stands
-right before it, and the whole leaf is dropped after it unless *regather* says to hold it. What a unit makes of a leaf's
-gradient is whole too: a REDUCE starts as soon as it is final, and turns it into this rank's shard of the sum. All leaves
-that a unit needs travel in one *bucket*, at most ``bucket_bytes`` each.
+Terms. A leaf that is sharded over axes S is held in flat *shards* of ``ceil(numel / n)`` elements
+(the last ones may be smaller, or empty). A unit reads whole leaves: a GATHER starts as many units
+before it as *prefetch* says, a WAIT stands right before it, and the whole leaf is dropped after it
+unless *regather* says to hold it. What a unit makes of a leaf's
+gradient is whole too: a REDUCE starts as soon as it is final, and turns it into this rank's shard
+of the sum. All leaves that a unit needs travel in one *bucket*, at most ``bucket_bytes`` each.
 
-In: rows in which units read ("param", leaf) and add to ("grad", leaf, partial). Out: rows with GATHER, REDUCE and WAIT,
-in which ("param", leaf) of a sharded leaf is the shard and ("grad", leaf, partial) a sum of shards.
+In: rows in which units read ("param", leaf) and add to ("grad", leaf, partial). Out: rows with
+GATHER, REDUCE and WAIT, in which ("param", leaf) of a sharded leaf is the shard and ("grad", leaf,
+partial) a sum of shards.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from itertools import count, groupby, pairwise
 import torch
 
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.program.instructions import ADD, GATHER, REDUCE, RUN, WAIT, Bucket, Name, Piece, Row
+from funcpipe._src.program.instructions import (
+    ADD,
+    GATHER,
+    REDUCE,
+    RUN,
+    WAIT,
+    Bucket,
+    Name,
+    Piece,
+    Row,
+)
 from funcpipe._src.spec.transform_spec import Shard
 
 
@@ -59,7 +71,10 @@ def shard(rows: Sequence[Row], s: Sharding) -> list[Row]:
 
 def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
     runs = [i for i, row in enumerate(rows) if row.op == RUN]
-    needs = {i: [n[1] for n in dict.fromkeys(rows[i].reads) if n[0] == "param" and n[1] in s] for i in runs}
+    needs = {
+        i: [n[1] for n in dict.fromkeys(rows[i].reads) if n[0] == "param" and n[1] in s]
+        for i in runs
+    }
     held = _held(rows, runs, needs, s)
     fresh = count()
     live: dict[int, Name] = {}  # leaf -> the name under which it is whole
@@ -74,9 +89,13 @@ def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
             live.update((leaf, ("full", leaf, token[1])) for leaf in leaves)
             at = runs[max(k - s[leaves[0]].options.prefetch, 0)]
             shards = tuple(("param", leaf) for leaf in leaves)
-            starts.setdefault(at, []).append(Row(GATHER, rows[i].action, shards, (token,), bucket=bucket))
+            starts.setdefault(at, []).append(
+                Row(GATHER, rows[i].action, shards, (token,), bucket=bucket)
+            )
             whole = tuple(live[leaf] for leaf in leaves)
-            waits.setdefault(i, []).append(Row(WAIT, rows[i].action, (token,), whole, bucket=bucket))
+            waits.setdefault(i, []).append(
+                Row(WAIT, rows[i].action, (token,), whole, bucket=bucket)
+            )
         names[i] = {("param", leaf): live[leaf] for leaf in needs[i]}
         for leaf in [x for x in live if not held(x, k)]:
             del live[leaf]
@@ -88,7 +107,9 @@ def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
     return out
 
 
-def _held(rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: Sharding) -> Callable[[int, int], bool]:
+def _held(
+    rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: Sharding
+) -> Callable[[int, int], bool]:
     """Whether a whole leaf is held after the ``k``-th unit: is its next use near enough?"""
     uses: dict[int, list[int]] = {}
     for k, i in enumerate(runs):
@@ -104,23 +125,38 @@ def _held(rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: 
         if following is None:
             return False
         options = s[leaf].options
-        if options.regather == "step" or following - k <= 1 + options.prefetch:  # gathered again, it would be under way
+        if (
+            options.regather == "step" or following - k <= 1 + options.prefetch
+        ):  # gathered again, it would be under way
             return True
         if options.regather == "microbatch":
             return False
-        a, b = (rows[runs[x]].action.microbatch // int(options.regather) for x in (last[leaf], following))
+        a, b = (
+            rows[runs[x]].action.microbatch // int(options.regather)
+            for x in (last[leaf], following)
+        )
         return a == b
 
     return held
 
 
-def _buckets(dtypes: Mapping[int, torch.dtype], s: Sharding, sums: bool = False) -> Iterator[Bucket]:
-    """Leaves with their dtype on the wire, in the collectives in which they travel; ``sums``: as gradients."""
+def _buckets(
+    dtypes: Mapping[int, torch.dtype], s: Sharding, sums: bool = False
+) -> Iterator[Bucket]:
+    """Leaves with their dtype on the wire, in the collectives in which they travel; ``sums``: as
+    gradients."""
 
     def key(leaf: int) -> tuple:
         options = s[leaf].options
         summed = s[leaf].summed if sums else ()
-        return s[leaf].axes, s[leaf].parts, summed, str(dtypes[leaf]), options.bucket_bytes or 0, options.prefetch
+        return (
+            s[leaf].axes,
+            s[leaf].parts,
+            summed,
+            str(dtypes[leaf]),
+            options.bucket_bytes or 0,
+            options.prefetch,
+        )
 
     for (axes, parts, summed, _, most, _), alike in groupby(sorted(dtypes, key=key), key):
         some: list[int] = []
@@ -137,8 +173,8 @@ def _buckets(dtypes: Mapping[int, torch.dtype], s: Sharding, sums: bool = False)
 
 
 def _reduced(rows: Sequence[Row], s: Sharding) -> list[Row]:
-    """Reductions start right after the unit that made a gradient final; they are waited for before the next unit but
-    one reduces, and at the end."""
+    """Reductions start right after the unit that made a gradient final; they are waited for before
+    the next unit but one reduces, and at the end."""
     out: list[Row] = []
     waiting: list[list[Row]] = []
     fresh = count()
@@ -166,7 +202,8 @@ def _reduced(rows: Sequence[Row], s: Sharding) -> list[Row]:
 def _reduce(
     grads: list[Row], s: Sharding, final: dict[Name, int], fresh: Iterator[int], out: list[Row]
 ) -> tuple[list[Row], list[Row]]:
-    """The reductions that a unit's gradients start, and what ends them; whole sums are put out at once."""
+    """The reductions that a unit's gradients start, and what ends them; whole sums are put out at
+    once."""
     ready: dict[int, list[tuple[Row, Name]]] = {}
     for row in grads:
         name, source = row.writes[0], row.reads[0]
@@ -181,10 +218,20 @@ def _reduce(
     while ready:  # a leaf may have several partial gradients in one unit: one bucket each
         some = {leaf: rows.pop(0) for leaf, rows in ready.items()}
         ready = {leaf: rows for leaf, rows in ready.items() if rows}
-        for bucket in _buckets({leaf: _wire_dtype(row, s) for leaf, (row, _) in some.items()}, s, sums=True):
+        for bucket in _buckets(
+            {leaf: _wire_dtype(row, s) for leaf, (row, _) in some.items()}, s, sums=True
+        ):
             token = ("pending", f"grad {next(fresh)}")
             chosen = [some[p.leaf] for p in bucket.pieces]
-            starts.append(Row(REDUCE, chosen[0][0].action, tuple(x for _, x in chosen), (token,), bucket=bucket))
+            starts.append(
+                Row(
+                    REDUCE,
+                    chosen[0][0].action,
+                    tuple(x for _, x in chosen),
+                    (token,),
+                    bucket=bucket,
+                )
+            )
             ends += _finish(chosen, token, bucket, s)
     return starts, ends
 
@@ -195,7 +242,9 @@ def _finish(chosen: list[tuple[Row, Name]], token: Name, bucket: Bucket, s: Shar
     out = [Row(WAIT, action, (token,), shards, bucket=bucket)]
     for (row, _), name in zip(chosen, shards, strict=True):
         turn = 0 if _late(row, s) else row.turn
-        out.append(Row(ADD, row.action, (name,), row.writes, turn=turn, dtype=s[row.writes[0][1]].grad))
+        out.append(
+            Row(ADD, row.action, (name,), row.writes, turn=turn, dtype=s[row.writes[0][1]].grad)
+        )
     return out
 
 
@@ -213,8 +262,8 @@ def _last_turns(rows: Sequence[Row]) -> dict[Name, int]:
 
 
 def _wire_dtype(row: Row, s: Sharding) -> torch.dtype:
-    """In which dtype a gradient travels: as its unit makes it, or as it was added up. Whole gradients add up in the
-    parameter's own precision, or the unit's where that is higher."""
+    """In which dtype a gradient travels: as its unit makes it, or as it was added up. Whole
+    gradients add up in the parameter's own precision, or the unit's where that is higher."""
     leaf, made = s[row.writes[0][1]], row.reads[0][1].dtype
     if leaf.options.reduce_dtype is not None:
         return leaf.options.reduce_dtype

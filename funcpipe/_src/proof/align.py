@@ -1,9 +1,11 @@
-"""Pairs: two tapes of one loss function, walked side by side, as a rank runs it and as one device does.
+"""Pairs: two tapes of one loss function, walked side by side, as a rank runs it and as one device
+does.
 
-Terms. Tape A is a rank's, tape B one device's. A `Call` is one op of both. What only copies (``clone``, which ``reshape`` and
-``contiguous`` make where strides ask for it) or takes all (an index that is cut to the length) may stand on one tape alone; so
-do collectives over the axes of the sequence, which one device does not have. Everything else has to be the same, op by op: a
-loss function takes no other way for another length.
+Terms. Tape A is a rank's, tape B one device's. A `Call` is one op of both. What only copies
+(``clone``, which ``reshape`` and ``contiguous`` make where strides ask for it) or takes all (an
+index that is cut to the length) may stand on one tape alone; so do collectives over the axes of the
+sequence, which one device does not have. Everything else has to be the same, op by op: a loss
+function takes no other way for another length.
 
 In: two tapes. Out: calls in order, with what differs between them as `Differs`.
 """
@@ -23,7 +25,13 @@ from funcpipe._src.proof.op_recorder import BEGIN, BUFFER, NAMED, STATISTIC, Ent
 from funcpipe.errors import SequenceError
 
 WAIT = "funcpipe::wait"
-_SAME = {"_unsafe_view": "view", "reshape": "view", "_reshape_alias": "view", "alias": "detach", "lift_fresh": "detach"}
+_SAME = {
+    "_unsafe_view": "view",
+    "reshape": "view",
+    "_reshape_alias": "view",
+    "alias": "detach",
+    "lift_fresh": "detach",
+}
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,17 @@ class Walk:
             elif not self.rows and y is not None and y.name in _DECLARED:
                 j += 1
             elif x is not None and axes_of(x) and axes_of(x) <= self.axes:
-                yield self._collective(x, self.a.entries[i + 1] if i + 1 < len(self.a.entries) else x)
+                yield self._collective(
+                    x, self.a.entries[i + 1] if i + 1 < len(self.a.entries) else x
+                )
                 i += 2
-            elif self.rows and x is not None and y is not None and x.name == "unbind" and self._rolled(i, j):
+            elif (
+                self.rows
+                and x is not None
+                and y is not None
+                and x.name == "unbind"
+                and self._rolled(i, j)
+            ):
                 pass
             elif x is not None and y is not None and self._fits(x, y):
                 yield self._both(x, y)
@@ -135,7 +151,8 @@ class Walk:
                 i += 1
             elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == WAIT:
                 raise SequenceError(
-                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so the mean of what they have is not what "
+                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so "
+                    "the mean of what they have is not what "
                     "one device has. Write fp.psum of a sum over fp.psum of a count"
                 )
             else:
@@ -154,7 +171,11 @@ class Walk:
     def _saved(self, i: int) -> bool:
         """Whether an entry of A is the alias of a collective's result that autograd saves."""
         x, before = self.a.entries[i], self.a.entries[i - 1]
-        return x.name == "detach" and before.name == WAIT and x.args["self"].number == before.outs[0].number
+        return (
+            x.name == "detach"
+            and before.name == WAIT
+            and x.args["self"].number == before.outs[0].number
+        )
 
     def _fits(self, x: Entry, y: Entry) -> bool:
         """Whether two entries do the same to the same tensors."""
@@ -163,7 +184,11 @@ class Walk:
 
     def _alike(self, x: Any, y: Any) -> bool:
         if isinstance(x, Ref) or isinstance(y, Ref):
-            return isinstance(x, Ref) and isinstance(y, Ref) and self.partner[x.number].number == self._original(y)
+            return (
+                isinstance(x, Ref)
+                and isinstance(y, Ref)
+                and self.partner[x.number].number == self._original(y)
+            )
         if _holds_refs(x) or _holds_refs(y):
             return len(x) == len(y) and all(self._alike(p, q) for p, q in zip(x, y, strict=True))
         return True
@@ -174,8 +199,10 @@ class Walk:
     def _both(self, x: Entry, y: Entry) -> Call:
         if len(x.outs) != len(y.outs):
             raise SequenceError(
-                f"{op_name(x)}{text(x.line)} gives {len(x.outs)} tensors on a rank and {len(y.outs)} on one device, one for "
-                "every position: a loop over positions ends on a rank where its slice ends. Compute all positions at once"
+                f"{op_name(x)}{text(x.line)} gives {len(x.outs)} tensors on a rank and "
+                f"{len(y.outs)} on one device, one for "
+                "every position: a loop over positions ends on a rank where its slice ends. "
+                "Compute all positions at once"
             )
         args = {k: self._merged(v, y.args[k]) for k, v in x.args.items()}
         for p, q in zip(x.outs, y.outs, strict=True):
@@ -184,7 +211,9 @@ class Walk:
             found = Ref(self._original(q), q.shape, q.dtype)
             if self.partner.setdefault(p.number, found).number == found.number:
                 self.partner[p.number] = found  # of another shape, perhaps
-        return Call(_name(x), x.func, args, tuple(map(self.pair, x.outs)), f"{op_name(x)}{text(x.line)}")
+        return Call(
+            _name(x), x.func, args, tuple(map(self.pair, x.outs)), f"{op_name(x)}{text(x.line)}"
+        )
 
     def _merged(self, x: Any, y: Any) -> Any:
         if isinstance(x, Ref):
@@ -199,7 +228,11 @@ class Walk:
         if x.name == "clone":
             self.copies.add(source.number)
         return Call(
-            _name(x), x.func, {"self": self.pair(x.args["self"])}, (self.pair(out),), f"{op_name(x)}{text(x.line)}"
+            _name(x),
+            x.func,
+            {"self": self.pair(x.args["self"])},
+            (self.pair(out),),
+            f"{op_name(x)}{text(x.line)}",
         )
 
     def _alone_on_b(self, y: Entry) -> None:
@@ -221,14 +254,22 @@ class Walk:
         """A collective over the axes of the sequence, which is nothing on one device."""
         if start.name not in _SUMMED:
             raise SequenceError(
-                f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: what a rank makes of its place among the ranks that "
-                "split the sequence cannot be proven to be what one device computes. fp.positions(x, dim) numbers "
+                f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: what a rank "
+                "makes of its place among the ranks that "
+                "split the sequence cannot be proven to be what one device computes. "
+                "fp.positions(x, dim) numbers "
                 "positions; fp.psum(x, axis) sums over ranks"
             )
         source = start.args["x"]
         self.partner[wait.outs[0].number] = self.partner[source.number]
         args = {"x": self.pair(source), "axes": Differs(start.args["axes"], "")}
-        return Call(start.name, None, args, (self.pair(wait.outs[0]),), f"{op_name(start)}{text(start.line)}")
+        return Call(
+            start.name,
+            None,
+            args,
+            (self.pair(wait.outs[0]),),
+            f"{op_name(start)}{text(start.line)}",
+        )
 
 
 _ALONE = ("clone", "alias")
@@ -243,7 +284,11 @@ def _end(tape: Tape, i: int) -> int:
 
 def axes_of(x: Entry) -> frozenset[str]:
     """The axes that a collective names."""
-    return frozenset(x.args["axes"].split(",")) if x.name.startswith("funcpipe::") and "axes" in x.args else frozenset()
+    return (
+        frozenset(x.args["axes"].split(","))
+        if x.name.startswith("funcpipe::") and "axes" in x.args
+        else frozenset()
+    )
 
 
 def op_name(x: Entry) -> str:
@@ -277,13 +322,17 @@ def _same(x: Any, y: Any) -> bool:
     if isinstance(x, torch.Tensor):
         return x.dtype == y.dtype and x.tolist() == y.tolist()
     same = type(x) is type(y) and x == y
-    return bool(same) or (isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y))
+    return bool(same) or (
+        isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y)
+    )
 
 
 def _other_way(x: Entry | None, y: Entry | None) -> SequenceError:
     one, other = ("nothing more" if e is None else f"{op_name(e)}{text(e.line)}" for e in (x, y))
     shapes = ["" if e is None or not e.outs else f" of shape {e.outs[0].shape}" for e in (x, y)]
     return SequenceError(
-        f"the loss function takes another way for another length: where a rank, which has its slice of the sequence, does "
-        f"{one}{shapes[0]}, one device does {other}{shapes[1]}. What it does must not depend on the number of positions"
+        "the loss function takes another way for another length: where a rank, which has its "
+        "slice of the sequence, does "
+        f"{one}{shapes[0]}, one device does {other}{shapes[1]}. What it does must not depend on "
+        "the number of positions"
     )

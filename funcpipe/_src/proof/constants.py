@@ -1,8 +1,11 @@
-"""Constants: tensors that a loss function makes of numbers alone, such as tables of relative positions, have their values.
+"""Constants: tensors that a loss function makes of numbers alone, such as tables of relative
+positions, have their values.
 
-Where the ops that made one do not tell how its entries go with those of rows beside it, its values do.
+Where the ops that made one do not tell how its entries go with those of rows beside it, its values
+do.
 
-In: two tapes. Out: whether a constant of a part is what one device has for the part's rows, in some layout.
+In: two tapes. Out: whether a constant of a part is what one device has for the part's rows, in some
+layout.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ class Constants:
         a, b = self.a.of(x.number), self.b.of(x.other)
         if a is None or b is None:
             return False
-        part, all_rows = (v.unflatten(state.dim, (state.outer, n, state.inner)) for v, n in ((a, own), (b, whole)))
+        part, all_rows = (
+            v.unflatten(state.dim, (state.outer, n, state.inner)) for v, n in ((a, own), (b, whole))
+        )
         return all(torch.equal(part, rows) for rows in all_rows.split(own, state.dim + 1))
 
 
@@ -57,19 +62,27 @@ class _Values:
             for k, out in enumerate(e.outs):
                 self.maker.setdefault(out.number, (e, k))
             if writes(e):
-                self.known |= dict.fromkeys((r.number for r in (*refs(e.args.values()), *e.outs)), None)
+                self.known |= dict.fromkeys(
+                    (r.number for r in (*refs(e.args.values()), *e.outs)), None
+                )
 
     def of(self, number: int) -> torch.Tensor | None:
         """The value of a tensor; None if it comes from params, the batch or a rank, or changes."""
         if number not in self.known:
-            self.known[number] = self._computed(*self.maker[number]) if number in self.maker else None
+            self.known[number] = (
+                self._computed(*self.maker[number]) if number in self.maker else None
+            )
         return self.known[number]
 
     def _computed(self, e: Entry, k: int) -> torch.Tensor | None:
         if e.name == CONSTANT:
             return e.args["value"]
         tags = getattr(e.func, "tags", ())
-        if not hasattr(e.func, "_schema") or e.func.namespace != "aten" or torch.Tag.nondeterministic_seeded in tags:
+        if (
+            not hasattr(e.func, "_schema")
+            or e.func.namespace != "aten"
+            or torch.Tag.nondeterministic_seeded in tags
+        ):
             return None
         values = {r.number: self.of(r.number) for r in refs(e.args.values())}
         if None in values.values() or math.prod(e.outs[k].shape) > _LARGEST:

@@ -1,11 +1,14 @@
-"""Gradients that the user wrote: the backward of every autograd.Function in a loss is run and written down, too.
+"""Gradients that the user wrote: the backward of every autograd.Function in a loss is run and
+written down, too.
 
-Torch's own gradients are exact; those of user code may be anything. A loss that is proven to be the sum over ranks fixes what
-the gradient of every tensor is (`states.dual`): a slice of a slice's, a part of the sum for what every rank has. So each
-such backward gets gradients of that state, and has to make gradients of that state. `fp.value_and_grad` takes gradients the
-same way; nothing else of this run is looked at.
+Torch's own gradients are exact; those of user code may be anything. A loss that is proven to be the
+sum over ranks fixes what the gradient of every tensor is (`states.dual`): a slice of a slice's, a
+part of the sum for what every rank has. So each such backward gets gradients of that state, and has
+to make gradients of that state. `fp.value_and_grad` takes gradients the same way; nothing else of
+this run is looked at.
 
-In: a tape that holds the loss. Out: entries for what the backward of user code does, and for what has to hold of it.
+In: a tape that holds the loss. Out: entries for what the backward of user code does, and for what
+has to hold of it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ _TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
 
 
 class NoHooks(TorchFunctionMode):
-    """Refuses hooks on gradients: they may change one in any way. With a tape, they are written on it, like a backward."""
+    """Refuses hooks on gradients: they may change one in any way. With a tape, they are written on
+    it, like a backward."""
 
     def __init__(self, tape: Tape | None = None) -> None:
         super().__init__()
@@ -47,27 +51,36 @@ class NoHooks(TorchFunctionMode):
 
 def _hooked() -> SequenceError:
     return SequenceError(
-        f"the loss function puts a hook on a gradient, or on tensors that are saved for one{user_line() or ''}: what that does to "
-        "a slice's gradient cannot be proven to be what one device does. Change gradients after fp.value_and_grad"
+        "the loss function puts a hook on a gradient, or on tensors that are saved for "
+        f"one{user_line() or ''}: what that does to "
+        "a slice's gradient cannot be proven to be what one device does. Change gradients after "
+        "fp.value_and_grad"
     )
 
 
 def _judged(tape: Tape, x: torch.Tensor, hook: Callable) -> Callable:
-    """A hook on the gradient of a tensor that is written down where the gradient is taken to be judged."""
+    """A hook on the gradient of a tensor that is written down where the gradient is taken to be
+    judged."""
 
     def run(g: torch.Tensor) -> torch.Tensor | None:
         if not tape.judging:
             return hook(g)
         out = hook(_cotangent(tape, g, x))
         if out is not None:
-            args: dict[str, Any] = {"grad": tape.ref(out), "function": "a hook on a gradient", "of": tape.ref(x)}
+            args: dict[str, Any] = {
+                "grad": tape.ref(out),
+                "function": "a hook on a gradient",
+                "of": tape.ref(x),
+            }
             tape.entries.append(Entry(GRADIENT, None, args, (), None))
         return out
 
     return run
 
 
-def record(tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor], hooks: bool = False) -> None:
+def record(
+    tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor], hooks: bool = False
+) -> None:
     """Take the gradient of a total, if there is user code in it, and write that down.
 
     Args:
@@ -110,7 +123,10 @@ def _functions(node: Any, hooks: bool) -> Iterator[Any]:
 
 def _entering(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
     def enter(grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-        return tuple(None if g is None else _cotangent(tape, g, made.get((id(node), i))) for i, g in enumerate(grads))
+        return tuple(
+            None if g is None else _cotangent(tape, g, made.get((id(node), i)))
+            for i, g in enumerate(grads)
+        )
 
     return enter
 
@@ -133,6 +149,8 @@ def _leaving(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -
             x = getattr(source, "variable", None)
             x = made.get((id(source), k)) if x is None else x
             args: dict[str, Any] = {"grad": tape.ref(g), "function": name}
-            tape.entries.append(Entry(GRADIENT, None, args | ({} if x is None else {"of": tape.ref(x)}), (), None))
+            tape.entries.append(
+                Entry(GRADIENT, None, args | ({} if x is None else {"of": tape.ref(x)}), (), None)
+            )
 
     return leave

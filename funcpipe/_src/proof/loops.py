@@ -1,9 +1,11 @@
-"""Loops over rows: ``sum(f(row) for row in x)`` on two tapes of other lengths becomes one op for any row, and a sum over rows.
+"""Loops over rows: ``sum(f(row) for row in x)`` on two tapes of other lengths becomes one op for
+any row, and a sum over rows.
 
-A loop is rolled up if every turn does the same with its row, and nothing else joins the rows than a sum, a stack or a cat of all of
-them. What a turn does is read off the last turn of the longer tape.
+A loop is rolled up if every turn does the same with its row, and nothing else joins the rows than a
+sum, a stack or a cat of all of them. What a turn does is read off the last turn of the longer tape.
 
-In: two tapes, and where on each rows are taken apart. Out: their entries from there on, with one turn of the loop each; or
+In: two tapes, and where on each rows are taken apart. Out: their entries from there on, with one
+turn of the loop each; or
 None: it is no such loop.
 """
 
@@ -25,7 +27,11 @@ def rolled(a: Sequence[Entry], b: Sequence[Entry]) -> tuple[list[Entry], list[En
     """The entries of both tapes from a loop on, rolled up; both begin with an ``unbind``."""
     loops = [_Loop(x, len(x[0].outs)) for x in (a, b)]
     pairs = list(zip(*(x.unbinds for x in loops), strict=False))
-    both = [k for k, (x, y) in enumerate(pairs) if (len(x.outs), len(y.outs)) == (len(a[0].outs), len(b[0].outs))]
+    both = [
+        k
+        for k, (x, y) in enumerate(pairs)
+        if (len(x.outs), len(y.outs)) == (len(a[0].outs), len(b[0].outs))
+    ]
     for x in loops:
         x.follow([x.unbinds[k] for k in both])
     longest = max(loops, key=lambda x: x.turns)
@@ -69,7 +75,9 @@ class _Loop:
     def roll(self, length: int) -> list[Entry] | None:
         """The entries with one turn, which has so many entries."""
         turns = [entries[:length] for entries in self.of_row]
-        made: dict[int, tuple[int, Ref]] = {}  # what a turn made: of which row, and the same of the first row
+        made: dict[
+            int, tuple[int, Ref]
+        ] = {}  # what a turn made: of which row, and the same of the first row
         for u in self.unbinds:
             made |= {r.number: (k, u.outs[0]) for k, r in enumerate(u.outs)}
         for k, turn in enumerate(turns):
@@ -81,9 +89,16 @@ class _Loop:
 
     def _alike(self, e: Entry, first: Entry, made: dict[int, tuple[int, Ref]], k: int) -> bool:
         """Whether an entry does to its row what one of the first row does."""
-        if e.name != first.name or e.args.keys() != first.args.keys() or len(e.outs) != len(first.outs) or _changes(e):
+        if (
+            e.name != first.name
+            or e.args.keys() != first.args.keys()
+            or len(e.outs) != len(first.outs)
+            or _changes(e)
+        ):
             return False
-        if e.grad != first.grad or not all(self._same(v, first.args[n], made, k) for n, v in e.args.items()):
+        if e.grad != first.grad or not all(
+            self._same(v, first.args[n], made, k) for n, v in e.args.items()
+        ):
             return False
         made |= {r.number: (k, f) for r, f in zip(e.outs, first.outs, strict=True)}
         return all(r.shape == f.shape for r, f in zip(e.outs, first.outs, strict=True))
@@ -92,13 +107,19 @@ class _Loop:
         if isinstance(x, Ref) and isinstance(first, Ref):
             return made.get(x.number, (k, x)) == (k, first)
         if isinstance(x, list | tuple) and isinstance(first, list | tuple):
-            return len(x) == len(first) and all(self._same(p, q, made, k) for p, q in zip(x, first, strict=True))
+            return len(x) == len(first) and all(
+                self._same(p, q, made, k) for p, q in zip(x, first, strict=True)
+            )
         return type(x) is type(first) and bool(x == first)
 
-    def _joins(self, turn_of: dict[int, int], made: dict[int, tuple[int, Ref]]) -> list[Entry] | None:
+    def _joins(
+        self, turn_of: dict[int, int], made: dict[int, tuple[int, Ref]]
+    ) -> list[Entry] | None:
         """All entries, the joins of rows as single ones."""
         out: list[Entry] = []
-        sums: dict[int, tuple[Ref, frozenset[int], Any]] = {}  # a sum: of what, of which rows, and what it began with
+        sums: dict[
+            int, tuple[Ref, frozenset[int], Any]
+        ] = {}  # a sum: of what, of which rows, and what it began with
         for e in self.entries:
             if any(e is u for u in self.unbinds):
                 args = {"self": e.args["self"], "dim": e.args["dim"]}
@@ -127,10 +148,14 @@ class _Loop:
     def _all_of(self, e: Entry, made: dict[int, tuple[int, Ref]]) -> Entry | None:
         """A stack or cat of all rows, in their order."""
         found = [made.get(r.number) for r in e.args["tensors"]]
-        if [f and f[0] for f in found] != list(range(self.turns)) or len({f and f[1].number for f in found}) > 1:
+        if [f and f[0] for f in found] != list(range(self.turns)) or len(
+            {f and f[1].number for f in found}
+        ) > 1:
             return None
         first = e.args["tensors"][0]
-        return Entry(_JOINS[e.name], None, {"self": first, "dim": e.args["dim"]}, e.outs, e.line, e.grad)
+        return Entry(
+            _JOINS[e.name], None, {"self": first, "dim": e.args["dim"]}, e.outs, e.line, e.grad
+        )
 
     def _whole_sum(self, e: Entry, item: Ref, rows: frozenset[int], start: Any) -> Iterator[Entry]:
         """The sum over all rows, and what it began with added to it."""
@@ -142,7 +167,9 @@ class _Loop:
         yield replace(e, name="add", args={"self": between, "other": start, "alpha": 1})
 
 
-def _sum(x: Any, y: Any, made: dict[int, Any], sums: dict[int, Any]) -> tuple[Ref, frozenset[int], Any] | None:
+def _sum(
+    x: Any, y: Any, made: dict[int, Any], sums: dict[int, Any]
+) -> tuple[Ref, frozenset[int], Any] | None:
     """What two terms, some of them rows or sums of rows, add up to."""
     item, rows, start = None, frozenset[int](), 0
     for term in (x, y):
@@ -156,7 +183,11 @@ def _sum(x: Any, y: Any, made: dict[int, Any], sums: dict[int, Any]) -> tuple[Re
         twice = not (isinstance(begun, int | float) and begun == 0) and not (
             isinstance(start, int | float) and start == 0
         )
-        if twice or (rows & some) or (item is not None and of is not None and item.number != of.number):
+        if (
+            twice
+            or (rows & some)
+            or (item is not None and of is not None and item.number != of.number)
+        ):
             return None
         item, rows = item or of, rows | some
         start = start if isinstance(begun, int | float) and begun == 0 else begun

@@ -1,6 +1,8 @@
-"""Runs: a loss function is run on fakes, as one rank or as one device sees it, and what it does is written on a tape.
+"""Runs: a loss function is run on fakes, as one rank or as one device sees it, and what it does is
+written on a tape.
 
-In: a loss function, fakes, a mesh. Out: a tape, what came of the loss function, or the error that it raised.
+In: a loss function, fakes, a mesh. Out: a tape, what came of the loss function, or the error that
+it raised.
 """
 
 from __future__ import annotations
@@ -52,17 +54,20 @@ class Run:
     Args:
         leaves: of the batch.
         mesh: with one rank on the axes of what is split, where it runs as on one device.
-        part: where it is about rows: the mesh that a part sees. Collectives and ``einsum`` are then one op each: they go
-            other ways for one rank, or one row.
+        part: where it is about rows: the mesh that a part sees. Collectives and ``einsum`` are then
+            one op each: they go other ways for one rank, or one row.
     """
 
-    def __init__(self, subject: Subject, leaves: Sequence[Any], mesh: Mesh, part: Mesh | None = None) -> None:
+    def __init__(
+        self, subject: Subject, leaves: Sequence[Any], mesh: Mesh, part: Mesh | None = None
+    ) -> None:
         self.tape, self.subject, self.part = Tape(subject.mode), subject, part
         self.error: Exception | None = None
         self.loss: tuple[Any, Any, Any] = (None, None, None)
         with subject.mode:
             held = tree.map(
-                lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(), subject.params
+                lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(),
+                subject.params,
             )
             data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
         inputs = [x for x in (*tree.leaves(held), *data) if isinstance(x, torch.Tensor)]
@@ -79,18 +84,25 @@ class Run:
         axes, part = self.subject.axes, self.part
         if part is None:
             return bind_mesh(mesh, axes, self.device)
-        return bind_mesh(mesh, [a for a in axes if mesh.axes[a] == part.axes[a]], self.device, alone=True)
+        return bind_mesh(
+            mesh, [a for a in axes if mesh.axes[a] == part.axes[a]], self.device, alone=True
+        )
 
     def _call(self, params: Any, batch: Any) -> None:
         whole_ops = WholeOps() if self.part else contextlib.nullcontext()
         named = tapped(self._named) if self.part else contextlib.nullcontext()
         with traceable(), Intercept(), whole_ops, named:
             with backward.NoHooks(self.tape if self.part else None):
-                self.loss = step_.read_loss(self.subject.loss_fn(params, batch), self.subject.has_aux)
+                self.loss = step_.read_loss(
+                    self.subject.loss_fn(params, batch), self.subject.has_aux
+                )
             backward.record(self.tape, self.loss[0], tree.leaves(params), self.part is not None)
 
-    def _named(self, kind: str, fn: Callable, x: torch.Tensor | None, axis: Any, options: dict[str, Any]) -> Any:
-        """A collective: what does not come from params and batch, ranks have by themselves, also on one device."""
+    def _named(
+        self, kind: str, fn: Callable, x: torch.Tensor | None, axis: Any, options: dict[str, Any]
+    ) -> Any:
+        """A collective: what does not come from params and batch, ranks have by themselves, also on
+        one device."""
         part, asked = self.part, hook.current()
         assert part is not None
         axes = [a for a in ((axis,) if isinstance(axis, str) else axis) if part.axes.get(a, 1) > 1]
@@ -99,7 +111,8 @@ class Run:
         if x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
             names = ", ".join(map(repr, axes))
             raise SequenceError(
-                f"fp.{kind} over {names}{user_line() or ''}: it runs inside a transform of torch.func, where it cannot be "
+                f"fp.{kind} over {names}{user_line() or ''}: it runs inside a transform of "
+                "torch.func, where it cannot be "
                 "proven that rows meet as on one device. Call it outside, on the whole tensor"
             )
         free = x is None or self.tape.free(x)
@@ -110,4 +123,6 @@ class Run:
             with bind_mesh(part, self.subject.axes, self.device):
                 return fn(x, runs(axis, kind))
 
-        return asked.named(NamedCall(kind, x, ",".join(axes), part.axis_size(tuple(axes)), free, options), made)
+        return asked.named(
+            NamedCall(kind, x, ",".join(axes), part.axis_size(tuple(axes)), free, options), made
+        )

@@ -1,9 +1,10 @@
 """Sites: what a rule sees of one op, and what it may say of its results.
 
-Terms. A *site* is a `Call` with the states of its operands. A dim of a tensor is *split* (its state says so), *free* (it
-moves, and the tensor is constant along it) or *fixed*.
+Terms. A *site* is a `Call` with the states of its operands. A dim of a tensor is *split* (its state
+says so), *free* (it moves, and the tensor is constant along it) or *fixed*.
 
-In: a call, states. Out: operands and arguments by name; the state of elementwise results; the last check of every state.
+In: a call, states. Out: operands and arguments by name; the state of elementwise results; the last
+check of every state.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from funcpipe._src.proof.placements import (
 )
 
 MIXES = (
-    "Only attention may mix positions: do it there, outside of the loss function on the whole sequence (and pass the result "
+    "Only attention may mix positions: do it there, outside of the loss function on the whole "
+    "sequence (and pass the result "
     "through batch), or for every position by itself"
 )
 
@@ -44,7 +46,9 @@ class Operand:
     dtype: torch.dtype
     state: State
     made: str = ""  # by which op it came to its state
-    source: int = -1  # the number of the tensor whose entries it has, in their order, perhaps in another shape or dtype
+    # the number of the tensor whose entries it has, in their order, perhaps in another shape or
+    # dtype
+    source: int = -1
 
     @property
     def ndim(self) -> int:
@@ -52,7 +56,9 @@ class Operand:
 
     def moves(self, dim: int) -> bool:
         """Whether a dim has another size on one device."""
-        return self.a[dim : dim + 1] != self.b[dim : dim + 1]  # a tensor without dims has a dim 0, for torch
+        return (
+            self.a[dim : dim + 1] != self.b[dim : dim + 1]
+        )  # a tensor without dims has a dim 0, for torch
 
     @property
     def moving(self) -> list[int]:
@@ -68,7 +74,11 @@ class Operand:
         return self.moves(dim) and self.split_at(dim) is None
 
     def __str__(self) -> str:
-        by = f", made by {self.made}" if self.made and not isinstance(self.state, Split | Whole) else ""
+        by = (
+            f", made by {self.made}"
+            if self.made and not isinstance(self.state, Split | Whole)
+            else ""
+        )
         return f"a tensor of shape {self.a} ({self.state}{by})"
 
 
@@ -111,7 +121,8 @@ class Site:
         value = self.args[name]
         if isinstance(value, Differs):
             raise Refusal(
-                f"its {name} is {value.a} on a rank and {value.b} on one device: it is made from a slice's length"
+                f"its {name} is {value.a} on a rank and {value.b} on one device: it is made from "
+                "a slice's length"
             )
         return value
 
@@ -149,30 +160,37 @@ def _operands(values: Iterable[Any]) -> Iterable[Operand]:
 
 
 def elementwise(s: Site, operands: Sequence[Operand], ndim: int) -> State:
-    """The state of what is computed element by element from operands that broadcast to ``ndim`` dims, one of them split."""
-    splits = [x.state.at(x.state.dim + ndim - x.ndim) for x in operands if isinstance(x.state, Split)]
+    """The state of what is computed element by element from operands that broadcast to ``ndim``
+    dims, one of them split."""
+    splits = [
+        x.state.at(x.state.dim + ndim - x.ndim) for x in operands if isinstance(x.state, Split)
+    ]
     first = splits[0]
     for other in splits[1:]:
         if other.dim != first.dim:
             raise Refusal(
-                f"it puts positions along dim {first.dim} beside positions along dim {other.dim}: every pair of a rank's "
+                f"it puts positions along dim {first.dim} beside positions along dim "
+                f"{other.dim}: every pair of a rank's "
                 f"own positions, but none with another rank's. {MIXES}"
             )
         if other != first:
             raise Refusal(
-                f"its operands have positions in different order along dim {first.dim}, or of different sequences"
+                f"its operands have positions in different order along dim {first.dim}, or of "
+                "different sequences"
             )
     for x in operands:
         if isinstance(x.state, Partial | Average):
             raise Refusal(f"it puts {x} beside {first}: {PSUM}; or {COUNTS}")
         if isinstance(x.state, Number) and not x.state.constant:
             raise Refusal(
-                f"it puts {x.state} beside {first}, but the number is made from the length of a slice; {COUNTS}"
+                f"it puts {x.state} beside {first}, but the number is made from the length of a "
+                f"slice; {COUNTS}"
             )
         d = first.dim - ndim + x.ndim
         if d >= 0 and not x.split_at(d) and not x.moves(d) and x.a[d] != 1:
             raise Refusal(
-                f"it puts {first} beside {x}, whose dim {d} is as long on every rank: take a rank's part of it by "
+                f"it puts {first} beside {x}, whose dim {d} is as long on every rank: take a "
+                "rank's part of it by "
                 "fp.positions(x, dim), or split it with the batch"
             )
     return first
@@ -183,12 +201,14 @@ def refuse_mixing(x: Operand, dims: Sequence[int], what: str) -> None:
     for d in dims:
         if x.split_at(d):
             raise Refusal(
-                f"it {what} along dim {d} of a tensor of shape {x.a}, along which a rank has {x.a[d]} of {x.b[d]} positions, "
+                f"it {what} along dim {d} of a tensor of shape {x.a}, along which a rank has "
+                f"{x.a[d]} of {x.b[d]} positions, "
                 f"and one device has all. {MIXES}"
             )
         if x.moves(d):
             raise Refusal(
-                f"it {what} along dim {d} of a tensor of shape {x.a}, whose size is made from a slice's length"
+                f"it {what} along dim {d} of a tensor of shape {x.a}, whose size is made from a "
+                "slice's length"
             )
 
 
@@ -203,7 +223,9 @@ def check(state: State, out: Pair, world: World) -> None:
         a, b = world.lengths[state.part]
         rest = state.outer * state.inner
         if (out.a[state.dim], out.b[state.dim]) != (a * rest, b * rest):
-            raise Refusal(f"its result, {state}, has shape {out.a} on a rank and {out.b} on one device")
+            raise Refusal(
+                f"its result, {state}, has shape {out.a} on a rank and {out.b} on one device"
+            )
 
 
 def all_plain(operands: Iterable[Operand]) -> bool:

@@ -1,8 +1,9 @@
 """Tapes: a loss function is run on fake tensors, and every op it does is written down.
 
-Terms. A *tape* lists `Entry`s in order. A tensor has a number on its tape; a `Ref` is that number with its shape. What
-came in has the first numbers. A *known call* (`functional/dispatch.py`) is one entry; what it returns here is a tensor of the right shape,
-with nothing behind it; it is never read.
+Terms. A *tape* lists `Entry`s in order. A tensor has a number on its tape; a `Ref` is that number
+with its shape. What came in has the first numbers. A *known call* (`functional/dispatch.py`) is one
+entry; what it returns here is a tensor of the right shape, with nothing behind it; it is never
+read.
 
 In: a loss function, fakes. Out: a tape, and what the function returned.
 """
@@ -23,9 +24,22 @@ from funcpipe._src.core.source_lines import Line, user_line
 from funcpipe._src.functional import dispatch as hook
 from funcpipe.errors import SequenceError
 
-BEGIN, STATISTIC, BUFFER = "begin", "batch_statistic", "changed_buffer"  # around the ops of a declared batch statistic
+BEGIN, STATISTIC, BUFFER = (
+    "begin",
+    "batch_statistic",
+    "changed_buffer",
+)  # around the ops of a declared batch statistic
 # These want the shape of an operand alone.
-SHAPES = ("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full")
+SHAPES = (
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+)
 NAMED = "named"  # a collective over axes that split rows
 CONSTANT, UNKNOWN = "constant", "unknown"  # entries of tensors that came in by themselves
 
@@ -44,7 +58,8 @@ class Entry:
     """An op.
 
     Args:
-        name: of the op without its overload, such as ``"add_"`` (ATen's) or ``"funcpipe::wait"``, or of a known call.
+        name: of the op without its overload, such as ``"add_"`` (ATen's) or ``"funcpipe::wait"``,
+            or of a known call.
         func: the op; None for a known call.
         args: by name, defaults included; tensors as `Ref`.
         outs: its results; one that it only writes to keeps its number.
@@ -86,9 +101,14 @@ class Tape:
     def ref(self, x: torch.Tensor) -> Ref:
         """A tensor, which may have come from elsewhere."""
         if id(x) not in self._numbers:
-            out, real = self.new(x), type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            out, real = (
+                self.new(x),
+                type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x),
+            )
             args = {"value": x} if real else {}
-            self.entries.append(Entry(CONSTANT if real else UNKNOWN, None, args, (out,), user_line()))
+            self.entries.append(
+                Entry(CONSTANT if real else UNKNOWN, None, args, (out,), user_line())
+            )
             return out
         return Ref(self._numbers[id(x)], tuple(x.shape), x.dtype)
 
@@ -113,7 +133,9 @@ class Tape:
         refs = tree_map_only(torch.Tensor, self.ref, args)
         outs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         known = {r.number for r in tree_leaves(refs) if isinstance(r, Ref)}
-        made = tuple(self.ref(x) if self._numbers.get(id(x)) in known else self.new(x) for x in outs)
+        made = tuple(
+            self.ref(x) if self._numbers.get(id(x)) in known else self.new(x) for x in outs
+        )
         self.entries.append(Entry(name, func, refs, made, user_line(), torch.is_grad_enabled()))
 
 
@@ -156,7 +178,9 @@ class Recorder(TorchDispatchMode):
                 return func(*args)
         named = _by_name(schema, args, kwargs)
         if torch.Tag.inplace_view in getattr(func, "tags", ()) and not self.quiet:
-            named = tree_map_only(torch.Tensor, self.tape.ref, named)  # with the shape that it is about to lose
+            named = tree_map_only(
+                torch.Tensor, self.tape.ref, named
+            )  # with the shape that it is about to lose
         out = func(*args, **kwargs)
         made = any(isinstance(x, torch.Tensor) for x in tree_leaves(out))
         if not self.quiet and (made or (schema is not None and schema.is_mutable)):
@@ -164,7 +188,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def batch_statistic(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        """A declared batch statistic: its ops, and then the whole of it as one entry, of all tensors that it takes from outside."""
+        """A declared batch statistic: its ops, and then the whole of it as one entry, of all
+        tensors that it takes from outside."""
         if self.declared or self.quiet:
             return fn(*args, **kwargs)
         tape = self.tape
@@ -176,11 +201,20 @@ class Recorder(TorchDispatchMode):
         finally:
             self.declared = False
         inside = tape.entries[first + 1 :]
-        taken = {r.number: r for e in inside for r in tree_leaves(e.args) if isinstance(r, Ref) and r.number < before}
+        taken = {
+            r.number: r
+            for e in inside
+            for r in tree_leaves(e.args)
+            if isinstance(r, Ref) and r.number < before
+        }
         made = [tape.ref(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         changed = [r for e in inside if writes(e) for r in e.outs if r.number < before]
         outs = {r.number: r for r in (*(r for r in made if r.number >= before), *changed)}
-        tape.entries.append(Entry(STATISTIC, None, {"taken": list(taken.values())}, tuple(outs.values()), user_line()))
+        tape.entries.append(
+            Entry(
+                STATISTIC, None, {"taken": list(taken.values())}, tuple(outs.values()), user_line()
+            )
+        )
         return out
 
     def einsum(self, equation: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -188,11 +222,14 @@ class Recorder(TorchDispatchMode):
         out = torch.einsum(equation, x, y)
         self.quiet = quiet
         if not quiet:
-            self.tape.add("einsum", None, {"equation": equation.replace(" ", ""), "self": x, "other": y}, out)
+            self.tape.add(
+                "einsum", None, {"equation": equation.replace(" ", ""), "self": x, "other": y}, out
+            )
         return out
 
     def changed_buffer(self, x: torch.Tensor) -> torch.Tensor:
-        """A buffer of a module that a call changed is a declared batch statistic, however it was changed."""
+        """A buffer of a module that a call changed is a declared batch statistic, however it was
+        changed."""
         out = x.detach().clone()
         ref = self.tape.ref(out)
         self.tape.entries.append(Entry(BUFFER, None, {"self": ref}, (ref,), user_line()))
@@ -216,10 +253,14 @@ class Recorder(TorchDispatchMode):
             self.tape.add(NAMED, None, args | rest, result)
         return result
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec
+    ) -> torch.Tensor:
         args = {"q": q, "k": k, "v": v, "bias": spec.bias, "cu_seqlens": spec.cu_seqlens}
         shape = (*q.shape[:-1], v.shape[-1])
-        return self._known("attention", args, {"causal": spec.causal, "scale": spec.scale}, [(shape, q.dtype)])[0]
+        return self._known(
+            "attention", args, {"causal": spec.causal, "scale": spec.scale}, [(shape, q.dtype)]
+        )[0]
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         return self._known("positions", {"x": x}, {"dim": dim}, [((x.shape[dim],), torch.int64)])[0]
@@ -235,12 +276,15 @@ class Recorder(TorchDispatchMode):
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
         return self._known("dropout", {"x": x, "key": key}, {"rate": rate}, [(x.shape, x.dtype)])[0]
 
-    def _known(self, name: str, tensors: dict[str, Any], rest: dict[str, Any], made: Sequence[Any]) -> Any:
+    def _known(
+        self, name: str, tensors: dict[str, Any], rest: dict[str, Any], made: Sequence[Any]
+    ) -> Any:
         return _Known.apply(self, name, rest, made, tuple(tensors), *tensors.values())
 
 
 class WholeOps(TorchFunctionMode):
-    """Writes ``torch.einsum`` of two operands as one op on the tape, if its letters say what it does."""
+    """Writes ``torch.einsum`` of two operands as one op on the tape, if its letters say what it
+    does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         asked = hook.current()
@@ -251,11 +295,20 @@ class WholeOps(TorchFunctionMode):
 
 def _spelled(args: tuple) -> bool:
     """Whether an einsum has two tensors, an arrow, no dots, and no letter twice in one of them."""
-    if len(args) != 3 or not isinstance(args[0], str) or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        len(args) != 3
+        or not isinstance(args[0], str)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     terms, arrow, _ = args[0].replace(" ", "").partition("->")
     each = terms.split(",")
-    return bool(arrow) and "." not in terms and len(each) == 2 and all(len(set(t)) == len(t) for t in each)
+    return (
+        bool(arrow)
+        and "." not in terms
+        and len(each) == 2
+        and all(len(set(t)) == len(t) for t in each)
+    )
 
 
 class _Known(torch.autograd.Function):
@@ -263,7 +316,12 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        recorder: Recorder, name: str, rest: dict, made: Sequence, names: tuple[str, ...], *tensors: Any
+        recorder: Recorder,
+        name: str,
+        rest: dict,
+        made: Sequence,
+        names: tuple[str, ...],
+        *tensors: Any,
     ) -> tuple[torch.Tensor, ...]:
         recorder.quiet = True
         like = next(x for x in tensors if isinstance(x, torch.Tensor))
@@ -281,8 +339,10 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         if not ctx.recorder.tape.judging:
             raise SequenceError(
-                f"the loss function itself takes a gradient through {ctx.name.replace('_', '-')}{user_line() or ''}: what it "
-                "computes of that on a slice of the sequence cannot be proven to be what one device computes. Leave "
+                "the loss function itself takes a gradient through "
+                f"{ctx.name.replace('_', '-')}{user_line() or ''}: what it "
+                "computes of that on a slice of the sequence cannot be proven to be what one "
+                "device computes. Leave "
                 "gradients to fp.value_and_grad"
             )
         ctx.recorder.quiet = True  # of what is made here, nothing is known

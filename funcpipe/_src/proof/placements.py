@@ -1,8 +1,10 @@
-"""States: how a tensor of one rank stands to the same tensor on one device, and what sums and products make of them.
+"""States: how a tensor of one rank stands to the same tensor on one device, and what sums and
+products make of them.
 
-Terms. A dim *moves* if its size on a rank differs from its size on one device. A *number* is what Python or a fill makes of
-lengths; it is a *count* if it grows like the positions of a part. Every state but `Refused` is a claim that is proven, for
-every rank ``m`` of a data shard, of its tensor ``x[m]`` and the tensor ``X`` of one device:
+Terms. A dim *moves* if its size on a rank differs from its size on one device. A *number* is what
+Python or a fill makes of lengths; it is a *count* if it grows like the positions of a part. Every
+state but `Refused` is a claim that is proven, for every rank ``m`` of a data shard, of its tensor
+``x[m]`` and the tensor ``X`` of one device:
 
 ========== ========================================================= ==================================
 state      claim                                                      along other dims that move
@@ -86,13 +88,18 @@ class Average:
 
 @dataclass(frozen=True)
 class Number:
-    """One number everywhere: ``a`` on a rank, ``b`` on one device. NaN: memory that was not written to."""
+    """One number everywhere: ``a`` on a rank, ``b`` on one device. NaN: memory that was not written
+    to."""
 
     a: float
     b: float
 
     def __str__(self) -> str:
-        return f"the number {self.a:g}" if self.constant else f"the number {self.a:g} ({self.b:g} on one device)"
+        return (
+            f"the number {self.a:g}"
+            if self.constant
+            else f"the number {self.a:g} ({self.b:g} on one device)"
+        )
 
     @property
     def constant(self) -> bool:
@@ -114,7 +121,8 @@ class Refused:
 
 
 class Local:
-    """The base of what is right on a part of the batch alone, in one way or another (`row_numbers.py`)."""
+    """The base of what is right on a part of the batch alone, in one way or another
+    (`row_numbers.py`)."""
 
 
 State = Whole | Split | Partial | Average | Number | Refused | Local
@@ -126,12 +134,13 @@ class World:
     """What is known beforehand.
 
     Args:
-        lengths: of every part: how many positions the rank has, and how many there are where the loss function is run
-            as on one device.
+        lengths: of every part: how many positions the rank has, and how many there are where the
+            loss function is run as on one device.
         live: the axes of parts that have more than one rank.
-        rows: whether the rows of the batch are split, not a sequence: they meet in no known call (`rows.py`).
-        by_hand: how many entries of rows all ranks have, where the loss function names the axes that split rows: it may have
-            written the number of ranks by hand.
+        rows: whether the rows of the batch are split, not a sequence: they meet in no known call
+            (`rows.py`).
+        by_hand: how many entries of rows all ranks have, where the loss function names the axes
+            that split rows: it may have written the number of ranks by hand.
     """
 
     lengths: dict[Any, tuple[int, int]]
@@ -151,9 +160,14 @@ class World:
         return None
 
     def along(self, dim: int, size: tuple[int, int]) -> Split | None:
-        """How units lie along a dim of such sizes along which a tensor is constant: in any way, so in the usual one."""
+        """How units lie along a dim of such sizes along which a tensor is constant: in any way, so
+        in the usual one."""
         found = self.factor(size)
-        return None if found is None else Split(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
+        return (
+            None
+            if found is None
+            else Split(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
+        )
 
     def is_count(self, n: Number, part: Part) -> bool:
         """Whether a number grows like the positions of a part."""
@@ -179,7 +193,8 @@ def as_partial(w: World, s: State) -> State:
 
 
 def dual(w: World, s: State) -> State | None:
-    """The state of the gradient of the loss with respect to a tensor, every rank's total counting once."""
+    """The state of the gradient of the loss with respect to a tensor, every rank's total counting
+    once."""
     if isinstance(s, Split):
         return s
     if isinstance(s, Partial) and s.axes == w.live:
@@ -214,12 +229,16 @@ def add(w: World, s: State, t: State) -> State:
         average = s if isinstance(s, Average) else t
         if all(plain(x) or x == average for x in (s, t)):
             return average
-        raise NoSum(f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, and {COUNTS}")
+        raise NoSum(
+            f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, "
+            f"and {COUNTS}"
+        )
     if isinstance(t, Partial) and as_partial(w, s) == t:
         return t
     if isinstance(s, Partial) or isinstance(t, Partial):
         raise NoSum(
-            f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank once for each of them. "
+            f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank "
+            "once for each of them. "
             "Multiply that by the number of this rank's tokens, or add it to the gradients"
         )
     raise Refusal(_depends(s, t))
@@ -251,9 +270,13 @@ def mul(w: World, s: State, t: State) -> State:
         if plain(s) and inverse is not None and round(1 / t.a) in w.by_hand:
             return Whole()
         if isinstance(s, Partial | Average):
-            raise Refusal(f"it scales {s} by {t}: no sum over ranks makes that what one device has; {COUNTS}")
+            raise Refusal(
+                f"it scales {s} by {t}: no sum over ranks makes that what one device has; {COUNTS}"
+            )
         raise Refusal(_depends(s, t))
-    raise Refusal(f"it multiplies {s} by {t}, and a product of sums is not the sum of products: {PSUM}")
+    raise Refusal(
+        f"it multiplies {s} by {t}, and a product of sums is not the sum of products: {PSUM}"
+    )
 
 
 def div(w: World, s: State, t: State) -> State:
@@ -270,6 +293,7 @@ def div(w: World, s: State, t: State) -> State:
 def _depends(*states: State) -> str:
     number = next((s for s in states if isinstance(s, Number) and not s.constant), None)
     return (
-        f"it computes with {number}, which is made from the length of a rank's slice: take the whole length from a Python "
+        f"it computes with {number}, which is made from the length of a rank's slice: take the "
+        "whole length from a Python "
         "value that the closure brings, or positions from fp.positions(x, dim)"
     )

@@ -1,10 +1,12 @@
 """The proof: states are carried from call to call, through memory that several tensors share.
 
-Terms. A *root* is a tensor with memory of its own, its *views* are what lies in that. A view's state follows from its root's
-by the rules of the ops that made it; so where an op writes to a view, the proof looks for a state of the root from which
-that view gets the state of what is written. Memory that one fill made may take any state that agrees with the fill.
+Terms. A *root* is a tensor with memory of its own, its *views* are what lies in that. A view's
+state follows from its root's by the rules of the ops that made it; so where an op writes to a view,
+the proof looks for a state of the root from which that view gets the state of what is written.
+Memory that one fill made may take any state that agrees with the fill.
 
-In: a walk over two tapes, states of the tensors that came in. Out: a state for every tensor of tape A, and findings.
+In: a walk over two tapes, states of the tensors that came in. Out: a state for every tensor of tape
+A, and findings.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class Proof:
         self.constants: Constants | None = None
         self.states: dict[int, State] = {}
         self.made: dict[int, str] = {}  # by which op a tensor came to its state
-        self.source: dict[int, int] = {}  # of a tensor that has another one's entries, in their order: that one
+        self.source: dict[
+            int, int
+        ] = {}  # of a tensor that has another one's entries, in their order: that one
         self.pairs: dict[int, Pair] = {}
         self.root: dict[int, int] = {}
         self.all_of: set[int] = set()  # roots, and views of all of a root as it is
@@ -104,7 +108,9 @@ class Proof:
             if alone and torch.Tag.inplace_view in call.func.tags and self._turned(call, states[0]):
                 return
             if not alone or torch.Tag.inplace_view in call.func.tags:
-                no = Refused(f"{call.where}: nothing is known of this op in place; write its plain form")
+                no = Refused(
+                    f"{call.where}: nothing is known of this op in place; write its plain form"
+                )
                 states = [no] * len(states)
             self._write(call, arg, states[0] if states else no)
         for k, (pair, state) in enumerate(zip(call.outs, states, strict=True)):
@@ -167,10 +173,13 @@ class Proof:
             return self._checked(call, self._applied(call))
         except Refusal as refusal:
             found = self._by_value(call) if self.world.rows else None
-            return found or [Refused(f"{call.where}: {refusal}", isinstance(refusal, NoSum))] * len(call.outs)
+            return found or [Refused(f"{call.where}: {refusal}", isinstance(refusal, NoSum))] * len(
+                call.outs
+            )
 
     def _by_value(self, call: Call) -> list[State] | None:
-        """The results of a call, one of whose operands is a constant that lies as another one does."""
+        """The results of a call, one of whose operands is a constant that lies as another one
+        does."""
         pairs = list(_operands(call.args.values()))
         layouts = [(p, s) for p in pairs if isinstance(s := self.states[p.number], Split)]
         if not layouts or call.func is None:
@@ -179,7 +188,11 @@ class Proof:
         for x in pairs:
             for other, state in layouts:
                 at = state.at(state.dim - len(other.a) + len(x.a))
-                if at.dim < 0 or other.number == x.number or not self.constants.lies(x, at, self.world):
+                if (
+                    at.dim < 0
+                    or other.number == x.number
+                    or not self.constants.lies(x, at, self.world)
+                ):
                     continue
                 before, self.states[x.number] = self.states[x.number], at
                 try:
@@ -212,21 +225,28 @@ class Proof:
                 return []
             finding, state = known.FINDERS[call.name](self._site(call))
         except Refusal as refusal:
-            raise SequenceError(f"{refusal}" if call.name == GRADIENT else f"{call.where}: {refusal}") from None
+            raise SequenceError(
+                f"{refusal}" if call.name == GRADIENT else f"{call.where}: {refusal}"
+            ) from None
         self.found(call.name, call, finding)
         return [state] * len(call.outs)
 
     def _collective(self, call: Call, bad: Refused | None) -> list[State]:
-        """A collective over ranks that have other positions; at once, since they might not have tensors of equal shapes."""
+        """A collective over ranks that have other positions; at once, since they might not have
+        tensors of equal shapes."""
         if bad is not None and self.world.rows:
             return [bad] * len(call.outs)
         if bad is not None:
-            raise SequenceError(f"an operand of {call.where} is not what one device has. {bad.text}")
+            raise SequenceError(
+                f"an operand of {call.where} is not what one device has. {bad.text}"
+            )
         try:
             return self._checked(call, self._applied(call))
         except Refusal as refusal:
             if self.world.rows:
-                return [Refused(f"{call.where}: {refusal}", isinstance(refusal, NoSum))] * len(call.outs)
+                return [Refused(f"{call.where}: {refusal}", isinstance(refusal, NoSum))] * len(
+                    call.outs
+                )
             raise SequenceError(f"{call.where}: {refusal}") from None
 
     def _checked(self, call: Call, states: States) -> list[State]:
@@ -237,7 +257,9 @@ class Proof:
         return each
 
     def _site(self, call: Call) -> Site:
-        return Site(call, {k: self._operand(v) for k, v in call.args.items()}, self.world, self._value_of)
+        return Site(
+            call, {k: self._operand(v) for k, v in call.args.items()}, self.world, self._value_of
+        )
 
     def _value_of(self, x: Pair) -> torch.Tensor | None:
         self.constants = self.constants or Constants(self.walk)
@@ -246,7 +268,9 @@ class Proof:
     def _operand(self, v: Any) -> Any:
         if isinstance(v, Pair):
             made = self.made.get(v.number, "") if self.world.rows else ""
-            return Operand(v.a, v.b, v.dtype, self.states[v.number], made, self.source.get(v.number, v.number))
+            return Operand(
+                v.a, v.b, v.dtype, self.states[v.number], made, self.source.get(v.number, v.number)
+            )
         return [self._operand(x) for x in v] if isinstance(v, list) else v
 
     def _operand_states(self, args: dict[str, Any]) -> list[State]:
@@ -261,7 +285,8 @@ class Proof:
         self.source |= {n: -1 - len(self.made) - n for n in members}  # other entries than before
         if any(self.pairs[n].other in self.walk.copies for n in members):
             state = Refused(
-                f"{call.where}: it writes to a copy for one length, and to a view for another. Write to a clone"
+                f"{call.where}: it writes to a copy for one length, and to a view for another. "
+                "Write to a clone"
             )
         elif target.number in self.all_of:
             self._spread(root, state)
@@ -271,15 +296,21 @@ class Proof:
                 self._spread(root, candidate)
                 if agrees(state, self.states[target.number]):
                     return
-        text = f"{call.where}: it writes {state} to a part of a tensor that has something else in it. Join parts by torch.cat"
+        text = (
+            f"{call.where}: it writes {state} to a part of a tensor that has something else "
+            "in it. Join parts by torch.cat"
+        )
         why = next((x for x in (state, before) if isinstance(x, Refused)), Refused(text))
         self.states.update(dict.fromkeys(members, why))
 
     def _candidates(self, root: int, new: State) -> Iterator[State]:
-        """States that a root may have when a part of it has a new one: its own; of a fill, all that agree with it."""
+        """States that a root may have when a part of it has a new one: its own; of a fill, all that
+        agree with it."""
         state, pair = self.states[root], self.pairs[root]
         moving = [d for d in range(len(pair.a)) if pair.a[d] != pair.b[d]]
-        free = [d for d in moving if not (isinstance(state, Split) and state.dim == d)]  # constant along them, till now
+        free = [
+            d for d in moving if not (isinstance(state, Split) and state.dim == d)
+        ]  # constant along them, till now
         if not free or (isinstance(state, Number) and state == new):
             yield state
         if not plain(state):
@@ -304,12 +335,22 @@ def _written(call: Call) -> list[Pair]:
     """The operands that a call writes to."""
     if call.func is None or not hasattr(call.func, "_schema"):
         return []
-    names = [a.name for a in call.func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    names = [
+        a.name
+        for a in call.func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
     return [x for n in names for x in _pairs(call.args[n])]
 
 
 def _pairs(x: Any) -> list[Pair]:
-    return [x] if isinstance(x, Pair) else [p for y in x for p in _pairs(y)] if isinstance(x, list) else []
+    return (
+        [x]
+        if isinstance(x, Pair)
+        else [p for y in x for p in _pairs(y)]
+        if isinstance(x, list)
+        else []
+    )
 
 
 def _operands(values: Any) -> Iterator[Pair]:
@@ -324,7 +365,9 @@ def _viewed(call: Call) -> Pair | None:
     """The operand in whose memory the results of a call lie."""
     if call.func is None or not hasattr(call.func, "_schema"):
         return None
-    if call.func is torch.ops.aten._unsafe_view.default:  # shares memory, though its schema does not say so
+    if (
+        call.func is torch.ops.aten._unsafe_view.default
+    ):  # shares memory, though its schema does not say so
         return call.args["self"]
     for a in call.func._schema.arguments:
         if a.alias_info is not None and not a.alias_info.is_write:

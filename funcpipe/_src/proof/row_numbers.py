@@ -1,7 +1,9 @@
-"""Places: numbers of a part's own rows, and what else is right on a part without being what one device has.
+"""Places: numbers of a part's own rows, and what else is right on a part without being what one
+device has.
 
-``torch.arange(len(x))`` counts the rows of a part from 0, where one device goes on; as an index into the rows of the part it is
-right all the same. So is the order in which a part sorts its rows, as long as they are put back: experts get their tokens sorted.
+``torch.arange(len(x))`` counts the rows of a part from 0, where one device goes on; as an index
+into the rows of the part it is right all the same. So is the order in which a part sorts its rows,
+as long as they are put back: experts get their tokens sorted.
 
 ============ ===============================================================================================
 state        claim
@@ -15,8 +17,8 @@ state        claim
 `Start`      what comes of ``axis_index`` alone; with ``rows``: times so many, the number of a rank's first row
 ============ ===============================================================================================
 
-A *layout* is a `Split` along dim 0: the rows as they come, or (its part is an `Order`) as some keys sort them. Positions of a
-sequence have none of these states.
+A *layout* is a `Split` along dim 0: the rows as they come, or (its part is an `Order`) as some keys
+sort them. Positions of a sequence have none of these states.
 
 In: a site of which an operand has such a state. Out: states.
 """
@@ -35,7 +37,17 @@ from funcpipe._src.proof import loops
 from funcpipe._src.proof.align import Differs, Pair
 from funcpipe._src.proof.op_context import Operand, Site, all_plain, elementwise, refuse_mixing
 from funcpipe._src.proof.op_recorder import BUFFER, STATISTIC
-from funcpipe._src.proof.placements import Local, Number, Partial, Refusal, Refused, Split, State, Whole, plain
+from funcpipe._src.proof.placements import (
+    Local,
+    Number,
+    Partial,
+    Refusal,
+    Refused,
+    Split,
+    State,
+    Whole,
+    plain,
+)
 from funcpipe._src.proof.rules_pointwise import RULES, States, pointwise, rule, same_everywhere
 
 
@@ -183,7 +195,11 @@ def apply(s: Site) -> States:
         if out is not None:
             return out
     starts = [x.state for x in s.operands if isinstance(x.state, Start)]
-    if starts and all(isinstance(x.state, Start) or all_plain([x]) for x in s.operands) and s.call.func is not None:
+    if (
+        starts
+        and all(isinstance(x.state, Start) or all_plain([x]) for x in s.operands)
+        and s.call.func is not None
+    ):
         s.all_values()
         return Start(starts[0].axes, math.nan)
     odd = next(x for x in s.operands if isinstance(x.state, Local))
@@ -191,7 +207,8 @@ def apply(s: Site) -> States:
         return _of_one_row(s, odd.state)
     if isinstance(odd.state, Places):
         raise Refusal(
-            f"it computes with {odd}: every part counts its rows from 0, where one device goes on. Pass the numbers of rows through batch"
+            f"it computes with {odd}: every part counts its rows from 0, where one device goes "
+            "on. Pass the numbers of rows through batch"
         )
     raise Refusal(f"it computes with {odd}, which one device does not have")
 
@@ -203,7 +220,8 @@ def _alone(state: Split) -> Split:
 
 @rule(STATISTIC, BUFFER)
 def _statistic(s: Site) -> States:
-    """What a declared batch statistic gives: an entry for every row, or what all rows of the part see."""
+    """What a declared batch statistic gives: an entry for every row, or what all rows of the part
+    see."""
     return [_declared(s, o) for o in s.outs]
 
 
@@ -215,7 +233,8 @@ def _declared(s: Site, out: Pair) -> State:
     found = s.world.factor((out.a[moving[0]], out.b[moving[0]])) if len(moving) == 1 else None
     if moving and found is None:
         return Refused(
-            f"{s.call.where}: it gives a tensor of shape {out.a} in a part, and {out.b} on one device: it may have an entry for every row, "
+            f"{s.call.where}: it gives a tensor of shape {out.a} in a part, and {out.b} on one "
+            "device: it may have an entry for every row, "
             "along one dim, or be the same for all"
         )
     return Split(moving[0], found[0], 1, found[1]) if found else Whole()
@@ -235,7 +254,11 @@ def numbers(s: Site) -> State | None:
     layout = Split(0, found[0], 1, found[1])
     if step in (None, 1):
         return own_numbers(layout)
-    if not isinstance(step, int) or step < 1 or (end.a, end.b) != (s.out.a[0] * step, s.out.b[0] * step):
+    if (
+        not isinstance(step, int)
+        or step < 1
+        or (end.a, end.b) != (s.out.a[0] * step, s.out.b[0] * step)
+    ):
         return None
     return Places(layout, replace(layout, inner=found[1] * step), once=True, first_of=step)
 
@@ -253,12 +276,25 @@ def _arange(s: Site) -> State:
 @place_rule("clone", "detach", "_to_copy")
 def _kept(s: Site) -> State | None:
     x = s.x()
-    if isinstance(x.state, Places) and s.out.dtype.is_floating_point | (str(s.out.dtype) == "torch.bool"):
+    if isinstance(x.state, Places) and s.out.dtype.is_floating_point | (
+        str(s.out.dtype) == "torch.bool"
+    ):
         return None
     return x.state
 
 
-@place_rule("view", "unsqueeze", "squeeze", "expand", "permute", "transpose", "t", "slice", "select", "repeat")
+@place_rule(
+    "view",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "permute",
+    "transpose",
+    "t",
+    "slice",
+    "select",
+    "repeat",
+)
 def _rearranged(s: Site) -> State | None:
     x = s.x()
     if not isinstance(x.state, Places):
@@ -277,7 +313,12 @@ def _divided(s: Site) -> State | None:
     """Several entries of a row, as the numbers of fewer entries, or which of them it is."""
     x, by = s.args["self"], s.term("other")
     floors = s.call.name != "div" or s.args.get("rounding_mode") in ("floor", "trunc")
-    if not isinstance(x, Operand) or not isinstance(x.state, Places) or not isinstance(by, Number) or not floors:
+    if (
+        not isinstance(x, Operand)
+        or not isinstance(x.state, Places)
+        or not isinstance(by, Number)
+        or not floors
+    ):
         return None
     if not by.constant or by.a <= 0 or x.state.of.inner % by.a:
         return None
@@ -293,12 +334,19 @@ def _first_row(s: Site) -> State | None:
     terms = [s.term(k) for k in ("self", "other")]
     first = next((t for t in terms if isinstance(t, Start)), None)
     own = next((t for t in terms if isinstance(t, Places)), None)
-    if first is None or own is None or s.args.get("alpha", 1) != 1 or isinstance(own.of.part, Order):
+    if (
+        first is None
+        or own is None
+        or s.args.get("alpha", 1) != 1
+        or isinstance(own.of.part, Order)
+    ):
         return None
     rows = s.world.lengths[own.of.part][0] * own.of.inner
     if first.rows != rows or first.axes != own.of.part.axes or first.axes != s.world.live:
         return None
-    return own.at.at(own.at.dim + len(s.out.a) - max(x.ndim for x in s.operands if isinstance(x.state, Places)))
+    return own.at.at(
+        own.at.dim + len(s.out.a) - max(x.ndim for x in s.operands if isinstance(x.state, Places))
+    )
 
 
 @place_rule("mul")
@@ -316,7 +364,12 @@ def _times_rows(s: Site) -> State | None:
 @rule(loops.ONE)
 def _one_row(s: Site) -> State:
     x = s.x()
-    if x.moving != [s.dim()] or not isinstance(x.state, Split) or x.state.dim != s.dim() or x.state.outer != 1:
+    if (
+        x.moving != [s.dim()]
+        or not isinstance(x.state, Split)
+        or x.state.dim != s.dim()
+        or x.state.outer != 1
+    ):
         raise Refusal(f"it takes {x} apart")
     return Item(x.state.part, x.state.inner)
 
@@ -332,7 +385,9 @@ def _of_one_row(s: Site, state: Item) -> State:
     for x in s.operands:
         if x.state != state and not all_plain([x]):
             raise Refusal(f"it puts one row beside {x}")
-    if any(o.a != o.b for o in s.outs) or torch.Tag.nondeterministic_seeded in getattr(s.call.func, "tags", ()):
+    if any(o.a != o.b for o in s.outs) or torch.Tag.nondeterministic_seeded in getattr(
+        s.call.func, "tags", ()
+    ):
         raise Refusal("nothing is known of it")
     return state
 
@@ -342,7 +397,10 @@ def norm(s: Site, x: Operand) -> State | None:
     assert isinstance(x.state, Split)
     power = s.args.get("ord", s.args.get("p", 2))
     known = (
-        s.world.rows and s.call.name == "linalg_vector_norm" and isinstance(power, int | float) and 0 < power < math.inf
+        s.world.rows
+        and s.call.name == "linalg_vector_norm"
+        and isinstance(power, int | float)
+        and 0 < power < math.inf
     )
     return Norm(s.world.axes(x.state.part), power) if known else None
 
@@ -384,7 +442,11 @@ def _fitted(places: Places, layout: Split) -> Places | None:
     """Places as numbers of the entries of a layout; None if they number others."""
     if places.of == layout:
         return places
-    return Places(layout, layout, True, True) if places.own and isinstance(layout.part, Order) else None
+    return (
+        Places(layout, layout, True, True)
+        if places.own and isinstance(layout.part, Order)
+        else None
+    )
 
 
 def _own_dim(x: Operand, dim: int) -> Split | None:
@@ -421,7 +483,11 @@ def _taken(s: Site) -> State | None:
     state = elementwise(s, operands, wide)
     assert isinstance(state, Split)
     at = state.at(state.dim + given[0])
-    return replace(x.state, at=at, once=False, own=False, first_of=0) if isinstance(x.state, Places) else at
+    return (
+        replace(x.state, at=at, once=False, own=False, first_of=0)
+        if isinstance(x.state, Places)
+        else at
+    )
 
 
 @place_rule("index_put", "index_add", "index_copy", "scatter", "scatter_add")
@@ -443,7 +509,11 @@ def _put(s: Site) -> State | None:
     layout = _own_dim(x, d)
     to = index.state.of if layout is None else layout
     places, lengths = index.state, s.world.lengths[to.part]
-    if index.ndim != 1 or places.of != to or (x.a[d], x.b[d]) != tuple(n * to.inner for n in lengths):
+    if (
+        index.ndim != 1
+        or places.of != to
+        or (x.a[d], x.b[d]) != tuple(n * to.inner for n in lengths)
+    ):
         return None
     if adds:
         if not isinstance(x.state, Split) and not plain(x.state):
@@ -457,7 +527,11 @@ def _written(values: Operand, places: Places, d: int) -> State | None:
     """What lies as places say, in the layout that they number."""
     if isinstance(values.state, Places):
         of = _fitted(values.state, _alone(places.at))
-        return None if of is None or of.at != _alone(places.at) else Places(places.of, of.of, once=of.once)
+        return (
+            None
+            if of is None or of.at != _alone(places.at)
+            else Places(places.of, of.of, once=of.once)
+        )
     if values.state != places.at.at(d) or values.moving != [d]:
         return None
     return places.of.at(d)
@@ -471,10 +545,20 @@ def _one_hot(s: Site) -> State:
     """Keys beside the numbers 0, 1, ...: which of them each is."""
     state = pointwise(s)
     keys, table = s.args["self"], s.call.args["other"]
-    if not s.world.rows or type(state) is not Split or not isinstance(table, Pair) or len(table.a) != 1:
+    if (
+        not s.world.rows
+        or type(state) is not Split
+        or not isinstance(table, Pair)
+        or len(table.a) != 1
+    ):
         return state
     numbers = s.value_of(table)
-    if keys.a[1:] != (1,) or state.dim or numbers is None or not torch.equal(numbers, torch.arange(len(numbers))):
+    if (
+        keys.a[1:] != (1,)
+        or state.dim
+        or numbers is None
+        or not torch.equal(numbers, torch.arange(len(numbers)))
+    ):
         return state
     return OneHot(0, state.part, state.outer, state.inner, keys.source)
 
@@ -483,7 +567,11 @@ def counts(s: Site, x: Operand, dims: Sequence[int]) -> State:
     """The state of a sum over rows."""
     assert isinstance(x.state, Split)
     axes = s.world.axes(x.state.part)
-    return Counts(axes, x.state.keys) if isinstance(x.state, OneHot) and tuple(dims) == (0,) else Partial(axes)
+    return (
+        Counts(axes, x.state.keys)
+        if isinstance(x.state, OneHot) and tuple(dims) == (0,)
+        else Partial(axes)
+    )
 
 
 @rule("histc")
@@ -499,7 +587,10 @@ def _histc(s: Site) -> State:
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped(s: Site) -> State:
     """Rows that are sorted by experts, each times the matrix of its own."""
-    x, weight, offs = (s.x(n) for n in (("self", "mat2", "offs") if "mat2" in s.args else ("input", "weight", "offs")))
+    x, weight, offs = (
+        s.x(n)
+        for n in (("self", "mat2", "offs") if "mat2" in s.args else ("input", "weight", "offs"))
+    )
     if not isinstance(x.state, Split):
         return same_everywhere(s)
     ends = offs.state
@@ -513,7 +604,8 @@ def _grouped(s: Site) -> State:
         or not all_plain([weight])
     ):
         raise Refusal(
-            f"it multiplies groups of {x} that end at {offs}: sort tokens by the number of their expert (sorted, perm = "
+            f"it multiplies groups of {x} that end at {offs}: sort tokens by the number of their "
+            "expert (sorted, perm = "
             "experts.sort()), and take the ends from torch.histc(sorted, ...).cumsum(0)"
         )
     return x.state
@@ -525,7 +617,9 @@ def _grouped(s: Site) -> State:
 @place_rule("amax", "amin", "max", "min")
 def _larger(s: Site) -> State | None:
     x = s.x()
-    same = isinstance(x.state, Largest) and x.state.how == s.call.name[-3:] and "other" not in s.args
+    same = (
+        isinstance(x.state, Largest) and x.state.how == s.call.name[-3:] and "other" not in s.args
+    )
     return x.state if same else None
 
 

@@ -1,14 +1,17 @@
-"""The proof that the rows of a batch that is split do not meet inside a loss: what its parts compute adds up to what one device does.
+"""The proof that the rows of a batch that is split do not meet inside a loss: what its parts
+compute adds up to what one device does.
 
-A *part* of the batch is a microbatch of a shard: data axes and microbatches split rows, and microbatches are one axis more,
-which no collective can name. The proof is that of sequences (`verify.py`), along another dim, and on whole sequences: the loss
-function is run with the rows of a part and with those of the whole batch. Here is which dims are split, what may mix rows
-(nothing but a declared batch statistic, `functional/batch_statistic.py`), and what an error advises.
+A *part* of the batch is a microbatch of a shard: data axes and microbatches split rows, and
+microbatches are one axis more, which no collective can name. The proof is that of sequences
+(`verify.py`), along another dim, and on whole sequences: the loss function is run with the rows of
+a part and with those of the whole batch. Here is which dims are split, what may mix rows (nothing
+but a declared batch statistic, `functional/batch_statistic.py`), and what an error advises.
 
-Where a leaf is split along two dims, by two transforms, each of them is proven by itself, on what the one before it leaves.
+Where a leaf is split along two dims, by two transforms, each of them is proven by itself, on what
+the one before it leaves.
 
-In: a loss function; fakes of params and of one part. Out: nothing, or a BatchError that names the op, its line, the reason and
-what to write instead.
+In: a loss function; fakes of params and of one part. Out: nothing, or a BatchError that names the
+op, its line, the reason and what to write instead.
 """
 
 from __future__ import annotations
@@ -52,9 +55,13 @@ from funcpipe._src.proof.row_numbers import Largest, Norm
 from funcpipe._src.proof.rules_pointwise import LENGTH
 from funcpipe.errors import BatchError, FuncpipeError, SequenceError
 
-MICROBATCHES = "microbatches of a rank"  # no axis of a mesh has such a name; a cut without axes is over it
+MICROBATCHES = (
+    "microbatches of a rank"  # no axis of a mesh has such a name; a cut without axes is over it
+)
 Leaves = list[Any]
-Cuts = Sequence[Sequence[LeafCut]]  # of every leaf, along which dims and into how many pieces its rows are split
+Cuts = Sequence[
+    Sequence[LeafCut]
+]  # of every leaf, along which dims and into how many pieces its rows are split
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Share:
     """How the rows of some leaves are split.
 
     Args:
-        size: the number of rows of the whole batch; of leaves that have several entries for a row, of groups of entries.
+        size: the number of rows of the whole batch; of leaves that have several entries for a row,
+            of groups of entries.
         axes: over which, major first.
     """
 
@@ -73,7 +81,9 @@ class Share:
         return "the rows of a part"
 
 
-def prove_rows(subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, ready: bool = False, dealt: Axes = ()) -> bool:
+def prove_rows(
+    subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, ready: bool = False, dealt: Axes = ()
+) -> bool:
     """Prove that the parts of a batch compute what one device does.
 
     Args:
@@ -81,8 +91,10 @@ def prove_rows(subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, ready: b
         local: the leaves of one part, with whole sequences: fakes, or no tensors.
         cuts: of every leaf, in the order in which they are made.
         mesh: the mesh, with one rank on the axes of sequences.
-        ready: whether microbatches came as such: rows of one may meet, but its total may not be a mean.
-        dealt: the axes over which these are dealt, each to one rank: a collective would join two of them.
+        ready: whether microbatches came as such: rows of one may meet, but its total may not be a
+            mean.
+        dealt: the axes over which these are dealt, each to one rank: a collective would join two of
+            them.
 
     Returns:
         whether there are no numbers of 16 bits, of which sums are not exact.
@@ -101,12 +113,15 @@ def prove_rows(subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, ready: b
         with _speaking(mesh, group):
             proven = _Proven(subject, local, cuts, mesh, group, later)
             proven.check()
-        exact = exact and not any(o.dtype.itemsize == 2 for e in proven.on_part.tape.entries for o in e.outs)
+        exact = exact and not any(
+            o.dtype.itemsize == 2 for e in proven.on_part.tape.entries for o in e.outs
+        )
     return exact
 
 
 def _check_ready(subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, dealt: Axes) -> None:
-    """The total of a ready microbatch is a sum over its rows, as far as that is known; there is no whole batch."""
+    """The total of a ready microbatch is a sum over its rows, as far as that is known; there is no
+    whole batch."""
     twice = [[replace(c, pieces=2) for c in cs if not c.axes] for cs in cuts]
     for group in _groups(twice):
         with _speaking(mesh, group):
@@ -122,9 +137,12 @@ def _refuse_joining(part: Run, dealt: Axes) -> None:
             continue
         if frozenset(entry.args["axes"].split(",")) & frozenset(dealt):
             raise BatchError(
-                f"fp.{entry.args['kind']} over {entry.args['axes']!r}{text(entry.line)}: ready microbatches whose rows "
-                "do not divide are dealt to ranks, whole, so it would join two microbatches, where one device has each "
-                "alone. Give every microbatch rows that divide over the axis, or leave the collective out"
+                f"fp.{entry.args['kind']} over {entry.args['axes']!r}{text(entry.line)}: ready "
+                "microbatches whose rows "
+                "do not divide are dealt to ranks, whole, so it would join two microbatches, "
+                "where one device has each "
+                "alone. Give every microbatch rows that divide over the axis, or leave the "
+                "collective out"
             )
 
 
@@ -159,14 +177,22 @@ class _Proven:
     """
 
     def __init__(
-        self, subject: Subject, local: Leaves, cuts: Cuts, mesh: Mesh, group: Axes, later: Sequence[str]
+        self,
+        subject: Subject,
+        local: Leaves,
+        cuts: Cuts,
+        mesh: Mesh,
+        group: Axes,
+        later: Sequence[str],
     ) -> None:
         self.subject, self.mode = subject, subject.mode
         part = [self._grown(x, cs, later) for x, cs in zip(local, cuts, strict=True)]
         whole = [self._grown(x, cs, group) for x, cs in zip(part, cuts, strict=True)]
         own = [[c for c in cs if _over(c)[0] in group and c.pieces > 1] for cs in cuts]
         moving = [
-            (x.shape[cs[0].dim], y.shape[cs[0].dim], tuple(a for c in cs for a in _over(c))) if cs else None
+            (x.shape[cs[0].dim], y.shape[cs[0].dim], tuple(a for c in cs for a in _over(c)))
+            if cs
+            else None
             for x, y, cs in zip(part, whole, own, strict=True)
         ]
         shares = _shares([m for m in moving if m is not None])
@@ -179,7 +205,12 @@ class _Proven:
         named = any(x.name == NAMED for x in self.on_part.tape.entries)
         by_hand = _by_hand(part, own) if named and MICROBATCHES not in group else frozenset()
         self.world = World({s: lengths for s, lengths in shares.values()}, group, True, by_hand)
-        self.on_one = Run(subject, whole, Mesh(**{a: 1 if a in group else n for a, n in alone.items()}), Mesh(**alone))
+        self.on_one = Run(
+            subject,
+            whole,
+            Mesh(**{a: 1 if a in group else n for a, n in alone.items()}),
+            Mesh(**alone),
+        )
 
     def _grown(self, x: Any, cuts: Sequence[LeafCut], axes: Sequence[str]) -> Any:
         """A leaf before it was split over some axes."""
@@ -207,7 +238,9 @@ class _Proven:
 
     def _proof(self) -> Proof:
         live = frozenset(self.world.live) - {MICROBATCHES}
-        proof = Proof(Walk(self.on_part.tape, self.on_one.tape, live, True), self.world, lambda *_: None)
+        proof = Proof(
+            Walk(self.on_part.tape, self.on_one.tape, live, True), self.world, lambda *_: None
+        )
         proof.run([*([Whole()] * (self.on_part.count - len(self.states))), *self.states])
         return proof
 
@@ -223,7 +256,8 @@ def _by_hand(part: Leaves, cuts: Cuts) -> frozenset[float]:
 
 
 def _shares(moving: Sequence[tuple[int, int, Axes]]) -> dict[Axes, tuple[Share, tuple[int, int]]]:
-    """For all axes over which leaves are split, how; all rows of a part are taken together, so that groups of them may be."""
+    """For all axes over which leaves are split, how; all rows of a part are taken together, so that
+    groups of them may be."""
     out: dict[Axes, tuple[Share, tuple[int, int]]] = {}
     for axes in dict.fromkeys(m[2] for m in moving):
         sizes = [(a, b) for a, b, over in moving if over == axes]
@@ -242,7 +276,8 @@ def _raise(part: Run, one: Run, subject: Subject) -> None:
             raise explained from error
         rows = "the rows of a part" if run is part else "all rows"
         raise SequenceError(
-            f"the loss function fails with {rows} of the batch{line_of(error) or ''}: {type(error).__name__}: {error}. It has to "
+            f"the loss function fails with {rows} of the batch{line_of(error) or ''}: "
+            f"{type(error).__name__}: {error}. It has to "
             "work for every number of rows"
         ) from error
 
@@ -275,14 +310,23 @@ class _Judge:
                 self._rows(f"aux{path}", x)
 
     def _shared(self, weight: torch.Tensor) -> bool:
-        """Whether a weight is the sum over all ranks, over how many they are, written as a number."""
+        """Whether a weight is the sum over all ranks, over how many they are, written as a
+        number."""
         made = {o.number: e for e in self.part.tape.entries for o in e.outs}
         last = made.get(self.part.tape.ref(weight).number)
         x = last.args["self"] if last is not None and last.name == "div" else None
         summed = made.get(x.number) if isinstance(x, Ref) else None
-        if last is None or summed is None or summed.name != NAMED or not plain(self._state("Mean.weight", weight)):
+        if (
+            last is None
+            or summed is None
+            or summed.name != NAMED
+            or not plain(self._state("Mean.weight", weight))
+        ):
             return False
-        whole = set(summed.args["axes"].split(",")) == set(self.world.live) and summed.args["kind"] == "psum"
+        whole = (
+            set(summed.args["axes"].split(",")) == set(self.world.live)
+            and summed.args["kind"] == "psum"
+        )
         return whole and last.args["other"] == summed.args["ranks"]
 
     def judge_known(self) -> None:
@@ -300,7 +344,10 @@ class _Judge:
 
     def _constant(self, what: str, x: step_.Mean) -> bool:
         """Whether a mean is one of means, which parts of equal size may be given equal weight."""
-        total, weight = self._state(f"{what}.total", x.total), self._state(f"{what}.weight", x.weight)
+        total, weight = (
+            self._state(f"{what}.total", x.total),
+            self._state(f"{what}.weight", x.weight),
+        )
         return plain(weight) and (plain(total) or isinstance(total, Average))
 
     def _add_up(self, what: str, x: torch.Tensor) -> None:
@@ -311,28 +358,36 @@ class _Judge:
         by = f" (made by {made})" if made else ""
         if isinstance(state, Average):
             raise SequenceError(
-                f"{what} is a mean over the rows of a part{by}: means of parts do not add up to the mean of the batch. "
-                "Return the sum as total (reduction='sum') and the number of rows or tokens as weight"
+                f"{what} is a mean over the rows of a part{by}: means of parts do not add up to "
+                "the mean of the batch. "
+                "Return the sum as total (reduction='sum') and the number of rows or tokens as "
+                "weight"
             )
         if isinstance(state, Partial) and state.axes:
             raise SequenceError(
-                f"{what} is summed over {', '.join(state.axes)} alone{by}: other parts have it once more"
+                f"{what} is summed over {', '.join(state.axes)} alone{by}: other parts have it "
+                "once more"
             )
         if isinstance(state, Number) and not state.constant:
             raise SequenceError(
-                f"{what} is {state}{by}, made from the number of rows: over parts that does not add up. Return the number "
+                f"{what} is {state}{by}, made from the number of rows: over parts that does not "
+                "add up. Return the number "
                 "of rows or tokens, such as torch.tensor(float(len(x)))"
             )
         if isinstance(state, Largest | Norm):
             raise SequenceError(
-                f"{what} is {state}{by}, no sum over them: those of the parts do not add up to that of the batch. Compute it for "
+                f"{what} is {state}{by}, no sum over them: those of the parts do not add up to "
+                "that of the batch. Compute it for "
                 "every row and sum over rows"
             )
         what_it_is = (
-            "is an entry for every row" if isinstance(state, Split) else "does not depend on the rows of the batch"
+            "is an entry for every row"
+            if isinstance(state, Split)
+            else "does not depend on the rows of the batch"
         )
         raise SequenceError(
-            f"{what} {what_it_is}{by}: it would be counted once for every microbatch and shard. Multiply it by the weight (total + "
+            f"{what} {what_it_is}{by}: it would be counted once for every microbatch and shard. "
+            "Multiply it by the weight (total + "
             "weight * l2), or add it to the gradients"
         )
 
@@ -345,7 +400,8 @@ class _Judge:
         ):
             return
         raise SequenceError(
-            f"{what}, fp.Rows along dim {dim}, is {state}: it takes a tensor with the rows of the part along that dim, which are "
+            f"{what}, fp.Rows along dim {dim}, is {state}: it takes a tensor with the rows of "
+            "the part along that dim, which are "
             "put one after another. A value of the whole batch is an fp.Mean"
         )
 
@@ -367,7 +423,9 @@ class Words:
 
     def say(self, text: str) -> str:
         """A text about positions as one about rows; quoted code stays as it is."""
-        return "".join(t if t.startswith("`") else self._said(t) for t in re.split("(`[^`]*`)", text))
+        return "".join(
+            t if t.startswith("`") else self._said(t) for t in re.split("(`[^`]*`)", text)
+        )
 
     def _said(self, text: str) -> str:
         for old, new in self._phrases().items():
@@ -379,11 +437,15 @@ class Words:
 
     def _ways(self) -> str:
         gather = (
-            "" if self.microbatches else f"gather them (fp.all_gather(x, {self._axis()}), fp.psum(x, {self._axis()})), "
+            ""
+            if self.microbatches
+            else f"gather them (fp.all_gather(x, {self._axis()}), fp.psum(x, {self._axis()})), "
         )
         return (
-            f"Rows of a batch that is split do not meet inside the loss: {gather}compute what needs all rows in a first "
-            "fp.value_and_grad and pass it through batch, or, if each microbatch of each shard may be a batch of its own, declare "
+            f"Rows of a batch that is split do not meet inside the loss: {gather}compute what "
+            "needs all rows in a first "
+            "fp.value_and_grad and pass it through batch, or, if each microbatch of each shard "
+            "may be a batch of its own, declare "
             "it: fp.batch_statistic(fn)(x)"
         )
 
@@ -392,37 +454,55 @@ class Words:
 
 
 _PHRASES = {
-    f"no sum over ranks makes that what one device has. Write sums, and {COUNTS}": "means of parts do not add up to the mean of the "
+    f"no sum over ranks makes that what one device has. Write sums, and {COUNTS}": "means of "
+    "parts do not add up to the mean of the "
     "batch. Return the sum as total (reduction='sum') and the number of rows or tokens as weight",
-    "the sum over ranks would hold what is the same on every rank once for each of them. Multiply that by the number of this rank's "
-    "tokens, or add it to the gradients": "what does not depend on the batch would be counted once for every microbatch and shard. "
+    "the sum over ranks would hold what is the same on every rank once for each of them. "
+    "Multiply that by the number of this rank's "
+    "tokens, or add it to the gradients": "what does not depend on the batch would be counted "
+    "once for every microbatch and shard. "
     "Multiply it by the weight (total + weight * l2), or add it to the gradients",
     f". {LENGTH}": ". It is made from the number of rows of a part",
     LENGTH: "it is made from the number of rows of a part",
-    "which is made from the length of a rank's slice: take the whole length from a Python value that the closure brings, or positions "
-    "from fp.positions(x, dim)": "which is made from the number of rows of a part: return sums, with the number of rows as Mean.weight",
-    "with fewer than two, torch itself takes other ways": "with fewer than two, torch itself takes other ways",
+    "which is made from the length of a rank's slice: take the whole length from a Python value "
+    "that the closure brings, or positions "
+    "from fp.positions(x, dim)": "which is made from the number of rows of a part: return sums, "
+    "with the number of rows as Mean.weight",
+    "with fewer than two, torch itself takes other ways": "with fewer than two, torch itself "
+    "takes other ways",
     "where a rank, which has its slice of the sequence, does": "where a part of the batch does",
     "takes another way for another length": "takes another way for another number of rows",
     "a loop over positions ends on a rank where its slice ends. Compute all positions at once": "only a loop in which every turn does the "
-    "same with its row, and of which all rows are summed, or joined, is known. Compute all rows at once",
-    "ranks may hold unequal numbers of positions, so the mean of what they have is not what one device has": "its operand is no mean",
-    "every position of a rank's slice with every other one of the slice": "every row of a part with every other one of the part",
+    "same with its row, and of which all rows are summed, or joined, is known. Compute all rows "
+    "at once",
+    "ranks may hold unequal numbers of positions, so the mean of what they have is not what one "
+    "device has": "its operand is no mean",
+    "every position of a rank's slice with every other one of the slice": "every row of a part "
+    "with every other one of the part",
     "with another rank's": "with another part's",
     "every pair of a rank's own positions": "every pair of a part's own rows",
     "the length of a slice": "the number of rows of a part",
-    "take a rank's part of it by fp.positions(x, dim), or split it with the batch": "split it with the batch",
-    "as many as a slice is long: which ones a rank needs depends on its place. Index with fp.positions(x, dim)": "as many as a part has "
+    "take a rank's part of it by fp.positions(x, dim), or split it with the batch": "split it "
+    "with the batch",
+    "as many as a slice is long: which ones a rank needs depends on its place. Index with "
+    "fp.positions(x, dim)": "as many as a part has "
     "rows: which ones it needs depends on its place in the batch. Pass them through batch",
-    "Shift, pool or cut positions outside of the loss function (labels come shifted in the batch), or choose them by a mask made with "
-    "fp.positions(x, dim)": "Choose rows outside of the loss function, or by a mask that comes in the batch",
-    "every rank would have it, and one device has it once. Add such tokens outside of the loss function, before the sequence is "
-    "split": "every part would have it, and one device has it once. Add such rows outside of the loss function",
+    "Shift, pool or cut positions outside of the loss function (labels come shifted in the "
+    "batch), or choose them by a mask made with "
+    "fp.positions(x, dim)": "Choose rows outside of the loss function, or by a mask that comes "
+    "in the batch",
+    "every rank would have it, and one device has it once. Add such tokens outside of the loss "
+    "function, before the sequence is "
+    "split": "every part would have it, and one device has it once. Add such rows outside of the "
+    "loss function",
     "or of different sequences": "or of different batches",
     "what that does to a slice's gradient": "what that does to the gradient of a part",
-    "what a rank makes of its place among the ranks that split the sequence cannot be proven to be what one device computes. "
-    "fp.positions(x, dim) numbers positions; fp.psum(x, axis) sums over ranks": "what it makes of the rows of other ranks cannot be "
-    "proven to be what one device computes. fp.all_gather(x, axis) joins the rows of ranks, fp.psum(x, axis) sums over them",
+    "what a rank makes of its place among the ranks that split the sequence cannot be proven to "
+    "be what one device computes. "
+    "fp.positions(x, dim) numbers positions; fp.psum(x, axis) sums over ranks": "what it makes "
+    "of the rows of other ranks cannot be "
+    "proven to be what one device computes. fp.all_gather(x, axis) joins the rows of ranks, "
+    "fp.psum(x, axis) sums over them",
     "one rank's positions": "the rows of a part",
     "a rank's positions": "the rows of a part",
     "a rank's slice of positions": "the rows of a part",

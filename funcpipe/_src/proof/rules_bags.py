@@ -1,6 +1,8 @@
-"""Bags: `torch.nn.functional.embedding_bag`, which looks up the entries of every row and reduces them to one.
+"""Bags: `torch.nn.functional.embedding_bag`, which looks up the entries of every row and reduces
+them to one.
 
-It is given one flat list of entries, and where in it every bag begins; of indices with two dims torch counts that itself.
+It is given one flat list of entries, and where in it every bag begins; of indices with two dims
+torch counts that itself.
 
 In: a site. Out: states.
 """
@@ -20,7 +22,10 @@ def _bags(s: Site) -> States:
         return same_everywhere(s)
     s.all_values()
     if s.args.get("scale_grad_by_freq"):
-        raise Refusal("scale_grad_by_freq=True counts how often the rows of a part name an entry. Leave it out")
+        raise Refusal(
+            "scale_grad_by_freq=True counts how often the rows of a part name an entry. Leave it "
+            "out"
+        )
     begin, entries = offsets.state, indices.state
     if (
         not all_plain([s.x("weight")])
@@ -32,8 +37,10 @@ def _bags(s: Site) -> States:
         or (isinstance(weights, Operand) and weights.state != entries)
     ):
         raise Refusal(
-            f"it looks up {indices}, in bags that begin at {offsets}: pass indices with two dims, (rows, entries), and weights of "
-            "the same shape, without offsets; fill short bags up with an index that padding_idx names"
+            f"it looks up {indices}, in bags that begin at {offsets}: pass indices with two "
+            "dims, (rows, entries), and weights of "
+            "the same shape, without offsets; fill short bags up with an index that padding_idx "
+            "names"
         )
     return [begin.at, *[Refused("it is made for the gradient alone") for _ in s.outs[1:]]]
 

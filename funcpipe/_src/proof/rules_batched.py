@@ -1,7 +1,8 @@
-"""Rules of ops that do the same for every entry of some dims: linear algebra, transforms, pooling, and the gradients of ops.
+"""Rules of ops that do the same for every entry of some dims: linear algebra, transforms, pooling,
+and the gradients of ops.
 
-An op has *core* dims, along which it mixes; along all others what is split stays so. Results have the same dims, counted from the
-front.
+An op has *core* dims, along which it mixes; along all others what is split stays so. Results have
+the same dims, counted from the front.
 
 In: a site. Out: states.
 """
@@ -178,7 +179,9 @@ def _of_loss(s: Site) -> State:
     if isinstance(s.args["reduction"], Differs) or s.args["reduction"] == 1:
         raise Refusal("it is the gradient of a mean over the positions of a rank")
     x = s.x("self")
-    if not isinstance(x.state, Split) or not all_plain(t for t in operands if not isinstance(t.state, Split)):
+    if not isinstance(x.state, Split) or not all_plain(
+        t for t in operands if not isinstance(t.state, Split)
+    ):
         return same_everywhere(s)
     return x.state
 

@@ -1,4 +1,5 @@
-"""Edges: the last rows of a part, which ranks hand on, and what is another number on the last rank alone.
+"""Edges: the last rows of a part, which ranks hand on, and what is another number on the last rank
+alone.
 
 A loss function that looks at the row before each row gets that of the rank before by `fp.ppermute`.
 
@@ -67,7 +68,8 @@ class Before(Local):
 
 @dataclass(frozen=True)
 class Flag(Local):
-    """``yes`` on the last rank of ``axes`` and on one device, ``no`` on the others, in every entry."""
+    """``yes`` on the last rank of ``axes`` and on one device, ``no`` on the others, in every
+    entry."""
 
     axes: Axes
     yes: float
@@ -125,8 +127,8 @@ def handed_on(state: State, perm: Any, ranks: int) -> Before | None:
     """What `fp.ppermute` makes of the last rows of every part, if each goes to the next rank.
 
     Args:
-        perm: of a part, and of one device if that differs: there the first part gets zeros, or, in a
-            ring, the last rows.
+        perm: of a part, and of one device if that differs: there the first part gets zeros, or, in
+            a ring, the last rows.
     """
     part, one = (getattr(perm, which, perm) for which in ("a", "b"))
     line = [(rank, rank + 1) for rank in range(ranks - 1)]
@@ -159,7 +161,11 @@ def _joined(s: Site) -> State | None:
 def _is_last(s: Site) -> State | None:
     """Whether a rank is the last one."""
     place, other = s.args["self"], s.args["other"]
-    if not isinstance(place, Operand) or not isinstance(place.state, Start) or not isinstance(other, Differs):
+    if (
+        not isinstance(place, Operand)
+        or not isinstance(place.state, Start)
+        or not isinstance(other, Differs)
+    ):
         return None
     axes = place.state.axes
     ranks = [n for part, (_, n) in s.world.lengths.items() if part.axes == axes == s.world.live]

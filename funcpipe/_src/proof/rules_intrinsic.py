@@ -1,6 +1,8 @@
-"""Rules of known calls (`functional/dispatch.py`), which leave findings, and of collectives that the loss function calls itself.
+"""Rules of known calls (`functional/dispatch.py`), which leave findings, and of collectives that
+the loss function calls itself.
 
-In: a site. Out: states; for known calls, also how their operands lie on ranks. What is refused here is refused at once,
+In: a site. Out: states; for known calls, also how their operands lie on ranks. What is refused here
+is refused at once,
 whether or not the loss comes of it: a rank could not run it.
 """
 
@@ -32,7 +34,8 @@ from funcpipe._src.proof.rules_pointwise import kept, rule, same_everywhere
 Sliced = tuple[int, Part] | None  # along which dim a tensor is split by positions, and how
 _SHAPE = "attention takes (batch, heads, positions, head dim)"
 _LOCAL_MASK = (
-    "it is built from the length of a rank's slice: use causal=True, or a mask of the whole sequence (every rank takes its rows), "
+    "it is built from the length of a rank's slice: use causal=True, or a mask of the whole "
+    "sequence (every rank takes its rows), "
     "or one with size 1 along queries or keys"
 )
 
@@ -48,7 +51,9 @@ def held(s: Site) -> tuple[Held, State]:
     if s.world.rows:
         return Held(), _of_rows(s, q, k, v)
     if packed is not None and not all_plain([packed]):
-        raise Refusal(f"cu_seqlens are {packed}: hand them to every rank whole (dims=None for that leaf)")
+        raise Refusal(
+            f"cu_seqlens are {packed}: hand them to every rank whole (dims=None for that leaf)"
+        )
     if q.split_at(2) or k.split_at(2) or v.split_at(2):
         return _over_positions(s, q, k, v, s.args["bias"])
     if all_plain([q, k, v, *([] if s.args["bias"] is None else [s.x("bias")])]):
@@ -56,15 +61,20 @@ def held(s: Site) -> tuple[Held, State]:
     return Held(), _along_another_dim(s, q, k, v)
 
 
-def _over_positions(s: Site, q: Operand, k: Operand, v: Operand, bias: Operand | None) -> tuple[Held, State]:
+def _over_positions(
+    s: Site, q: Operand, k: Operand, v: Operand, bias: Operand | None
+) -> tuple[Held, State]:
     part, keys = _part(q, "queries"), _part(k, "keys")
     if keys != _part(v, "values"):
         raise Refusal(f"keys are {k}, but values are {v}: both have the same positions")
     if part is None:
-        raise Refusal(f"queries are {q}, but keys are {k}: split the queries too, or gather keys and values")
+        raise Refusal(
+            f"queries are {q}, but keys are {k}: split the queries too, or gather keys and values"
+        )
     if keys is None and (s.args["causal"] or s.args["cu_seqlens"] is not None):
         raise Refusal(
-            f"queries are {q}, but every rank has all keys ({k}): causal and cu_seqlens would count a rank's queries from its "
+            f"queries are {q}, but every rank has all keys ({k}): causal and cu_seqlens would "
+            "count a rank's queries from its "
             "first. Split keys and values too, or pass a bias that has rows for queries"
         )
     rows, columns = _bias(bias, part, keys)
@@ -78,7 +88,10 @@ def _part(x: Operand, what: str) -> Part | None:
         return own.part
     if all_plain([x]):
         return None
-    raise Refusal(f"{what} are {x}; {_SHAPE}, with positions unmixed in the third dim, or the same on every rank")
+    raise Refusal(
+        f"{what} are {x}; {_SHAPE}, with positions unmixed in the third dim, or the same on "
+        "every rank"
+    )
 
 
 def _bias(bias: Operand | None, part: Part, keys: Part | None) -> tuple[bool, bool]:
@@ -87,29 +100,50 @@ def _bias(bias: Operand | None, part: Part, keys: Part | None) -> tuple[bool, bo
         return False, False
     state, other = bias.state, [d for d in bias.moving if not bias.split_at(d)]
     if other:
-        raise Refusal(f"the bias, or mask, is {bias}, and dim {other[0]} is as long as a rank's slice: {_LOCAL_MASK}")
+        raise Refusal(
+            f"the bias, or mask, is {bias}, and dim {other[0]} is as long as a rank's slice: "
+            f"{_LOCAL_MASK}"
+        )
     rows, columns = (bias.split_at(d) for d in (2, 3))
     if (rows is not None and rows != Split(2, part)) or (
         columns is not None and (keys is None or columns != Split(3, keys))
     ):
-        raise Refusal(f"the bias, or mask, is {bias}, which does not lie as queries and keys do: {_LOCAL_MASK}")
-    if (isinstance(state, Split) and rows is columns is None) or (not isinstance(state, Split) and not plain(state)):
+        raise Refusal(
+            f"the bias, or mask, is {bias}, which does not lie as queries and keys do: "
+            f"{_LOCAL_MASK}"
+        )
+    if (isinstance(state, Split) and rows is columns is None) or (
+        not isinstance(state, Split) and not plain(state)
+    ):
         raise Refusal(f"the bias, or mask, is {bias}; {_LOCAL_MASK}")
     if rows is None and bias.a[2] != 1 and (keys is None or bias.a[2] != part.size):
-        raise Refusal(f"the bias, or mask, is {bias}, with {bias.a[2]} rows for {part.size} queries: {_LOCAL_MASK}")
+        raise Refusal(
+            f"the bias, or mask, is {bias}, with {bias.a[2]} rows for {part.size} queries: "
+            f"{_LOCAL_MASK}"
+        )
     if columns is None and keys is not None and bias.a[3] not in (1, keys.size):
-        raise Refusal(f"the bias, or mask, is {bias}, with {bias.a[3]} columns for {keys.size} keys: {_LOCAL_MASK}")
+        raise Refusal(
+            f"the bias, or mask, is {bias}, with {bias.a[3]} columns for {keys.size} keys: "
+            f"{_LOCAL_MASK}"
+        )
     return rows is not None, columns is not None
 
 
 def _along_another_dim(s: Site, q: Operand, k: Operand, v: Operand) -> State:
-    """Attention in which every rank has whole sequences, but not all of them: positions lie along batch or heads."""
+    """Attention in which every rank has whole sequences, but not all of them: positions lie along
+    batch or heads."""
     if s.args["cu_seqlens"] is not None:
-        raise Refusal(f"queries are {q}: cu_seqlens go with sequences that are split along positions")
+        raise Refusal(
+            f"queries are {q}: cu_seqlens go with sequences that are split along positions"
+        )
     state, bias = q.state, s.args["bias"]
-    alike = isinstance(state, Split) and all(x.state == state and x.moving == [state.dim] for x in (q, k, v))
+    alike = isinstance(state, Split) and all(
+        x.state == state and x.moving == [state.dim] for x in (q, k, v)
+    )
     if not isinstance(state, Split) or state.dim > 1 or not alike:
-        raise Refusal(f"queries are {q}, keys {k}, values {v}; {_SHAPE}, and all of them lie alike on ranks")
+        raise Refusal(
+            f"queries are {q}, keys {k}, values {v}; {_SHAPE}, and all of them lie alike on ranks"
+        )
     elementwise(s, [q, *([] if bias is None else [bias])], 4)
     if bias is not None and [d for d in bias.moving if d != state.dim]:
         raise Refusal(f"the bias, or mask, is {bias}: {_LOCAL_MASK}")
@@ -130,9 +164,14 @@ def _of_rows(s: Site, q: Operand, k: Operand, v: Operand) -> State:
     assert isinstance(state, Split)
     alike = state.dim == 0 or all(x.state == state for x in (q, k, v))
     wants_rows = packed is not None and packed.ndim == 2
-    if not alike or (packed is not None and not all_plain([packed]) and not (wants_rows and packed.state == state)):
+    if not alike or (
+        packed is not None
+        and not all_plain([packed])
+        and not (wants_rows and packed.state == state)
+    ):
         raise Refusal(
-            f"queries are {q}, keys {k}, values {v}, cu_seqlens {packed}; they have rows along their first dim"
+            f"queries are {q}, keys {k}, values {v}, cu_seqlens {packed}; they have rows along "
+            "their first dim"
         )
     return state
 
@@ -149,12 +188,14 @@ def positioned(s: Site) -> tuple[Part | None, State]:
     if split is not None:
         if (split.outer, split.inner) != (1, 1):
             raise Refusal(
-                f"dim {d} of {x} holds positions together with another dim: take positions before they are merged"
+                f"dim {d} of {x} holds positions together with another dim: take positions "
+                "before they are merged"
             )
         return split.part, Split(0, split.part)
     if x.moves(d):
         raise Refusal(
-            f"dim {d} of {x} is as long as a slice, but which positions those are is not known: name a tensor of the batch"
+            f"dim {d} of {x} is as long as a slice, but which positions those are is not known: "
+            "name a tensor of the batch"
         )
     return None, Whole()
 
@@ -179,7 +220,8 @@ def scored(s: Site) -> tuple[Part | None, State]:
 
 
 def dropped(s: Site) -> tuple[Sliced, State]:
-    """Along which dim places of a row of `fp.random.dropout` are positions, and which; and what it gives."""
+    """Along which dim places of a row of `fp.random.dropout` are positions, and which; and what it
+    gives."""
     x, key = s.x("x"), s.x("key")
     s.value("rate")
     if all_plain([x, key]):
@@ -187,7 +229,8 @@ def dropped(s: Site) -> tuple[Sliced, State]:
     state = x.state
     if s.world.rows and (not isinstance(state, Split) or key.ndim <= state.dim):
         raise Refusal(
-            f"x is {x}, but its key {key}: give every row a key, a leaf fp.random.keys(key, rows) of the batch"
+            f"x is {x}, but its key {key}: give every row a key, a leaf fp.random.keys(key, "
+            "rows) of the batch"
         )
     whole = isinstance(state, Split) and x.moving == [state.dim] and state.outer == 1
     if not isinstance(state, Split) or not whole or (state.inner != 1 and not s.world.rows):
@@ -197,7 +240,9 @@ def dropped(s: Site) -> tuple[Sliced, State]:
             raise Refusal(f"x is {x}, but its key {key}: both are split alike")
         return None, state
     if not all_plain([key]):
-        raise Refusal(f"x is {x}, but its key {key}: a row has one key on all ranks (dims=None for that leaf)")
+        raise Refusal(
+            f"x is {x}, but its key {key}: a row has one key on all ranks (dims=None for that leaf)"
+        )
     return (state.dim, state.part), state
 
 
@@ -228,7 +273,10 @@ def _psum(s: Site) -> State:
         left = tuple(a for a in state.axes if a not in own)
         return Partial(left) if left else Whole()
     if plain(state):
-        raise Refusal(f"its operand is {state}, so the sum over {_text(own)} would hold it once for every rank")
+        raise Refusal(
+            f"its operand is {state}, so the sum over {_text(own)} would hold it once for every "
+            "rank"
+        )
     raise Refusal(f"its operand is {s.x('x')}: take the sum over positions first, and psum that")
 
 
@@ -237,7 +285,10 @@ def _pmax(s: Site) -> State:
     x, (own, others) = s.x("x"), _axes(s)
     if (plain(x.state) and not (own and x.moving)) or (isinstance(x.state, Split) and not own):
         return Whole() if plain(x.state) else x.state
-    raise Refusal(f"it takes the maximum over {_text(own | others)} of {x}: that is not a maximum over positions")
+    raise Refusal(
+        f"it takes the maximum over {_text(own | others)} of {x}: that is not a maximum over "
+        "positions"
+    )
 
 
 @rule("funcpipe::all_gather_start", "funcpipe::ppermute_start")
@@ -279,7 +330,8 @@ def _wait(s: Site) -> State:
 def _axis_index(s: Site) -> State:
     if _axes(s)[0]:
         raise Refusal(
-            "it is another number on every rank that splits the sequence: fp.positions(x, dim) numbers positions"
+            "it is another number on every rank that splits the sequence: fp.positions(x, dim) "
+            "numbers positions"
         )
     return Whole()
 
@@ -309,15 +361,19 @@ def _cotangent(s: Site) -> State:
 
 
 def check_gradient(s: Site) -> None:
-    """Refuse a gradient, made by the backward of an autograd.Function, that is not of its operand's kind."""
+    """Refuse a gradient, made by the backward of an autograd.Function, that is not of its operand's
+    kind."""
     name, g = s.args["function"], s.x("grad")
     if "of" not in s.args:
-        raise Refusal(f"{name} makes a gradient of a tensor that was changed in place, or that no op has seen")
+        raise Refusal(
+            f"{name} makes a gradient of a tensor that was changed in place, or that no op has seen"
+        )
     x = s.x("of")
     wanted = dual(s.world, x.state)
     if wanted is None or _free(x) or not agrees(as_partial(s.world, g.state), wanted):
         raise Refusal(
-            f"{name} makes {g} of {x}: on ranks that is not the gradient that one device makes. It wants {wanted or 'none'}"
+            f"{name} makes {g} of {x}: on ranks that is not the gradient that one device makes. "
+            f"It wants {wanted or 'none'}"
         )
 
 

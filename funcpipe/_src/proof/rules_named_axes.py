@@ -1,7 +1,8 @@
 """Rules of collectives over the axes that split rows, which a loss function calls by name.
 
-One device has one rank on every axis, and all rows. So a sum over ranks, of sums over their rows, is there the sum over all rows;
-but what does not come from params or batch is every rank's own, and as many of it are added up as there are ranks.
+One device has one rank on every axis, and all rows. So a sum over ranks, of sums over their rows,
+is there the sum over all rows; but what does not come from params or batch is every rank's own, and
+as many of it are added up as there are ranks.
 
 In: a site. Out: states.
 """
@@ -43,7 +44,9 @@ def of(s: Site) -> State:
     if not own:
         return _over_others(kind, x)
     if len(own) < len(names):
-        raise Refusal(f"it names {_text(own)}, which split the rows, and other axes: call it for each of them")
+        raise Refusal(
+            f"it names {_text(own)}, which split the rows, and other axes: call it for each of them"
+        )
     if s.value("free"):
         return _of_constant(s, kind, x, own)
     return _of_rows(s, kind, x, own)
@@ -51,7 +54,11 @@ def of(s: Site) -> State:
 
 def _over_others(kind: str, x: Operand) -> State:
     """Over axes that are as they are on one device."""
-    if kind in ("psum", "pmean") or plain(x.state) or (kind == "pmax" and isinstance(x.state, Split)):
+    if (
+        kind in ("psum", "pmean")
+        or plain(x.state)
+        or (kind == "pmax" and isinstance(x.state, Split))
+    ):
         return x.state
     raise Refusal(f"its operand is {x}, which goes to other ranks")
 
@@ -65,12 +72,20 @@ def _of_rows(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
         left = tuple(a for a in state.axes if a not in own)
         return Partial(left) if left else Whole()
     if kind == "psum" and plain(state):
-        raise Refusal(f"its operand is {state}, so the sum over {_text(own)} would hold it once for every rank")
+        raise Refusal(
+            f"its operand is {state}, so the sum over {_text(own)} would hold it once for every "
+            "rank"
+        )
     if kind == "psum":
         raise Refusal(f"its operand is {x}: take the sum over rows first, and psum that")
     if kind == "pmean":
         return _mean(x, state, own, live)
-    if kind == "pmax" and isinstance(state, Largest) and state.how == "max" and set(own) <= set(state.axes):
+    if (
+        kind == "pmax"
+        and isinstance(state, Largest)
+        and state.how == "max"
+        and set(own) <= set(state.axes)
+    ):
         left = tuple(a for a in state.axes if a not in own)
         return Largest(left, "max") if left else Whole()
     if kind == "pmax" and plain(state) and not x.moving:
@@ -81,7 +96,8 @@ def _of_rows(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
     if moved is not None:
         return moved
     raise Refusal(
-        f"its operand is {x}, and what it makes of the rows of other ranks cannot be proven to be what one device computes"
+        f"its operand is {x}, and what it makes of the rows of other ranks cannot be proven to "
+        "be what one device computes"
     )
 
 
@@ -93,7 +109,8 @@ def _mean(x: Operand, state: State, own: Sequence[str], live: set[str]) -> State
     if isinstance(state, Partial) and set(own) == live == set(state.axes):
         return state  # every rank has its share of the sum
     raise Refusal(
-        f"its operand is {x}: one device has the mean over ranks of means over all their rows, and of nothing else"
+        f"its operand is {x}: one device has the mean over ranks of means over all their rows, "
+        "and of nothing else"
     )
 
 
@@ -101,17 +118,30 @@ def _moved(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State | None:
     """Rows for columns and back, columns of sums, and last rows that go to the next rank."""
     state, ranks, options = x.state, s.value("ranks"), s.args["options"]
     if kind == "ppermute":
-        perm = Differs(options.a["perm"], options.b["perm"]) if isinstance(options, Differs) else options["perm"]
+        perm = (
+            Differs(options.a["perm"], options.b["perm"])
+            if isinstance(options, Differs)
+            else options["perm"]
+        )
         return handed_on(state, perm, ranks)
     if isinstance(options, Differs) or not options["tiled"]:
         return None
-    if kind == "psum_scatter" and isinstance(state, Partial) and set(state.axes) == set(own) and not x.moving:
+    if (
+        kind == "psum_scatter"
+        and isinstance(state, Partial)
+        and set(state.axes) == set(own)
+        and not x.moving
+    ):
         dim = options["dim"] % x.ndim
         part = next((p for p in s.world.lengths if p.axes == tuple(own)), None)
         return None if part is None else Split(dim, part, 1, x.a[dim] // ranks)
     if kind == "all_to_all" and isinstance(state, Split):
         cut, joined = options["split_dim"] % x.ndim, options["concat_dim"] % x.ndim
-        whole = (state.dim, state.outer, x.moving) == (joined, 1, [joined]) and state.part.axes == tuple(own)
+        whole = (state.dim, state.outer, x.moving) == (
+            joined,
+            1,
+            [joined],
+        ) and state.part.axes == tuple(own)
         return Split(cut, state.part, 1, x.a[cut] // ranks) if whole and cut != joined else None
     return None
 
@@ -126,11 +156,16 @@ def _gathered(s: Site, x: Operand, own: Sequence[str]) -> State:
         or not options["tiled"]
     ):
         raise Refusal(f"its operand is {x}: gather a tensor that has rows, along their dim, tiled")
-    if set(own) == set(state.part.axes) and state.part.axes == s.world.live and tuple(own) != s.world.live:
+    if (
+        set(own) == set(state.part.axes)
+        and state.part.axes == s.world.live
+        and tuple(own) != s.world.live
+    ):
         return Shuffled(dim)
     if tuple(own) != state.part.axes or state.part.axes != s.world.live:
         raise Refusal(
-            f"it joins the rows of the ranks of {_text(own)}, but the batch is split over {' and '.join(map(_axis, s.world.live))}"
+            f"it joins the rows of the ranks of {_text(own)}, but the batch is split over "
+            f"{' and '.join(map(_axis, s.world.live))}"
         )
     return Whole()
 

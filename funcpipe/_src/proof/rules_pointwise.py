@@ -1,10 +1,12 @@
 """Rules: what an op makes of the states of its operands.
 
-Here are those of elementwise ops and of what is made from nothing; in `rules_reduction.py` of what adds up or runs along dims; in
-`rules_view.py` of what rearranges; in `rules_intrinsic.py` of known calls and collectives.
+Here are those of elementwise ops and of what is made from nothing; in `rules_reduction.py` of what
+adds up or runs along dims; in `rules_view.py` of what rearranges; in `rules_intrinsic.py` of known
+calls and collectives.
 
-Terms. A rule takes a `Site` and gives the state of its results (one state for all, or one for each), or a `Refusal`. It
-holds for every value of every operand. An op that has no rule is allowed only where nothing depends on positions.
+Terms. A rule takes a `Site` and gives the state of its results (one state for all, or one for
+each), or a `Refusal`. It holds for every value of every operand. An op that has no rule is allowed
+only where nothing depends on positions.
 
 In: a site. Out: states.
 """
@@ -18,7 +20,14 @@ from typing import Any
 import torch
 
 from funcpipe._src.proof.align import Differs
-from funcpipe._src.proof.op_context import MIXES, Operand, Site, all_plain, elementwise, refuse_mixing
+from funcpipe._src.proof.op_context import (
+    MIXES,
+    Operand,
+    Site,
+    all_plain,
+    elementwise,
+    refuse_mixing,
+)
 from funcpipe._src.proof.placements import (
     COUNTS,
     PSUM,
@@ -61,7 +70,10 @@ def apply(s: Site) -> States:
     if not isinstance(func, torch._ops.OpOverload) or "c10d" in func.namespace:
         raise Refusal("nothing is known of it")
     if torch.Tag.nondeterministic_seeded in func.tags:
-        raise Refusal("it draws from the global random generator. Draw outside the loss and pass it through batch")
+        raise Refusal(
+            "it draws from the global random generator. Draw outside the loss and pass it "
+            "through batch"
+        )
     if (torch.Tag.pointwise in func.tags or s.call.name in _UNTAGGED) and s.outs:
         return pointwise(s)
     return same_everywhere(s)
@@ -78,7 +90,9 @@ def same_everywhere(s: Site) -> State:
     """Any op on what is the same everywhere."""
     for name, value in s.args.items():
         if isinstance(value, Differs) and (not s.operands or all_plain(s.operands)):
-            raise Refusal(f"its {name} is {value.a} on a rank and {value.b} on one device: {LENGTH}")
+            raise Refusal(
+                f"its {name} is {value.a} on a rank and {value.b} on one device: {LENGTH}"
+            )
     odd = next((x for x in s.operands if not plain(x.state) or x.moving), None)
     if odd is not None:
         raise Refusal(f"nothing is known of this op that would allow it on {odd}. {MIXES}")
@@ -93,12 +107,17 @@ def same_everywhere(s: Site) -> State:
 def pointwise(s: Site) -> State:
     """An op that computes every element by itself."""
     operands = s.operands
-    numbers = [Number(v.a, v.b) for v in s.args.values() if isinstance(v, Differs) and _is_number(v.a)]
+    numbers = [
+        Number(v.a, v.b) for v in s.args.values() if isinstance(v, Differs) and _is_number(v.a)
+    ]
     if not numbers:
         s.all_values()
     if any(isinstance(x.state, Split) for x in operands):
         if numbers:
-            raise Refusal(f"it puts {numbers[0]} beside a rank's slice; the number is made from its length. {COUNTS}")
+            raise Refusal(
+                f"it puts {numbers[0]} beside a rank's slice; the number is made from its "
+                f"length. {COUNTS}"
+            )
         return elementwise(s, operands, len(s.out.a))
     if all(isinstance(x.state, Number) for x in operands):
         return _computed(s)
@@ -200,9 +219,15 @@ def _log_sigmoid(s: Site) -> States:
 @rule("complex", "polar", "isin", "bucketize", "searchsorted")
 def _by_table(s: Site) -> State:
     """Element by element in one operand; another may be a table that is the same everywhere."""
-    tables = [v for k, v in s.args.items() if k in ("test_elements", "boundaries", "sorted_sequence")]
+    tables = [
+        v for k, v in s.args.items() if k in ("test_elements", "boundaries", "sorted_sequence")
+    ]
     rest = [x for x in s.operands if x not in tables]
-    if not all_plain(tables) or any(t.ndim != 1 for t in tables) or not any(isinstance(x.state, Split) for x in rest):
+    if (
+        not all_plain(tables)
+        or any(t.ndim != 1 for t in tables)
+        or not any(isinstance(x.state, Split) for x in rest)
+    ):
         return same_everywhere(s)
     return elementwise(s, rest, len(s.out.a))
 
@@ -248,7 +273,11 @@ def _full(s: Site) -> State:
 def _constant(s: Site) -> State:
     value = s.args["value"]
     if not isinstance(value, Differs):
-        return Number(value.item(), value.item()) if value.dim() == 0 and not value.is_complex() else Whole()
+        return (
+            Number(value.item(), value.item())
+            if value.dim() == 0 and not value.is_complex()
+            else Whole()
+        )
     if value.a.dim() == 0 and value.b.dim() == 0 and not value.a.is_complex():
         return Number(value.a.item(), value.b.item())
     raise Refusal(f"a tensor of shape {tuple(value.a.shape)}: {LENGTH}")

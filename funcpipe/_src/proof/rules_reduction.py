@@ -1,4 +1,5 @@
-"""Rules of what runs along dims: sums and other reductions, softmax and sorts, products of matrices, norms, losses.
+"""Rules of what runs along dims: sums and other reductions, softmax and sorts, products of
+matrices, norms, losses.
 
 Along positions only a sum is allowed: the sum over ranks is then the sum over all positions.
 
@@ -12,9 +13,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from funcpipe._src.proof import row_numbers as places
-from funcpipe._src.proof.op_context import MIXES, Operand, Site, all_plain, elementwise, refuse_mixing
-from funcpipe._src.proof.placements import Average, Number, Partial, Refusal, Split, State, Whole, add, mul, plain
-from funcpipe._src.proof.rules_pointwise import RULES, States, kept, pointwise, rule, same_everywhere
+from funcpipe._src.proof.op_context import (
+    MIXES,
+    Operand,
+    Site,
+    all_plain,
+    elementwise,
+    refuse_mixing,
+)
+from funcpipe._src.proof.placements import (
+    Average,
+    Number,
+    Partial,
+    Refusal,
+    Split,
+    State,
+    Whole,
+    add,
+    mul,
+    plain,
+)
+from funcpipe._src.proof.rules_pointwise import (
+    RULES,
+    States,
+    kept,
+    pointwise,
+    rule,
+    same_everywhere,
+)
 
 # ---- along dims that the result keeps
 
@@ -74,7 +100,9 @@ def _convolution(s: Site) -> State:
         raise Refusal("its weight or bias differs between ranks")
     s.all_values()
     for d in range(2, x.ndim):
-        alone = s.x("weight").a[d] == s.value("stride")[d - 2] == 1 and s.value("padding")[d - 2] == 0
+        alone = (
+            s.x("weight").a[d] == s.value("stride")[d - 2] == 1 and s.value("padding")[d - 2] == 0
+        )
         if not alone or s.value("transposed"):
             refuse_mixing(x, [d], f"moves a window of {s.x('weight').a[d]}")
     return x.state
@@ -82,7 +110,9 @@ def _convolution(s: Site) -> State:
 
 # ---- reductions
 
-_NO_MEAN = "it takes the mean over positions, of which a rank has none: write the sum (reduction='sum')"
+_NO_MEAN = (
+    "it takes the mean over positions, of which a rank has none: write the sum (reduction='sum')"
+)
 _REDUCTIONS = {
     "sum": "takes the sum",
     "mean": "takes the mean",
@@ -119,7 +149,9 @@ def _reduce(s: Site) -> State:
     s.all_values()
     name, x, dims = s.call.name, s.x(), s.dims()
     how = _REDUCTIONS[name]
-    adds = name in ("sum", "nansum", "count_nonzero") or (name == "linalg_vector_norm" and s.value("ord") == 1)
+    adds = name in ("sum", "nansum", "count_nonzero") or (
+        name == "linalg_vector_norm" and s.value("ord") == 1
+    )
     split = x.state.dim if isinstance(x.state, Split) and x.state.dim in dims else None
     free = [d for d in dims if x.moves(d) and d != split]
     linear = adds or name == "mean"
@@ -130,7 +162,11 @@ def _reduce(s: Site) -> State:
         and (found := places.largest(s, x) or places.norm(s, x))
     ):
         return found
-    refuse_mixing(x, free if split is not None and linear else [d for d in dims if x.moves(d) and not linear], how)
+    refuse_mixing(
+        x,
+        free if split is not None and linear else [d for d in dims if x.moves(d) and not linear],
+        how,
+    )
     if split is not None:
         return _over_positions(s, x, adds, dims)
     if isinstance(x.state, Partial | Average):
@@ -143,7 +179,9 @@ def _reduce(s: Site) -> State:
     if free and name not in ("sum", "mean"):
         refuse_mixing(x, free, how)
     if free and name == "sum":
-        return mul(s.world, kept(x), Number(*(math.prod(shape[d] for d in free) for shape in (x.a, x.b))))
+        return mul(
+            s.world, kept(x), Number(*(math.prod(shape[d] for d in free) for shape in (x.a, x.b)))
+        )
     return _without(s, kept(x), dims)
 
 
@@ -176,8 +214,17 @@ _LETTERS = {
     "addmv": ("ik", "k", "i"),
     "addbmm": ("bik", "bkj", "ij"),
 }
-_NAMES = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"), "addbmm": ("batch1", "batch2")}
-_NAMES |= {"mm": ("self", "mat2"), "bmm": ("self", "mat2"), "mv": ("self", "vec"), "addmv": ("mat", "vec")}
+_NAMES = {
+    "addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "addbmm": ("batch1", "batch2"),
+}
+_NAMES |= {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "mv": ("self", "vec"),
+    "addmv": ("mat", "vec"),
+}
 _NAMES |= {"dot": ("self", "tensor"), "vdot": ("self", "other")}
 
 
@@ -199,12 +246,17 @@ def _product(s: Site) -> State:
 
 
 def _contracted(s: Site, x: Operand, y: Operand, of_x: str, of_y: str, of_out: str) -> State:
-    splits = [(of[t.state.dim], t.state) for t, of in ((x, of_x), (y, of_y)) if isinstance(t.state, Split)]
+    splits = [
+        (of[t.state.dim], t.state) for t, of in ((x, of_x), (y, of_y)) if isinstance(t.state, Split)
+    ]
     moving = {of[d] for t, of in ((x, of_x), (y, of_y)) for d in t.moving}
     if not splits:
         gone = moving - set(of_out)
         if gone:
-            raise Refusal(f"it adds up products of {x} and {y} along a dim whose size is made from a slice's length")
+            raise Refusal(
+                f"it adds up products of {x} and {y} along a dim whose size is made from a "
+                "slice's length"
+            )
         return mul(s.world, kept_number(x), kept_number(y))
     letter, state = splits[0]
     for t in (x, y):
@@ -212,13 +264,17 @@ def _contracted(s: Site, x: Operand, y: Operand, of_x: str, of_y: str, of_out: s
             raise Refusal(f"it multiplies {state} by {t}")
     if any(other != letter for other, _ in splits):
         raise Refusal(
-            f"it multiplies every position of a rank's slice with every other one of the slice ({x} with {y}), but none "
+            "it multiplies every position of a rank's slice with every other one of the slice "
+            f"({x} with {y}), but none "
             f"with another rank's. {MIXES}: F.scaled_dot_product_attention, or fp.attention"
         )
     if any(other.at(0) != state.at(0) for _, other in splits):
         raise Refusal("its operands have positions in different order, or of different sequences")
     if (moving - {letter}) - set(of_out):
-        raise Refusal(f"it adds up products of {x} and {y} along a dim whose size is made from a slice's length")
+        raise Refusal(
+            f"it adds up products of {x} and {y} along a dim whose size is made from a slice's "
+            "length"
+        )
     return state.at(of_out.index(letter)) if letter in of_out else Partial(s.world.axes(state.part))
 
 
@@ -231,7 +287,8 @@ def _einsum(s: Site) -> State:
 
 
 def kept_number(x: Operand) -> State:
-    """A tensor's state where a sum along it follows: of a number, that it is the same everywhere."""
+    """A tensor's state where a sum along it follows: of a number, that it is the same
+    everywhere."""
     if isinstance(x.state, Number):
         return kept(x)
     return x.state
@@ -280,7 +337,8 @@ def _nll_loss(s: Site) -> States:
     how = s.value("reduction")
     if how == 1:
         raise Refusal(
-            "it divides the sum over a rank's positions by the number of labels among them: write reduction='sum', and the "
+            "it divides the sum over a rank's positions by the number of labels among them: "
+            "write reduction='sum', and the "
             "number of labels as Mean.weight"
         )
     return [state, Whole()] if how == 0 else [total, total]

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from funcpipe._src.proof.op_context import MIXES, Operand, Site, all_plain, elementwise, refuse_mixing
+from funcpipe._src.proof.op_context import (
+    MIXES,
+    Operand,
+    Site,
+    all_plain,
+    elementwise,
+    refuse_mixing,
+)
 from funcpipe._src.proof.placements import (
     ZERO,
     Average,
@@ -28,12 +35,15 @@ from funcpipe._src.proof.placements import (
 from funcpipe._src.proof.rules_pointwise import States, kept, rule, same_everywhere
 
 SLICED = (
-    "it takes entries {what} of a tensor of shape {shape}, as many as a slice is long: which ones a rank needs depends on its "
+    "it takes entries {what} of a tensor of shape {shape}, as many as a slice is long: which "
+    "ones a rank needs depends on its "
     "place. Index with fp.positions(x, dim)"
 )
 PICKS = (
-    "it takes entries {what} along dim {dim} of a tensor of shape {shape}, along which a rank has {a} of {b} positions: those "
-    "have other numbers on one device. Shift, pool or cut positions outside of the loss function (labels come shifted in the "
+    "it takes entries {what} along dim {dim} of a tensor of shape {shape}, along which a rank "
+    "has {a} of {b} positions: those "
+    "have other numbers on one device. Shift, pool or cut positions outside of the loss function "
+    "(labels come shifted in the "
     "batch), or choose them by a mask made with fp.positions(x, dim)"
 )
 
@@ -85,7 +95,8 @@ def _squeeze(s: Site) -> State:
     gone = [d for d in s.dims() if d < x.ndim and x.a[d] == 1]
     if gone != [d for d in s.dims() if d < x.ndim and x.b[d] == 1]:
         raise Refusal(
-            f"it removes a dim of a tensor of shape {x.a} that has size 1 on a rank alone: name the dims to remove"
+            f"it removes a dim of a tensor of shape {x.a} that has size 1 on a rank alone: name "
+            "the dims to remove"
         )
     return _moved(x, _at(x) - sum(d < _at(x) for d in gone))
 
@@ -102,7 +113,11 @@ def _repeat(s: Site) -> State:
     extra = len(s.out.a) - x.ndim
     for d in range(x.ndim):
         a, b = (getattr(times, which, times)[d + extra] for which in "ab")
-        found = s.world.factor((a, b)) if a != b and s.world.rows and all_plain([x]) and x.a[d] != 1 else None
+        found = (
+            s.world.factor((a, b))
+            if a != b and s.world.rows and all_plain([x]) and x.a[d] != 1
+            else None
+        )
         if found is not None:  # every row gets the same
             state = Split(d + extra, found[0], 1, found[1] * x.a[d])
             continue
@@ -124,9 +139,15 @@ def _view(s: Site) -> State:
     old = _as_split(s, x)
     before, after = math.prod(x.a[: old.dim]) * old.outer, math.prod(x.a[old.dim + 1 :]) * old.inner
     if len(moving) != 1 or len(x.moving) != 1 or not before * after:
-        raise Refusal(f"it makes shape {out.a} of {x}, which cuts positions apart or joins them to others. {MIXES}")
+        raise Refusal(
+            f"it makes shape {out.a} of {x}, which cuts positions apart or joins them to others. "
+            f"{MIXES}"
+        )
     d = moving[0]
-    (outer, cut), (inner, cut_too) = divmod(before, math.prod(out.a[:d])), divmod(after, math.prod(out.a[d + 1 :]))
+    (outer, cut), (inner, cut_too) = (
+        divmod(before, math.prod(out.a[:d])),
+        divmod(after, math.prod(out.a[d + 1 :])),
+    )
     if cut or cut_too:
         raise Refusal(f"it makes shape {out.a} of {x}, which cuts positions apart. {MIXES}")
     return Split(d, old.part, outer, inner)
@@ -139,7 +160,9 @@ def _as_split(s: Site, x: Operand) -> Split:
     d = x.moving[0]
     found = s.world.along(d, (x.a[d], x.b[d])) if len(x.moving) == 1 else None
     if found is None or not isinstance(x.state, Whole):
-        raise Refusal(f"it makes shape {s.out.a} of {x}; that is made from the length of a rank's slice")
+        raise Refusal(
+            f"it makes shape {s.out.a} of {x}; that is made from the length of a rank's slice"
+        )
     return found
 
 
@@ -150,7 +173,9 @@ def _as_split(s: Site, x: Operand) -> Split:
 def _select(s: Site) -> State:
     x, d = s.x(), s.dim()
     if x.split_at(d):
-        raise Refusal(PICKS.format(what=_text(s.args["index"]), dim=d, shape=x.a, a=x.a[d], b=x.b[d]))
+        raise Refusal(
+            PICKS.format(what=_text(s.args["index"]), dim=d, shape=x.a, a=x.a[d], b=x.b[d])
+        )
     if not x.free_at(d):
         s.value("index")
     return _moved(x, _at(x) - (_at(x) > d))
@@ -222,7 +247,9 @@ def _unfold(s: Site) -> State:
 def _cat(s: Site) -> State:
     xs: Sequence[Operand] = s.args["tensors"]
     d = s.value("dim") % len(s.out.a)
-    xs = [x for x in xs if x.a != (0,) or x.ndim == len(s.out.a)]  # torch leaves empty 1-d tensors out
+    xs = [
+        x for x in xs if x.a != (0,) or x.ndim == len(s.out.a)
+    ]  # torch leaves empty 1-d tensors out
     joined = [x for x in xs if x.moves(d)]
     if not joined:
         return _beside(s, xs)
@@ -237,8 +264,10 @@ def _joined_dim(s: Site, x: Operand, d: int) -> Split:
     """How positions lie in an operand along a dim that is joined."""
     if not x.moves(d):
         raise Refusal(
-            f"it puts {x} before or behind a rank's slice of positions, along dim {d}: every rank would have it, and one device "
-            "has it once. Add such tokens outside of the loss function, before the sequence is split"
+            f"it puts {x} before or behind a rank's slice of positions, along dim {d}: every "
+            "rank would have it, and one device "
+            "has it once. Add such tokens outside of the loss function, before the sequence is "
+            "split"
         )
     found = s.world.along(d, (x.a[d], x.b[d]))
     if isinstance(x.state, Split) and x.state.dim == d:
@@ -361,7 +390,9 @@ def _index(s: Site) -> State:
     return same_everywhere(s)
 
 
-def _put_beside(s: Site, x: Operand, state: Split, indices: Sequence[Operand | None], values: Operand) -> State:
+def _put_beside(
+    s: Site, x: Operand, state: Split, indices: Sequence[Operand | None], values: Operand
+) -> State:
     """Entries written along other dims than the split one."""
     where = [i for i in indices if i is not None]
     if not all_plain(where):
@@ -370,7 +401,9 @@ def _put_beside(s: Site, x: Operand, state: Split, indices: Sequence[Operand | N
     taken = _index(replace(s, args=s.args | {"indices": indices}))
     assert isinstance(taken, Split)
     given = sum(i is not None for i in indices)
-    at = taken.dim - (x.ndim - given + max(i.ndim for i in where) - values.ndim)  # values are aligned at the last dims
+    at = taken.dim - (
+        x.ndim - given + max(i.ndim for i in where) - values.ndim
+    )  # values are aligned at the last dims
     lies = at >= 0 and values.state == state.at(at) and values.moving == [at]
     if not lies and not all_plain([values]):
         raise Refusal(f"it writes {values} to entries of {x}")
@@ -383,12 +416,27 @@ def _index_put(s: Site) -> States:
     x, indices, values = s.x(), s.args["indices"], s.x("values")
     mask = indices[0] if len(indices) == 1 else None
     numbers = all(i is None or i.dtype != torch.bool for i in indices)
-    if isinstance(x.state, Split) and numbers and (x.state.dim >= len(indices) or indices[x.state.dim] is None):
+    if (
+        isinstance(x.state, Split)
+        and numbers
+        and (x.state.dim >= len(indices) or indices[x.state.dim] is None)
+    ):
         return _put_beside(s, x, x.state, indices, values)
-    if mask is None or str(mask.dtype) != "torch.bool" or not any(isinstance(t.state, Split) for t in (x, mask)):
+    if (
+        mask is None
+        or str(mask.dtype) != "torch.bool"
+        or not any(isinstance(t.state, Split) for t in (x, mask))
+    ):
         return same_everywhere(s)
     n = mask.ndim
-    if s.value("accumulate") or values.ndim or not all_plain([values]) or (mask.a, mask.b) != (x.a[:n], x.b[:n]):
+    if (
+        s.value("accumulate")
+        or values.ndim
+        or not all_plain([values])
+        or (mask.a, mask.b) != (x.a[:n], x.b[:n])
+    ):
         raise Refusal(f"it writes {values} where a mask says so; that is known of a single number")
     ones = (1,) * (x.ndim - n)
-    return elementwise(s, [x, Operand(mask.a + ones, mask.b + ones, mask.dtype, mask.state)], x.ndim)
+    return elementwise(
+        s, [x, Operand(mask.a + ones, mask.b + ones, mask.dtype, mask.state)], x.ndim
+    )

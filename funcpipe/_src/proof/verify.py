@@ -1,14 +1,17 @@
-"""The proof that a loss function, run on each rank's slice of the sequence, computes what one device computes.
+"""The proof that a loss function, run on each rank's slice of the sequence, computes what one
+device computes.
 
-The loss function is run twice on fake tensors, with the lengths of a rank and with those of one device, and both runs are
-compared op by op (`op_recorder.py`, `align.py`). A dim whose size differs is one of positions; so it does not matter which sizes
-happen to be equal. From what comes in, the state of every tensor follows by rules (`placements.py`, `rules_pointwise.py`, `propagate.py`); an op
-that mixes positions, or that no rule knows, makes a tensor of which nothing is known, and the loss must not come from one.
+The loss function is run twice on fake tensors, with the lengths of a rank and with those of one
+device, and both runs are compared op by op (`op_recorder.py`, `align.py`). A dim whose size differs
+is one of positions; so it does not matter which sizes happen to be equal. From what comes in, the
+state of every tensor follows by rules (`placements.py`, `rules_pointwise.py`, `propagate.py`); an
+op that mixes positions, or that no rule knows, makes a tensor of which nothing is known, and the
+loss must not come from one.
 
 The proof holds for the lengths at hand: it is made for every kind of rank (`Part.variant`).
 
-In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `Findings`, or a SequenceError that names
-the op, the line of the user's code, the reason and what to write instead.
+In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `Findings`, or a
+SequenceError that names the op, the line of the user's code, the reason and what to write instead.
 """
 
 from __future__ import annotations
@@ -62,7 +65,14 @@ class Findings:
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> Held:
         """How the operands of an attention lie on ranks."""
-        operands = {"q": q, "k": k, "v": v, "bias": spec.bias, "cu_seqlens": spec.cu_seqlens, "causal": spec.causal}
+        operands = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "bias": spec.bias,
+            "cu_seqlens": spec.cu_seqlens,
+            "causal": spec.causal,
+        }
         found = self._look_up("attention", operands)
         assert isinstance(found, Held)
         return found
@@ -75,7 +85,9 @@ class Findings:
         self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
     ) -> Part | None:
         """The part that splits tokens; None: every rank has all of them."""
-        return self._part("cross_entropy", {"x": x, "head": head, "labels": labels, "options": options})
+        return self._part(
+            "cross_entropy", {"x": x, "head": head, "labels": labels, "options": options}
+        )
 
     def _part(self, name: str, operands: dict[str, Any]) -> Part | None:
         found = self._look_up(name, operands)
@@ -92,7 +104,8 @@ class Findings:
         key = _signature(name, operands)
         if key not in self.calls:
             raise SequenceError(
-                f"fp.{name} with operands of shapes {key[1:]} was not called when the loss function was examined: what a loss "
+                f"fp.{name} with operands of shapes {key[1:]} was not called when the loss "
+                "function was examined: what a loss "
                 "function does must not change from one call to the next"
             )
         return self.calls[key]
@@ -130,7 +143,8 @@ def examine(
 
     Args:
         params: the full tree, of fakes of ``mode``.
-        local, spec: the leaves of one microbatch as a rank has them, fakes or no tensors, and their structure.
+        local, spec: the leaves of one microbatch as a rank has them, fakes or no tensors, and their
+            structure.
         sequences: for every leaf along which dim it is split by positions, and how.
         member: of the rank; stands for all with the same `Part.variant`.
         mesh, axes: which axes of which mesh a collective in the loss may name.
@@ -139,15 +153,19 @@ def examine(
         how the operands of known calls lie on ranks.
 
     Raises:
-        SequenceError: it cannot be proven, or no attention sees the sequence, as when the model calls one that funcpipe does
-            not know.
+        SequenceError: it cannot be proven, or no attention sees the sequence, as when the model
+            calls one that funcpipe does not know.
         FuncpipeError: the loss function is wrong on one device, too.
     """
-    findings = prove(Task(loss_fn, has_aux, params, local, spec, sequences, member, mode, mesh, axes))
+    findings = prove(
+        Task(loss_fn, has_aux, params, local, spec, sequences, member, mode, mesh, axes)
+    )
     if not any(isinstance(x, Held) and x.q is not None for x in findings.calls.values()):
         raise SequenceError(
-            "the sequence is split, but no attention over it was seen: positions would never be mixed. Call "
-            "torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging Face: attn_implementation='sdpa'), "
+            "the sequence is split, but no attention over it was seen: positions would never be "
+            "mixed. Call "
+            "torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging Face: "
+            "attn_implementation='sdpa'), "
             "and look whether dims= names the dim of positions"
         )
     return findings
@@ -162,7 +180,8 @@ def prove(task: Task) -> Findings:
         if few > 1:
             raise
         raise SequenceError(
-            f"{error}. This rank has {few} positions of a sequence; with fewer than two, torch itself takes other ways. The loss "
+            f"{error}. This rank has {few} positions of a sequence; with fewer than two, torch "
+            "itself takes other ways. The loss "
             "function might be proven for fewer ranks, or for longer sequences"
         ) from error
 
@@ -175,7 +194,9 @@ def _proven(task: Task) -> Findings:
     whole = [x if s is None else resized(x, s[0], lengths[s[1]][1], task.mode) for x, s in each]
     subject = Subject(task.loss_fn, task.has_aux, task.params, task.spec, task.mode, task.axes)
     on_rank, on_one = Run(subject, task.local, task.mesh), Run(subject, whole, alone)
-    _raise(on_rank.error, on_one.error, task.loss_fn, all(b == p.size for p, (_, b) in lengths.items()))
+    _raise(
+        on_rank.error, on_one.error, task.loss_fn, all(b == p.size for p, (_, b) in lengths.items())
+    )
     world, found = World(lengths, live), _Found()
     proof = Proof(Walk(on_rank.tape, on_one.tape, frozenset(live)), world, found)
     split = [Whole() if s is None else Split(*s) for x, s in each if isinstance(x, torch.Tensor)]
@@ -184,7 +205,8 @@ def _proven(task: Task) -> Findings:
 
 
 def _lengths(part: Part, member: int) -> tuple[int, int]:
-    """How many positions a rank has, and one device: of a rank that has all of them, one device is given others."""
+    """How many positions a rank has, and one device: of a rank that has all of them, one device is
+    given others."""
     own = part.length(member)
     return own, part.size if own != part.size else 2 * own + 1
 
@@ -193,22 +215,32 @@ def resized(x: torch.Tensor, dim: int, size: int, mode: FakeTensorMode) -> torch
     return fake((*x.shape[:dim], size, *x.shape[dim + 1 :]), x, mode)
 
 
-def _raise(on_rank: Exception | None, on_one: Exception | None, loss_fn: Callable, real: bool) -> None:
+def _raise(
+    on_rank: Exception | None, on_one: Exception | None, loss_fn: Callable, real: bool
+) -> None:
     """Raise what the runs raised; ``real``: one device has the lengths of the other run."""
     for error in (on_rank, on_one):
         if isinstance(error, SequenceError):
             raise error
     explained = None if on_rank is None else explain(on_rank, loss_fn)
-    if explained is not None and (isinstance(explained, FuncpipeError) or (on_one is not None and real)):
+    if explained is not None and (
+        isinstance(explained, FuncpipeError) or (on_one is not None and real)
+    ):
         raise explained from on_rank
     if on_one is not None and real and not isinstance(on_one, FuncpipeError):
         raise explain(on_one, loss_fn) from on_one
     error = on_rank or on_one
     if error is not None:
-        where = "on a rank, with its slice of the sequence" if on_rank else "on one device, with the whole sequence"
+        where = (
+            "on a rank, with its slice of the sequence"
+            if on_rank
+            else "on one device, with the whole sequence"
+        )
         raise SequenceError(
-            f"the loss function fails {where}{line_of(error) or ''}: {type(error).__name__}: {error}. It has to work for every "
-            "length: no table, mask or position is made for one length alone, unless it is split with the batch"
+            f"the loss function fails {where}{line_of(error) or ''}: {type(error).__name__}: "
+            f"{error}. It has to work for every "
+            "length: no table, mask or position is made for one length alone, unless it is split "
+            "with the batch"
         ) from error
 
 
@@ -225,14 +257,17 @@ class _Found:
         key = _signature(name, call.args)
         if self.calls.setdefault(key, finding) != finding:
             raise SequenceError(
-                f"{call.where}: another call of fp.{name} has operands of the same shapes, but they lie on ranks otherwise "
-                f"({finding} here, {self.calls[key]} there), and the two could not be told apart. Give one of them another shape, "
+                f"{call.where}: another call of fp.{name} has operands of the same shapes, but "
+                "they lie on ranks otherwise "
+                f"({finding} here, {self.calls[key]} there), and the two could not be told "
+                "apart. Give one of them another shape, "
                 "for instance another number of dims or rows"
             )
 
 
 def _signature(name: str, operands: Mapping[str, Any]) -> tuple:
-    """By what a known call is found again: the shapes of its tensors, and what else it was given."""
+    """By what a known call is found again: the shapes of its tensors, and what else it was
+    given."""
     return (name, *(_mark(operands[k]) for k in operands if k != "scale"))
 
 
@@ -268,7 +303,9 @@ class _Judge:
         return tuple(out)
 
     def _state(self, what: str, x: torch.Tensor) -> State:
-        state = self.proof.states.get(self.one.tape.ref(x).number, Refused("It is a tensor that came from elsewhere"))
+        state = self.proof.states.get(
+            self.one.tape.ref(x).number, Refused("It is a tensor that came from elsewhere")
+        )
         if isinstance(state, Refused):
             raise SequenceError(f"{what} is not what one device computes. {state.text}")
         return state
@@ -283,17 +320,22 @@ class _Judge:
             return
         if isinstance(state, Average):
             raise SequenceError(
-                f"{what} is a mean over a rank's positions: means of slices do not add up to the mean of the whole sequence. "
-                "Return the sum (reduction='sum') as Mean.total, and the number of tokens as Mean.weight"
+                f"{what} is a mean over a rank's positions: means of slices do not add up to the "
+                "mean of the whole sequence. "
+                "Return the sum (reduction='sum') as Mean.total, and the number of tokens as "
+                "Mean.weight"
             )
         if isinstance(state, Number) and not state.constant:
             raise SequenceError(
-                f"{what} is {state}, made from the length of a rank's slice: over ranks that does not add up. Return the number "
+                f"{what} is {state}, made from the length of a rank's slice: over ranks that "
+                "does not add up. Return the number "
                 "of tokens, such as torch.tensor(float(labels.numel()))"
             )
         raise SequenceError(
-            f"{what} is {state}, so that the sum over ranks would hold it once for each of them: it has to come from the split "
-            "sequence, as the number of tokens in it does. What does not (a penalty on params) is multiplied by that number"
+            f"{what} is {state}, so that the sum over ranks would hold it once for each of them: "
+            "it has to come from the split "
+            "sequence, as the number of tokens in it does. What does not (a penalty on params) "
+            "is multiplied by that number"
         )
 
     def _rows(self, what: str, x: step_.Rows) -> Sliced:
@@ -303,6 +345,7 @@ class _Judge:
         if plain(state) and not self.proof.moves(self.one.tape.ref(x.x).number):
             return None
         raise SequenceError(
-            f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in a dim of their own, such as "
+            f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in "
+            "a dim of their own, such as "
             "(rows, positions)"
         )

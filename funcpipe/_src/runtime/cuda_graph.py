@@ -1,18 +1,22 @@
 """Capture: a rank's whole step in one CUDA graph, optimizer, messages and collectives included.
 
-Terms. The graph works on tensors of its own: the *home* of the state (`state_buffers.py`), which it updates in place, and a copy of the
-batch. Graphs for other shapes of batch share the home and one pool of memory.
+Terms. The graph works on tensors of its own: the *home* of the state (`state_buffers.py`), which it
+updates in place, and a copy of the batch. Graphs for other shapes of batch share the home and one
+pool of memory.
 
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 
-NCCL adds an event and an edge to a graph for every operation, so that others of the same communicator outside the graph may run
-beside it. 229 of them, those of a sharded step, took the host 0.7 ms at every launch. A runner turns that off (`MIXING`), and
-waits for its graphs before it runs a step that is not captured. Where NCCL was started earlier, all is right, and the launch as slow.
+NCCL adds an event and an edge to a graph for every operation, so that others of the same
+communicator outside the graph may run beside it. 229 of them, those of a sharded step, took the
+host 0.7 ms at every launch. A runner turns that off (`MIXING`), and waits for its graphs before it
+runs a step that is not captured. Where NCCL was started earlier, all is right, and the launch as
+slow.
 
-How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost nothing: ranks tell each
-other, and all of them are where they were. Nobody gives up a communicator for that: NCCL was seen to hang in it, after a capture
-with its operations that CUDA had given up half-way. So that a capture ends as a valid one, an op that needs the host is refused
-before it runs (`HostOps`), and what is on its way is joined first (``comm.flush``).
+How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost
+nothing: ranks tell each other, and all of them are where they were. Nobody gives up a communicator
+for that: NCCL was seen to hang in it, after a capture with its operations that CUDA had given up
+half-way. So that a capture ends as a valid one, an op that needs the host is refused before it runs
+(`HostOps`), and what is on its way is joined first (``comm.flush``).
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ _COPIES = (_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN._foreach_copy_.def
 
 
 class CapturedStep:
-    """A step that runs as it is when it is called for the first time (allocators, workspaces and communicators settle), is then
-    captured, and replayed from then on.
+    """A step that runs as it is when it is called for the first time (allocators, workspaces and
+    communicators settle), is then captured, and replayed from then on.
 
     Args:
         rank: what runs it.
@@ -107,8 +111,11 @@ class CapturedStep:
     def _record(self, graph: torch.cuda.CUDAGraph) -> None:
         """The step into a graph; see above for how it ends where the step fails."""
         try:
-            # The watchdog of NCCL queries events on a thread of its own, which only this mode allows.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            # The watchdog of NCCL queries events on a thread of its own, which only this mode
+            # allows.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 try:
                     with HostOps("cuda"):
                         self.metrics = update(self.rank, self.home, self.batch, self.free)
@@ -118,12 +125,15 @@ class CapturedStep:
         except (TraceError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            raise TraceError(cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)) from error
+            raise TraceError(
+                cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)
+            ) from error
         as_kernels(graph)
         graph.instantiate()
 
     def release(self) -> None:
-        """Give back the graph, also where the GPU says that its work was ended, as after another rank's failure."""
+        """Give back the graph, also where the GPU says that its work was ended, as after another
+        rank's failure."""
         for end in (torch.cuda.synchronize, *([self.graph.reset] if self.graph else [])):
             with contextlib.suppress(RuntimeError):
                 end()
@@ -166,7 +176,8 @@ class HostOps(TorchDispatchMode):
 
 
 def _reads(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an op reads what its arguments hold before it is done: a number, or how large its result is."""
+    """Whether an op reads what its arguments hold before it is done: a number, or how large its
+    result is."""
     if func is _ATEN.index.Tensor:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if func is _ATEN.repeat_interleave.Tensor:
@@ -174,7 +185,10 @@ def _reads(func: Any, args: Any, kwargs: Any) -> bool:
     return func is _ATEN.equal.default or any(tag in func.tags for tag in _SHAPED_BY_DATA)
 
 
-_REMEDY = "Keep it out of the step: return what the host wants to see as a metric, make tensors on the GPU"
+_REMEDY = (
+    "Keep it out of the step: return what the host wants to see as a metric, make tensors "
+    "on the GPU"
+)
 _UNSEEN = "Something in it waits for the host: torch.cuda.synchronize, or an op of your own"
 
 
@@ -220,13 +234,15 @@ def pool_bytes(pool: Any) -> int:
 
 
 def feeder(device: torch.device) -> Callable[[Any], Any]:
-    """A function that reads a batch, and moves it to a GPU on a stream of its own, beside the step that runs there; what lies
-    there already stays. Pinned memory does not make the host wait."""
+    """A function that reads a batch, and moves it to a GPU on a stream of its own, beside the step
+    that runs there; what lies there already stays. Pinned memory does not make the host wait."""
     stream: list[torch.cuda.Stream] = []
 
     def move(batch: Any) -> Any:
         batch = read_batch(batch)
-        if not any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree.leaves(batch)):
+        if not any(
+            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree.leaves(batch)
+        ):
             return batch
         stream[:] = stream or [torch.cuda.Stream(device)]
         now = torch.cuda.current_stream(device)
@@ -244,9 +260,11 @@ def check_on_gpu(name: str, x: Any) -> None:
     for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
         if not isinstance(leaf, torch.Tensor):
             raise TraceError(
-                f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value for ever; make it a tensor"
+                f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value "
+                "for ever; make it a tensor"
             )
         if leaf.device.type != "cuda":
             raise TraceError(
-                f"{name}{path} is on the {leaf.device}: what a CUDA graph reads lies on the GPU; move it there"
+                f"{name}{path} is on the {leaf.device}: what a CUDA graph reads lies on the GPU; "
+                "move it there"
             )

@@ -1,9 +1,10 @@
 """Small memsets of a captured graph become kernels.
 
-cuBLAS and cuDNN clear a counter of 4 bytes ahead of some of their kernels, which a CUDA graph holds as a memset node. One of up to
-4 KiB costs the host 2 us at every launch (CUDA 13, H200: 0.6 ms for 270 of them, beside 0.05 for 4,500 kernels); from about a
-thousand on, the launch waits for the GPU. A larger one, which the driver runs as a kernel, costs nothing that shows; nor does a
-kernel that clears the same bytes. So that is what takes their place.
+cuBLAS and cuDNN clear a counter of 4 bytes ahead of some of their kernels, which a CUDA graph holds
+as a memset node. One of up to 4 KiB costs the host 2 us at every launch (CUDA 13, H200: 0.6 ms for
+270 of them, beside 0.05 for 4,500 kernels); from about a thousand on, the launch waits for the GPU.
+A larger one, which the driver runs as a kernel, costs nothing that shows; nor does a kernel that
+clears the same bytes. So that is what takes their place.
 
 In: a graph that was captured and is not instantiated. Out: the same graph, which computes the same.
 """
@@ -20,16 +21,22 @@ _SMALL = 1 << 13  # bytes: 4 KiB were seen to be slow, and 16 KiB not
 
 
 def as_kernels(graph: torch.cuda.CUDAGraph) -> int:
-    """Put kernels in the place of the small memsets of a graph that was made with ``keep_graph=True``.
+    """Put kernels in the place of the small memsets of a graph that was made with
+    ``keep_graph=True``.
 
     Returns:
-        how many there were; none where ``cuda.bindings`` 13, which torch for CUDA 13 brings along, is missing.
+        how many there were; none where ``cuda.bindings`` 13, which torch for CUDA 13 brings along,
+        is missing.
     """
     driver = _driver()
     if driver is None:
         return 0
     whole = driver.CUgraph(init_value=graph.raw_cuda_graph())
-    found = [(node, x) for node in _listed(driver.cuGraphGetNodes, whole) if (x := _cleared(driver, node)) is not None]
+    found = [
+        (node, x)
+        for node in _listed(driver.cuGraphGetNodes, whole)
+        if (x := _cleared(driver, node)) is not None
+    ]
     if found:
         fills = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -48,7 +55,9 @@ def _driver() -> Any:
     try:
         bindings = importlib.import_module("cuda.bindings")
         return (
-            importlib.import_module("cuda.bindings.driver") if int(bindings.__version__.split(".")[0]) >= 13 else None
+            importlib.import_module("cuda.bindings.driver")
+            if int(bindings.__version__.split(".")[0]) >= 13
+            else None
         )
     except ImportError:
         return None
@@ -69,7 +78,12 @@ class _Bytes:
     """Memory of the GPU, as torch takes it in."""
 
     def __init__(self, start: int, nbytes: int) -> None:
-        self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (start, False), "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (start, False),
+            "version": 3,
+        }
 
 
 def _chain(driver: Any, graph: Any) -> Iterator[Any]:
@@ -105,5 +119,7 @@ def _asked(answer: tuple) -> Any:
     """
     error, *out = answer
     if int(error):
-        raise RuntimeError(f"CUDA driver: {error.name}, while small memsets of a captured step became kernels")
+        raise RuntimeError(
+            f"CUDA driver: {error.name}, while small memsets of a captured step became kernels"
+        )
     return out[0] if len(out) == 1 else out

@@ -1,7 +1,8 @@
-"""Execute: the loop that runs a program, instruction by instruction. Nothing is decided here that a plan could decide.
+"""Execute: the loop that runs a program, instruction by instruction. Nothing is decided here that a
+plan could decide.
 
-In: a program bound to a communicator, and the list of slots with what the step brings. Out: the same list, with the
-accumulators filled.
+In: a program bound to a communicator, and the list of slots with what the step brings. Out: the
+same list, with the accumulators filled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Slots = list[Any]
 
 
 class Bound(NamedTuple):
-    """An instruction with its peers' ranks and buffers filled in. ADD runs on what its sum holds, and what is added."""
+    """An instruction with its peers' ranks and buffers filled in. ADD runs on what its sum holds,
+    and what is added."""
 
     op: str
     run: Callable[..., Any]
@@ -36,7 +38,9 @@ class Bound(NamedTuple):
     channel: str
 
 
-def bind(program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend) -> list[Bound]:
+def bind(
+    program: Program, ranks: tuple[int, ...], name: str, comm: Communicator, backend: Backend
+) -> list[Bound]:
     """The instructions of a program for one rank.
 
     Args:
@@ -75,13 +79,16 @@ def _runner(i: Instruction, comm: Communicator) -> Callable[[list[Any]], Any]:
 
 
 class _Wire:
-    """How a value travels: in the traced memory order if that is dense, else row by row; the reader was traced so."""
+    """How a value travels: in the traced memory order if that is dense, else row by row; the reader
+    was traced so."""
 
     def __init__(self, v: Value) -> None:
         meta = torch.empty_strided(v.shape, v.stride, dtype=v.dtype, device="meta")
         self.like = meta if is_dense(meta) else meta.contiguous()
         self.shape, self.strides = v.shape, self.like.stride()
-        self.empty = partial(torch.empty_strided, self.shape, self.strides, dtype=v.dtype, device=v.device)
+        self.empty = partial(
+            torch.empty_strided, self.shape, self.strides, dtype=v.dtype, device=v.device
+        )
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         if x.stride() == self.strides or wire_strides(x) == wire_strides(self.like):
@@ -90,7 +97,8 @@ class _Wire:
 
 
 def execute(program: list[Bound], slots: Slots, comm: Communicator) -> None:
-    """Run a bound program. Values leave their slots at their last use, so that a unit can free them while it runs."""
+    """Run a bound program. Values leave their slots at their last use, so that a unit can free them
+    while it runs."""
     made: Any
     for op, run, reads, writes, frees, peer, channel in program:
         if op is ADD:

@@ -1,7 +1,8 @@
 """Start the processes of a mesh on this machine, with torch's own elastic launcher.
 
-Terms. A *worker* is one of the processes. A *report* is what a worker that fails leaves in a file: when,
-which error, the traceback; the earliest one that does not follow from another rank's failure is the cause.
+Terms. A *worker* is one of the processes. A *report* is what a worker that fails leaves in a file:
+when, which error, the traceback; the earliest one that does not follow from another rank's failure
+is the cause.
 
 In: a function, how many processes. Out: its results in rank order, or one RankError with the cause.
 """
@@ -34,25 +35,29 @@ from funcpipe.errors import RankError
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
-def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None) -> list[Any]:
+def launch(
+    fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | None = None
+) -> list[Any]:
     """Run ``fn(*args)`` in ``nprocs`` new processes of this machine, which are the ranks of a mesh.
 
     In each of them the environment is what torchrun sets, so that ``fp.spmd`` finds the others. The
-    processes are spawned: ``fn``, its arguments and results are pickled, and a script that launches needs
-    ``if __name__ == "__main__":`` around it.
+    processes are spawned: ``fn``, its arguments and results are pickled, and a script that launches
+    needs ``if __name__ == "__main__":`` around it.
 
     Args:
         fn: an importable function, or one of the script that runs.
         nprocs: the number of processes.
         args: what ``fn`` is called with, the same in each process.
-        timeout: seconds after which a rank that has not finished counts as failed; without it, none does.
+        timeout: seconds after which a rank that has not finished counts as failed; without it, none
+            does.
 
     Returns:
         the result of every rank, in rank order.
 
     Raises:
-        RankError: a rank failed; the message names the first one and its error, a note has the traceback. The
-            other processes were stopped. Or this process got a signal, and has a handler of its own for it that returned.
+        RankError: a rank failed; the message names the first one and its error, a note has the
+            traceback. The other processes were stopped. Or this process got a signal, and has a
+            handler of its own for it that returned.
         KeyboardInterrupt: by Ctrl-C, after the processes were stopped.
 
     Example::
@@ -90,7 +95,9 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
             raise _cause(error.failures, Path(logs)) from None
         except SignalException as error:
             stopped = signal.Signals(error.sigval)
-    if stopped is not None:  # now that the workers are gone, it does to this process what it does without a launch
+    if (
+        stopped is not None
+    ):  # now that the workers are gone, it does to this process what it does without a launch
         signal.raise_signal(stopped)
         raise RankError(f"the ranks were stopped: their launcher got {stopped.name}")
     return [pickle.loads(results[rank]) for rank in range(nprocs)]
@@ -99,7 +106,9 @@ def launch(fn: Callable[..., Any], nprocs: int, *args: Any, timeout: float | Non
 # --- in the worker --------------------------------------------------------------------------------
 
 
-def _worker(fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | None, logs: str) -> bytes:
+def _worker(
+    fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | None, logs: str
+) -> bytes:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(max(1, _cores() // nprocs))
     if "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -112,15 +121,17 @@ def _worker(fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | N
     if timeout is not None:
         timer.start()
     try:
-        # Pickled here: tensors sent through the launcher's queue would need this process to outlive the
-        # reading.
+        # Pickled here: tensors sent through the launcher's queue would need this process to outlive
+        # the reading.
         result = pickle.dumps(fn(*args))
         leave()  # the launcher keeps this process until all have returned: none waits for it
         return result
     except Exception as error:
         _report(rank, error, traceback.format_exc(), Path(logs))
         if isinstance(error, RankError):
-            time.sleep(0.3)  # the launcher ends all workers with the first: let the cause write its report
+            time.sleep(
+                0.3
+            )  # the launcher ends all workers with the first: let the cause write its report
         raise
     finally:
         timer.cancel()
@@ -140,7 +151,8 @@ def _expire(rank: int, timeout: float, logs: Path) -> None:
 
 def _report(rank: int, error: BaseException, trace: str, logs: Path) -> None:
     report = Report(rank, time.time(), isinstance(error, RankError), one_line(error), trace)
-    # Written elsewhere and renamed: the process may be stopped at any time, and half a report is none.
+    # Written elsewhere and renamed: the process may be stopped at any time, and half a report is
+    # none.
     part = logs / f"report-{rank}.part"
     part.write_text(json.dumps(report))
     part.rename(logs / f"report-{rank}.json")
@@ -160,7 +172,8 @@ class Report(NamedTuple):
 
 
 def _cause(failures: dict[int, Any], logs: Path) -> RankError:
-    """The error to raise for what the launcher saw (it sees one failure) and the workers reported."""
+    """The error to raise for what the launcher saw (it sees one failure) and the workers
+    reported."""
     found = (Report(*json.loads(p.read_text())) for p in logs.glob("report-*.json"))
     reports = sorted(found, key=lambda r: r.time)
     causes = [r for r in reports if not r.follows]
@@ -176,12 +189,17 @@ def _cause(failures: dict[int, Any], logs: Path) -> RankError:
 
 
 def _end(exitcode: int) -> str:
-    return f"ended by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"exited with code {exitcode}"
+    return (
+        f"ended by {signal.Signals(-exitcode).name}"
+        if exitcode < 0
+        else f"exited with code {exitcode}"
+    )
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restore what the launcher changes in this process: signal handlers and one environment variable; and
+    """Restore what the launcher changes in this process: signal handlers and one environment
+    variable; and
     keep its pages of log about a failure off the console: the error that is raised tells it."""
     name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     loggers = [logging.getLogger(n) for n in _LOGGERS]

@@ -1,6 +1,7 @@
 """Metrics of single leaves: a rank that lacks a leaf is told its metrics by one that holds it.
 
-In: the metrics that a rank's step returned, with None where it lacks them. Out: all of them, the same on every rank.
+In: the metrics that a rank's step returned, with None where it lacks them. Out: all of them, the
+same on every rank.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def complete(metrics: Any, placement: Placement, comm: Communicator) -> Any:
 
 
 def _told(
-    metrics: list[LeafMetric], leaves: list[Any], dtype: torch.dtype, placement: Placement, comm: Communicator
+    metrics: list[LeafMetric],
+    leaves: list[Any],
+    dtype: torch.dtype,
+    placement: Placement,
+    comm: Communicator,
 ) -> tuple[torch.Tensor, ...]:
     """What the lowest rank that has a metric tells of it: the others add zeros."""
     parts = []

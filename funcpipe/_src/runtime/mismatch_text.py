@@ -25,11 +25,16 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
     """What a rank that ran out of memory holds."""
     memory = rank.plan.memory[rank.place]
     held = bytes_text(sum(x.nbytes for x in tree.leaves(state) if isinstance(x, torch.Tensor)))
-    activations, gathered, gradients = (bytes_text(memory[k]) for k in ("activations", "gathered", "gradients"))
+    activations, gathered, gradients = (
+        bytes_text(memory[k]) for k in ("activations", "gathered", "gradients")
+    )
     return (
-        f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of {held} the plan predicts {activations} "
-        f"of activations, {gathered} of gathered params and {gradients} of gradients. Use more and smaller microbatches, a "
-        "schedule that holds fewer of them (fp.schedules.one_f_one_b(), v_half() or auto(memory_limit=...)), or checkpoint "
+        f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of "
+        f"{held} the plan predicts {activations} "
+        f"of activations, {gathered} of gathered params and {gradients} of gradients. Use more "
+        "and smaller microbatches, a "
+        "schedule that holds fewer of them (fp.schedules.one_f_one_b(), v_half() or "
+        "auto(memory_limit=...)), or checkpoint "
         f"the blocks.{_experts(rank)} {str(error).splitlines()[0]}"
     )
 
@@ -41,8 +46,10 @@ def _experts(rank: Rank) -> str:
     if not copied:
         return ""
     return (
-        f" {bytes_text(copied)} of a microbatch are copies of experts' weights, one for every token, as batched_mm makes "
-        'them: use grouped products (F.grouped_mm; in transformers config._experts_implementation = "grouped_mm").'
+        f" {bytes_text(copied)} of a microbatch are copies of experts' weights, one for every "
+        "token, as batched_mm makes "
+        "them: use grouped products (F.grouped_mm; in transformers "
+        'config._experts_implementation = "grouped_mm").'
     )
 
 
@@ -60,27 +67,35 @@ def described(trees: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def other_plan(first: dict[str, list[str]], other: dict[str, list[str]], most: int, odd: int) -> str:
+def other_plan(
+    first: dict[str, list[str]], other: dict[str, list[str]], most: int, odd: int
+) -> str:
     """Which line differs first between the plans of two ranks."""
     for topic in dict.fromkeys([*first, *other]):
-        for a, b in itertools.zip_longest(first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"):
+        for a, b in itertools.zip_longest(
+            first.get(topic, ()), other.get(topic, ()), fillvalue="nothing more"
+        ):
             if a != b:
                 return (
-                    f"rank {odd} has planned another program than rank {most} for the same shapes. First difference, in "
-                    f"{topic}: {a!r} on rank {most}, {b!r} on rank {odd}. Run the same script with the same options everywhere"
+                    f"rank {odd} has planned another program than rank {most} for the same "
+                    "shapes. First difference, in "
+                    f"{topic}: {a!r} on rank {most}, {b!r} on rank {odd}. Run the same script "
+                    "with the same options everywhere"
                 )
     return f"rank {odd} has planned another program than rank {most} for the same shapes"
 
 
 def other_step(first: Sequence[Op], other: Sequence[Op], most: int, odd: Sequence[int]) -> str:
-    """Which op of the step differs first between rank ``most`` and the ``odd`` ones, of which ``other`` is the first's."""
+    """Which op of the step differs first between rank ``most`` and the ``odd`` ones, of which
+    ``other`` is the first's."""
     lines = dict(other) | dict(first)
     counts = [Counter(text for text, _ in ops) for ops in (first, other)]
     alone = [next(iter((a - b).elements()), None) for a, b in (counts, counts[::-1])]
     texts = [f"`{text}`" if text else "nothing" for text in alone]
     line = lines[alone[0] or alone[1] or first[0][0]] or ""
     return (
-        f"the step{line} computes {texts[0]} on rank {most} and {texts[1]} on {in_words(odd)}, outside value_and_grad. Give "
+        f"the step{line} computes {texts[0]} on rank {most} and {texts[1]} on {in_words(odd)}, "
+        "outside value_and_grad. Give "
         "the step and its optimizer the same learning rate and other Python values on every rank"
     )
 
@@ -110,15 +125,26 @@ def majority(said: Sequence[Any]) -> tuple[int, list[int]]:
 
 
 def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]], local: bool) -> str:
-    """What ranks are about to run differently: for every rank what it runs, and what was `described`."""
+    """What ranks are about to run differently: for every rank what it runs, and what was
+    `described`."""
     what, first = all_ranks[0]
-    same = "rows of its own, of the same shapes as the others', and the same" if local else "the same global batch and"
+    same = (
+        "rows of its own, of the same shapes as the others', and the same"
+        if local
+        else "the same global batch and"
+    )
     for r, (other_what, other) in enumerate(all_ranks):
         if other_what != what:
-            return f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same calls in the same order"
+            return (
+                f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the "
+                "same calls in the same order"
+            )
         a, b = dict(first), dict(other)
         for path in [*a, *b]:
             if a.get(path) != b.get(path):
                 mine, theirs = (x.get(path, "no such leaf") for x in (a, b))
-                return f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes {same} params"
+                return (
+                    f"{path} is {mine} on rank 0 and {theirs} on rank {r}: every rank passes "
+                    f"{same} params"
+                )
     return "ranks disagree about the order of leaves: build batch and params alike everywhere"

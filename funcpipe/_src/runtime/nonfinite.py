@@ -1,11 +1,14 @@
 """Find non-finite values: where in a step the first NaN or infinity comes from.
 
-Terms. An *event* is a value that is not finite, where it is made. Events are compared by where they stand in the flow of data,
-not by when they happen: what enters a ``value_and_grad`` comes before its units, units go by microbatch and then in the order
-of one microbatch, sums come after units, results after sums. So the answer does not depend on the schedule. Negative
-infinity that a mask put there, or that came in with the batch, is meant; where any other event is found, it does not count.
+Terms. An *event* is a value that is not finite, where it is made. Events are compared by where they
+stand in the flow of data,
+not by when they happen: what enters a ``value_and_grad`` comes before its units, units go by
+microbatch and then in the order of one microbatch, sums come after units, results after sums. So
+the answer does not depend on the schedule. Negative infinity that a mask put there, or that came in
+with the batch, is meant; where any other event is found, it does not count.
 
-In: a runner, its state, a batch. Out: `Nonfinite`, or None where losses, gradients and the new state are finite.
+In: a runner, its state, a batch. Out: `Nonfinite`, or None where losses, gradients and the new
+state are finite.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ from funcpipe._src.runtime.spmd import Spmd
 _INPUT, _WORK, _RESULT = range(3)  # the order of what happens in a value_and_grad
 _LAST = 1 << 30  # after all units of a microbatch, or after all calls
 _MASKS = frozenset(
-    getattr(torch.ops.aten, name) for name in ("masked_fill", "where", "full", "full_like", "scalar_tensor")
+    getattr(torch.ops.aten, name)
+    for name in ("masked_fill", "where", "full", "full_like", "scalar_tensor")
 )
 
 
@@ -44,7 +48,8 @@ class Nonfinite(NamedTuple):
     """The first value of a step that is not finite.
 
     Args:
-        what: its name: ``params['w']``, ``batch['x']``, a value of a unit, "the gradient of params['w']", a leaf of the state.
+        what: its name: ``params['w']``, ``batch['x']``, a value of a unit, "the gradient of
+            params['w']", a leaf of the state.
         rank: which rank has it, the lowest.
         call: in which ``value_and_grad``, counted from 0; None outside.
         unit: the unit that made it, such as ``"F3"``: forward of segment 3; None where none did.
@@ -76,13 +81,15 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
     """Run a step once, unit by unit and op by op, and name the first value that is not finite.
 
     Args:
-        run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this alike, and it runs eagerly.
-        state, batch: what ``run`` would be called with; neither is changed. The state before the step that went wrong is there
-            only where steps leave old states alone: ``fp.spmd(..., donate=False)``, or a checkpoint.
+        run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this
+            alike, and it runs eagerly.
+        state, batch: what ``run`` would be called with; neither is changed. The state before the
+            step that went wrong is there only where steps leave old states alone: ``fp.spmd(...,
+            donate=False)``, or a checkpoint.
 
     Returns:
-        where the first NaN or infinity is, the same on every rank; None if every loss and gradient is finite, and no leaf of the
-        state ceases to be so.
+        where the first NaN or infinity is, the same on every rank; None if every loss and gradient
+        is finite, and no leaf of the state ceases to be so.
 
     Raises:
         StateError: ``run.init`` was not called.
@@ -98,7 +105,8 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
     >>> state = run.init(lambda w: w, w, x)
     >>> find_nonfinite(run, state, x)
     >>> print(find_nonfinite(run, state, x - 2 * (torch.arange(4) == 3)[:, None]))
-    rank 0, value_and_grad 0, microbatch 1, unit F1: Mean.total, a tensor of shape () and dtype torch.float32 of which 1 of 1 is NaN; it comes from aten.log.default
+    rank 0, value_and_grad 0, microbatch 1, unit F1: Mean.total, a tensor of shape () and dtype
+        torch.float32 of which 1 of 1 is NaN; it comes from aten.log.default
     """
     run._check_state(state)
     batch = read_batch(batch)
@@ -116,7 +124,9 @@ def find_nonfinite(run: Simulation | Spmd, state: Any, batch: Any) -> Nonfinite 
 def _everywhere(run: Simulation | Spmd, state: Any, batch: Any) -> list[_Found]:
     """What every rank sees, under the plan for what is read from Python now."""
     if isinstance(run, Spmd):
-        run._guarded(run._agreed_rank, batch)  # all ranks have the same plan, and lanes for what it sends
+        run._guarded(
+            run._agreed_rank, batch
+        )  # all ranks have the same plan, and lanes for what it sends
     plan = run._made.plan(batch)
 
     def search(comm: Communicator, _: Any) -> _Found:
@@ -132,7 +142,8 @@ class _Event(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a rank saw: its first event in a ``value_and_grad``, its first one after them, whether a result is an event."""
+    """What a rank saw: its first event in a ``value_and_grad``, its first one after them, whether a
+    result is an event."""
 
     events: list[_Event]
     later: list[_Event]
@@ -185,7 +196,15 @@ class _Watch:
             for n, (name, x) in enumerate(zip(row.writes, made, strict=True)):
                 kind, what = _INPUT if name[0] == "full" else _WORK, self._name(call, name, row)
                 unit = str(row.unit) if row.unit else None
-                self._note((call, kind, m, order, n), what, x, call, unit, m, origins[n] if origins else None)
+                self._note(
+                    (call, kind, m, order, n),
+                    what,
+                    x,
+                    call,
+                    unit,
+                    m,
+                    origins[n] if origins else None,
+                )
 
     def _inputs(self, call: int, slots: Slots) -> None:
         bound = self.rank.calls[call]
@@ -206,7 +225,11 @@ class _Watch:
             return f"{_head(planned, name[1])}, summed so far"
         if name[0] != "value":
             path = paths[name[1]]
-            return f"params{path}, gathered" if name[0] == "full" else f"the gradient of params{path}, summed so far"
+            return (
+                f"params{path}, gathered"
+                if name[0] == "full"
+                else f"the gradient of params{path}, summed so far"
+            )
         cut = planned.cuts[name[2]]
         if name[1] in cut.heads:
             return _head(planned, cut.heads.index(name[1]))
@@ -247,7 +270,9 @@ class _Watch:
             return
         op, meant = origin or _Origin(None, told[1])
         rank = self.rank.comm.rank
-        self.events.append(_Event((meant, key, rank), Nonfinite(what, rank, call, unit, microbatch, op, told[0])))
+        self.events.append(
+            _Event((meant, key, rank), Nonfinite(what, rank, call, unit, microbatch, op, told[0]))
+        )
 
 
 def _head(planned: PlannedCall, h: int) -> str:
@@ -263,12 +288,17 @@ def _param_paths(plan: Plan, planned: PlannedCall) -> list[str]:
 def _batch_paths(planned: PlannedCall) -> Iterator[list[str]]:
     """The paths of the leaves of every microbatch."""
     batch, count = planned.call.batch, len(planned.cuts)
-    parts = [batch.parts[i] for i in planned.ready] if isinstance(batch, Microbatches) else [batch] * count
+    parts = (
+        [batch.parts[i] for i in planned.ready]
+        if isinstance(batch, Microbatches)
+        else [batch] * count
+    )
     yield from map(tree.paths, parts)
 
 
 def _told(x: Any) -> tuple[str, bool] | None:
-    """What of a tensor is not finite, in words, and whether it is all negative infinity; None if all is finite."""
+    """What of a tensor is not finite, in words, and whether it is all negative infinity; None if
+    all is finite."""
     if not isinstance(x, torch.Tensor) or not step_.differentiable(x):
         return None
     odd = int(x.isfinite().logical_not().sum())
@@ -285,7 +315,8 @@ def _told(x: Any) -> tuple[str, bool] | None:
 
 
 class _Origin(NamedTuple):
-    """Where in a unit a value that is not finite comes from: an op (None: from outside), and whether it may be meant."""
+    """Where in a unit a value that is not finite comes from: an op (None: from outside), and
+    whether it may be meant."""
 
     op: str | None
     meant: bool
@@ -313,7 +344,9 @@ class _Interpreter(fx.Interpreter):
         before = [self.origins[a] for a in n.all_input_nodes if a in self.origins]
         worst = min(before, key=lambda o: o.meant, default=None)
         if worst is None:
-            return _Origin(str(n.target), low and getattr(n.target, "overloadpacket", None) in _MASKS)
+            return _Origin(
+                str(n.target), low and getattr(n.target, "overloadpacket", None) in _MASKS
+            )
         return _Origin(str(n.target), False) if worst.meant and not low else worst
 
 

@@ -1,10 +1,12 @@
 """Profiles: how long each distinct unit of a step runs here, by running it.
 
-In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they would among others, with what
-the backend fuses: with the sums that take in their gradients, and F with what runs back to back with it (`backends/fusion.py`). They run
-alone, on the batch and on random tensors of the right shapes and memory order, in a CUDA graph if the runner captures its step,
-and then in turn, as long as it takes a GPU to reach the clock that it holds, on several *sets* of tensors: within a step, what a unit
-reads has left the caches. Equal units are measured once.
+In: a runner that was initialised, a batch. Out: `Costs`, the same on every rank. Units run as they
+would among others, with what
+the backend fuses: with the sums that take in their gradients, and F with what runs back to back
+with it (`backends/fusion.py`). They run alone, on the batch and on random tensors of the right
+shapes and memory order, in a CUDA graph if the runner captures its step,
+and then in turn, as long as it takes a GPU to reach the clock that it holds, on several *sets* of
+tensors: within a step, what a unit reads has left the caches. Equal units are measured once.
 
 Terms. A *piece* is what is timed at once: one unit, or two that are one, and the sums behind them.
 """
@@ -43,7 +45,8 @@ _REPEATS = 9  # of a piece in one graph, so that it is timed as it runs among ot
 _SETS = 3  # of tensors in turn: more than a cache holds
 _LINKS = {"cuda": (3.5e11, 2e-5)}  # bandwidth and latency: of NCCL over NVLink, in a CUDA graph
 _WARM = 1.0  # seconds of work before a GPU's clock is that of a step in the midst of others
-# The third of four microbatches is timed: its gradients are neither the first nor the last ones of their sums.
+# The third of four microbatches is timed: its gradients are neither the first nor the last ones of
+# their sums.
 _MICROBATCHES, _TIMED = 4, 2
 
 
@@ -51,15 +54,18 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     """Measure every distinct F, B, I and W of a step.
 
     Args:
-        run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this alike.
+        run: what `fp.simulate` or `fp.spmd` made, initialised. In `spmd` every rank calls this
+            alike.
         state, batch: what ``run`` would be called with; the step is not run.
-        rounds: how often each unit is timed, after one run that is not, or in CUDA graphs a second of them; the median counts.
+        rounds: how often each unit is timed, after one run that is not, or in CUDA graphs a second
+            of them; the median counts.
         call: which ``value_and_grad`` of the step.
 
     Returns:
-        costs in seconds, adding up gradients included. The link is not measured: on GPUs messages take what they were seen to take
-        between two H200s (20 us, and 350 GB/s), on CPUs nothing; ``dataclasses.replace(costs, bandwidth=..., latency=...)`` sets
-        another one. For `Plan.predict` and ``fp.schedules.auto(costs=...)``. The shapes are those of microbatch 0.
+        costs in seconds, adding up gradients included. The link is not measured: on GPUs messages
+        take what they were seen to take between two H200s (20 us, and 350 GB/s), on CPUs nothing;
+        ``dataclasses.replace(costs, bandwidth=..., latency=...)`` sets another one. For
+        `Plan.predict` and ``fp.schedules.auto(costs=...)``. The shapes are those of microbatch 0.
 
     Raises:
         PlanError: the step has no such ``value_and_grad``.
@@ -80,17 +86,22 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
     batch = read_batch(batch)
     plan = run.plan(state, batch)
     if call not in range(len(plan.calls)):
-        raise PlanError(f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0")
+        raise PlanError(
+            f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0"
+        )
     cut = run._made.split_cut(plan, call)
     programs = [_alone(cut, plan.calls[call], schedule) for schedule in (zb_h1(), one_f_one_b())]
     together = any(names_axes(unit.code.module.graph) for unit in cut.units.values())
 
     def known_of(comm: Communicator) -> dict[Name, torch.Tensor]:
-        """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what looking them up costs."""
+        """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what
+        looking them up costs."""
         planned = plan.calls[call]
         leaves = planned.splits.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
         moving = [leaves[i] for i in planned.moving[0]]
-        return {("batch", i): x for i, x in enumerate(moving)} | {("const", v): fn() for v, fn in cut.constants.items()}
+        return {("batch", i): x for i, x in enumerate(moving)} | {
+            ("const", v): fn() for v, fn in cut.constants.items()
+        }
 
     def measure(comm: Communicator, backend: Backend) -> list[float]:
         ready: dict[tuple, list[Callable[[], None]]] = {}
@@ -122,7 +133,8 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
 
 
 class _Piece(NamedTuple):
-    """Some instructions of a program, from one place to before another; the units among them; equal pieces have one key."""
+    """Some instructions of a program, from one place to before another; the units among them; equal
+    pieces have one key."""
 
     start: int
     end: int
@@ -149,7 +161,10 @@ def _pieces(program: Program, backend: Backend) -> Iterator[_Piece]:
         units = [r.unit for r in rows[start:at] if r.unit is not None]
         sums = tuple((r.turn, r.dtype) for r in rows[start:at] if r.op == ADD)
         yield _Piece(
-            start, at, tuple((u.kind, u.segment) for u in units), (*((u.kind, u.code.key) for u in units), sums)
+            start,
+            at,
+            tuple((u.kind, u.segment) for u in units),
+            (*((u.kind, u.code.key) for u in units), sums),
         )
 
 
@@ -162,14 +177,26 @@ def _ready(
     alike: dict[tuple, torch.Tensor],
     count: Counter[tuple],
 ) -> Callable[[], None]:
-    """A function that runs a piece, on tensors that are there. Pieces share those that are ``alike``: all of them fit together.
-    ``count``: how many of each kind the piece has so far; no two of them are the same tensor."""
-    values = {n: v for row in program.rows if row.unit for n, v in zip(row.reads, row.unit.inputs, strict=True)}
-    first = {row.writes[0]: bound[k] for k, row in enumerate(program.rows) if row.op == ADD and row.turn == 0}
+    """A function that runs a piece, on tensors that are there. Pieces share those that are
+    ``alike``: all of them fit together. ``count``: how many of each kind the piece has so far; no
+    two of them are the same tensor."""
+    values = {
+        n: v
+        for row in program.rows
+        if row.unit
+        for n, v in zip(row.reads, row.unit.inputs, strict=True)
+    }
+    first = {
+        row.writes[0]: bound[k]
+        for k, row in enumerate(program.rows)
+        if row.op == ADD and row.turn == 0
+    }
     slots: Slots = [None] * program.slots
     part, made = bound[piece.start : piece.end], set[Any]()
     for row, i in zip(
-        program.rows[piece.start : piece.end], program.instructions[piece.start : piece.end], strict=True
+        program.rows[piece.start : piece.end],
+        program.instructions[piece.start : piece.end],
+        strict=True,
     ):
         for name, slot in zip(row.reads, i.reads, strict=True) if row.op == RUN else ():
             if name not in made:
@@ -179,7 +206,9 @@ def _ready(
     sums = list(slots)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
         if row.op == ADD:  # the sum so far: of this gradient alone
-            instruction = first[row.writes[0]]._replace(reads=instruction.reads, frees=instruction.frees)
+            instruction = first[row.writes[0]]._replace(
+                reads=instruction.reads, frees=instruction.frees
+            )
         execute([instruction], sums, comm)
     for row, instruction in zip(program.rows[piece.start : piece.end], part, strict=True):
         if row.op == ADD:
@@ -188,7 +217,8 @@ def _ready(
 
 
 def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
-    """Put down what a piece took, for each of its units: of two that are one, by their FLOPs, or what F has left over."""
+    """Put down what a piece took, for each of its units: of two that are one, by their FLOPs, or
+    what F has left over."""
     first, *rest = piece.units
     if not rest:
         out.setdefault(first, took)
@@ -200,7 +230,9 @@ def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
         out[rest[0]] = took - out[first]
 
 
-def _median(pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int) -> list[float]:
+def _median(
+    pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int
+) -> list[float]:
     return [_median_of(run, device, rounds) for run, *_ in pieces]
 
 
@@ -215,10 +247,16 @@ def _median_of(run: Callable[[], None], device: torch.device, rounds: int) -> fl
     return statistics.median(times[1:])
 
 
-def _replayed(pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int) -> list[float]:
-    """The times of pieces in CUDA graphs, which the host does not slow down. They run in turn and without a break, as in a step: a
-    GPU that has been idle, or that does the same thing all the time, has another clock."""
-    graphs, pool = [], torch.cuda.graph_pool_handle()  # shared: what a piece makes is gone when the next one runs
+def _replayed(
+    pieces: list[list[Callable[[], None]]], device: torch.device, rounds: int
+) -> list[float]:
+    """The times of pieces in CUDA graphs, which the host does not slow down. They run in turn and
+    without a break, as in a step: a GPU that has been idle, or that does the same thing all the
+    time, has another clock."""
+    graphs, pool = (
+        [],
+        torch.cuda.graph_pool_handle(),
+    )  # shared: what a piece makes is gone when the next one runs
     for sets in pieces:
         sets[0]()  # compiles kernels, makes workspaces
         _finish(device)
@@ -243,9 +281,14 @@ def _replayed(pieces: list[list[Callable[[], None]]], device: torch.device, roun
 
 
 def _input(
-    v: Value, known: torch.Tensor | None, device: torch.device, alike: dict[tuple, torch.Tensor], count: Counter[tuple]
+    v: Value,
+    known: torch.Tensor | None,
+    device: torch.device,
+    alike: dict[tuple, torch.Tensor],
+    count: Counter[tuple],
 ) -> torch.Tensor:
-    """A tensor of a value's shape: what is known to stand there, else small random numbers, or zeros where it may be an index."""
+    """A tensor of a value's shape: what is known to stand there, else small random numbers, or
+    zeros where it may be an index."""
     if known is not None and tuple(known.shape) == v.shape:
         return known.to(device)
     kind = (v.shape, v.stride, v.dtype)

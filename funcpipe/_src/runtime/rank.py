@@ -1,7 +1,8 @@
-"""One rank's step: the user's function, run under a context in which ``value_and_grad`` is a program.
+"""One rank's step: the user's function, run under a context in which ``value_and_grad`` is a
+program.
 
-In: a plan, a communicator, a rank's state and the global batch. Out: the rank's new state and the metrics, which are
-the same on every rank.
+In: a plan, a communicator, a rank's state and the global batch. Out: the rank's new state and the
+metrics, which are the same on every rank.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from funcpipe.errors import StateError
 
 
 class Rank:
-    """A rank of a plan: programs bound to its communicator, constants computed, ready to run steps."""
+    """A rank of a plan: programs bound to its communicator, constants computed, ready to run
+    steps."""
 
     def __init__(self, plan: Plan, comm: Communicator, backend: Backend | None = None) -> None:
         self.plan, self.comm, self.backend = plan, comm, backend or Backend()
@@ -48,17 +50,23 @@ class Rank:
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
         with bind_rank(comm):
-            self.calls = [_BoundCall(self, c.of_rank(comm.rank), str(k)) for k, c in enumerate(plan.calls)]
+            self.calls = [
+                _BoundCall(self, c.of_rank(comm.rank), str(k)) for k, c in enumerate(plan.calls)
+            ]
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """Run the step once."""
         context = Running(self)
         with step_.bind(context), bind_rank(self.comm):
             state, metrics = self.plan.resolved.step(state, batch)
-        seen, planned = (context.calls, context.sums), (len(self.calls), len(self.plan.placement.dyed.sums))
+        seen, planned = (
+            (context.calls, context.sums),
+            (len(self.calls), len(self.plan.placement.dyed.sums)),
+        )
         if seen != planned:
             raise StateError(
-                f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} times, but {planned[0]} and "
+                f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} "
+                f"times, but {planned[0]} and "
                 f"{planned[1]} times when it was planned: a step does the same every time"
             )
         return state, complete(metrics, self.plan.placement, self.comm)
@@ -82,7 +90,8 @@ class Rank:
         self.comm.prepare(sorted(a for a in used if a), sorted(lanes))
 
     def _lanes(self) -> set[tuple[int, int, str]]:
-        """Every (source, destination, channel) of the mesh: all ranks make communicators for them alike."""
+        """Every (source, destination, channel) of the mesh: all ranks make communicators for them
+        alike."""
         out: set[tuple[int, int, str]] = set()
         mesh, axis = self.comm.mesh, self.plan.resolved.pipe_axis
         for rank in range(mesh.size if axis else 0):
@@ -91,7 +100,9 @@ class Rank:
                 for i in call.planned.programs[place].instructions:
                     if i.op == SEND:
                         out.add((rank, ranks[i.peer], call.name + i.action.kind[-1]))
-                out |= {(rank, ranks[b], call.name + "tied") for a, b in call.tied_moves() if a == place}
+                out |= {
+                    (rank, ranks[b], call.name + "tied") for a, b in call.tied_moves() if a == place
+                }
         return out
 
 
@@ -108,7 +119,10 @@ class _BoundCall:
         self.constants = {slot: planned.constant(v) for v, slot in self.program.constants.items()}
         self.signature = planned.signature
         placement, rank_ = rank.plan.placement, rank.comm.rank
-        self.held = [placement.shape(rank_, i) if placement.holds(rank_, i) else None for i in planned.call.params]
+        self.held = [
+            placement.shape(rank_, i) if placement.holds(rank_, i) else None
+            for i in planned.call.params
+        ]
 
     def __call__(self, params: Any, batch: Any) -> Any:
         leaves = self._leaves(params)
@@ -120,14 +134,17 @@ class _BoundCall:
         divisor = self._divisor(weight)
         if divisor is not None:
             divide(grads, divisor, self.rank.backend)
-        loss = heads[0].clone() if weight is None else step_.mean(heads[0], weight)  # a copy: a message must not change
+        loss = (
+            heads[0].clone() if weight is None else step_.mean(heads[0], weight)
+        )  # a copy: a message must not change
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
             return loss, out
         return (loss, self._aux(heads, slots)), out
 
     def check_values(self, loss_fn: Callable) -> None:
-        """StaleValues where the loss reads other Python values than those that it was planned for."""
+        """StaleValues where the loss reads other Python values than those that it was planned
+        for."""
         reading = self.planned.call.reading
         if reading is not None:
             values = reading.follower.values(loss_fn)
@@ -135,7 +152,8 @@ class _BoundCall:
                 raise stale(reading, values)
 
     def _divisor(self, weight: torch.Tensor | None) -> torch.Tensor | None:
-        """What sums of gradients are divided by: weight and loss scale. A power of two changes no bits."""
+        """What sums of gradients are divided by: weight and loss scale. A power of two changes no
+        bits."""
         weight = None if weight is None else step_.divisor_of(weight)
         scaled, p = scaling.current(), self.rank.plan.resolved.precision
         scale = None if scaled is None else scaled.scale
@@ -150,18 +168,27 @@ class _BoundCall:
         try:
             leaves = tree.leaves_up_to(call.params_spec, params)
         except ValueError as error:
-            raise StateError(f"{self._who}: params have another structure than planned: {error} {_PASS}") from None
+            raise StateError(
+                f"{self._who}: params have another structure than planned: {error} {_PASS}"
+            ) from None
         for k, (x, shape, dtype) in enumerate(zip(leaves, self.held, call.dtypes, strict=True)):
             if x is None and shape is None:
                 continue
-            if shape is None or not isinstance(x, torch.Tensor) or x.shape != shape or x.dtype != dtype:
+            if (
+                shape is None
+                or not isinstance(x, torch.Tensor)
+                or x.shape != shape
+                or x.dtype != dtype
+            ):
                 path = self.rank.plan.placement.dyed.paths[call.params[k]]
                 held = (
                     "is not held by this rank"
                     if shape is None
                     else f"should be a tensor of shape {shape} and dtype {dtype}"
                 )
-                raise StateError(f"{self._who}: params{path} {held}, but is {step_.describe(x)}. {_PASS}")
+                raise StateError(
+                    f"{self._who}: params{path} {held}, but is {step_.describe(x)}. {_PASS}"
+                )
         return leaves
 
     @property
@@ -172,7 +199,8 @@ class _BoundCall:
         planned, program = self.planned, self.program
         if signature(batch) != self.signature:
             raise StateError(
-                f"value_and_grad {self.name} got a batch of other shapes or values than when the step was planned: what a "
+                f"value_and_grad {self.name} got a batch of other shapes or values than when the "
+                "step was planned: what a "
                 "step passes to it may depend on the shapes of the batch only"
             )
         slots: Slots = [None] * program.slots
@@ -191,16 +219,20 @@ class _BoundCall:
     # ---- what is summed over ranks
 
     def _heads(self, slots: Slots) -> dict[int, torch.Tensor]:
-        """Total, weight and the sums of averaged aux values, over all microbatches and ranks. Those of this pipeline came by
-        message (`funcpipe._src.program.output_broadcast`)."""
+        """Total, weight and the sums of averaged aux values, over all microbatches and ranks. Those
+        of this pipeline came by message (`funcpipe._src.program.output_broadcast`)."""
         sums = {h: slots[self.program.heads[h]] for h in sorted(self.planned.summed)}
         if not self.rank.split_axes:
             return sums
         out: dict[int, torch.Tensor] = {}
-        for _, group in groupby(sorted(sums, key=lambda h: str(sums[h].dtype)), lambda h: sums[h].dtype):
+        for _, group in groupby(
+            sorted(sums, key=lambda h: str(sums[h].dtype)), lambda h: sums[h].dtype
+        ):
             numbers = list(group)
             some = [sums[h] for h in numbers]
-            packed = self.rank.comm.all_reduce(torch.cat([x.reshape(-1) for x in some]), self.rank.split_axes)
+            packed = self.rank.comm.all_reduce(
+                torch.cat([x.reshape(-1) for x in some]), self.rank.split_axes
+            )
             each = packed.split([x.numel() for x in some])
             out |= {h: x.view(sums[h].shape) for h, x in zip(numbers, each, strict=True)}
         return out
@@ -219,16 +251,21 @@ class _BoundCall:
         return tree.map(finish, traced.aux, is_leaf=is_summary)
 
     def _rows(self, h: int, dim: int | None, slots: Slots) -> torch.Tensor:
-        """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches one after the other."""
+        """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches
+        one after the other."""
         comm = self.rank.comm
         pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
-        out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)  # a message must not change
+        out = (
+            pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+        )  # a message must not change
         resolved, splits = self.rank.plan.resolved, self.planned.splits
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
         if not resolved.row_axes or dim is None:
             return out
-        held = _gathered(comm, out, dim, resolved.row_axes, self._row_counts(h, dim) if splits.dealt else ())
+        held = _gathered(
+            comm, out, dim, resolved.row_axes, self._row_counts(h, dim) if splits.dealt else ()
+        )
         if isinstance(self.planned.call.batch, Microbatches) and not splits.dealt:
             # Every ready microbatch was cut over ranks: one after another, as on one device.
             each = [x.split([piece.shape[dim] for piece in pieces], dim) for x in held]
@@ -244,7 +281,9 @@ class _BoundCall:
 
     # ---- gradients
 
-    def _grads(self, leaves: Sequence[torch.Tensor | None], slots: Slots) -> list[torch.Tensor | None]:
+    def _grads(
+        self, leaves: Sequence[torch.Tensor | None], slots: Slots
+    ) -> list[torch.Tensor | None]:
         held = [i for i, x in enumerate(leaves) if x is not None]
         sums = self._tied(held, leaves, slots)
         for slot in self.program.partials.values():
@@ -262,8 +301,9 @@ class _BoundCall:
     ) -> dict[int, torch.Tensor | None]:
         """The sum of a leaf's partial gradients on each rank that holds it.
 
-        The running sum passes through the stages in the order in which autograd would add, so that its bits do not
-        depend on where the stages lie; then the last rank hands it to the other owners.
+        The running sum passes through the stages in the order in which autograd would add, so that
+        its bits do not depend on where the stages lie; then the last rank hands it to the other
+        owners.
         """
         comm, ranks, here = self.rank.comm, self.rank.ranks, self.rank.place
         sums: dict[int, torch.Tensor | None] = {}
@@ -283,7 +323,9 @@ class _BoundCall:
                 tied.append((i, hops[-1][0]))
         for i, last in tied:
             others = [p for p in self._layout(i).owners if p != last]
-            if here == last:  # copies: a message must not change, and the step may write to its own gradient
+            if (
+                here == last
+            ):  # copies: a message must not change, and the step may write to its own gradient
                 for p in others:
                     comm.send([_dense(sums[i]).clone()], ranks[p], self.name + "tied")
             else:
@@ -305,7 +347,8 @@ class _BoundCall:
         return self.rank.comm.recv([out], source, self.name + "tied")[0]
 
     def _all_reduce(self, sums: dict[int, torch.Tensor], moving: list[int]) -> None:
-        """Sums over the axes that split the batch and do not shard the leaf, once per step, alike leaves together."""
+        """Sums over the axes that split the batch and do not shard the leaf, once per step, alike
+        leaves together."""
         groups: dict[tuple[torch.dtype, Axes], list[int]] = {}
         for i in moving:
             axes = tuple(a for a in self.rank.split_axes if a not in self._layout(i).axes)
@@ -321,14 +364,20 @@ class _BoundCall:
         return self.rank.plan.placement.layouts[self.planned.call.params[i]]
 
 
-def _gathered(comm: Communicator, x: torch.Tensor, dim: int, axes: Axes, counts: Sequence[int]) -> list[torch.Tensor]:
-    """The rows of every place on axes, along a dim. ``counts``: how many each has, where they differ."""
+def _gathered(
+    comm: Communicator, x: torch.Tensor, dim: int, axes: Axes, counts: Sequence[int]
+) -> list[torch.Tensor]:
+    """The rows of every place on axes, along a dim. ``counts``: how many each has, where they
+    differ."""
     if len(set(counts)) < 2:
         return list(comm.all_gather(x.contiguous(), axes))
     dim %= x.dim()
     padded = x.new_zeros(*x.shape[:dim], max(counts), *x.shape[dim + 1 :])
     padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return [rows.narrow(dim, 0, n) for rows, n in zip(comm.all_gather(padded, axes), counts, strict=True)]
+    return [
+        rows.narrow(dim, 0, n)
+        for rows, n in zip(comm.all_gather(padded, axes), counts, strict=True)
+    ]
 
 
 def _in_order(comm: Communicator, x: torch.Tensor, dim: int, part: Part) -> torch.Tensor:
@@ -369,14 +418,17 @@ class Running:
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         if self.calls >= len(self.rank.calls):
             raise StateError(
-                "the step calls value_and_grad more often than when it was planned: it does the same every time"
+                "the step calls value_and_grad more often than when it was planned: it does the "
+                "same every time"
             )
         call = self.rank.calls[self.calls]
         call.check_values(loss_fn)
         self.calls += 1
         return call(params, batch)
 
-    def global_sum(self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]) -> torch.Tensor:
+    def global_sum(
+        self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor:
         return self.reduce(leaves, lambda some: local([x for x in some if x is not None]), "sum")[1]
 
     def reduce(
@@ -384,7 +436,10 @@ class Running:
     ) -> tuple[step_.Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
         if self.sums >= len(placement.dyed.sums):
-            raise StateError("the step takes more global sums than when it was planned: it does the same every time")
+            raise StateError(
+                "the step takes more global sums than when it was planned: it does the same "
+                "every time"
+            )
         known = placement.dyed.sums[self.sums]
         self.sums += 1
         leaves = known.spec.flatten_up_to(leaves)
@@ -392,9 +447,14 @@ class Running:
             x if x is not None and placement.counts(comm.rank, i) else None
             for i, x in zip(known.params, leaves, strict=True)
         ]
-        with comm.device:  # where a rank that counts nothing makes its zeros: no copy in a captured step
+        with (
+            comm.device
+        ):  # where a rank that counts nothing makes its zeros: no copy in a captured step
             out = local(counted).to(device=comm.device, dtype=known.dtype)
         apart = self.sums - 1 in placement.apart
-        shown = [x is not None or i is None or not apart for i, x in zip(known.params, leaves, strict=True)]
+        shown = [
+            x is not None or i is None or not apart
+            for i, x in zip(known.params, leaves, strict=True)
+        ]
         out = comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out
         return functools.partial(step_.join, known.spec, shown), out

@@ -1,7 +1,8 @@
 """Recordings: when every instruction of a real step began and ended, drawn over what was predicted.
 
-In: a runner, and one step that runs while the recording is open. Out: `Recording`. Times are seconds since the recording was
-opened, on each rank's own clock; on a GPU every instruction is waited for, so that a recorded step is slower than others.
+In: a runner, and one step that runs while the recording is open. Out: `Recording`. Times are
+seconds since the recording was opened, on each rank's own clock; on a GPU every instruction is
+waited for, so that a recorded step is slower than others.
 In `simulate` one rank runs at a time: what units take is real, when they start is not.
 """
 
@@ -37,9 +38,11 @@ Times = list[list[tuple[float, float]]]
 
 
 class Recording:
-    """A step that is recorded: ``with run.record() as recording: run(state, batch)``. Read it after the ``with``.
+    """A step that is recorded: ``with run.record() as recording: run(state, batch)``. Read it after
+    the ``with``.
 
-    Of a mesh with more than a pipeline the ranks are drawn that share rank 0's place on every other axis.
+    Of a mesh with more than a pipeline the ranks are drawn that share rank 0's place on every other
+    axis.
     """
 
     def __init__(self, run: Runner) -> None:
@@ -84,9 +87,15 @@ class Recording:
     def _call(self, call: int) -> tuple[PlannedCall, list[list[tuple[float, float]]]]:
         """A planned call, and the times of every place on the pipe axis."""
         if self._plan is None or not self._times:
-            raise PlanError("nothing was recorded; call the runner once inside `with run.record() as recording:`")
+            raise PlanError(
+                "nothing was recorded; call the runner once inside `with run.record() as "
+                "recording:`"
+            )
         if call not in range(len(self._plan.calls)):
-            raise PlanError(f"cannot read value_and_grad {call}: the step has {len(self._plan.calls)}, counted from 0")
+            raise PlanError(
+                f"cannot read value_and_grad {call}: the step has {len(self._plan.calls)}, "
+                "counted from 0"
+            )
         axis = self._plan.resolved.pipe_axis
         ranks = self._plan.resolved.mesh.group(0, (axis,)) if axis else (0,)
         return self._plan.calls[call], [self._times[rank][call] for rank in ranks]
@@ -96,16 +105,25 @@ class Recording:
         planned, times = self._call(call)
         first = min((start for row in times for start, _ in row), default=0.0)
         rows = []
-        for program, actions, row in zip(planned.programs, planned.schedule.ranks, times, strict=True):
+        for program, actions, row in zip(
+            planned.programs, planned.schedule.ranks, times, strict=True
+        ):
             ends: dict[Any, list[float]] = defaultdict(list)
             for i, span in zip(program.instructions, row, strict=True):
                 if i.op in (RUN, SEND, RECV):
                     ends[i.action] += span
-            rows.append(tuple(Span(a, min(ends[a]) - first, max(ends[a]) - first) for a in actions if a in ends))
+            rows.append(
+                tuple(
+                    Span(a, min(ends[a]) - first, max(ends[a]) - first)
+                    for a in actions
+                    if a in ends
+                )
+            )
         return Timeline(planned.schedule, tuple(rows))
 
     def costs(self, call: int = 0) -> Costs:
-        """What units took: the median over microbatches. Kinds that the schedule does not run are missing."""
+        """What units took: the median over microbatches. Kinds that the schedule does not run are
+        missing."""
         planned, times = self._call(call)
         found: dict[tuple[str, int], list[float]] = defaultdict(list)
         for program, row in zip(planned.programs, times, strict=True):
@@ -115,11 +133,13 @@ class Recording:
         return Costs({key: statistics.median(some) for key, some in found.items()})
 
     def prediction(self, costs: Costs | None = None, call: int = 0) -> Prediction:
-        """What would be predicted: from given costs, or from what units took in the recording itself."""
+        """What would be predicted: from given costs, or from what units took in the recording
+        itself."""
         return predict(self._call(call)[0], costs or self.costs(call))
 
     def save(self, path: str | Path, costs: Costs | None = None, call: int = 0) -> Path:
-        """Draw what was recorded over what was predicted: ``.html``, ``.svg``, or a ``.json`` trace for Perfetto."""
+        """Draw what was recorded over what was predicted: ``.html``, ``.svg``, or a ``.json`` trace
+        for Perfetto."""
         path = Path(path)
         picture.check_suffix(path)
         real, expected = self.timeline(call), self.prediction(costs, call)
@@ -130,7 +150,9 @@ class Recording:
                 perfetto.trace(expected.timeline, expected.memory, 1e6, "predicted ", count),
             )
             events = [event for trace in traces for event in trace["traceEvents"]]
-            path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+            path.write_text(
+                json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"
+            )
             return path
         lines = {"recorded": real.scaled(1e3), "predicted": expected.timeline.scaled(1e3)}
         path.write_text(picture.pair(lines, path.suffix == ".html", unit="ms"), encoding="utf-8")

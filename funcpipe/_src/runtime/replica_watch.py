@@ -1,7 +1,8 @@
-"""Watch: when ranks compare what they hold (`replicas.py`) and what their steps compute (`analysis/outside_ops.py`).
+"""Watch: when ranks compare what they hold (`replicas.py`) and what their steps compute
+(`analysis/outside_ops.py`).
 
-In: the communicator of a rank, its params, states and batches. Out: nothing, or a MismatchError on every
-rank that names leaves and ranks. All ranks call the methods alike.
+In: the communicator of a rank, its params, states and batches. Out: nothing, or a MismatchError on
+every rank that names leaves and ranks. All ranks call the methods alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Replicas: whether ranks that hold the same leaf hold the same values of it.
 
-In: what a rank holds of params, batch and state. Out: `Sums`, of which ranks exchange a digest for every
-set; where digests differ, a text that names leaves and ranks.
+In: what a rank holds of params, batch and state. Out: `Sums`, of which ranks exchange a digest for
+every set; where digests differ, a text that names leaves and ranks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def of_batch(batch: Any, rows: int | None) -> Sums:
 
     Args:
         batch: what this rank was given.
-        rows: None for the global batch; else the number of the rows that this rank shares with some others.
+        rows: None for the global batch; else the number of the rows that this rank shares with some
+            others.
     """
     leaves, out = tree.leaves(batch), Sums()
     for i, (x, n) in enumerate(zip(leaves, checksums(leaves), strict=True)):
@@ -62,8 +63,11 @@ def of_state(state: Any, placement: Placement, rank: int) -> Sums:
     return out
 
 
-def compare(comm: Communicator, sums: Sums, paths: Mapping[str, Sequence[str]], local: bool) -> None:
-    """MismatchError, on every rank, unless ranks hold the same; all call it alike. Arguments as for `check`."""
+def compare(
+    comm: Communicator, sums: Sums, paths: Mapping[str, Sequence[str]], local: bool
+) -> None:
+    """MismatchError, on every rank, unless ranks hold the same; all call it alike. Arguments as for
+    `check`."""
     sets = differing(comm.exchange(digests(sums)))
     if sets:
         check(comm.exchange({key: sums[key] for key in sets if key in sums}), paths, local)
@@ -96,18 +100,25 @@ def differing(found: Sequence[Mapping[Set, int]]) -> list[Set]:
     return [key for key, seen in known.items() if len(seen) > 1]
 
 
-def difference(sets: Sequence[Set], found: Sequence[Sums], paths: Mapping[str, Sequence[str]], local: bool) -> str:
+def difference(
+    sets: Sequence[Set], found: Sequence[Sums], paths: Mapping[str, Sequence[str]], local: bool
+) -> str:
     """Which leaves of ``sets``, which are `differing`, differ, and on which ranks."""
     name = sets[0].tree
     each = [_split(key, found) for key in sets if key.tree == name]
     leaves = sorted(set().union(*each))
     leaf = next(iter(each[0]))
-    most, *others = sorted(each[0][leaf], key=len, reverse=True)  # of two as large, that of the lowest rank
+    most, *others = sorted(
+        each[0][leaf], key=len, reverse=True
+    )  # of two as large, that of the lowest rank
     count = len(leaves) - 1
     more = f" (and {count} more {'leaf' if count == 1 else 'leaves'})" if count else ""
     odd = sorted(rank for ranks in others for rank in ranks)
     cure = _CURES["rows" if local and name == "batch" else name]
-    return f"{name}{paths[name][leaf]}{more} is not the same on {in_words(odd)} as on {in_words(most)}: {cure}"
+    return (
+        f"{name}{paths[name][leaf]}{more} is not the same on {in_words(odd)} as on "
+        f"{in_words(most)}: {cure}"
+    )
 
 
 def _split(key: Set, found: Sequence[Sums]) -> dict[int, list[list[int]]]:
@@ -125,19 +136,23 @@ def _split(key: Set, found: Sequence[Sums]) -> dict[int, list[list[int]]]:
 
 _CURES = {
     "params": (
-        "every rank passes run.init the same params. Draw them from one seed, or pass a function from a key to params "
+        "every rank passes run.init the same params. Draw them from one seed, or pass a function "
+        "from a key to params "
         "and the same key"
     ),
     "batch": (
-        "every rank passes the same global batch. For loaders that give each rank rows of its own, write "
+        "every rank passes the same global batch. For loaders that give each rank rows of its "
+        "own, write "
         "fp.spmd(..., batch='local')"
     ),
     "rows": (
-        "ranks of one pipeline or one sequence pass the same rows, and all ranks the same leaves without rows. Give their "
+        "ranks of one pipeline or one sequence pass the same rows, and all ranks the same leaves "
+        "without rows. Give their "
         "loaders one seed"
     ),
     "state": (
-        "copies of a leaf have to be equal bit by bit. Give run.place one full state, and let init_state and the step do the "
+        "copies of a leaf have to be equal bit by bit. Give run.place one full state, and let "
+        "init_state and the step do the "
         "same on every rank: one seed, the same Python values, the same kernels"
     ),
 }

@@ -1,8 +1,9 @@
-"""Runner: what the two runners have in common. `simulate.py` runs every rank of a mesh in this process, `spmd.py` the rank that
-this process is. Both make the same plan and run the same programs; only the communicator differs.
+"""Runner: what the two runners have in common. `simulate.py` runs every rank of a mesh in this
+process, `spmd.py` the rank that this process is. Both make the same plan and run the same programs;
+only the communicator differs.
 
-In: a step with its transforms, a mesh. Out: an object with ``init``, ``place``, ``unplace``, ``plan``, which is called
-with ``(state, batch)``.
+In: a step with its transforms, a mesh. Out: an object with ``init``, ``place``, ``unplace``,
+``plan``, which is called with ``(state, batch)``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Runner(abc.ABC):
         """``fn`` on ranks: on all of them if it needs to be ``together``."""
 
     def _plan_first(self, batch: Any) -> None:
-        """The first plan; if the schedule is to be chosen for measured costs, those are measured now."""
+        """The first plan; if the schedule is to be chosen for measured costs, those are measured
+        now."""
         plan, pipe = self._made.plan(batch), self._resolved.pipe
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
@@ -76,7 +78,8 @@ class Runner(abc.ABC):
     def _read(
         self, params: Any, key: torch.Tensor | int
     ) -> tuple[Any, Callable[[int], torch.Tensor], Callable[[], list[int]]]:
-        """Params for their shapes, a function that fetches a leaf, and one that gives a checksum for every leaf."""
+        """Params for their shapes, a function that fetches a leaf, and one that gives a checksum
+        for every leaf."""
         refuse_inference_mode("run.init")
         if isinstance(params, torch.nn.Module):
             check_containers("params", params)  # it is callable, but makes no params
@@ -98,7 +101,8 @@ class Runner(abc.ABC):
 
     @abc.abstractmethod
     def _check_state(self, state: Any, what: str = "use a state") -> None:
-        """StateError unless a state is this runner's, and was not donated; ``what`` is to be done with it."""
+        """StateError unless a state is this runner's, and was not donated; ``what`` is to be done
+        with it."""
 
     @property
     @abc.abstractmethod

@@ -35,20 +35,27 @@ class Simulation(Runner):
         self._bound: dict[int, list[Rank]] = {}
 
     def init(
-        self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0
+        self,
+        init_state: Callable[[Any], Any],
+        params: Any,
+        batch: Any,
+        *,
+        key: torch.Tensor | int = 0,
     ) -> list[Any]:
         """Make the plan, and every rank's state: ``init_state`` of the leaves that the rank holds.
 
         Args:
             init_state: a pure function from params to the state.
-            params: the full params; or a pure function ``params_fn(key)`` that makes them (with `fp.random`), of which a
-                rank computes only the leaves that it holds.
+            params: the full params; or a pure function ``params_fn(key)`` that makes them (with
+                `fp.random`), of which a rank computes only the leaves that it holds.
             batch: a global batch like those to come, with its data.
             key: what ``params_fn`` gets; a seed or a key.
         """
         shapes, leaf, _ = self._read(params, key)
         batch = read_batch(batch)
-        device = next((x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device)
+        device = next(
+            (x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device
+        )
         if device != self.device:
             self._ranks.close()
             self._ranks = Ranks(self.mesh, device)
@@ -109,8 +116,10 @@ class Simulation(Runner):
     def _check_state(self, state: Any, what: str = "use a state") -> None:
         if not isinstance(state, list) or len(state) != self.mesh.size:
             raise StateError(
-                f"a simulated state is a list with one state for each of {self.mesh.size} ranks, as run.init or run.place "
-                f"returned it; this is {describe(state)}. Use run.place(full) for a single-device state"
+                f"a simulated state is a list with one state for each of {self.mesh.size} ranks, "
+                "as run.init or run.place "
+                f"returned it; this is {describe(state)}. Use run.place(full) for a "
+                "single-device state"
             )
         refuse_spent("state", state)
 
@@ -131,28 +140,36 @@ def check_same(first: Any, other: Any, rank: int) -> None:
     names, structures = tree.paths(first), [tree.flatten(x)[1] for x in (first, other)]
     if structures[0] != structures[1]:
         raise MismatchError(
-            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every rank returns the same metrics"
+            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every "
+            "rank returns the same metrics"
         )
     for path, a, b in zip(names, tree.leaves(first), tree.leaves(other), strict=True):
         if isinstance(a, torch.Tensor):
-            same = torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+            same = (
+                torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+                if a.is_floating_point()
+                else torch.equal(a, b)
+            )
         else:
             same = a == b
         if not same:
             raise MismatchError(
-                f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the same on all"
+                f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the "
+                "same on all"
             )
 
 
 def simulate(step: Callable, mesh: Mesh) -> Simulation:
-    """Run a transformed step on every rank of a mesh in this process: the same programs, the same interface as `spmd`.
+    """Run a transformed step on every rank of a mesh in this process: the same programs, the same
+    interface as `spmd`.
 
     Args:
         step: a step with transforms on it.
         mesh: with every axis that they name.
 
     Returns:
-        a runner. Its state is a list with every rank's own; every step checks that metrics are the same everywhere.
+        a runner. Its state is a list with every rank's own; every step checks that metrics are the
+        same everywhere.
 
     Raises:
         MeshError, StackError: the transforms do not fit the mesh or each other.

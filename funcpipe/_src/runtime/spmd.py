@@ -1,10 +1,10 @@
 """Spmd: the rank of a mesh that this process is.
 
-Ranks agree before they run: on the shapes of params and batch, on the plan, on whether their states may be used. Where one
-fails, all others are told.
+Ranks agree before they run: on the shapes of params and batch, on the plan, on whether their states
+may be used. Where one fails, all others are told.
 
-In: a step with its transforms, a mesh, and the environment that torchrun (or fp.launch) sets. Out: a runner; its state is this
-rank's own.
+In: a step with its transforms, a mesh, and the environment that torchrun (or fp.launch) sets. Out:
+a runner; its state is this rank's own.
 """
 
 from __future__ import annotations
@@ -35,16 +35,30 @@ from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_text import values
 from funcpipe._src.planning.variants import StaleValues, Variants
 from funcpipe._src.runtime.cuda_graph import MIXING, CapturedStep, feeder, new_pool, pool_bytes
-from funcpipe._src.runtime.mismatch_text import described, difference, majority, other_plan, too_large
+from funcpipe._src.runtime.mismatch_text import (
+    described,
+    difference,
+    majority,
+    other_plan,
+    too_large,
+)
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.replica_watch import STATE, Watch
 from funcpipe._src.runtime.runner import Runner
 from funcpipe._src.runtime.state_buffers import DonatedStep, Given, Home
-from funcpipe.errors import DeviceMemoryError, FuncpipeError, MismatchError, StackError, StateError, TraceError
+from funcpipe.errors import (
+    DeviceMemoryError,
+    FuncpipeError,
+    MismatchError,
+    StackError,
+    StateError,
+    TraceError,
+)
 
 MOST_GRAPHS = 4  # of one plan, for other Python values
 _REFUSED = -1  # in place of a digest: this rank cannot use its state
-_FLAGS = 4  # bits below a digest: whether its rank has news, and what it wants to be compared (`Watch.due`)
+# bits below a digest: whether its rank has news, and what it wants to be compared (`Watch.due`)
+_FLAGS = 4
 
 
 class _Known(Exception):
@@ -72,17 +86,25 @@ class Spmd(Runner):
     ) -> None:
         super().__init__(step, mesh)
         if backend not in NAMES:
-            raise StackError(f"spmd: backend={backend!r}; write one of {', '.join(map(repr, NAMES))}")
+            raise StackError(
+                f"spmd: backend={backend!r}; write one of {', '.join(map(repr, NAMES))}"
+            )
         if batch not in ("global", "local"):
             raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
         if sums is not None and (backend == "eager" or not sums.is_floating_point):
-            raise StackError(f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'")
+            raise StackError(
+                f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'"
+            )
         if cuda_graph and not donate:
             raise StackError(
-                "spmd: a captured step updates its state in place; leave donate=False or cuda_graph=True out"
+                "spmd: a captured step updates its state in place; leave donate=False or "
+                "cuda_graph=True out"
             )
         if check_every is not None and (type(check_every) is not int or check_every < 1):
-            raise StackError(f"spmd: check_every={check_every!r}; give a number of steps, 1 or more, or leave it out")
+            raise StackError(
+                f"spmd: check_every={check_every!r}; give a number of steps, 1 or more, or leave "
+                "it out"
+            )
         self._resolved = replace(self._resolved, local=batch == "local")
         options = {} if timeout is None else {"timeout": timeout}
         if cuda_graph:
@@ -90,15 +112,22 @@ class Spmd(Runner):
         self._comm = ProcessGroupCommunicator(mesh, device=device, **options)
         _runners.add(self)
         if cuda_graph and self._comm.device.type != "cuda":
-            raise StackError(f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {self._comm.device}")
-        self._backend, self._cuda_graph = Backend(backend, self._report, sums or torch.float32, cuda_graph), cuda_graph
+            raise StackError(
+                "spmd: cuda_graph=True needs a GPU, but this rank computes on the "
+                f"{self._comm.device}"
+            )
+        self._backend, self._cuda_graph = (
+            Backend(backend, self._report, sums or torch.float32, cuda_graph),
+            cuda_graph,
+        )
         self._donate = donate
         self._bound: dict[int, Rank] = {}
         self._captured: dict[tuple, CapturedStep] = {}
         self._donated: dict[int, DonatedStep] = {}
         self._home, self._pool = Home(), new_pool() if cuda_graph else None
         self._feed = feeder(self._comm.device)
-        # NCCL waits for graphs that hold its operations, so they go before the process groups do, also at exit.
+        # NCCL waits for graphs that hold its operations, so they go before the process groups do,
+        # also at exit.
         self._release = weakref.finalize(self, _release, self._captured)
         self._digests: dict[tuple, int] = {}
         self._replicas = Watch(self._comm, self._resolved, check_every)
@@ -113,11 +142,21 @@ class Spmd(Runner):
         """Where this rank computes."""
         return self._comm.device
 
-    def init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, *, key: torch.Tensor | int = 0) -> Any:
-        """Make the plan, compare it with the other ranks', and make this rank's state; see `Simulation.init`."""
+    def init(
+        self,
+        init_state: Callable[[Any], Any],
+        params: Any,
+        batch: Any,
+        *,
+        key: torch.Tensor | int = 0,
+    ) -> Any:
+        """Make the plan, compare it with the other ranks', and make this rank's state; see
+        `Simulation.init`."""
         return self._guarded(self._init, init_state, params, batch, key)
 
-    def _init(self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int) -> Any:
+    def _init(
+        self, init_state: Callable[[Any], Any], params: Any, batch: Any, key: torch.Tensor | int
+    ) -> Any:
         params, leaf, sums = self._read(params, key)
         batch = self._feed(batch)
         self._agree({"params": params, "batch": batch}, self._what)
@@ -141,25 +180,35 @@ class Spmd(Runner):
     @property
     def _what(self) -> str:
         records = ", ".join(r.text for r in self._resolved.records)
-        how = f"backend={self._backend.name!r}, sums={self._backend.sums}, cuda_graph={self._cuda_graph}"
-        return f"{records or 'no transform'} on {self.mesh!r}, {how}" + ", local batches" * self._resolved.local
+        how = (
+            f"backend={self._backend.name!r}, sums={self._backend.sums}, "
+            f"cuda_graph={self._cuda_graph}"
+        )
+        return (
+            f"{records or 'no transform'} on {self.mesh!r}, {how}"
+            + ", local batches" * self._resolved.local
+        )
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One step of this rank; every rank calls it with the same global batch."""
         return self._guarded(self._step, state, batch)
 
     def prefetch(self, batch: Any) -> Any:
-        """The batch on this rank's device, moved there on a stream of its own while the step that was called last runs.
+        """The batch on this rank's device, moved there on a stream of its own while the step that
+        was called last runs.
 
-        A step that is called with a batch on the CPU moves it so by itself. Prefetching pays where the host reads metrics of
-        one step before it calls the next: ``state, metrics = run(state, batch)``, then ``batch = run.prefetch(next(loader))``,
-        then read. Tensors that do not lie in pinned memory are moved all the same, but the host waits.
+        A step that is called with a batch on the CPU moves it so by itself. Prefetching pays where
+        the host reads metrics of
+        one step before it calls the next: ``state, metrics = run(state, batch)``, then ``batch =
+        run.prefetch(next(loader))``, then read. Tensors that do not lie in pinned memory are moved
+        all the same, but the host waits.
         """
         return self._guarded(self._feed, batch)
 
     @property
     def graph_memory(self) -> int:
-        """Bytes of GPU memory that the captured steps of this rank hold for values of their own: activations, gradients."""
+        """Bytes of GPU memory that the captured steps of this rank hold for values of their own:
+        activations, gradients."""
         return pool_bytes(self._pool) if self._captured else 0
 
     def plan(self, state: Any, batch: Any) -> Plan:
@@ -172,7 +221,9 @@ class Spmd(Runner):
         variants = self._made.of(batch)
         variants.known()
         news = variants.is_news(everything=self._cuda_graph)
-        given, news = self._agree({"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next, news)
+        given, news = self._agree(
+            {"batch": batch}, "step", lambda: self._home.read(state), self._home.make_next, news
+        )
         self._replicas.before_step(given.state, batch, self._made)
         try:
             return self._try(given, batch, variants, news)
@@ -196,7 +247,9 @@ class Spmd(Runner):
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(too_large(rank, given.state, error)) from error
 
-    def _run(self, rank: Rank, given: Given, batch: Any, version: tuple[int, ...]) -> tuple[Any, Any]:
+    def _run(
+        self, rank: Rank, given: Given, batch: Any, version: tuple[int, ...]
+    ) -> tuple[Any, Any]:
         if self._cuda_graph and not self._recording:  # a graph has no instructions to time
             step = self._captured_step(rank, version)
             if step.ready:
@@ -218,7 +271,8 @@ class Spmd(Runner):
         return out
 
     def _captured_step(self, rank: Rank, version: tuple[int, ...]) -> CapturedStep:
-        """The step for what all ranks read from Python now: a graph repeats the numbers that it was captured with."""
+        """The step for what all ranks read from Python now: a graph repeats the numbers that it was
+        captured with."""
         key = id(rank), version
         if key not in self._captured:
             others = [k for k in self._captured if k[0] == key[0]]
@@ -228,7 +282,8 @@ class Spmd(Runner):
         return self._captured[key]
 
     def _capture(self, step: CapturedStep, given: Given) -> None:
-        """Every rank captures its step, or none does: then all are where they were, and may go on."""
+        """Every rank captures its step, or none does: then all are where they were, and may go
+        on."""
         problem: FuncpipeError | None = None
         try:
             step.capture()
@@ -241,10 +296,15 @@ class Spmd(Runner):
         if failed:
             step.release()
             if not any(other.graph for other in self._captured.values()):
-                self._pool = new_pool()  # torch does not take up a pool again that no graph has any more
+                self._pool = (
+                    new_pool()
+                )  # torch does not take up a pool again that no graph has any more
                 for other in self._captured.values():
                     other.pool = self._pool
-            raise _Known(problem or MismatchError(f"rank {failed[0]} failed to capture its step: {texts[failed[0]]}"))
+            raise _Known(
+                problem
+                or MismatchError(f"rank {failed[0]} failed to capture its step: {texts[failed[0]]}")
+            )
         pools = self._by_place(step.rank, self.graph_memory, max)
         for plan in self._made.plans:  # whose graphs share one pool
             plan.graphs.update(pools)
@@ -290,7 +350,9 @@ class Spmd(Runner):
         digests = self._comm.exchange_digest(plan.digest())
         if len(set(digests)) > 1:
             most, odd = majority(digests)
-            found = self._comm.exchange(values(plan) | plan.sections if self.rank in (most, odd[0]) else None)
+            found = self._comm.exchange(
+                values(plan) | plan.sections if self.rank in (most, odd[0]) else None
+            )
             raise MismatchError(other_plan(found[most], found[odd[0]], most, odd[0]))
         mine = variants.agree(self._cuda_graph)
         if self._cuda_graph:
@@ -318,12 +380,14 @@ class Spmd(Runner):
         meanwhile: Callable[[], object] = lambda: None,
         news: bool = False,
     ) -> tuple[Any, bool]:
-        """What ``read`` gives; all ranks are about to run the same on the same shapes, with states that they may use.
-        ``meanwhile`` runs while they tell each other. And whether any of them has ``news``.
+        """What ``read`` gives; all ranks are about to run the same on the same shapes, with states
+        that they may use. ``meanwhile`` runs while they tell each other. And whether any of them
+        has ``news``.
 
         Raises:
             MismatchError, on every rank: they are not.
-            StateError: this rank's state was given to an earlier step; the others get a MismatchError that says so.
+            StateError: this rank's state was given to an earlier step; the others get a
+            MismatchError that says so.
         """
         try:
             out, digest = read(), self._digest(trees, what)
@@ -336,9 +400,13 @@ class Spmd(Runner):
         if _REFUSED in said:
             texts = self._comm.exchange(None)
             rank = said.index(_REFUSED)
-            raise MismatchError(f"rank {rank} cannot use the state that it was given: {texts[rank]}")
+            raise MismatchError(
+                f"rank {rank} cannot use the state that it was given: {texts[rank]}"
+            )
         if len({n >> _FLAGS for n in said}) > 1:
-            raise MismatchError(difference(self._comm.exchange((what, described(trees))), self._resolved.local))
+            raise MismatchError(
+                difference(self._comm.exchange((what, described(trees))), self._resolved.local)
+            )
         asked = functools.reduce(operator.or_, said) & (1 << _FLAGS) - 1
         self._replicas.due = asked >> 1
         return out, bool(asked & 1)
@@ -352,7 +420,10 @@ class Spmd(Runner):
     def _guarded(self, fn: Callable, *args: Any) -> Any:
         try:
             return fn(*args)
-        except (MismatchError, StaleValues):  # every rank has seen it: none waits, and the next call may do better
+        except (
+            MismatchError,
+            StaleValues,
+        ):  # every rank has seen it: none waits, and the next call may do better
             raise
         except _Known as known:
             raise known.error from None
@@ -360,7 +431,8 @@ class Spmd(Runner):
             raise self._fail(error) from (None if isinstance(error, FuncpipeError) else error)
 
     def _fail(self, error: BaseException) -> BaseException:
-        """Tell the other ranks. NCCL gives up a communicator only when no graph holds it, and a graph ends only when the
+        """Tell the other ranks. NCCL gives up a communicator only when no graph holds it, and a
+        graph ends only when the
         communicator that it waits on is given up: so both at once."""
         if not self._captured:
             return self._comm.fail(error)
@@ -389,8 +461,14 @@ class Spmd(Runner):
     def _unplace(self, state: Any) -> Any:
         self._agree({}, "unplace", lambda: self._home.read(state))
         leaves = self._placement.state_leaves(state, "unplace")
-        held = {j: x for j, x in enumerate(leaves) if x is not None and self.rank in self._placement.holders(j)}
-        found = self._comm.exchange({j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()})
+        held = {
+            j: x
+            for j, x in enumerate(leaves)
+            if x is not None and self.rank in self._placement.holders(j)
+        }
+        found = self._comm.exchange(
+            {j: x.cpu() if isinstance(x, torch.Tensor) else x for j, x in held.items()}
+        )
         move = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
         return self._placement.unplace(lambda rank, j: move(found[rank][j]))
 
@@ -444,22 +522,28 @@ def spmd(
         mesh: as many ranks as there are processes (`launch` or torchrun started them).
         device: where this rank computes; its own GPU if there is one, else the CPU.
         timeout: seconds after which a rank that does not answer is given up.
-        batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's own rows only. Ranks
-            that differ on no axis that splits rows (those of one pipeline, or of one sequence) then pass the same rows,
-            with all positions.
-        backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles each distinct unit.
-        sums: with "inductor", the dtype in which gradients with fewer bits are added up over microbatches: by default
-            ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16 params up as plain PyTorch does, in half the memory.
-        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph. The first step with a batch
-            of some shapes runs as it is; the second one is captured. ``NCCL_GRAPH_MIXING_SUPPORT`` is set to 0 in the environment
-            unless it is set: graphs of your own in this process must then not run beside other operations of their communicators.
-        donate: whether a step may write the new state where the old one lies, so that there is memory for one only. What a
-            step returned is then gone when it has been given to the next step: to use it again is an error. Clone what you
-            want to keep. In a captured step always.
-        check_every: compare replicas before every n-th step: copies of state leaves and the batch by checksums, computed where
-            they lie, and the Python values that the step uses outside ``value_and_grad``, for which it runs once on fakes (about
-            0.1 s for fifty leaves, on the host). Without it ranks compare params, batch and those values in ``init``, the batch
-            of the first step, and a state that was placed or loaded.
+        batch: "global": every rank passes the whole batch; "local": for loaders that hold a rank's
+            own rows only. Ranks that differ on no axis that splits rows (those of one pipeline, or
+            of one sequence) then pass the same rows, with all positions.
+        backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles
+            each distinct unit.
+        sums: with "inductor", the dtype in which gradients with fewer bits are added up over
+            microbatches: by default ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16
+            params up as plain PyTorch does, in half the memory.
+        cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
+            The first step with a batch of some shapes runs as it is; the second one is captured.
+            ``NCCL_GRAPH_MIXING_SUPPORT`` is set to 0 in the environment unless it is set: graphs of
+            your own in this process must then not run beside other operations of their
+            communicators.
+        donate: whether a step may write the new state where the old one lies, so that there is
+            memory for one only. What a step returned is then gone when it has been given to the
+            next step: to use it again is an error. Clone what you want to keep. In a captured step
+            always.
+        check_every: compare replicas before every n-th step: copies of state leaves and the batch
+            by checksums, computed where they lie, and the Python values that the step uses outside
+            ``value_and_grad``, for which it runs once on fakes (about 0.1 s for fifty leaves, on
+            the host). Without it ranks compare params, batch and those values in ``init``, the
+            batch of the first step, and a state that was placed or loaded.
 
     Returns:
         a runner; ``state`` is this rank's part of it.

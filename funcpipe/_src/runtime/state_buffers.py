@@ -1,11 +1,11 @@
 """Home: the state that steps take over, and how an old one is known when it is used again.
 
-Terms. A state that a step has used up is *donated*: what it held is gone, its memory is that of the new state. The *home* is the
-newest state of a runner. A step returns the home's tensors under new names (tensor objects), so an old state is known by its
-names.
+Terms. A state that a step has used up is *donated*: what it held is gone, its memory is that of the
+new state. The *home* is the newest state of a runner. A step returns the home's tensors under new
+names (tensor objects), so an old state is known by its names.
 
-In: states. Out: `Home`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`; those with one are in
-`cuda_graph.py`.
+In: states. Out: `Home`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`;
+those with one are in `cuda_graph.py`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class Given(NamedTuple):
 
 
 class Home:
-    """The newest state of a runner. Where no graph has taken it in, only names are kept, not what they name."""
+    """The newest state of a runner. Where no graph has taken it in, only names are kept, not what
+    they name."""
 
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []  # what a graph has taken in
         self._spec: Any = None
         self._failed = False  # whether the step that was run last has failed
-        # The leaves as the last step returned them; weak references, unless what they name is the home's own.
+        # The leaves as the last step returned them; weak references, unless what they name is the
+        # home's own.
         self._names: list[Any] = []
         # Names for the leaves as the next step leaves them, and its state.
         self._next: tuple[list[torch.Tensor], Any] | None = None
@@ -55,12 +57,18 @@ class Home:
 
     @property
     def _named(self) -> list[Any]:
-        return self._names if self.leaves else [x() if isinstance(x, weakref.ref) else x for x in self._names]
+        return (
+            self._names
+            if self.leaves
+            else [x() if isinstance(x, weakref.ref) else x for x in self._names]
+        )
 
     @_named.setter
     def _named(self, leaves: list[Any]) -> None:
         weak = not self.leaves
-        self._names = [weakref.ref(x) if weak and isinstance(x, torch.Tensor) else x for x in leaves]
+        self._names = [
+            weakref.ref(x) if weak and isinstance(x, torch.Tensor) else x for x in leaves
+        ]
 
     def read(self, state: Any) -> Given:
         """A state that a step may use.
@@ -79,7 +87,8 @@ class Home:
         return given
 
     def _read_last(self, state: Any) -> Given | None:
-        """A state that is what the last captured step returned: to look where its leaves were takes an eighth of flattening."""
+        """A state that is what the last captured step returned: to look where its leaves were takes
+        an eighth of flattening."""
         if self._spec is None:
             return None
         try:
@@ -102,29 +111,40 @@ class Home:
     def _check_alike(self, given: Given) -> None:
         if given.spec != self._spec:
             raise StateError(
-                f"the state has another structure than when the step was captured: {given.spec}, not {self._spec}"
+                f"the state has another structure than when the step was captured: {given.spec}, "
+                f"not {self._spec}"
             )
         for k, (x, home) in enumerate(zip(given.leaves, self.leaves, strict=True)):
-            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (home.shape, home.dtype, home.device):
+            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (
+                home.shape,
+                home.dtype,
+                home.device,
+            ):
                 raise StateError(
-                    f"state{tree.paths(given.state)[k]} is {describe(x)}, but the step was captured with {describe(home)} on the "
+                    f"state{tree.paths(given.state)[k]} is {describe(x)}, but the step was "
+                    f"captured with {describe(home)} on the "
                     f"{home.device}"
                 )
 
     def _is_last(self, leaves: list[Any]) -> bool:
         """Whether these are what the last step returned, all of them."""
-        return not self._failed and len(leaves) == len(self._names) and all(map(is_, leaves, self._named))
+        return (
+            not self._failed
+            and len(leaves) == len(self._names)
+            and all(map(is_, leaves, self._named))
+        )
 
     @staticmethod
     def give(state: Any) -> Any:
-        """A state that a runner has made, in memory of its own, as if a step had returned it; the same."""
+        """A state that a runner has made, in memory of its own, as if a step had returned it; the
+        same."""
         spend(tree.leaves(state), gone=False)
         return state
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, a step writes over the newest state. Where it fails after it has begun to, that state is not to be used; nor,
-        where leaves stay where they are, if an earlier one has."""
+        """Inside, a step writes over the newest state. Where it fails after it has begun to, that
+        state is not to be used; nor, where leaves stay where they are, if an earlier one has."""
         try:
             yield
         except BaseException:
@@ -136,13 +156,15 @@ class Home:
     # ---- a home whose leaves move
 
     def lent(self, leaves: list[Any], free: frozenset[int]) -> list[torch.Tensor]:
-        """Of leaves at some places, those that the runner has made, and whose memory no other leaf has."""
+        """Of leaves at some places, those that the runner has made, and whose memory no other leaf
+        has."""
         users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
         ours = [x for x in (leaves[k] for k in free) if spent(x) is False]
         return [x for x in ours if users[memory(x)] == 1 and memory(x) and is_dense(x)]
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
-        """The state that a step made of leaves of which it has written to some: under names of its own where it has."""
+        """The state that a step made of leaves of which it has written to some: under names of its
+        own where it has."""
         new, spec = tree.flatten(state)
         used = {memory(x) for x in lent}
         spend(lent)
@@ -153,20 +175,27 @@ class Home:
     # ---- a home whose leaves stay where they are
 
     def enter(self, given: Given) -> None:
-        """Take in the values of a state. The first one's memory is the home's; a tensor that shares memory with another
-        leaf, or has elements that do, is copied."""
+        """Take in the values of a state. The first one's memory is the home's; a tensor that shares
+        memory with another leaf, or has elements that do, is copied."""
         leaves = given.leaves
         if not self.leaves:
             self.leaves, self._spec, self._named = unshared(leaves), given.spec, leaves
         elif not given.last:
             mine = {memory(x) for x in self.leaves} - {0}
-            moved = [(a, b) for a, b, named in zip(self.leaves, leaves, self._named, strict=True) if b is not named]
+            moved = [
+                (a, b)
+                for a, b, named in zip(self.leaves, leaves, self._named, strict=True)
+                if b is not named
+            ]
             write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
 
     def make_next(self) -> None:
-        """Make the state after the next step ahead of time, as far as it is the names of leaves that stay where they are."""
+        """Make the state after the next step ahead of time, as far as it is the names of leaves
+        that stay where they are."""
         if self._spec is not None and self._next is None:
-            names = [x.data for x in self.leaves]  # shares no version, which takes half the time of detach
+            names = [
+                x.data for x in self.leaves
+            ]  # shares no version, which takes half the time of detach
             self._next = names, tree.unflatten(self._spec, names)
 
     def leave(self) -> Any:
@@ -178,8 +207,8 @@ class Home:
 
 
 class DonatedStep:
-    """A rank's step that writes the new state where the old one was, as far as nobody reads the old one any more, and where it
-    is one that the runner has made."""
+    """A rank's step that writes the new state where the old one was, as far as nobody reads the old
+    one any more, and where it is one that the runner has made."""
 
     def __init__(self, rank: Rank, home: Home) -> None:
         self.rank, self.home = rank, home
@@ -195,7 +224,9 @@ class DonatedStep:
         with self.home.kept(), donate(leaves):
             new, metrics = self.rank.step(given.state, batch)
             self.rank.comm.flush()
-        return self.home.put(new, leaves), metrics  # a metric is no leaf of the state: `analysis/state.py` sees to that
+        return self.home.put(
+            new, leaves
+        ), metrics  # a metric is no leaf of the state: `analysis/state.py` sees to that
 
 
 def unshared(leaves: list[Any]) -> list[Any]:

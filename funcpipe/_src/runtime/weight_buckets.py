@@ -1,7 +1,8 @@
 """Shards on the wire: a bucket of leaves in one collective.
 
-Whole leaf -> ``n`` chunks of ``ceil(numel / n)`` elements, the last ones padded with zeros that nobody ever sees; chunk
-``i`` of every leaf, one after another, is what rank ``i`` of the group has in a bucket.
+Whole leaf -> ``n`` chunks of ``ceil(numel / n)`` elements, the last ones padded with zeros that
+nobody ever sees; chunk ``i`` of every leaf, one after another, is what rank ``i`` of the group has
+in a bucket.
 """
 
 from __future__ import annotations
@@ -33,15 +34,25 @@ def gather(bucket: Bucket, comm: Communicator) -> Callable[[list[torch.Tensor]],
     """From this rank's shards to whole leaves; what is returned is under way."""
 
     def run(shards: list[torch.Tensor]) -> list[Any]:
-        flat = [_padded(s.reshape(-1).to(bucket.dtype), p.chunk) for s, p in zip(shards, bucket.pieces, strict=True)]
-        return [_Finishing(comm.start_all_gather(_joined(flat, 0), bucket.axes), lambda out: _whole(out, bucket))]
+        flat = [
+            _padded(s.reshape(-1).to(bucket.dtype), p.chunk)
+            for s, p in zip(shards, bucket.pieces, strict=True)
+        ]
+        return [
+            _Finishing(
+                comm.start_all_gather(_joined(flat, 0), bucket.axes),
+                lambda out: _whole(out, bucket),
+            )
+        ]
 
     return run
 
 
 def _whole(out: torch.Tensor, bucket: Bucket) -> Whole:
     columns = out.split([p.chunk for p in bucket.pieces], 1)
-    return [c.reshape(-1)[: p.numel].view(p.shape) for c, p in zip(columns, bucket.pieces, strict=True)]
+    return [
+        c.reshape(-1)[: p.numel].view(p.shape) for c, p in zip(columns, bucket.pieces, strict=True)
+    ]
 
 
 def reduce(bucket: Bucket, comm: Communicator) -> Callable[[Whole], list[Any]]:
@@ -64,13 +75,21 @@ def reduce(bucket: Bucket, comm: Communicator) -> Callable[[Whole], list[Any]]:
 
 
 def _scatter(x: torch.Tensor, bucket: Bucket, comm: Communicator) -> Pending:
-    """On axes that do not split the batch a rank takes its slice; over the others a reduce-scatter."""
+    """On axes that do not split the batch a rank takes its slice; over the others a
+    reduce-scatter."""
     if bucket.summed != bucket.axes:
         x = x.view(*(comm.mesh.axis_size(a) for a in bucket.axes), -1)
-        x = x[tuple(slice(None) if a in bucket.summed else comm.mesh.index(comm.rank, a) for a in bucket.axes)]
+        x = x[
+            tuple(
+                slice(None) if a in bucket.summed else comm.mesh.index(comm.rank, a)
+                for a in bucket.axes
+            )
+        ]
     if not bucket.summed:
         return Done(x.clone())  # a view would keep all slices
-    return comm.start_reduce_scatter(x.reshape(comm.mesh.axis_size(bucket.summed), -1), bucket.summed)
+    return comm.start_reduce_scatter(
+        x.reshape(comm.mesh.axis_size(bucket.summed), -1), bucket.summed
+    )
 
 
 def _own(chunk: torch.Tensor, piece: Piece, parts: int, index: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Schedules as verified data: the library, the checker, the cost model. Public as ``funcpipe.schedules``."""
+"""Schedules as verified data: the library, the checker, the cost model. Public as
+``funcpipe.schedules``."""
 
 from funcpipe._src.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
 from funcpipe._src.schedule.checker import Report, check

@@ -1,12 +1,12 @@
 """Actions and schedules as data.
 
-Terms. A *stage* is what a schedule moves as one; a *rank* here is a place on the pipe axis, and holds one
-stage or several. An *action* is one thing a rank does: ``F`` forward, ``B`` full backward, ``I`` input
-gradient and ``W`` weight gradient (``B`` = ``I`` + ``W``) of one stage and microbatch, or the sending or
-receiving of what such an action made.
+Terms. A *stage* is what a schedule moves as one; a *rank* here is a place on the pipe axis, and
+holds one stage or several. An *action* is one thing a rank does: ``F`` forward, ``B`` full
+backward, ``I`` input gradient and ``W`` weight gradient (``B`` = ``I`` + ``W``) of one stage and
+microbatch, or the sending or receiving of what such an action made.
 
-A *schedule* is, for every rank, the order of its actions: data, not code. Without sends and receives it is
-what a person writes; `communication.py` adds those.
+A *schedule* is, for every rank, the order of its actions: data, not code. Without sends and
+receives it is what a person writes; `communication.py` adds those.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Action(NamedTuple):
 
     Args:
         kind: one of ``KINDS``.
-        stage: the stage it belongs to: the one that computes, or the end of a transfer that lies on this
-            rank.
+        stage: the stage it belongs to: the one that computes, or the end of a transfer that lies on
+            this rank.
         microbatch: counted from 0.
-        segment: for ``W`` only: the segment of the stage, counted from 0 within the stage; None means all of
-            them.
+        segment: for ``W`` only: the segment of the stage, counted from 0 within the stage; None
+            means all of them.
         peer: for a transfer only: the stage at its other end.
 
     ``SEND_F``/``RECV_F`` move what ``F`` made, ``SEND_B``/``RECV_B`` what ``B`` or ``I`` made.
@@ -49,19 +49,28 @@ class Action(NamedTuple):
 
     def __str__(self) -> str:
         part = "" if self.segment is None else f".{self.segment}"
-        peer = "" if self.peer is None else (">" if self.kind.startswith("SEND") else "<") + str(self.peer)
+        peer = (
+            ""
+            if self.peer is None
+            else (">" if self.kind.startswith("SEND") else "<") + str(self.peer)
+        )
         return f"{self.stage}{self.kind}{self.microbatch}{part}{peer}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action of a text; torch.distributed.pipelining's texts (``0F1``, ``1SEND_B0``) are read too.
+        """The action of a text; torch.distributed.pipelining's texts (``0F1``, ``1SEND_B0``) are
+        read too.
 
         >>> Action.parse("2RECV_F5<1")
         Action(kind='RECV_F', stage=2, microbatch=5, segment=None, peer=1)
         """
-        found = re.fullmatch(r"\s*(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:\.(\d+))?(?:[<>](\d+))?\s*", text)
+        found = re.fullmatch(
+            r"\s*(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:\.(\d+))?(?:[<>](\d+))?\s*", text
+        )
         if not found:
-            raise ScheduleError(f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'")
+            raise ScheduleError(
+                f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'"
+            )
         stage, kind, microbatch, segment, peer = found.groups()
         number = lambda s: None if s is None else int(s)  # noqa: E731
         return cls(kind, int(stage), int(microbatch), number(segment), number(peer))
@@ -89,7 +98,9 @@ class Schedule:
         return len(self.placement)
 
     def __str__(self) -> str:
-        return "\n".join(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks))
+        return "\n".join(
+            f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks)
+        )
 
     @property
     def communicates(self) -> bool:
@@ -97,11 +108,12 @@ class Schedule:
         return any(a.kind in COMMUNICATE for actions in self.ranks for a in actions)
 
 
-# A schedule of the library, ready to be laid out: (ranks on the pipe axis, microbatches) -> Schedule
+# A schedule of the library, ready to be laid out: (ranks on the pipe axis, microbatches) ->
+# Schedule
 ScheduleFn = Callable[[int, int], Schedule]
 
-# What depends on what between stages: ("F" | "B", stage) made it, ("F" | "B", stage) reads it. "B" stands for
-# B, I and W.
+# What depends on what between stages: ("F" | "B", stage) made it, ("F" | "B", stage) reads it. "B"
+# stands for B, I and W.
 Edge = tuple[tuple[str, int], tuple[str, int]]
 
 

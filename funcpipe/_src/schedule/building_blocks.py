@@ -1,12 +1,13 @@
 """The pieces that the library's rows are made of; a schedule of your own may be made of them too.
 
-Terms. A *row* is what one rank does, in order. A schedule is laid out by ``by_rank``, from a function that
-gives a rank's row, and a placement: ``loop(v)`` (stages go round the ranks v times) or ``vee()`` (down the
-ranks and up again).
+Terms. A *row* is what one rank does, in order. A schedule is laid out by ``by_rank``, from a
+function that gives a rank's row, and a placement: ``loop(v)`` (stages go round the ranks v times)
+or ``vee()`` (down the ranks and up again).
 
-Where a row only works for a round number of microbatches, it is written for the next such number, and what
-belongs to the surplus microbatches is left out: dependencies never cross microbatches, so that a right table
-without some of its microbatches is a right table.
+Where a row only works for a round number of microbatches, it is written for the next such number,
+and what
+belongs to the surplus microbatches is left out: dependencies never cross microbatches, so that a
+right table without some of its microbatches is a right table.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from funcpipe._src.schedule.actions import Action, Schedule, ScheduleFn
 from funcpipe.errors import ScheduleError
 
 Row = list[Action]
-# (rank, ranks, microbatches) -> what that rank does; actions of microbatches beyond the last are left out
+# (rank, ranks, microbatches) -> what that rank does; actions of microbatches beyond the last are
+# left out
 RowFn = Callable[[int, int, int], Row]
 # ranks -> the rank that holds each stage
 PlacementFn = Callable[[int], tuple[int, ...]]
@@ -55,7 +57,9 @@ def by_rank(name: str, row: RowFn, placement: PlacementFn) -> ScheduleFn:
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         rows = (row(rank, ranks, microbatches) for rank in range(ranks))
-        kept = tuple(tuple(action for action in row if action.microbatch < microbatches) for row in rows)
+        kept = tuple(
+            tuple(action for action in row if action.microbatch < microbatches) for row in rows
+        )
         return Schedule(name, kept, placement(ranks), microbatches)
 
     return named(name, lay_out)
@@ -100,7 +104,8 @@ def in_turn(kind: str, stages: Iterable[int], turns: Iterable[Iterable[int]]) ->
 
 
 def turns(microbatches: int, ranks: int) -> list[list[int]]:
-    """Microbatches in equally long turns, none shorter than ``ranks``: shorter ones would make ranks wait.
+    """Microbatches in equally long turns, none shorter than ``ranks``: shorter ones would make
+    ranks wait.
 
     What a turn lacks is filled up with microbatches beyond the last, which ``by_rank`` leaves out.
 
@@ -133,8 +138,8 @@ def alternate(forwards: Row, backwards: Row, warmup: int) -> Row:
 def written(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Row:
     """A row from phases: how often to repeat which words.
 
-    A word is a kind and which of the rank's stages, such as "F0", and means that stage's next microbatch; "W"
-    alone means the oldest I whose weight gradient waits.
+    A word is a kind and which of the rank's stages, such as "F0", and means that stage's next
+    microbatch; "W" alone means the oldest I whose weight gradient waits.
 
     >>> print(*written([(2, "F1"), (2, "I1"), (2, "W")], stages=(0, 3)))
     3F0 3F1 3I0 3I1 3W0 3W1
@@ -157,11 +162,13 @@ def written(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Row:
 
 
 def spread(name: str, base: ScheduleFn, live: Callable[[int], int] | None = None) -> ScheduleFn:
-    """A schedule with every B as I and W, where W waits for a moment in which its rank would be idle.
+    """A schedule with every B as I and W, where W waits for a moment in which its rank would be
+    idle.
 
-    The order of F and B is the base's, and no rank holds more (stage, microbatch) than ``live(ranks)`` says, by default
-    what the rank of the base holds that holds most; at that limit W comes before the next F. What is idle is found by
-    running the table in time, with F = I = W = 1.
+    The order of F and B is the base's, and no rank holds more (stage, microbatch) than
+    ``live(ranks)`` says, by default what the rank of the base holds that holds most; at that limit
+    W comes before the next F. What is idle is found by running the table in time, with F = I = W =
+    1.
 
     >>> base = by_rank("base", lambda rank, ranks, microbatches: run("F", 0, 2) + run("B", 0, 2), loop())
     >>> print(spread("mine", base)(1, 2))
@@ -176,7 +183,10 @@ def spread(name: str, base: ScheduleFn, live: Callable[[int], int] | None = None
 
 
 def _spread(table: Schedule, live: int = 0) -> list[Row]:
-    todo = [deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W") for row in table.ranks]
+    todo = [
+        deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W")
+        for row in table.ranks
+    ]
     limit = max(live, *(max(accumulate(1 if a.kind == "F" else -1 for a in row)) for row in todo))
     waiting: list[deque[Action]] = [deque() for _ in todo]
     rows: list[Row] = [[] for _ in todo]
@@ -186,7 +196,11 @@ def _spread(table: Schedule, live: int = 0) -> list[Row]:
         now = []  # what runs in this tick; other ranks see it in the next
         for rank, ahead in enumerate(todo):
             full = bool(waiting[rank]) and held[rank] >= limit
-            if ahead and not (full and ahead[0].kind == "F") and _before(ahead[0], table.stages) <= done:
+            if (
+                ahead
+                and not (full and ahead[0].kind == "F")
+                and _before(ahead[0], table.stages) <= done
+            ):
                 action = ahead.popleft()
                 held[rank] += action.kind == "F"
                 if action.kind == "I":

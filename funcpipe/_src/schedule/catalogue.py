@@ -1,6 +1,7 @@
 """Every schedule of the library by name.
 
-In: a number of stages a rank, for those that take one. Out: name -> ScheduleFn, in the order in which they were invented.
+In: a number of stages a rank, for those that take one. Out: name -> ScheduleFn, in the order in
+which they were invented.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
     >>> by_name("interleaved-1f1b", v=4).__name__
     'interleaved_1f1b(v=4)'
     >>> by_name("zbv")
-    Traceback (most recent call last):
-    funcpipe.errors.ScheduleError: no schedule is called 'zbv'; did you mean zb_v? There are: gpipe, one_f_one_b, ...
+    Traceback (most recent call last): funcpipe.errors.ScheduleError: no schedule is called 'zbv';
+    did you mean zb_v? There are: gpipe, one_f_one_b, ...
     """
     plain = name.replace("-", "_").lower()
     plain = _SHORT.get(plain, plain)
@@ -68,7 +69,9 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
         return factory(2 if v is None else v)
     if v is not None:
         some = ", ".join(filter(takes_v, NAMES))
-        raise ScheduleError(f"{plain} has a fixed number of stages a rank: leave out v, which {some} take")
+        raise ScheduleError(
+            f"{plain} has a fixed number of stages a rank: leave out v, which {some} take"
+        )
     return factory()
 
 
@@ -82,7 +85,8 @@ def takes_v(name: str) -> bool:
 
 
 def training(vs: tuple[int, ...] = (2, 4)) -> list[ScheduleFn]:
-    """Every schedule that has backwards, those with a free number of stages a rank once for each of ``vs``.
+    """Every schedule that has backwards, those with a free number of stages a rank once for each of
+    ``vs``.
 
     >>> [fn.__name__ for fn in training(vs=(3,))][:4]
     ['gpipe', 'one_f_one_b', 'interleaved_1f1b(v=3)', 'looped_bfs(v=3)']

@@ -13,24 +13,36 @@ from funcpipe.errors import ScheduleError
 
 
 def shape(schedule: Schedule) -> None:
-    """Every stage lies on a rank, every rank holds one, and every action makes sense where it stands."""
+    """Every stage lies on a rank, every rank holds one, and every action makes sense where it
+    stands."""
     name, placement, ranks = schedule.name, schedule.placement, len(schedule.ranks)
     for stage, rank in enumerate(placement):
         if not 0 <= rank < ranks:
             raise ScheduleError(
-                f"{name}: stage {stage} is placed on rank {rank}, but the table has ranks 0 to {ranks - 1}"
+                f"{name}: stage {stage} is placed on rank {rank}, but the table has ranks 0 to "
+                f"{ranks - 1}"
             )
     if idle := sorted(set(range(ranks)) - set(placement)):
-        raise ScheduleError(f"{name}: rank {idle[0]} holds no stage; use fewer ranks or place a stage there")
+        raise ScheduleError(
+            f"{name}: rank {idle[0]} holds no stage; use fewer ranks or place a stage there"
+        )
     for rank, actions in enumerate(schedule.ranks):
         for position, action in enumerate(actions):
             if wrong := _senseless(action, rank, schedule):
                 what, instead = wrong
                 place = (rank, position)
-                raise refusal(schedule, f"{at(place)}: {action} {what}", place, why=_WHY_SHAPE, instead=instead)
+                raise refusal(
+                    schedule,
+                    f"{at(place)}: {action} {what}",
+                    place,
+                    why=_WHY_SHAPE,
+                    instead=instead,
+                )
 
 
-_WHY_SHAPE = "an action names a stage that its rank holds, a microbatch of the step, and a transfer its peer"
+_WHY_SHAPE = (
+    "an action names a stage that its rank holds, a microbatch of the step, and a transfer its peer"
+)
 
 
 def _senseless(action: Action, rank: int, schedule: Schedule) -> tuple[str, str] | None:
@@ -41,16 +53,26 @@ def _senseless(action: Action, rank: int, schedule: Schedule) -> tuple[str, str]
     if not 0 <= action.stage < stages:
         return f"names stage {action.stage} of {stages}", f"a stage from 0 to {stages - 1}"
     if not 0 <= action.microbatch < microbatches:
-        return f"names microbatch {action.microbatch} of {microbatches}", f"one from 0 to {microbatches - 1}"
+        return (
+            f"names microbatch {action.microbatch} of {microbatches}",
+            f"one from 0 to {microbatches - 1}",
+        )
     if placement[action.stage] != rank:
         holder = placement[action.stage]
         return f"is of stage {action.stage}, which rank {holder} holds", f"move it to rank {holder}"
     if action.segment is not None and action.kind != "W":
         return "names a segment", "only W is scheduled by segment; leave the segment out"
     if action.kind not in COMMUNICATE:
-        return None if action.peer is None else ("names a peer", "only transfers have a peer; leave it out")
+        return (
+            None
+            if action.peer is None
+            else ("names a peer", "only transfers have a peer; leave it out")
+        )
     if action.peer is None or not 0 <= action.peer < stages:
-        return f"goes to stage {action.peer}", f"name the stage at its other end, from 0 to {stages - 1}"
+        return (
+            f"goes to stage {action.peer}",
+            f"name the stage at its other end, from 0 to {stages - 1}",
+        )
     if placement[action.peer] == rank:
         return (
             f"goes to stage {action.peer} on the same rank",
@@ -62,8 +84,8 @@ def _senseless(action: Action, rank: int, schedule: Schedule) -> tuple[str, str]
 def units(schedule: Schedule, segments: Sequence[int] | None = None) -> None:
     """Every stage runs F of every microbatch once, and then either B once, or I once and W once.
 
-    A table without any B, I and W is forward only. W may be whole or by segment; without ``segments`` a stage
-    is taken to have as many as its actions name.
+    A table without any B, I and W is forward only. W may be whole or by segment; without
+    ``segments`` a stage is taken to have as many as its actions name.
     """
     place: dict[Action, Place] = {}
     for rank, actions in enumerate(schedule.ranks):
@@ -86,7 +108,9 @@ def units(schedule: Schedule, segments: Sequence[int] | None = None) -> None:
             counts[action.stage] = max(counts[action.stage], action.segment + 1)
     for stage in range(schedule.stages):
         for microbatch in range(schedule.microbatches):
-            _complete(schedule, place, stage, microbatch, counts[stage], bool(kinds & {"B", "I", "W"}))
+            _complete(
+                schedule, place, stage, microbatch, counts[stage], bool(kinds & {"B", "I", "W"})
+            )
 
 
 def _not_yet(action: Action, place: dict[Action, Place], schedule: Schedule) -> str:
@@ -109,7 +133,12 @@ def _extra_segment(schedule: Schedule, action: Action, place: Place, count: int)
 
 
 def _complete(
-    schedule: Schedule, place: dict[Action, Place], stage: int, microbatch: int, segments: int, backward: bool
+    schedule: Schedule,
+    place: dict[Action, Place],
+    stage: int,
+    microbatch: int,
+    segments: int,
+    backward: bool,
 ) -> None:
     """Refuse a stage that leaves a part of a microbatch out, or does a part both ways."""
     f, b, i, w = (Action(kind, stage, microbatch) for kind in "FBIW")
@@ -121,7 +150,9 @@ def _complete(
     def lacks(what: str, why: str, *there: Action) -> ScheduleError:
         instead = f"write {what} behind {there[-1]}" if there else f"write {what} on rank {rank}"
         places = [place[action] for action in there]
-        return refusal(schedule, f"rank {rank} never runs {what}", *places, why=why, instead=instead)
+        return refusal(
+            schedule, f"rank {rank} never runs {what}", *places, why=why, instead=instead
+        )
 
     def both(one: Action, other: Action, why: str) -> ScheduleError:
         places = (place[one], place[other])
@@ -138,7 +169,9 @@ def _complete(
         return
     if i not in place:
         what = f"{i}" if weights else f"{b} (or {i} and {w})"
-        raise lacks(what, "some action in the table is a backward, so every microbatch needs its own", f)
+        raise lacks(
+            what, "some action in the table is a backward, so every microbatch needs its own", f
+        )
     if w in place and some:
         raise both(w, some[0], "W without a segment is W of all segments")
     if w not in place and len(some) < max(segments, 1):

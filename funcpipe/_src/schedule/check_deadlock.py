@@ -1,8 +1,9 @@
-"""Ranks that wait for each other in a circle: found by a walk, explained by the circle and what was ready.
+"""Ranks that wait for each other in a circle: found by a walk, explained by the circle and what was
+ready.
 
-In: a schedule whose transfers pair up. Out: nothing, or a ScheduleError. A rank waits for one other rank
-only, the sender of the message at which it stands; so from any rank that stands still the waiting leads into
-a circle, and the circle is the whole counterexample.
+In: a schedule whose transfers pair up. Out: nothing, or a ScheduleError. A rank waits for one other
+rank only, the sender of the message at which it stands; so from any rank that stands still the
+waiting leads into a circle, and the circle is the whole counterexample.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from typing import NamedTuple
 
 from funcpipe._src.schedule.actions import COMPUTE, Action, Edge, Schedule
 from funcpipe._src.schedule.check_order import Sources, needs
-from funcpipe._src.schedule.communication import Unit, insert_communication, message_of, sources, unit_of
+from funcpipe._src.schedule.communication import (
+    Unit,
+    insert_communication,
+    message_of,
+    sources,
+    unit_of,
+)
 from funcpipe._src.schedule.rejection_text import excerpt, maker
 from funcpipe._src.schedule.simulate_transfers import Walk, walk
 from funcpipe.errors import ScheduleError
 
 
 class Wait(NamedTuple):
-    """A rank that stands still: at which position of the written table, for which unit of which rank."""
+    """A rank that stands still: at which position of the written table, for which unit of which
+    rank."""
 
     rank: int
     position: int
@@ -39,7 +47,9 @@ def ends(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
         return full
     done = {unit for r, p in found.order if (unit := unit_of(full.ranks[r][p])) is not None}
     sources_of = sources(edges)
-    circle = _circle([_wait(schedule, full, rank, found, done, sources_of) for rank in range(len(full.ranks))])
+    circle = _circle(
+        [_wait(schedule, full, rank, found, done, sources_of) for rank in range(len(full.ranks))]
+    )
     raise ScheduleError(_explain(schedule, circle, done, sources_of))
 
 
@@ -53,9 +63,9 @@ def _wait(
     source = full.placement[unit[1]]
     if schedule.communicates:
         return Wait(rank, stands, unit, source)
-    # Transfers were put in: speak of the table as written, and of the action that waits. It may need a later
-    # message
-    # of the channel than the one at which the rank stands; that one is not there either.
+    # Transfers were put in: speak of the table as written, and of the action that waits. It may
+    # need a later message of the channel than the one at which the rank stands; that one is not
+    # there either.
     position = sum(action.kind in COMPUTE for action in full.ranks[rank][:stands])
     wanted = needs(schedule.ranks[rank][position], sources_of)
     absent = [u for u in wanted if u not in done and full.placement[u[1]] == source]
@@ -85,7 +95,8 @@ def _explain(schedule: Schedule, circle: list[Wait], done: set[Unit], sources_of
         shown = ", ".join(ready[:3]) + (", …" if len(ready) > 3 else "") if ready else "nothing"
         lines += [
             f"  rank {wait.rank} stands at position {wait.position}, {row[wait.position]}:"
-            f" it waits for {maker(schedule, wait.unit)} of rank {wait.source}; ready behind it: {shown}",
+            f" it waits for {maker(schedule, wait.unit)} of rank {wait.source}; ready behind it: "
+            f"{shown}",
             f"    rank {wait.rank}: {excerpt(row, [wait.position])}",
         ]
     lines.append(f"  instead: {_advice(schedule, circle, done, sources_of)}")
@@ -102,7 +113,8 @@ def _ready(
 
 
 def _advice(schedule: Schedule, circle: list[Wait], done: set[Unit], sources_of: Sources) -> str:
-    """Bring forward what another rank of the circle waits for, if it can run, else anything that can."""
+    """Bring forward what another rank of the circle waits for, if it can run, else anything that
+    can."""
     for wait, following in zip(circle, circle[1:] + circle[:1], strict=True):
         row, stands = schedule.ranks[following.rank], following.position
         blocked = row[stands]
@@ -110,7 +122,9 @@ def _advice(schedule: Schedule, circle: list[Wait], done: set[Unit], sources_of:
             if unit_of(action) == wait.unit:
                 also = " (and its send)" if schedule.communicates else ""
                 return f"on rank {following.rank} write {action}{also} before {blocked}"
-        sends = [a for a in row[stands:] if a.kind.startswith("SEND") and message_of(a).unit == wait.unit]
+        sends = [
+            a for a in row[stands:] if a.kind.startswith("SEND") and message_of(a).unit == wait.unit
+        ]
         if sends and wait.unit in done:
             return f"on rank {following.rank} write {sends[0]} before {blocked}"
     for wait in circle:

@@ -1,11 +1,12 @@
-"""The rules of a table that hold between actions: on one rank, and between the two ends of a message.
+"""The rules of a table that hold between actions: on one rank, and between the two ends of a
+message.
 
-``order``: on its rank every action comes after what it needs. ``pairing``: what one rank sends another
-receives, in the same order, and somebody reads it. Whether ranks wait for each other in a circle is
-`check_deadlock.py`'s to find.
+``order``: on its rank every action comes after what it needs. ``pairing``: what one rank sends
+another receives, in the same order, and somebody reads it. Whether ranks wait for each other in a
+circle is `check_deadlock.py`'s to find.
 
-In: a schedule in which every action makes sense and runs once. Out: nothing; a ScheduleError at the first
-violation.
+In: a schedule in which every action makes sense and runs once. Out: nothing; a ScheduleError at the
+first violation.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def needs(action: Action, sources_of: Sources) -> list[Unit]:
 
 
 def pairing(schedule: Schedule, edges: Iterable[Edge]) -> None:
-    """Every send has its receive, every receive its send, in the same order, and somebody reads it."""
+    """Every send has its receive, every receive its send, in the same order, and somebody reads
+    it."""
     edges = frozenset(edges)
     sends: dict[Message, Place] = {}
     receives: dict[Message, Place] = {}
@@ -76,7 +78,8 @@ def _wanted(schedule: Schedule, sends: dict[Message, Place], read_by: Sources) -
         if not any((kind, stage, unit[2]) in there for kind, stage in target):
             raise refusal(
                 schedule,
-                f"{at(place)}: {_text(schedule, place)} sends what stage {message.target} does not read",
+                f"{at(place)}: {_text(schedule, place)} sends what stage {message.target} does "
+                "not read",
                 place,
                 why="by the edges between the stages, no action of its target reads what is sent",
                 instead="leave out the send and its receive, or send to a stage that reads it",
@@ -107,10 +110,14 @@ def _unpaired(schedule: Schedule, message: Message, place: Place) -> ScheduleErr
         what = f"waits for rank {source_rank}, which never sends it"
         instead = f"write {send} on rank {source_rank} behind what makes it"
     why = "every send needs one receive, and every receive one send"
-    return refusal(schedule, f"{at(place)}: {_text(schedule, place)} {what}", place, why=why, instead=instead)
+    return refusal(
+        schedule, f"{at(place)}: {_text(schedule, place)} {what}", place, why=why, instead=instead
+    )
 
 
-def _same_order(schedule: Schedule, sends: dict[Message, Place], receives: dict[Message, Place]) -> None:
+def _same_order(
+    schedule: Schedule, sends: dict[Message, Place], receives: dict[Message, Place]
+) -> None:
     channels: dict[Channel, list[Message]] = defaultdict(list)
     for message in sorted(sends, key=sends.__getitem__):
         channels[channel_of(message, schedule.placement)].append(message)
@@ -121,7 +128,8 @@ def _same_order(schedule: Schedule, sends: dict[Message, Place], receives: dict[
                 early, late = receives[other], receives[first]
                 raise refusal(
                     schedule,
-                    f"rank {channel.target} receives {_text(schedule, early)} (position {early[1]}) before"
+                    f"rank {channel.target} receives {_text(schedule, early)} (position "
+                    f"{early[1]}) before"
                     f" {_text(schedule, late)} (position {late[1]}),"
                     f" but rank {channel.source} sends them the other way round",
                     early,
@@ -136,8 +144,8 @@ def _same_order(schedule: Schedule, sends: dict[Message, Place], receives: dict[
 def order(schedule: Schedule, edges: Iterable[Edge]) -> None:
     """On its rank every action comes after what it needs, be it computed there or received.
 
-    In a table without transfers only what the rank itself computes is asked for; the rest will be received in
-    time.
+    In a table without transfers only what the rank itself computes is asked for; the rest will be
+    received in time.
     """
     sources_of, received = sources(edges), schedule.communicates
     for rank, actions in enumerate(schedule.ranks):
@@ -162,7 +170,11 @@ def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
     later = [
         (rank, p)
         for p, other in enumerate(row)
-        if (unit_of(other) == unit if local else other.kind.startswith("RECV") and message_of(other).unit == unit)
+        if (
+            unit_of(other) == unit
+            if local
+            else other.kind.startswith("RECV") and message_of(other).unit == unit
+        )
     ]
     if later:
         wanted = _text(schedule, later[0])
@@ -176,7 +188,9 @@ def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
         send = Action(f"SEND_{kind}", stage, microbatch, peer=action.stage)
         what = f"needs {wanted} of rank {source}, and rank {rank} never receives it"
         instead = f"write {receive} before {action}, and {send} on rank {source}"
-    return refusal(schedule, f"{at(place)}: {action} {what}", place, *later[:1], why=why, instead=instead)
+    return refusal(
+        schedule, f"{at(place)}: {action} {what}", place, *later[:1], why=why, instead=instead
+    )
 
 
 def _text(schedule: Schedule, place: Place) -> str:

@@ -1,14 +1,16 @@
-"""The proof that a table can run: everything once, everything in time, every message paired, no deadlock.
+"""The proof that a table can run: everything once, everything in time, every message paired, no
+deadlock.
 
-What is proven, in this order, before anything runs: every action makes sense and stands on the rank that
-holds its stage; every stage runs every microbatch exactly once; on its rank every action comes after what it
-needs; every send has one receive, in the same order at both ends; no ranks wait for each other in a circle.
-The channels are those of NCCL and gloo used one way: a send never blocks, messages on a channel (from rank,
-to rank, kind) stay in order, a receive blocks.
+What is proven, in this order, before anything runs: every action makes sense and stands on the rank
+that holds its stage; every stage runs every microbatch exactly once; on its rank every action comes
+after what it needs; every send has one receive, in the same order at both ends; no ranks wait for
+each other in a circle.
+The channels are those of NCCL and gloo used one way: a send never blocks, messages on a channel
+(from rank, to rank, kind) stay in order, a receive blocks.
 
 In: a schedule, with or without transfers, and the edges between its stages. Out: a ``Report``, or a
-ScheduleError that names rank, position and action, why, and what to write instead. Time is linear in the
-number of actions.
+ScheduleError that names rank, position and action, why, and what to write instead. Time is linear
+in the number of actions.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ class Report:
     """What a table that passed needs.
 
     Args:
-        peak_live: for every rank the most (stage, microbatch) whose F is done and whose B, or all of whose W,
-            is not. Forward only, nothing outlives its F: 1.
-        peak_waiting: for every rank the most (stage, microbatch) whose I is done and whose W is not.
+        peak_live: for every rank the most (stage, microbatch) whose F is done and whose B, or all
+            of whose W, is not. Forward only, nothing outlives its F: 1.
+        peak_waiting: for every rank the most (stage, microbatch) whose I is done and whose W is
+            not.
         messages: how many messages a step sends.
         actions: how many F, B, I and W a step runs.
     """
@@ -41,7 +44,9 @@ class Report:
     actions: int
 
 
-def check(schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Sequence[int] | None = None) -> Report:
+def check(
+    schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Sequence[int] | None = None
+) -> Report:
     """Prove that a table can run, or say why not.
 
     Args:
@@ -56,15 +61,17 @@ def check(schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Seq
     Report(peak_live=(4, 3, 2, 1), peak_waiting=(0, 0, 0, 0), messages=48, actions=64)
     >>> from funcpipe._src.schedule.tables import from_table
     >>> check(from_table([["0B0", "0F0"]], name="mine")(1, 1))
-    Traceback (most recent call last):
-    funcpipe.errors.ScheduleError: mine: rank 0, position 0: 0B0 comes before 0F0 (position 1), which it needs
+    Traceback (most recent call last): funcpipe.errors.ScheduleError: mine: rank 0, position 0: 0B0
+    comes before 0F0 (position 1), which it needs
       rank 0: [0B0] [0F0]
       why: 0B0 reads what 0F0 makes
       instead: write 0F0 before 0B0
     """
     edges = chain(schedule.stages) if edges is None else frozenset(edges)
     if segments is not None and len(segments) != schedule.stages:
-        raise ScheduleError(f"{schedule.name}: has {schedule.stages} stages, but segments= counts {len(segments)}")
+        raise ScheduleError(
+            f"{schedule.name}: has {schedule.stages} stages, but segments= counts {len(segments)}"
+        )
     rules.shape(schedule)
     rules.units(schedule, segments)
     pairing(schedule, edges)
@@ -100,5 +107,9 @@ def _peaks(actions: Sequence[Action]) -> tuple[int, int]:
 
 def _finals(actions: Sequence[Action]) -> Iterator[int]:
     """The positions of the last backward action of every (stage, microbatch)."""
-    last = {(a.stage, a.microbatch): position for position, a in enumerate(actions) if a.kind in ("B", "W")}
+    last = {
+        (a.stage, a.microbatch): position
+        for position, a in enumerate(actions)
+        if a.kind in ("B", "W")
+    }
     yield from last.values()

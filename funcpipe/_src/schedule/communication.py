@@ -1,13 +1,14 @@
 """From a table of F, B, I and W to one that says who sends what to whom, and when it is received.
 
-Terms. A *unit* ``(kind, stage, microbatch)`` names what an action computes for others: kind "F" or "B", where
-"B" is made by ``B`` or by ``I`` (a ``W`` makes nothing that another stage reads). A *message* carries one
-unit's values from the rank that made them to one other rank; a rank that holds several stages which read them
-gets one message for all. A *channel* is everything of one kind that one rank sends another: messages on it
-arrive in the order they were sent.
+Terms. A *unit* ``(kind, stage, microbatch)`` names what an action computes for others: kind "F" or
+"B", where "B" is made by ``B`` or by ``I`` (a ``W`` makes nothing that another stage reads). A
+*message* carries one unit's values from the rank that made them to one other rank; a rank that
+holds several stages which read them gets one message for all. A *channel* is everything of one kind
+that one rank sends another: messages on it arrive in the order they were sent.
 
-In: a schedule without transfers, and the edges between its stages. Out: the schedule with ``SEND`` right
-after what makes the values and ``RECV`` right before what first reads them (a receive posted early costs time
+In: a schedule without transfers, and the edges between its stages. Out: the schedule with ``SEND``
+right after what makes the values and ``RECV`` right before what first reads them (a receive posted
+early costs time
 on a GPU: the waiting kernel holds processors), or earlier where the order of a channel asks for it.
 """
 
@@ -40,7 +41,8 @@ class Message(NamedTuple):
 
 
 def unit_of(action: Action) -> Unit | None:
-    """The unit that a compute action makes; None for transfers, and for ``W``, which nobody else reads.
+    """The unit that a compute action makes; None for transfers, and for ``W``, which nobody else
+    reads.
 
     >>> unit_of(Action("I", 2, 5)), unit_of(Action("W", 2, 5))
     (('B', 2, 5), None)
@@ -55,9 +57,15 @@ def message_of(action: Action) -> Message:
     >>> message_of(Action("SEND_F", 0, 3, peer=1)) == message_of(Action("RECV_F", 1, 3, peer=0))
     True
     """
-    ends = (action.stage, action.peer) if action.kind.startswith("SEND") else (action.peer, action.stage)
+    ends = (
+        (action.stage, action.peer)
+        if action.kind.startswith("SEND")
+        else (action.peer, action.stage)
+    )
     source, target = ends
-    assert source is not None and target is not None  # the checker refuses a transfer without its peer before
+    assert (
+        source is not None and target is not None
+    )  # the checker refuses a transfer without its peer before
     return Message((action.kind[-1], source, action.microbatch), target)
 
 
@@ -99,10 +107,10 @@ def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
     """The schedule with its sends and receives.
 
     Args:
-        schedule: a table in which every action stands once; one that has transfers already is returned as it
-            is.
-        edges: what depends on what between stages; ``chain(stages)`` for a plain chain. An edge into ("B", s)
-            is read by ``B`` or ``I`` of stage ``s``.
+        schedule: a table in which every action stands once; one that has transfers already is
+            returned as it is.
+        edges: what depends on what between stages; ``chain(stages)`` for a plain chain. An edge
+            into ("B", s) is read by ``B`` or ``I`` of stage ``s``.
 
     >>> from funcpipe._src.schedule.actions import chain
     >>> from funcpipe._src.schedule.library import gpipe
@@ -133,8 +141,10 @@ def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
 
 
 def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
-    """For every receive of a rank, the sends of the rank that have surely arrived when it is over, and were not sure to have
-    before: those which the other end had received when it sent. What they sent need not be kept any longer.
+    """For every receive of a rank, the sends of the rank that have surely arrived when it is over,
+    and were not sure to have
+    before: those which the other end had received when it sent. What they sent need not be kept any
+        longer.
 
     >>> from funcpipe._src.schedule.actions import chain
     >>> from funcpipe._src.schedule.library import one_f_one_b
@@ -167,12 +177,15 @@ def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
 
 # Where an action stands: (rank, position in the rank's list).
 _Place = tuple[int, int]
-# By the place of what makes it: a message, and the place of what reads it first on the rank where it goes.
+# By the place of what makes it: a message, and the place of what reads it first on the rank where
+# it goes.
 _Sends = dict[_Place, list[tuple[Message, _Place]]]
 
 
 def _sends(
-    schedule: Schedule, read_by: dict[tuple[str, int], list[tuple[str, int]]], place: dict[Unit, _Place]
+    schedule: Schedule,
+    read_by: dict[tuple[str, int], list[tuple[str, int]]],
+    place: dict[Unit, _Place],
 ) -> _Sends:
     sends: _Sends = {}
     for rank, actions in enumerate(schedule.ranks):
@@ -187,12 +200,15 @@ def _sends(
                     first[target] = min(first.get(target, (at, stage)), (at, stage))
             if first:
                 sends[rank, position] = [
-                    (Message(unit, stage), (target, at)) for target, (at, stage) in sorted(first.items())
+                    (Message(unit, stage), (target, at))
+                    for target, (at, stage) in sorted(first.items())
                 ]
     return sends
 
 
-def _receives(schedule: Schedule, sends: _Sends, place: dict[Unit, _Place]) -> dict[_Place, list[Action]]:
+def _receives(
+    schedule: Schedule, sends: _Sends, place: dict[Unit, _Place]
+) -> dict[_Place, list[Action]]:
     channels: dict[Channel, list[tuple[Message, int]]] = defaultdict(list)
     for _, messages in sorted(sends.items()):
         for message, (_, at) in messages:

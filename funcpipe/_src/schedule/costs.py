@@ -1,8 +1,9 @@
 """What units cost: times, links, and what a loss looks like to a search.
 
-Terms. `Costs` says how long a unit of a kind and segment runs, and how fast a message travels; it is given by a person or
-measured by `funcpipe.profile_units`. A `Load` is a whole loss as a search sees it: time and bytes of every segment, and
-what its halves exchange. A *flow* is the bytes that one half of a segment hands to a half of another.
+Terms. `Costs` says how long a unit of a kind and segment runs, and how fast a message travels; it
+is given by a person or measured by `funcpipe.profile_units`. A `Load` is a whole loss as a search
+sees it: time and bytes of every segment, and what its halves exchange. A *flow* is the bytes that
+one half of a segment hands to a half of another.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Costs:
     """How long units and messages take.
 
     Args:
-        units: seconds (or any unit of time) by ``(kind, segment)``, or by kind alone where all segments cost the same; or a
-            function of kind and segment. What is missing follows from the rest: ``B = I + W``, ``I = W = B / 2``.
+        units: seconds (or any unit of time) by ``(kind, segment)``, or by kind alone where all
+            segments cost the same; or a function of kind and segment. What is missing follows from
+            the rest: ``B = I + W``, ``I = W = B / 2``.
         bandwidth: bytes that a link moves in a unit of time.
-        latency: time that a message takes, whatever its size. A rank does nothing else while it receives.
+        latency: time that a message takes, whatever its size. A rank does nothing else while it
+            receives.
         unit: of time, for pictures: ``"s"``, or ``""`` where it means nothing.
 
     >>> costs = Costs({"F": 1.0, "B": 2.0, ("F", 3): 5.0}, bandwidth=100.0, latency=0.5)
@@ -60,7 +63,8 @@ class Costs:
             other = known["W" if kind == "I" else "I"]
             return known["B"] / 2 if other is None else max(known["B"] - other, 0.0)
         raise PlanError(
-            f"costs do not say what {kind} of segment {segment} costs; add ({kind!r}, {segment}) or {kind!r}"
+            f"costs do not say what {kind} of segment {segment} costs; add ({kind!r}, {segment}) "
+            f"or {kind!r}"
         )
 
     def _known(self, kind: str, segment: int) -> float | None:
@@ -103,7 +107,9 @@ class Load:
 
     def cost(self, stages: Stages) -> Callable[[Action], float]:
         """The time of every compute action."""
-        whole = {k: [sum(getattr(self, k)[x] for x in segments) for segments in stages] for k in "FBIW"}
+        whole = {
+            k: [sum(getattr(self, k)[x] for x in segments) for segments in stages] for k in "FBIW"
+        }
 
         def cost(action: Action) -> float:
             if action.segment is None:
@@ -117,13 +123,21 @@ class Load:
         return frozenset(self._between(stages))
 
     def transfer(self, stages: Stages, placement: Sequence[int]) -> Callable[[Action], float]:
-        """The time that the message of a ``SEND`` takes to move, with all that is read on the rank where it goes."""
-        times = {key: self.link(sum(some.values())) for key, some in self.mail(stages, placement).items()}
+        """The time that the message of a ``SEND`` takes to move, with all that is read on the rank
+        where it goes."""
+        times = {
+            key: self.link(sum(some.values())) for key, some in self.mail(stages, placement).items()
+        }
         nothing = self.link(0.0)
-        return lambda send: times.get((send.kind[-1], send.stage, placement[send.peer or 0]), nothing)
+        return lambda send: times.get(
+            (send.kind[-1], send.stage, placement[send.peer or 0]), nothing
+        )
 
-    def mail(self, stages: Stages, placement: Sequence[int]) -> dict[tuple[str, int, int], dict[int, float]]:
-        """What goes from a stage to a rank: by ("F" | "B", stage that makes it, rank), the bytes that other stages there read."""
+    def mail(
+        self, stages: Stages, placement: Sequence[int]
+    ) -> dict[tuple[str, int, int], dict[int, float]]:
+        """What goes from a stage to a rank: by ("F" | "B", stage that makes it, rank), the bytes
+        that other stages there read."""
         out: dict[tuple[str, int, int], dict[int, float]] = {}
         for (half, a, b), nbytes in self.messages(stages).items():
             out.setdefault((half, a, placement[b]), {})[b] = nbytes
@@ -146,9 +160,11 @@ class Load:
         return out
 
     def memory(self, schedule: Schedule, rank: int, stages: Stages) -> float:
-        """The most bytes that a rank holds. What a stage hands to another one of its rank is held until that reads it. Where the table
-        has transfers, what a rank sends is held until it has surely arrived, and what it receives until it is read: some messages come
-        before their turn, since those behind them are read earlier."""
+        """The most bytes that a rank holds. What a stage hands to another one of its rank is held
+        until that reads it. Where the table
+        has transfers, what a rank sends is held until it has surely arrived, and what it receives
+        until it is read: some messages come before their turn, since those behind them are read
+        earlier."""
         told = arrivals(schedule, rank)
         sent = {send for sends in told.values() for send in sends}
         mail = self.mail(stages, schedule.placement)
@@ -184,13 +200,16 @@ class Load:
             elif a.kind == "I":
                 now += late[a.stage] - held[a.stage]
             elif a.kind == "W":
-                now -= late[a.stage] if a.segment is None else self.waiting[stages[a.stage][a.segment]]
+                now -= (
+                    late[a.stage] if a.segment is None else self.waiting[stages[a.stage][a.segment]]
+                )
             peak, most = max(peak, now + sum(got.values())), max(most, work[a.stage])
         return peak + most
 
 
 def even_load(segments: int, ranks: int, F: float = 1.0, I: float = 1.0, W: float = 1.0) -> Load:  # noqa: E741
-    """A chain of equal segments, where F, I and W of all segments of a rank take these times and a rank holds 1 byte for
+    """A chain of equal segments, where F, I and W of all segments of a rank take these times and a
+    rank holds 1 byte for
     a microbatch: memory is then counted in microbatches of a rank's layers.
 
     >>> from funcpipe._src.schedule.library import one_f_one_b
@@ -202,4 +221,6 @@ def even_load(segments: int, ranks: int, F: float = 1.0, I: float = 1.0, W: floa
     same = lambda x: (x * share,) * segments  # noqa: E731
     flows: dict[Flow, float] = {(("F", s), ("F", s + 1)): 0.0 for s in range(segments - 1)}
     flows |= {(("B", s + 1), ("B", s)): 0.0 for s in range(segments - 1)}
-    return Load(same(F), same(I + W), same(I), same(W), same(1.0), same(1.0), (0.0,) * segments, flows)
+    return Load(
+        same(F), same(I + W), same(I), same(W), same(1.0), same(1.0), (0.0,) * segments, flows
+    )

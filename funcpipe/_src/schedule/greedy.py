@@ -1,11 +1,13 @@
-"""Greedy list scheduling: a table made by running it, every rank doing at any moment the best that it can.
+"""Greedy list scheduling: a table made by running it, every rank doing at any moment the best that
+it can.
 
-A rank that is free runs a ready B, or I where a policy has I and W apart, else a ready F, else one segment's W; W also comes first
-when its memory is needed. Ahead of what it runs it receives what that reads, as `timeline` has it.
-F waits while it would exceed the rank's memory. Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 3,
-https://arxiv.org/abs/2401.10241, with W by segment.
+A rank that is free runs a ready B, or I where a policy has I and W apart, else a ready F, else one
+segment's W; W also comes first when its memory is needed. Ahead of what it runs it receives what
+that reads, as `timeline` has it. F waits while it would exceed the rank's memory. Qi et al. 2023,
+"Zero Bubble Pipeline Parallelism", section 3, https://arxiv.org/abs/2401.10241, with W by segment.
 
-In: a `Load`, its stages, where they lie, a cap on memory, and a `Policy`. Out: a table, or None where the cap leaves no way.
+In: a `Load`, its stages, where they lie, a cap on memory, and a `Policy`. Out: a table, or None
+where the cap leaves no way.
 """
 
 from __future__ import annotations
@@ -30,12 +32,16 @@ class Policy:
 
     Args:
         forward_first: F before I.
-        old_first: among ready actions of one kind the oldest microbatch first, instead of the deepest stage.
-        reserve: F of a rank's first stage waits until there is room for the microbatch's other stages on the rank too.
-        in_flight: how many microbatches may be on a rank at most, for each rank behind it on the axis and itself.
+        old_first: among ready actions of one kind the oldest microbatch first, instead of the
+            deepest stage.
+        reserve: F of a rank's first stage waits until there is room for the microbatch's other
+            stages on the rank too.
+        in_flight: how many microbatches may be on a rank at most, for each rank behind it on the
+            axis and itself.
         by_segment: whether W is run by segment.
-        apart: for every stage of how many microbatches, the last ones, I and W are apart; the others have B, which holds less. The
-            last ones, since gradients are added up in the order of microbatches. By default all.
+        apart: for every stage of how many microbatches, the last ones, I and W are apart; the
+            others have B, which holds less. The last ones, since gradients are added up in the
+            order of microbatches. By default all.
     """
 
     forward_first: bool = False
@@ -47,8 +53,8 @@ class Policy:
 
 
 class Drawn(NamedTuple):
-    """A table that a policy made; when it ends; what it takes in steady state (`Timeline.period`); how long its busiest rank
-    computes and receives; about how many bytes a rank holds at most."""
+    """A table that a policy made; when it ends; what it takes in steady state (`Timeline.period`);
+    how long its busiest rank computes and receives; about how many bytes a rank holds at most."""
 
     schedule: Schedule
     end: float
@@ -87,7 +93,9 @@ def greedy(
     ranks = _List(load, stages, placement, microbatches, cap, policy).run()
     if ranks is None:
         return None
-    schedule = Schedule(name, tuple(tuple(rank.row) for rank in ranks), tuple(placement), microbatches)
+    schedule = Schedule(
+        name, tuple(tuple(rank.row) for rank in ranks), tuple(placement), microbatches
+    )
     return Drawn(
         schedule,
         end=max(rank.free for rank in ranks),
@@ -98,7 +106,9 @@ def greedy(
 
 
 _Cell = tuple[str, int, int]  # "F" or "B" (for I), stage, microbatch
-_Mail = tuple[_Cell, float, float]  # what made a message, when it was sent, how long it takes to move
+_Mail = tuple[
+    _Cell, float, float
+]  # what made a message, when it was sent, how long it takes to move
 
 
 @dataclass
@@ -130,32 +140,57 @@ class _List:
         cap: float,
         policy: Policy,
     ) -> None:
-        self.stages, self.placement, self.microbatches, self.policy = stages, placement, microbatches, policy
+        self.stages, self.placement, self.microbatches, self.policy = (
+            stages,
+            placement,
+            microbatches,
+            policy,
+        )
         count = len(stages)
-        self.cost, transfer, edges = load.cost(stages), load.transfer(stages, placement), load.edges(stages)
-        away = {k: n for k, n in load.messages(stages).items() if placement[k[1]] != placement[k[2]]}
+        self.cost, transfer, edges = (
+            load.cost(stages),
+            load.transfer(stages, placement),
+            load.edges(stages),
+        )
+        away = {
+            k: n for k, n in load.messages(stages).items() if placement[k[1]] != placement[k[2]]
+        }
         # What F sends has arrived when its gradient comes back.
         self.held = [
-            sum(load.held[x] for x in segments) + sum(n for (half, a, _), n in away.items() if (half, a) == ("F", s))
+            sum(load.held[x] for x in segments)
+            + sum(n for (half, a, _), n in away.items() if (half, a) == ("F", s))
             for s, segments in enumerate(stages)
         ]
         self.late = [[load.waiting[x] for x in segments] for segments in stages]
         reads = sources(edges)
-        own: dict[tuple[str, int], list[tuple[str, int]]] = {("B", s): [("F", s)] for s in range(count)}
+        own: dict[tuple[str, int], list[tuple[str, int]]] = {
+            ("B", s): [("F", s)] for s in range(count)
+        }
         self.needs = {
-            (h, s): sorted([*reads.get((h, s), ()), *own.get((h, s), ())], key=lambda need: (placement[need[1]], need))
+            (h, s): sorted(
+                [*reads.get((h, s), ()), *own.get((h, s), ())],
+                key=lambda need: (placement[need[1]], need),
+            )
             for h in "FB"
             for s in range(count)
         }
         self.readers: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
-        self.sends: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)  # how long to which rank
+        self.sends: dict[tuple[str, int], dict[int, float]] = defaultdict(
+            dict
+        )  # how long to which rank
         for (half, s), makers in self.needs.items():
             for maker, m in makers:
                 self.readers[maker, m].append((half, s))
                 if placement[m] != placement[s]:
-                    self.sends[maker, m].setdefault(placement[s], transfer(Action(f"SEND_{maker}", m, 0, peer=s)))
-        self.mail: dict[tuple[int, int, str], deque[_Mail]] = defaultdict(deque)  # by source, target and half, in order
-        self.missing = {(h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)}
+                    self.sends[maker, m].setdefault(
+                        placement[s], transfer(Action(f"SEND_{maker}", m, 0, peer=s))
+                    )
+        self.mail: dict[tuple[int, int, str], deque[_Mail]] = defaultdict(
+            deque
+        )  # by source, target and half, in order
+        self.missing = {
+            (h, s, m): len(n) for (h, s), n in self.needs.items() for m in range(microbatches)
+        }
         self.at: dict[_Cell, float] = {}
         ranks = max(placement) + 1
         self.ranks = [_Rank() for _ in range(ranks)]
@@ -163,7 +198,9 @@ class _List:
         for r, rank in enumerate(self.ranks):
             mine = [s for s in range(count) if placement[s] == r]
             work = max((load.work[x] for s in mine for x in stages[s]), default=0.0)
-            work += max((n for (half, a, _), n in away.items() if half == "B" and a in mine), default=0.0)
+            work += max(
+                (n for (half, a, _), n in away.items() if half == "B" and a in mine), default=0.0
+            )
             rank.work = work
             rank.room = cap - work + _SLACK * max(cap, 1.0) if cap != float("inf") else cap
             self.entry[mine[0]] = sum(self.held[s] for s in mine[1:])

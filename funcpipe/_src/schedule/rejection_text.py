@@ -1,4 +1,5 @@
-"""How a rejected table is explained: what is wrong, the few actions that show it, why, what to write."""
+"""How a rejected table is explained: what is wrong, the few actions that show it, why, what to
+write."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ Place = tuple[int, int]
 
 
 def refusal(schedule: Schedule, what: str, *places: Place, why: str, instead: str) -> ScheduleError:
-    """The error for a rejected table, with the actions at ``places`` in brackets among their neighbours.
+    """The error for a rejected table, with the actions at ``places`` in brackets among their
+    neighbours.
 
     >>> from funcpipe._src.schedule.tables import from_table
     >>> table = from_table([["0F0", "0F1", "0F2", "0B0", "0F1"]])(1, 3)
@@ -24,7 +26,9 @@ def refusal(schedule: Schedule, what: str, *places: Place, why: str, instead: st
     """
     lines = [f"{schedule.name}: {what}"]
     for rank in sorted({rank for rank, _ in places}):
-        lines.append(f"  rank {rank}: {excerpt(schedule.ranks[rank], [p for r, p in places if r == rank])}")
+        lines.append(
+            f"  rank {rank}: {excerpt(schedule.ranks[rank], [p for r, p in places if r == rank])}"
+        )
     return ScheduleError("\n".join([*lines, f"  why: {why}", f"  instead: {instead}"]))
 
 
@@ -35,7 +39,9 @@ def excerpt(actions: Sequence[Action], marked: Sequence[int], around: int = 2) -
     >>> excerpt(row, [1, 8], around=1)
     '0F0 [0F1] 0F2 … 0F7 [0F8]'
     """
-    shown = sorted({i for at in marked for i in range(at - around, at + around + 1) if 0 <= i < len(actions)})
+    shown = sorted(
+        {i for at in marked for i in range(at - around, at + around + 1) if 0 <= i < len(actions)}
+    )
     words, before = [], -1
     for i in shown:
         if i != before + 1:
@@ -57,7 +63,9 @@ def maker(schedule: Schedule, unit: tuple[str, int, int]) -> str:
     kind, stage, microbatch = unit
     split = Action("I", stage, microbatch)
     return str(
-        split if kind == "B" and split in schedule.ranks[schedule.placement[stage]] else split._replace(kind=kind)
+        split
+        if kind == "B" and split in schedule.ranks[schedule.placement[stage]]
+        else split._replace(kind=kind)
     )
 
 

@@ -1,9 +1,10 @@
 """Search: the fastest schedule, and the cut that goes with it, for given costs and memory.
 
-Terms. A *candidate* is a table with its stages. Every named schedule that fits the memory is one, so that what is found
-is as fast as the best of them; the others are made by `greedy.py`, over cuts, placements and policies, from *drafts*: tables with
-few microbatches, of which the best are varied a step at a time. All candidates are timed by the same `timeline`. Nothing is random:
-the same costs give the same schedule everywhere.
+Terms. A *candidate* is a table with its stages. Every named schedule that fits the memory is one,
+so that what is found is as fast as the best of them; the others are made by `greedy.py`, over cuts,
+placements and policies, from *drafts*: tables with few microbatches, of which the best are varied a
+step at a time. All candidates are timed by the same `timeline`. Nothing is random: the same costs
+give the same schedule everywhere.
 
 In: a `Load` (times and bytes of every segment) and a cap. Out: `Fitted`.
 """
@@ -28,10 +29,12 @@ from funcpipe.errors import ScheduleError
 
 Sizes = tuple[int, ...]
 
-# So many times the best third of drafts is gone on with. Together they are varied as long as their tables make up so many actions, but
-# no more than so many tables have in which every segment is a stage.
+# So many times the best third of drafts is gone on with. Together they are varied as long as their
+# tables make up so many actions, but no more than so many tables have in which every segment is a
+# stage.
 _ROUNDS, _ACTIONS, _TABLES = 3, 300_000, 700
-# Parts of the cap that policies keep to: they do better with one than with another. The smaller the table, the more of them.
+# Parts of the cap that policies keep to: they do better with one than with another. The smaller the
+# table, the more of them.
 _ROOMS, _CELLS = (1.0, 1.15, 0.94, 1.5), 128
 # Drafts have as many microbatches as fill and empty the pipeline, and at least so many.
 _LEAST = 8
@@ -65,13 +68,23 @@ class Auto:
     __name__ = "auto"
 
     def __call__(self, ranks: int, microbatches: int) -> Schedule:
-        """The table for equal segments and F = I = W (or the costs' F, I and W of segment 0), where the memory limit
-        counts microbatches of a rank's layers. A pipeline does not call this but ``fit``."""
+        """The table for equal segments and F = I = W (or the costs' F, I and W of segment 0), where
+        the memory limit counts microbatches of a rank's layers. A pipeline does not call this but
+        ``fit``."""
         if ranks < 1 or microbatches < 1:
-            raise ScheduleError(f"auto: needs at least 1 rank and 1 microbatch, got {ranks} and {microbatches}")
+            raise ScheduleError(
+                f"auto: needs at least 1 rank and 1 microbatch, got {ranks} and {microbatches}"
+            )
         times = [self.costs.of(kind, 0) for kind in "FIW"] if self.costs else [1.0, 1.0, 1.0]
         return _search(
-            self, ranks, microbatches, even_load(4 * ranks, ranks, *times), "balanced", None, False, whole=True
+            self,
+            ranks,
+            microbatches,
+            even_load(4 * ranks, ranks, *times),
+            "balanced",
+            None,
+            False,
+            whole=True,
         ).schedule
 
     def fit(
@@ -90,7 +103,8 @@ class Auto:
             load: what its segments cost.
             how: "balanced" to choose the cut freely, "even", or how many segments each stage gets.
             placement: the rank of every stage, if that is settled.
-            waits: whether ranks wait for each other at the end of a step, so that its time alone counts.
+            waits: whether ranks wait for each other at the end of a step, so that its time alone
+                counts.
 
         Raises:
             ScheduleError: nothing keeps to the memory limit.
@@ -99,19 +113,22 @@ class Auto:
 
 
 def auto(memory_limit: float | None = None, costs: Costs | None = None) -> Auto:
-    """The fastest schedule that is found for the costs, with the cut that suits it, under a cap on memory.
+    """The fastest schedule that is found for the costs, with the cut that suits it, under a cap on
+    memory.
 
     Args:
-        memory_limit: bytes of activations and residuals that a rank may hold (``plan.memory``'s "activations"); where a
-            table is asked for without a loss, as here below, microbatches of a rank's layers instead: 1F1B holds P.
-        costs: of units and links, from `funcpipe.profile_units` or by hand; by default a unit costs its FLOPs, and
-            messages nothing.
+        memory_limit: bytes of activations and residuals that a rank may hold (``plan.memory``'s
+            "activations"); where a table is asked for without a loss, as here below, microbatches
+            of a rank's layers instead: 1F1B holds P.
+        costs: of units and links, from `funcpipe.profile_units` or by hand; by default a unit costs
+            its FLOPs, and messages nothing.
 
     Returns:
-        a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every schedule of the library
-        that keeps to the limit: these are among what it chooses from; among equally fast ones it holds
-        the least. What counts is a step in steady state (`Timeline.period`);
-        where the step makes ranks wait for each other, as clipping does, a step alone (`Timeline.makespan`).
+        a schedule for ``pipelined(schedule=...)``. It is at least as fast, by these costs, as every
+        schedule of the library
+        that keeps to the limit: these are among what it chooses from; among equally fast ones it
+        holds the least. What counts is a step in steady state (`Timeline.period`); where the step
+        makes ranks wait for each other, as clipping does, a step alone (`Timeline.makespan`).
 
     Raises, when it is laid out:
         ScheduleError: nothing keeps to the memory limit.
@@ -141,10 +158,14 @@ def _search(
     search = _Search(ranks, microbatches, load, cap, how, placement, waits, whole)
     found = search.best()
     if found is None:
-        least = f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
+        least = (
+            f"; the least that any holds is {search.least:.4g}" if search.least < math.inf else ""
+        )
         raise ScheduleError(
-            f"auto: no schedule for {ranks} ranks and {microbatches} microbatches keeps to memory_limit="
-            f"{auto.memory_limit:.4g}{least}. Raise it, use more microbatches or smaller ones, or checkpoint the blocks"
+            f"auto: no schedule for {ranks} ranks and {microbatches} microbatches keeps to "
+            "memory_limit="
+            f"{auto.memory_limit:.4g}{least}. Raise it, use more microbatches or smaller ones, "
+            "or checkpoint the blocks"
         )
     return found
 
@@ -157,7 +178,8 @@ class _Draft(NamedTuple):
         time: about what a step with all microbatches takes.
         memory: about what a rank holds at most.
         actions: how many the table has.
-        sizes, placement, policy, room: what it is made of. The table may hold less than the room that the policy keeps to.
+        sizes, placement, policy, room: what it is made of. The table may hold less than the room
+            that the policy keeps to.
     """
 
     over: float
@@ -181,7 +203,9 @@ class _Search:
     waits: bool
     whole: bool  # tables without W by segment
     least: float = math.inf
-    known: dict[tuple, _Draft | None] = field(default_factory=dict)  # what was drawn, by what it is made of
+    known: dict[tuple, _Draft | None] = field(
+        default_factory=dict
+    )  # what was drawn, by what it is made of
 
     def best(self) -> Fitted | None:
         named = [fitted for fitted in self._named() if fitted is not None]
@@ -200,7 +224,8 @@ class _Search:
         return memory <= self.cap * (1 + 1e-9)
 
     def counts(self, fitted: Fitted) -> tuple[float, float, float]:
-        """What is least for the best. Among equals, which sums of floats do not quite show, memory decides, then the time alone."""
+        """What is least for the best. Among equals, which sums of floats do not quite show, memory
+        decides, then the time alone."""
         return _rounded(fitted.alone if self.waits else fitted.time), fitted.memory, fitted.alone
 
     def _stages(self, count: int) -> tuple[tuple[int, ...], ...] | None:
@@ -221,7 +246,12 @@ class _Search:
         self.least = min(self.least, memory)
         if not self.fits(memory):
             return None
-        line = timeline(sending, load.cost(stages), load.transfer(stages, schedule.placement), load.edges(stages))
+        line = timeline(
+            sending,
+            load.cost(stages),
+            load.transfer(stages, schedule.placement),
+            load.edges(stages),
+        )
         return Fitted(schedule, stages, line.period, line.makespan, memory)
 
     def _named(self) -> Iterator[Fitted | None]:
@@ -235,14 +265,20 @@ class _Search:
 
     def _drafts(self) -> Iterator[_Draft]:
         """Policies on the plain cuts, with B whole and with I and W apart."""
-        rooms = [part * self.cap for part in _ROOMS[: max(1, _CELLS // (self.ranks * self.microbatches))]]
+        rooms = [
+            part * self.cap for part in _ROOMS[: max(1, _CELLS // (self.ranks * self.microbatches))]
+        ]
         for placement in [loop(1)(self.ranks), vee()(self.ranks), loop(2)(self.ranks)]:
             stages = self._stages(len(placement))
             if stages is None or not self._placed(placement):
                 continue
             sizes = tuple(map(len, stages))
-            for policy, apart, room in product(self._policies(), (0, self.microbatches), dict.fromkeys(rooms)):
-                draft = self._draft(sizes, placement, replace(policy, apart=(apart,) * len(sizes)), room)
+            for policy, apart, room in product(
+                self._policies(), (0, self.microbatches), dict.fromkeys(rooms)
+            ):
+                draft = self._draft(
+                    sizes, placement, replace(policy, apart=(apart,) * len(sizes)), room
+                )
                 if draft is not None:
                     yield draft
 
@@ -264,21 +300,27 @@ class _Search:
         return min(self.microbatches, max(2 * self.ranks, _LEAST))
 
     def _draft(self, sizes: Sizes, placement: Sizes, policy: Policy, room: float) -> _Draft | None:
-        """A draft, unless the policy finds no way. Its time is that with few microbatches, and the busiest rank's for the rest."""
+        """A draft, unless the policy finds no way. Its time is that with few microbatches, and the
+        busiest rank's for the rest."""
         key = (sizes, placement, policy, room)
         if key in self.known:
             return self.known[key]
         some, found = self._some, None
         drawn = greedy("auto", self.load, _grouped(sizes), placement, some, room, policy)
         if drawn is not None:
-            time = (drawn.end if self.waits else drawn.period) + (self.microbatches - some) * drawn.busy / some
+            time = (drawn.end if self.waits else drawn.period) + (
+                self.microbatches - some
+            ) * drawn.busy / some
             over = 0.0 if self.fits(drawn.memory) else drawn.memory / self.cap - 1
-            found = _Draft(over, _rounded(time), drawn.memory, sum(map(len, drawn.schedule.ranks)), *key)
+            found = _Draft(
+                over, _rounded(time), drawn.memory, sum(map(len, drawn.schedule.ranks)), *key
+            )
         self.known[key] = found
         return found
 
     def _varied(self, draft: _Draft, actions: int) -> _Draft:
-        """A draft after steps that made it better, as many as new tables of so many actions show."""
+        """A draft after steps that made it better, as many as new tables of so many actions
+        show."""
         better: _Draft | None = draft
         while better is not None:
             draft, better = better, None
@@ -296,8 +338,9 @@ class _Search:
         return draft
 
     def _steps(self, draft: _Draft) -> Iterator[tuple[Sizes, Policy, float]]:
-        """What is a step away from a draft: a segment is elsewhere, I and W of a stage are apart for more microbatches or for fewer,
-        more or fewer of them are under way, there is more room or less."""
+        """What is a step away from a draft: a segment is elsewhere, I and W of a stage are apart
+        for more microbatches or for fewer, more or fewer of them are under way, there is more room
+        or less."""
         _, _, memory, _, sizes, _, policy, room = draft
         for other in _neighbours(sizes) if self.how == "balanced" else ():
             yield other, policy, room
@@ -314,15 +357,23 @@ class _Search:
 
     def _greedy(self, draft: _Draft) -> Fitted | None:
         stages = _grouped(draft.sizes)
-        drawn = greedy("auto", self.load, stages, draft.placement, self.microbatches, draft.room, draft.policy)
-        return None if drawn is None else self._timed(_joined(drawn.schedule, stages, self.load), stages)
+        drawn = greedy(
+            "auto", self.load, stages, draft.placement, self.microbatches, draft.room, draft.policy
+        )
+        return (
+            None
+            if drawn is None
+            else self._timed(_joined(drawn.schedule, stages, self.load), stages)
+        )
 
 
 def _best_third(drafts: list[_Draft]) -> list[_Draft]:
     """As many of every placement: which is best shows late. Of those that look the same, one."""
     out: dict[tuple, _Draft] = {}
     for draft in sorted(drafts, key=lambda draft: draft[:3]):
-        if sum(draft.placement == other.placement for other in out.values()) < max(2, len(drafts) // 9):
+        if sum(draft.placement == other.placement for other in out.values()) < max(
+            2, len(drafts) // 9
+        ):
             out.setdefault((*draft[:6], draft.policy.apart), draft)
     return list(out.values())
 
@@ -337,11 +388,15 @@ def _grouped(sizes: Sizes) -> tuple[tuple[int, ...], ...]:
 
 
 def _neighbours(sizes: Sizes) -> Iterator[Sizes]:
-    """The cuts with one segment moved, from the largest stages first: to the next stage, then to the one behind, by which the stage
-    between slides along."""
+    """The cuts with one segment moved, from the largest stages first: to the next stage, then to
+    the one behind, by which the stage between slides along."""
     stages = range(len(sizes))
-    pairs = [(a, b) for a in stages for b in (a - 1, a + 1, a - 2, a + 2) if b in stages and sizes[a] > 1]
-    for a, b in sorted(pairs, key=lambda pair: (abs(pair[0] - pair[1]), sizes[pair[1]] - sizes[pair[0]], pair)):
+    pairs = [
+        (a, b) for a in stages for b in (a - 1, a + 1, a - 2, a + 2) if b in stages and sizes[a] > 1
+    ]
+    for a, b in sorted(
+        pairs, key=lambda pair: (abs(pair[0] - pair[1]), sizes[pair[1]] - sizes[pair[0]], pair)
+    ):
         moved = list(sizes)
         moved[a] -= 1
         moved[b] += 1

@@ -1,9 +1,9 @@
 """One walk over a table with transfers: an order in which it can run, or where it stands still.
 
-The rule is that of blocking channels: a send never blocks; messages on a channel stay in order; a receive
-blocks its rank until the message at the head of its channel is there, and that must be the one it asks for.
-Under this rule how far every rank gets does not depend on which rank runs first, so that one walk decides it.
-Time is linear in the actions.
+The rule is that of blocking channels: a send never blocks; messages on a channel stay in order; a
+receive blocks its rank until the message at the head of its channel is there, and that must be the
+one it asks for. Under this rule how far every rank gets does not depend on which rank runs first,
+so that one walk decides it. Time is linear in the actions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Walk:
 
     Args:
         order: (rank, position) of every action that ran, in an order in which they can run.
-        stands: for every rank the position of the receive it waits at, or the length of its list if it ended.
+        stands: for every rank the position of the receive it waits at, or the length of its list if
+            it ended.
     """
 
     order: tuple[tuple[int, int], ...]

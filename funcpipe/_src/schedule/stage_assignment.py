@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from funcpipe.errors import CutError
 
 
-def group(costs: Sequence[int], stages: int, how: str | tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def group(
+    costs: Sequence[int], stages: int, how: str | tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
     """Consecutive segments for every stage.
 
     Args:
         costs: of every segment (FLOPs of forward and backward).
         stages: how many.
-        how: "balanced" (the dearest stage as cheap as can be), "even" (by count), or how many segments each stage gets.
+        how: "balanced" (the dearest stage as cheap as can be), "even" (by count), or how many
+            segments each stage gets.
 
     Raises:
         CutError: fewer segments than stages, or a list that does not fit.
@@ -24,14 +27,17 @@ def group(costs: Sequence[int], stages: int, how: str | tuple[int, ...]) -> tupl
     n = len(costs)
     if n < stages:
         raise CutError(
-            f"{stages} stages need {stages - 1} boundaries or more, but the loss function has {n - 1}: call "
+            f"{stages} stages need {stages - 1} boundaries or more, but the loss function has "
+            f"{n - 1}: call "
             "fp.stage_boundary after every block"
         )
     if isinstance(how, tuple):
         if len(how) != stages or sum(how) != n:
             raise CutError(
-                f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}, but there are {stages} stages and "
-                f"{n} segments (one more than boundaries): write {stages} numbers that add up to {n}"
+                f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}, but there "
+                f"are {stages} stages and "
+                f"{n} segments (one more than boundaries): write {stages} numbers that add up to "
+                f"{n}"
             )
         sizes = list(how)
     elif how == "even":
@@ -43,7 +49,8 @@ def group(costs: Sequence[int], stages: int, how: str | tuple[int, ...]) -> tupl
 
 
 def _balanced(costs: Sequence[int], stages: int) -> list[int]:
-    """The sizes that make the dearest stage cheapest, by dynamic programming over (stages, segments)."""
+    """The sizes that make the dearest stage cheapest, by dynamic programming over (stages,
+    segments)."""
     n = len(costs)
     total = [0]
     for c in costs:

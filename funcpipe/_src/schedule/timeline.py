@@ -1,9 +1,10 @@
 """The cost model: when every action of a table starts and ends, given what each costs.
 
-In: a schedule, the time of every compute action, and how long a message takes to move. Out: a ``Timeline``.
-A message moves once it was sent and its receiver has come to its receive, which does nothing else meanwhile: so it is with
-NCCL's, which ranks receive at their use. Sends take no time of their rank. The times are the caller's own unit, whatever the costs
-are given in.
+In: a schedule, the time of every compute action, and how long a message takes to move. Out: a
+``Timeline``.
+A message moves once it was sent and its receiver has come to its receive, which does nothing else
+meanwhile: so it is with NCCL's, which ranks receive at their use. Sends take no time of their rank.
+The times are the caller's own unit, whatever the costs are given in.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Cost = Callable[[Action], float]
 
 
 class Span(NamedTuple):
-    """When an action runs; a receive runs from when its rank comes to it until the message is there."""
+    """When an action runs; a receive runs from when its rank comes to it until the message is
+    there."""
 
     action: Action
     start: float
@@ -49,20 +51,32 @@ class Timeline:
 
     @cached_property
     def period(self) -> float:
-        """Of a step in steady state, where many follow one another: the longest that a rank needs from where it has something to
-        do to its end. Ranks do not wait for each other between steps, so all of them may repeat what they do after so long; what a
-        rank idles before its first action or after its last is then filled by the step before and the one behind."""
-        sent = {message_of(s.action): s.start for row in self.spans for s in row if s.action.kind.startswith("SEND")}
+        """Of a step in steady state, where many follow one another: the longest that a rank needs
+        from where it has something to do to its end. Ranks do not wait for each other between
+        steps, so all of them may repeat what they do after so long; what a rank idles before its
+        first action or after its last is then filled by the step before and the one behind."""
+        sent = {
+            message_of(s.action): s.start
+            for row in self.spans
+            for s in row
+            if s.action.kind.startswith("SEND")
+        }
 
         def begin(first: Span) -> float:
-            return first.start if first.action.kind in COMPUTE else max(first.start, sent[message_of(first.action)])
+            return (
+                first.start
+                if first.action.kind in COMPUTE
+                else max(first.start, sent[message_of(first.action)])
+            )
 
         return max((row[-1].end - begin(row[0]) for row in self.spans if row), default=0.0)
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """For every rank how long it computes."""
-        compute = [[s.end - s.start for s in spans if s.action.kind in COMPUTE] for spans in self.spans]
+        compute = [
+            [s.end - s.start for s in spans if s.action.kind in COMPUTE] for spans in self.spans
+        ]
         return tuple(map(sum, compute))
 
     @property
@@ -73,7 +87,10 @@ class Timeline:
 
     def scaled(self, factor: float) -> Timeline:
         """The same with every time multiplied, as for another unit."""
-        spans = tuple(tuple(Span(s.action, s.start * factor, s.end * factor) for s in row) for row in self.spans)
+        spans = tuple(
+            tuple(Span(s.action, s.start * factor, s.end * factor) for s in row)
+            for row in self.spans
+        )
         return Timeline(self.schedule, spans)
 
 
@@ -88,8 +105,8 @@ def timeline(
     Args:
         schedule: the table; transfers are put in if it has none.
         cost: the time of a compute action.
-        transfer: how long the message of a ``SEND`` action takes to move, when both its ends are there: one number, or a
-            function of that action.
+        transfer: how long the message of a ``SEND`` action takes to move, when both its ends are
+            there: one number, or a function of that action.
         edges: what depends on what, to put transfers in; a plain chain by default.
 
     Raises: ScheduleError for a table that never ends.
@@ -107,7 +124,9 @@ def timeline(
     schedule = insert_communication(schedule, edges)
     found = walk(schedule)
     if any(at < len(actions) for at, actions in zip(found.stands, schedule.ranks, strict=True)):
-        raise ScheduleError(f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why")
+        raise ScheduleError(
+            f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why"
+        )
 
     free = [0.0] * len(schedule.ranks)
     sent: dict[Message, tuple[float, float]] = {}  # when, and how long it takes to move
@@ -137,7 +156,8 @@ def unit_costs(
 
     Args:
         F, I, W: what the action of a whole stage costs.
-        segments: for every stage its number of segments, so that a ``W`` of one segment costs ``W / number``.
+        segments: for every stage its number of segments, so that a ``W`` of one segment costs ``W /
+            number``.
 
     >>> cost = unit_costs(F=1, I=1, W=2, segments=[4])
     >>> cost(Action("B", 0, 0)), cost(Action("W", 0, 0)), cost(Action("W", 0, 0, segment=3))
@@ -149,7 +169,9 @@ def unit_costs(
         if action.segment is None:
             return whole[action.kind]
         if segments is None:
-            raise ScheduleError(f"{action} is one segment of a stage: unit_costs needs segments= to price it")
+            raise ScheduleError(
+                f"{action} is one segment of a stage: unit_costs needs segments= to price it"
+            )
         return whole[action.kind] / segments[action.stage]
 
     return cost

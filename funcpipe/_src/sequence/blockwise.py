@@ -1,13 +1,16 @@
 """Tiles: attention of some queries to some keys, whose results can be merged.
 
-Terms. A *tile* is a *piece* of a rank's queries against a piece of the keys and values that are there. Its scores are those
-of its queries and keys, its *lse* the log-sum-exp of every row of them. Where pieces depend on the rank, a *choice* lists
-them with conditions, so that all ranks run the same ops. *Wide* is float32, or float64 for float64.
+Terms. A *tile* is a *piece* of a rank's queries against a piece of the keys and values that are
+there. Its scores are those of its queries and keys, its *lse* the log-sum-exp of every row of them.
+Where pieces depend on the rank, a *choice* lists them with conditions, so that all ranks run the
+same ops. *Wide* is float32, or float64 for float64.
 
-With the out and lse of whole rows, a tile's probabilities, and so its gradients, stand for themselves (Dao 2023,
-FlashAttention-2, section 3.1): ``P = exp(S - lse)``, ``dS = P * (dP - rowsum(dout * out))``.
+With the out and lse of whole rows, a tile's probabilities, and so its gradients, stand for
+themselves (Dao 2023, FlashAttention-2, section 3.1): ``P = exp(S - lse)``, ``dS = P * (dP -
+rowsum(dout * out))``.
 
-In: pieces in the layout of `functional/dispatch.py`, a tile. Out: what its rows attend to, or gradients; wide, or to be made so.
+In: pieces in the layout of `functional/dispatch.py`, a tile. Out: what its rows attend to, or
+gradients; wide, or to be made so.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from typing import NamedTuple
 import torch
 
 Tensor = torch.Tensor
-Choice = tuple[tuple[int, Tensor | None], ...]  # pieces, each with when it is meant (None: always); at most one is
+Choice = tuple[
+    tuple[int, Tensor | None], ...
+]  # pieces, each with when it is meant (None: always); at most one is
 
 ALL: Choice = ((0, None),)
 _aten = torch.ops.aten
@@ -47,7 +52,8 @@ class Tile:
 
 
 class Attended(NamedTuple):
-    """What rows attend to, ``(batch, heads, rows, head dim)``, and its lse, ``(batch, heads, rows)``: -inf for nothing."""
+    """What rows attend to, ``(batch, heads, rows, head dim)``, and its lse, ``(batch, heads,
+    rows)``: -inf for nothing."""
 
     out: Tensor
     lse: Tensor
@@ -72,17 +78,28 @@ class Gradients(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """``forward(q, k, v, tile, scale)`` and ``backward(q, dout, out, lse, k, v, tile, scale)``, where dout, out and lse
-    are those of whole rows."""
+    """``forward(q, k, v, tile, scale)`` and ``backward(q, dout, out, lse, k, v, tile, scale)``,
+    where dout, out and lse are those of whole rows."""
 
     forward: Callable[..., Attended]
     backward: Callable[..., Gradients]
 
 
 def kernel(q: Tensor, v: Tensor, plain: bool) -> Kernel:
-    """What computes the tiles of an attention: flash attention where it can; ``plain``: no tile has a mask or bias."""
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] == v.shape[3] <= 256 and q.shape[3] % 8 == 0
-    flash = plain and fits and q.numel() > 0 and q.device.type == "cuda" and torch.backends.cuda.flash_sdp_enabled()
+    """What computes the tiles of an attention: flash attention where it can; ``plain``: no tile has
+    a mask or bias."""
+    fits = (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] == v.shape[3] <= 256
+        and q.shape[3] % 8 == 0
+    )
+    flash = (
+        plain
+        and fits
+        and q.numel() > 0
+        and q.device.type == "cuda"
+        and torch.backends.cuda.flash_sdp_enabled()
+    )
     return FLASH if flash else MATMUL
 
 
@@ -95,7 +112,8 @@ def pick(pieces: Sequence[Tensor], choice: Choice) -> Tensor:
 
 
 def shares(x: Tensor, choice: Choice, nothing: float) -> list[tuple[int, Tensor]]:
-    """What every piece gets of a tile's result: the result, or nothing, even where it is infinite or NaN."""
+    """What every piece gets of a tile's result: the result, or nothing, even where it is infinite
+    or NaN."""
     return [(i, x if when is None else x.masked_fill(~when, nothing)) for i, when in choice]
 
 
@@ -112,8 +130,8 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """``(batch, heads, rows, d)`` as ``(batch, heads of k, group * rows, d)``, wide: query heads that share a key head
-    lie one after another, so that one product serves them all."""
+    """``(batch, heads, rows, d)`` as ``(batch, heads of k, group * rows, d)``, wide: query heads
+    that share a key head lie one after another, so that one product serves them all."""
     heads = k.shape[1]
     return _wide(x.reshape(x.shape[0], heads, x.shape[1] // heads * x.shape[2], x.shape[3]))
 
@@ -137,7 +155,14 @@ def _matmul_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -
 
 
 def _matmul_backward(
-    q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
+    q: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile: Tile,
+    scale: float,
 ) -> Gradients:
     p = (_scores(q, k, tile, scale) - _finite(lse).unsqueeze(-1)).exp()
     dp = (_grouped(dout, k) @ _wide(v).mT).reshape(p.shape)
@@ -156,9 +181,17 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) ->
 
 
 def _flash_backward(
-    q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float
+    q: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tile: Tile,
+    scale: float,
 ) -> Gradients:
-    # The kernel takes lse to be contiguous, and does not read the state of the generator without dropout.
+    # The kernel takes lse to be contiguous, and does not read the state of the generator without
+    # dropout.
     seed, offset = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
     grads = _aten._scaled_dot_product_flash_attention_backward(
         dout.contiguous(),

@@ -1,7 +1,7 @@
 """The hook of the trace: what a rank does for the calls that funcpipe knows.
 
-In: findings, and a member of the ranks that share the graph. Out: ops of a rank. While an attention is made no hook is bound,
-so that what is inside is torch's own.
+In: findings, and a member of the ranks that share the graph. Out: ops of a rank. While an attention
+is made no hook is bound, so that what is inside is torch's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from funcpipe.errors import SequenceError, TraceError
 
 @contextlib.contextmanager
 def rewriting(findings: Findings | None, member: int, split: bool) -> Iterator[None]:
-    """Run a loss function as a member does; without findings, on all positions. ``split``: the batch is."""
+    """Run a loss function as a member does; without findings, on all positions. ``split``: the
+    batch is."""
     if findings is not None:
         with hook.bound(Rewriting(findings, member)), Intercept():
             yield
@@ -39,9 +40,12 @@ def rewriting(findings: Findings | None, member: int, split: bool) -> Iterator[N
 
 
 class Unsplit:
-    """The `Hook` of a part of the batch that has all positions: known calls compute what they say."""
+    """The `Hook` of a part of the batch that has all positions: known calls compute what they
+    say."""
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
+    ) -> torch.Tensor:
         return whole(q, k, v, spec)
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -55,19 +59,24 @@ class Unsplit:
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
         if key.dim() == 0:
             raise TraceError(
-                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch is split, and every part would "
-                "drop the same places. Give every row a key: a leaf fp.random.keys(key, rows) of the batch"
+                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch "
+                "is split, and every part would "
+                "drop the same places. Give every row a key: a leaf fp.random.keys(key, rows) of "
+                "the batch"
             )
         return random.dropped(x, rate, key, {})
 
 
 class Rewriting(Unsplit):
-    """The `Hook` of a slice; ``member`` stands for all ranks that run the same graph, so it is asked for lengths only."""
+    """The `Hook` of a slice; ``member`` stands for all ranks that run the same graph, so it is
+    asked for lengths only."""
 
     def __init__(self, findings: Findings, member: int) -> None:
         self.findings, self.member = findings, member
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
+    ) -> torch.Tensor:
         held = self.findings.attention(q, k, v, spec)
         with hook.bound(None):
             return split_attention(q, k, v, spec, held, self.member)
@@ -90,7 +99,8 @@ class Rewriting(Unsplit):
             return None
         if axes != part.axes:
             raise SequenceError(
-                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is split unevenly over {part.axes}, so "
+                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is "
+                f"split unevenly over {part.axes}, so "
                 f"name those axes, all of them and in this order, or others alone"
             )
         rows = labels.numel() // max(part.length(self.member), 1)

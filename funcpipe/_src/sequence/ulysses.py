@@ -1,15 +1,18 @@
-"""Slices of the sequence for heads, and back: two exchanges around an attention (Jacobs et al. 2023, "DeepSpeed-Ulysses").
+"""Slices of the sequence for heads, and back: two exchanges around an attention (Jacobs et al.
+2023, "DeepSpeed-Ulysses").
 
-Terms. A rank holds all heads of its positions. *Dealing* gives every rank of the head axes its heads of all their positions:
-``ceil(heads / ranks)`` query heads each, and the heads of keys and values that those use; where there are fewer of these
-than ranks, several ranks get the same one. Where heads run out, the last is repeated, and what comes of it is dropped.
-*Rows* are how tensors travel: ``(ranks, batch, positions, columns)``, a row being what one position has in some heads. All
+Terms. A rank holds all heads of its positions. *Dealing* gives every rank of the head axes its
+heads of all their positions: ``ceil(heads / ranks)`` query heads each, and the heads of keys and
+values that those use; where there are fewer of these than ranks, several ranks get the same one.
+Where heads run out, the last is repeated, and what comes of it is dropped. *Rows* are how tensors
+travel: ``(ranks, batch, positions, columns)``, a row being what one position has in some heads. All
 ranks send rows for equally many positions, those of the longest slice.
 
-One graph serves all ranks. Which heads go to whom is the same for every sender; where a rank has to know its own place, it
-asks `axis_index`.
+One graph serves all ranks. Which heads go to whom is the same for every sender; where a rank has to
+know its own place, it asks `axis_index`.
 
-In: queries, keys and values of one rank, in hook layout, and how they lie. Out: what that rank's queries attend to.
+In: queries, keys and values of one rank, in hook layout, and how they lie. Out: what that rank's
+queries attend to.
 """
 
 from __future__ import annotations
@@ -33,10 +36,12 @@ from funcpipe.errors import TraceError
 def split_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, held: Held, member: int
 ) -> torch.Tensor:
-    """What a rank does for an attention: an exchange, attention over all positions (or around a ring), an exchange.
+    """What a rank does for an attention: an exchange, attention over all positions (or around a
+    ring), an exchange.
 
-    Each exchange is one all-to-all, and one more backward. With N positions, P ranks and heads that P divides, a rank
-    holds and sends 1/P of N rows of all query heads twice (queries, results), and of max(P, heads of keys) heads twice.
+    Each exchange is one all-to-all, and one more backward. With N positions, P ranks and heads that
+    P divides, a rank holds and sends 1/P of N rows of all query heads twice (queries, results), and
+    of max(P, heads of keys) heads twice.
 
     Args:
         q, k, v: of one rank, in hook layout, with the positions that ``held`` says.
@@ -71,7 +76,11 @@ def split_attention(
         spec = replace(spec, bias=_own_bias(bias, held.bias_query, held.q, deal, ring))
     if deal.ranks > 1:
         q, k, v = _to_heads(q, k, v, held.q, held.k, deal, ring)
-    out = whole(q, k, v, spec) if held.q.ring == 1 else ring_attention(q, k, v, spec, held.q, held.k, ring)
+    out = (
+        whole(q, k, v, spec)
+        if held.q.ring == 1
+        else ring_attention(q, k, v, spec, held.q, held.k, ring)
+    )
     return out if deal.ranks == 1 else _to_positions(out, held.q, deal, member)
 
 
@@ -88,7 +97,8 @@ def _against_all_keys(
     """Every rank holds all keys and values: nothing to exchange."""
     if bias_key:
         raise TraceError(
-            "attention: the bias is split along its keys, but every rank holds all keys and values; let every rank have the "
+            "attention: the bias is split along its keys, but every rank holds all keys and "
+            "values; let every rank have the "
             "whole bias, too (dims=None for its leaf of the batch)"
         )
     rows, bias = member_positions(part, member, q.device), spec.bias
@@ -102,7 +112,8 @@ def _against_all_keys(
 
 @dataclass(frozen=True)
 class _Deal:
-    """How heads are dealt: how many query heads, and heads of keys and values, there are, to how many ranks.
+    """How heads are dealt: how many query heads, and heads of keys and values, there are, to how
+    many ranks.
 
     Heads are counted on beyond the last, up to a multiple of the ranks.
     """
@@ -138,17 +149,25 @@ class _Deal:
 
     @property
     def even(self) -> bool:
-        """Whether on every rank equally many neighbouring query heads share a head, so that attention knows which."""
+        """Whether on every rank equally many neighbouring query heads share a head, so that
+        attention knows which."""
         n = self.each // self.keys_each
-        return all((s + j) // self.group - s // self.group == j // n for s in self.starts for j in range(self.each))
+        return all(
+            (s + j) // self.group - s // self.group == j // n
+            for s in self.starts
+            for j in range(self.each)
+        )
 
     def own(self, part: Part, device: torch.device) -> torch.Tensor:
         """The numbers of the query heads of the rank that runs this: int64, ``(each,)``."""
-        return axis_index(part.head_axes, device) * self.each + torch.arange(self.each, device=device)
+        return axis_index(part.head_axes, device) * self.each + torch.arange(
+            self.each, device=device
+        )
 
 
 def _dealt(x: torch.Tensor, starts: Sequence[int], each: int) -> torch.Tensor:
-    """Rows for every rank: of ``(batch, heads, positions, dim)`` so many heads from its start on."""
+    """Rows for every rank: of ``(batch, heads, positions, dim)`` so many heads from its start
+    on."""
     missing = starts[-1] + each - x.shape[1]
     if missing > 0:
         x = torch.cat([x, x[:, -1:].expand(-1, missing, -1, -1)], 1)
@@ -166,19 +185,33 @@ def _heads(x: torch.Tensor, each: int) -> torch.Tensor:
 
 
 def _to_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_part: Part, k_part: Part, deal: _Deal, ring: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_part: Part,
+    k_part: Part,
+    deal: _Deal,
+    ring: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From a rank's positions of all heads to all positions of its heads."""
-    rows = [_dealt(q, deal.starts, deal.each), *(_dealt(x, deal.key_starts, deal.keys_each) for x in (k, v))]
+    rows = [
+        _dealt(q, deal.starts, deal.each),
+        *(_dealt(x, deal.key_starts, deal.keys_each) for x in (k, v)),
+    ]
     widths = [x.shape[3] for x in rows]
     n, m = q_part.ring_length(ring), k_part.ring_length(ring)
-    if q_part == k_part:  # queries, keys and values of a position side by side: they come out as kernels take them
+    if (
+        q_part == k_part
+    ):  # queries, keys and values of a position side by side: they come out as kernels take them
         (own,) = _exchange([torch.cat(rows, 3)], [n], q_part.head_axes)
         columns = own.split(widths, 2)
     else:
         own, other = _exchange([rows[0], torch.cat(rows[1:], 3)], [n, m], q_part.head_axes)
         columns = (own, *other.split(widths[1:], 2))
-    q, k, v = (_heads(x, each) for x, each in zip(columns, (deal.each, deal.keys_each, deal.keys_each), strict=True))
+    q, k, v = (
+        _heads(x, each)
+        for x, each in zip(columns, (deal.each, deal.keys_each, deal.keys_each), strict=True)
+    )
     if not deal.even:  # a head of keys and values for every query head
         heads = deal.own(q_part, q.device)
         heads = heads // deal.group - heads[:1] // deal.group
@@ -193,8 +226,11 @@ def _to_positions(out: torch.Tensor, part: Part, deal: _Deal, member: int) -> to
     return _heads(rows, deal.ranks * deal.each)[:, : deal.queries]
 
 
-def _exchange(rows: Sequence[torch.Tensor], lengths: Sequence[int], axes: Axes) -> list[torch.Tensor]:
-    """Rows to all ranks; of what comes, so many positions as there are, ``(batch, positions, columns)``."""
+def _exchange(
+    rows: Sequence[torch.Tensor], lengths: Sequence[int], axes: Axes
+) -> list[torch.Tensor]:
+    """Rows to all ranks; of what comes, so many positions as there are, ``(batch, positions,
+    columns)``."""
     padded = [_padded(x, -(-n // x.shape[0])) for x, n in zip(rows, lengths, strict=True)]
     return [_joined(x, n) for x, n in zip(_all_to_all(padded, axes), lengths, strict=True)]
 
@@ -204,7 +240,9 @@ def _all_to_all(rows: Sequence[torch.Tensor], axes: Axes) -> list[torch.Tensor]:
     if len(rows) == 1:
         return [all_to_all(rows[0], axes, 0, 0, tiled=False)]
     flat = [x.flatten(1) for x in rows]
-    got = all_to_all(torch.cat(flat, 1), axes, 0, 0, tiled=False).split([x.shape[1] for x in flat], 1)
+    got = all_to_all(torch.cat(flat, 1), axes, 0, 0, tiled=False).split(
+        [x.shape[1] for x in flat], 1
+    )
     return [x.unflatten(1, y.shape[1:]) for x, y in zip(got, rows, strict=True)]
 
 
@@ -215,7 +253,8 @@ def _padded(rows: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _joined(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """``(batch, n, columns)`` from the slices of all ranks: the first ``n % ranks`` are full, the others one short."""
+    """``(batch, n, columns)`` from the slices of all ranks: the first ``n % ranks`` are full, the
+    others one short."""
     ranks, full = rows.shape[0], n % rows.shape[0]
     if full == 0:
         return rows.movedim(0, 1).flatten(1, 2)
@@ -245,14 +284,17 @@ def _own_bias(bias: torch.Tensor, split: bool, part: Part, deal: _Deal, ring: in
     if split and deal.ranks > 1:
         return _exchanged(bias, part, deal, ring)
     if not split and part.ring > 1 and bias.shape[2] > 1:
-        bias = bias.index_select(2, member_positions(replace(part, head_axes=(), heads=1), ring, bias.device))
+        bias = bias.index_select(
+            2, member_positions(replace(part, head_axes=(), heads=1), ring, bias.device)
+        )
     if deal.ranks > 1 and bias.shape[1] > 1:
         bias = bias.index_select(1, deal.own(part, bias.device).clamp(max=deal.queries - 1))
     return bias
 
 
 def _exchanged(bias: torch.Tensor, part: Part, deal: _Deal, ring: int) -> torch.Tensor:
-    """A bias that is split along queries, along heads instead; all ranks get all of one that has no heads."""
+    """A bias that is split along queries, along heads instead; all ranks get all of one that has no
+    heads."""
     n = part.ring_length(ring)
     if bias.shape[1] > 1:
         (rows,) = _exchange([_dealt(bias, deal.starts, deal.each)], [n], part.head_axes)
@@ -270,4 +312,6 @@ def _all_keys(bias: torch.Tensor, part: Part) -> torch.Tensor:
         lengths = [stop - start for start, stop in part.ranges(m)]
         held = x.split([*lengths, x.shape[3] - sum(lengths)], 3)
         pieces += zip((start for start, _ in part.ranges(m)), held, strict=False)
-    return torch.cat([x for _, x in sorted(pieces, key=lambda piece: piece[0])], 3) if pieces else bias
+    return (
+        torch.cat([x for _, x in sorted(pieces, key=lambda piece: piece[0])], 3) if pieces else bias
+    )

@@ -1,7 +1,7 @@
 """Records: what transforms ask for, and their resolution on a mesh.
 
-A transform wraps nothing: it puts a `Record` of what it wants on the step. A runner *resolves* all records in mesh order, so
-that the order of stacking changes nothing.
+A transform wraps nothing: it puts a `Record` of what it wants on the step. A runner *resolves* all
+records in mesh order, so that the order of stacking changes nothing.
 
 In: a step and a mesh. Out: `Resolved`, which says by axis what is split, sharded and pipelined.
 """
@@ -24,9 +24,10 @@ from funcpipe.errors import MeshError, StackError
 
 @dataclass(frozen=True)
 class Split:
-    """Split the batch over the record's axes. ``dims``: a pytree prefix of the batch; an int, or None for a leaf that
-    everyone gets whole. ``what``: its rows ("batch"), or its positions, of which attention sees all by an exchange of
-    heads ("heads") or around a ring ("ring", perhaps ``zigzag``)."""
+    """Split the batch over the record's axes. ``dims``: a pytree prefix of the batch; an int, or
+    None for a leaf that everyone gets whole. ``what``: its rows ("batch"), or its positions, of
+    which attention sees all by an exchange of heads ("heads") or around a ring ("ring", perhaps
+    ``zigzag``)."""
 
     dims: Any = 0
     what: str = "batch"
@@ -35,7 +36,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Micro:
-    """Split what a rank gets of the batch into microbatches. ``count`` None: as many as `Microbatches` brings."""
+    """Split what a rank gets of the batch into microbatches. ``count`` None: as many as
+    `Microbatches` brings."""
 
     count: int | None
     dims: Any = 0
@@ -43,8 +45,9 @@ class Micro:
 
 @dataclass(frozen=True)
 class Pipe:
-    """Cut the loss into stages along the record's axis. ``stages``: "balanced", "even", or how many segments each
-    stage gets. ``profile``: measure the units first, and give the schedule their costs."""
+    """Cut the loss into stages along the record's axis. ``stages``: "balanced", "even", or how many
+    segments each stage gets. ``profile``: measure the units first, and give the schedule their
+    costs."""
 
     schedule: ScheduleFn
     stages: str | tuple[int, ...] = "balanced"
@@ -53,7 +56,8 @@ class Pipe:
 
 @dataclass(frozen=True)
 class Shard:
-    """Split weights, gradients and optimizer state over the record's axes; the fields are `sharded_weights`' options."""
+    """Split weights, gradients and optimizer state over the record's axes; the fields are
+    `sharded_weights`' options."""
 
     regather: str | int = "microbatch"
     reduce: str = "each"
@@ -78,11 +82,19 @@ class Remat:
         """Whether it is about a segment."""
         if self.segments is None:
             return True
-        return segment in self.segments if isinstance(self.segments, tuple) else bool(self.segments(segment))
+        return (
+            segment in self.segments
+            if isinstance(self.segments, tuple)
+            else bool(self.segments(segment))
+        )
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if v not in (None, ())}
+        given = {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in given.items()
+            if v not in (None, ())
+        }
         return f"remat({', '.join(f'{k}=...' if callable(v) else f'{k}={v!r}' for k, v in given.items())})"
 
 
@@ -107,7 +119,9 @@ class Record:
     def text(self) -> str:
         """With all options that can be compared between processes; functions cannot."""
         roles = [
-            x for x in (self.split, self.micro, self.pipe, self.shard, self.remat, self.precision) if x is not None
+            x
+            for x in (self.split, self.micro, self.pipe, self.shard, self.remat, self.precision)
+            if x is not None
         ]
         options = [(f.name, getattr(x, f.name)) for x in roles for f in fields(x)]
         given = [f"{name}={value!r}" for name, value in options if not callable(value)]
@@ -148,7 +162,8 @@ class Transform:
     def unapplied(self) -> str:
         """What to say where a step is expected."""
         return (
-            f"{self.name} is a transform that was not applied to a step: it got no step, and stands where one is "
+            f"{self.name} is a transform that was not applied to a step: it got no step, and "
+            "stands where one is "
             "expected. Write it with the step as its first argument, or fp.compose(...)(step)"
         )
 
@@ -164,7 +179,8 @@ def record(step: Callable | None, what: Record) -> Any:
         raise StackError(f"{what}: {step.unapplied()}")
     if not callable(step):
         raise StackError(
-            f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, metrics)"
+            f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> "
+            "(state, metrics)"
         )
     if not isinstance(step, Step):
         step = Step(step)
@@ -184,7 +200,9 @@ def compose(*transforms: Callable) -> Callable[[Callable], Step]:
             step = transform(step)
         return step
 
-    names = [t.name if isinstance(t, Transform) else getattr(t, "__name__", repr(t)) for t in transforms]
+    names = [
+        t.name if isinstance(t, Transform) else getattr(t, "__name__", repr(t)) for t in transforms
+    ]
     return Transform(all_of_them, f"compose({', '.join(names)})")
 
 
@@ -217,13 +235,15 @@ class Resolved:
                 other = found.setdefault(axis, r)
                 if other is not r:
                     raise StackError(
-                        f"params{path} is sharded over axis {axis!r} by both {other} and {r}: an axis cuts a leaf "
+                        f"params{path} is sharded over axis {axis!r} by both {other} and {r}: an "
+                        "axis cuts a leaf "
                         "once. Give each its own leaves (only=...)"
                     )
         return self.mesh.ordered(found)
 
     def shard_options(self, path: str) -> Shard:
-        """The options of a sharded parameter; StackError when several records shard it with different ones."""
+        """The options of a sharded parameter; StackError when several records shard it with
+        different ones."""
         first, *others = self._shards_of(path)
         assert first.shard is not None
         for other in others:
@@ -231,7 +251,8 @@ class Resolved:
                 a, b = (getattr(r.shard, f.name) for r in (first, other))
                 if f.name != "only" and a != b:
                     raise StackError(
-                        f"{first} and {other} both shard params{path}, one with {f.name}={a!r}, the other with {f.name}={b!r}: "
+                        f"{first} and {other} both shard params{path}, one with {f.name}={a!r}, "
+                        f"the other with {f.name}={b!r}: "
                         "give both the same options, or each its own leaves (only=...)"
                     )
         return first.shard
@@ -257,7 +278,9 @@ class Resolved:
     @property
     def sequence_splits(self) -> tuple[Record, ...]:
         """The records that split positions, rings first."""
-        return tuple(r for what in ("ring", "heads") for r in self.splits if r.split and r.split.what == what)
+        return tuple(
+            r for what in ("ring", "heads") for r in self.splits if r.split and r.split.what == what
+        )
 
     @property
     def remats(self) -> tuple[Remat, ...]:
@@ -285,7 +308,9 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
     if isinstance(step, Transform):
         raise StackError(step.unapplied())
     if not isinstance(mesh, Mesh):
-        raise MeshError(f"the mesh is {describe(mesh)}; write fp.Mesh(...) with a size for every axis")
+        raise MeshError(
+            f"the mesh is {describe(mesh)}; write fp.Mesh(...) with a size for every axis"
+        )
     records = step.records if isinstance(step, Step) else ()
     for r in records:
         mesh.check(r.axes, who=str(r))
@@ -297,7 +322,8 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
     unused = [a for a in mesh.axes if not any(a in r.axes for r in records)]
     if unused:
         raise StackError(
-            f"axis {unused[0]!r} of {mesh!r} is used by no transform: its ranks would all compute the same; "
+            f"axis {unused[0]!r} of {mesh!r} is used by no transform: its ranks would all "
+            "compute the same; "
             "leave it out of the mesh or stack a transform on it"
         )
     pipe = next((r for r in records if r.pipe), None)
@@ -321,23 +347,34 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
     for i, a in enumerate(records):
         for b in records[:i]:
             if a.pipe and b.pipe:
-                raise StackError(f"two pipelines on one step: {b} and {a}; a loss is cut along one axis")
+                raise StackError(
+                    f"two pipelines on one step: {b} and {a}; a loss is cut along one axis"
+                )
             if a.micro and b.micro:
-                raise StackError(f"{b} and {a} both split the batch into microbatches; keep one of them")
+                raise StackError(
+                    f"{b} and {a} both split the batch into microbatches; keep one of them"
+                )
             if a.precision and b.precision:
                 raise StackError(
-                    "two mixed_precision on one step: the loss function computes in one dtype; keep one of them"
+                    "two mixed_precision on one step: the loss function computes in one dtype; "
+                    "keep one of them"
                 )
             shared = sorted(set(a.axes) & set(b.axes))
             if shared and (a.pipe or b.pipe):
-                raise StackError(f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing else")
+                raise StackError(
+                    f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries "
+                    "nothing else"
+                )
             both = set(a.roles) & set(b.roles)
             if shared and both and not _may_share(a, b):
-                raise StackError(f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis")
+                raise StackError(
+                    f"{b} and {a} both {both.pop()} over axis {shared[0]!r}; give each its own axis"
+                )
 
 
 def _may_share(a: Record, b: Record) -> bool:
-    """Whether two records may share an axis: each may shard its own leaves, which are known with the params."""
+    """Whether two records may share an axis: each may shard its own leaves, which are known with
+    the params."""
     return bool(a.shard and b.shard and (a.shard.only or b.shard.only))
 
 

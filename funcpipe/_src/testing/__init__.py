@@ -1,8 +1,8 @@
 """Tools to test transforms, schedules and steps of your own: public as ``fp.testing``.
 
-`assert_equivalent` compares a transformed step with the same step on one device. The strategies draw random
-models, meshes, microbatch counts and schedules for it; they need Hypothesis (``pip install 'funcpipe[test]'``),
-which is imported when one of them is first asked for.
+`assert_equivalent` compares a transformed step with the same step on one device. The strategies
+draw random models, meshes, microbatch counts and schedules for it; they need Hypothesis (``pip
+install 'funcpipe[test]'``), which is imported when one of them is first asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from funcpipe._src.testing.equivalence import Report, assert_equivalent
 from funcpipe._src.testing.model import Layer, Model
 
 if TYPE_CHECKING:
-    from funcpipe._src.testing.strategies import RandomTable, meshes, microbatch_counts, models, schedules
+    from funcpipe._src.testing.strategies import (
+        RandomTable,
+        meshes,
+        microbatch_counts,
+        models,
+        schedules,
+    )
 
 __all__ = [
     "Layer",

@@ -1,11 +1,13 @@
 """Equivalence: a transformed step computes what the step computes on one device.
 
-Terms. The *reference* is the step as written, run on one batch after another. The *relative error* of a leaf is
-``norm(got - want) / norm(want)``. Optimizers and clipping hide a gradient of a wrong scale, so losses and gradients are
-compared themselves, as every ``value_and_grad`` returned them on every rank, and not only the state that follows.
+Terms. The *reference* is the step as written, run on one batch after another. The *relative error*
+of a leaf is ``norm(got - want) / norm(want)``. Optimizers and clipping hide a gradient of a wrong
+scale, so losses and gradients are compared themselves, as every ``value_and_grad`` returned them on
+every rank, and not only the state that follows.
 
-In: a step, the same step with transforms on it, a mesh, and what the step is run on. Out: `Report`, or an
-AssertionError that says which step, what, where in the pytree, on which rank, how far off, and what was allowed.
+In: a step, the same step with transforms on it, a mesh, and what the step is run on. Out: `Report`,
+or an AssertionError that says which step, what, where in the pytree, on which rank, how far off,
+and what was allowed.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from funcpipe._src.runtime.rank import Running
 from funcpipe._src.runtime.simulate import simulate
 from funcpipe._src.testing.narrowing import rounded_inside
 
-# Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what was added up;
-# measured against itself it would always be wrong. So no leaf is measured against less than this.
+# Of the largest leaf of a tree. A gradient that cancels to zero is rounding errors, 1e-16 of what
+# was added up; measured against itself it would always be wrong. So no leaf is measured against
+# less than this.
 SMALL = 1e-3
 
 
@@ -48,7 +51,8 @@ class Report:
 
 
 class _Call(NamedTuple):
-    """What one ``value_and_grad`` returned, and the context of the rank that called it (None for the reference)."""
+    """What one ``value_and_grad`` returned, and the context of the rank that called it (None for
+    the reference)."""
 
     context: Any
     loss: torch.Tensor
@@ -66,7 +70,8 @@ class _Call(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ran:
-    """One step of a run: by rank (0 for the reference) what every ``value_and_grad`` returned; metrics; full state."""
+    """One step of a run: by rank (0 for the reference) what every ``value_and_grad`` returned;
+    metrics; full state."""
 
     calls: dict[int, list[_Call]]
     metrics: Any
@@ -94,19 +99,20 @@ def assert_equivalent(
         params: the full params.
         batches: global batches; one step each.
         rtol: the largest relative error that a leaf may have. The default is for float64.
-        bitwise: whether losses and gradients must have the same bits wherever the step starts from a state of the same
-            bits (the first step does). That holds if no sum is taken in another order: with one microbatch.
-        runner: ``(step, mesh) -> runner``, `fp.simulate` by default; ``fp.spmd`` in processes, each of which then
-            compares what its rank holds.
+        bitwise: whether losses and gradients must have the same bits wherever the step starts from
+            a state of the same bits (the first step does). That holds if no sum is taken in another
+            order: with one microbatch.
+        runner: ``(step, mesh) -> runner``, `fp.simulate` by default; ``fp.spmd`` in processes, each
+            of which then compares what its rank holds.
 
     Returns:
         the largest error and where it was.
 
     Raises:
-        AssertionError: metrics, a loss, a gradient or a leaf of the state is not what it is on one device, or ranks
-            that hold the same leaf hold different bits of it. It names the lines at which the loss function goes on
-            in fewer bits than came in, where that explains the error. Raised after the last step, so that no rank
-            waits for another.
+        AssertionError: metrics, a loss, a gradient or a leaf of the state is not what it is on one
+            device, or ranks that hold the same leaf hold different bits of it. It names the lines
+            at which the loss function goes on in fewer bits than came in, where that explains the
+            error. Raised after the last step, so that no rank waits for another.
 
     >>> import funcpipe as fp
     >>> def loss_fn(w, x):
@@ -139,16 +145,22 @@ def assert_equivalent(
     return Report(found.error, found.where, found.compared)
 
 
-def _reference(step: Callable, init_state: Callable, params: Any, batches: Sequence[Any]) -> Iterator[_Ran]:
+def _reference(
+    step: Callable, init_state: Callable, params: Any, batches: Sequence[Any]
+) -> Iterator[_Ran]:
     with torch.no_grad():
         state = init_state(tree.map_tensors(torch.clone, params))
         for batch in batches:
             with tap() as seen:
                 state, metrics = step(state, batch)
-            yield _Ran({0: [_Call(*call) for call in seen]}, metrics, tree.map_tensors(torch.clone, state))
+            yield _Ran(
+                {0: [_Call(*call) for call in seen]}, metrics, tree.map_tensors(torch.clone, state)
+            )
 
 
-def _transformed(run: Any, init_state: Callable, params: Any, batches: Sequence[Any]) -> Iterator[_Ran]:
+def _transformed(
+    run: Any, init_state: Callable, params: Any, batches: Sequence[Any]
+) -> Iterator[_Ran]:
     state = run.init(init_state, params, batches[0])
     for batch in batches:
         with tap() as seen:
@@ -165,13 +177,16 @@ def _inside(ran: list[_Ran], error: float) -> str:
     for calls in ran[0].calls.values():
         plan = calls[0].context.rank.plan
         if plan.resolved.precision is None:
-            said = (rounded_inside(planned.call, plan.placement.dyed, error) for planned in plan.calls)
+            said = (
+                rounded_inside(planned.call, plan.placement.dyed, error) for planned in plan.calls
+            )
             return next(filter(None, said), "")
     return ""
 
 
 class _Comparison:
-    """Compares leaf by leaf, and keeps the largest error; ``explain`` says more of one that is too large."""
+    """Compares leaf by leaf, and keeps the largest error; ``explain`` says more of one that is too
+    large."""
 
     def __init__(self, rtol: float, explain: Callable[[float], str]) -> None:
         self.rtol, self.explain, self.at = rtol, explain, ""
@@ -182,11 +197,15 @@ class _Comparison:
         held: dict[tuple[int, int, int], tuple[int, torch.Tensor]] = {}
         for rank, calls in sorted(got.items()):
             if len(calls) != len(want):
-                self._fail(f"rank {rank} called value_and_grad {len(calls)} times instead of {len(want)}")
+                self._fail(
+                    f"rank {rank} called value_and_grad {len(calls)} times instead of {len(want)}"
+                )
             for k, (call, true) in enumerate(zip(calls, want, strict=True)):
                 name = f"of value_and_grad {k} on rank {rank}"
                 self._leaf(f"loss {name}", call.loss, true.loss, 0.0, exact)
-                for i, (path, x, whole) in enumerate(self._pairs(f"grads {name}", call.grads, true.grads)):
+                for i, (path, x, whole) in enumerate(
+                    self._pairs(f"grads {name}", call.grads, true.grads)
+                ):
                     if x is None:
                         continue
                     wanted, shard = call.part(k, i, whole)
@@ -230,7 +249,8 @@ class _Comparison:
 
 
 def _floor(want: Any) -> float:
-    """The least that a leaf of a tree is measured against; 0-d leaves, often counters, do not set it."""
+    """The least that a leaf of a tree is measured against; 0-d leaves, often counters, do not set
+    it."""
     leaves = [x for x in tree.leaves(want) if isinstance(x, torch.Tensor) and x.dim()]
     return SMALL * max(map(_norm, leaves), default=0.0)
 
@@ -245,7 +265,9 @@ def _describe(x: Any) -> str:
 def _same_bits(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor):
         return a == b
-    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+    return torch.equal(a, b) or (
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+    )
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor, floor: float) -> float:

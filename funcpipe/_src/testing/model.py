@@ -1,10 +1,12 @@
-"""Models for tests: a description that prints as Python, and the params, loss function and batches it stands for.
+"""Models for tests: a description that prints as Python, and the params, loss function and batches
+it stands for.
 
-Terms. A model is a chain of *segments* with a boundary after each; a segment is a few *layers*, none included. The
-leaves of params lie in *pools* by kind; a layer names its leaves by number, so that any leaf can be tied to any other
-place.
+Terms. A model is a chain of *segments* with a boundary after each; a segment is a few *layers*,
+none included. The leaves of params lie in *pools* by kind; a layer names its leaves by number, so
+that any leaf can be tied to any other place.
 
-In: a `Model`, drawn by `funcpipe.testing.models` or written by hand. Out: ``init``, ``loss_fn``, ``batch``.
+In: a `Model`, drawn by `funcpipe.testing.models` or written by hand. Out: ``init``, ``loss_fn``,
+``batch``.
 """
 
 from __future__ import annotations
@@ -20,9 +22,17 @@ from funcpipe._src.core.step import Mean, Rows, stage_boundary
 
 TOKENS, VOCAB = 3, 7
 
-# What leaves a layer of a kind takes: from the pools of matrices, vectors, scalars (0-d) and (integer) permutations. A
-# "skip" takes the number of the segment whose output it adds instead.
-LAYERS = {"linear": "MV", "gated": "MM", "norm": "VV", "mix": "M", "scale": "S", "permute": "P", "skip": ""}
+# What leaves a layer of a kind takes: from the pools of matrices, vectors, scalars (0-d) and
+# (integer) permutations. A "skip" takes the number of the segment whose output it adds instead.
+LAYERS = {
+    "linear": "MV",
+    "gated": "MM",
+    "norm": "VV",
+    "mix": "M",
+    "scale": "S",
+    "permute": "P",
+    "skip": "",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,13 @@ class Model:
     Args:
         segments: the layers of every segment; the head is one more segment.
         width: of the hidden state.
-        carry: what a boundary is given: a ``"tensor"``, a ``"dict"`` or a ``"tuple"`` with masks, ids, None, ints,
-            bools and a value that nobody reads.
-        carried: the segment whose output travels on in the dict or tuple from then on; other skips are locals.
+        carry: what a boundary is given: a ``"tensor"``, a ``"dict"`` or a ``"tuple"`` with masks,
+            ids, None, ints, bools and a value that nobody reads.
+        carried: the segment whose output travels on in the dict or tuple from then on; other skips
+            are locals.
         tied_head: whether the embedding is also the head.
-        top: what happens to the params at the top of the loss: ``"none"``, ``"scale"``, or a ``"cast"`` to float64.
+        top: what happens to the params at the top of the loss: ``"none"``, ``"scale"``, or a
+            ``"cast"`` to float64.
         aux: the segment at which aux values are taken; None for no aux.
         unused: whether params hold leaves that the loss does not read.
         zero_rows: whether half of the rows have the weight zero.
@@ -101,7 +113,8 @@ class Model:
         return sizes
 
     def batch(self, seed: int = 0, rows: int = 4) -> dict[str, Any]:
-        """A batch: tensors of ``rows`` rows, a 0-d tensor and a number. Some row's weight is not zero."""
+        """A batch: tensors of ``rows`` rows, a 0-d tensor and a number. Some row's weight is not
+        zero."""
         g = torch.Generator().manual_seed(1000 + seed)
         ids, labels = torch.randint(VOCAB, (2, rows, TOKENS), generator=g)
         mask = torch.rand(rows, TOKENS, generator=g) < 0.7
@@ -110,7 +123,14 @@ class Model:
         weight[: rows // 2] *= not self.zero_rows
         weight[-1, 0] = 1
         temperature = torch.tensor(1.5, dtype=torch.float64)
-        return {"ids": ids, "labels": labels, "mask": mask, "weight": weight, "t": temperature, "shift": 0.25}
+        return {
+            "ids": ids,
+            "labels": labels,
+            "mask": mask,
+            "weight": weight,
+            "t": temperature,
+            "shift": 0.25,
+        }
 
     def loss_fn(self, params: Any, batch: Any) -> Any:
         """``Mean``, or ``(Mean, aux)``."""
@@ -135,7 +155,9 @@ _TOPS = {
 }
 
 
-def _aux(x: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+def _aux(
+    x: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor
+) -> dict[str, Any]:
     right = (logits.argmax(-1) == labels).sum()
     return {
         "size": Mean((x.square().mean(-1) * weight).sum(), weight.sum()),
@@ -169,7 +191,9 @@ class _Walk:
             (number,) = layer.leaves
             travelling = self.carried if number == self.model.carried else None
             return x + 0.5 * (self.outputs[number] if travelling is None else travelling)
-        leaves = [self.pools[pool][i] for pool, i in zip(LAYERS[layer.kind], layer.leaves, strict=True)]
+        leaves = [
+            self.pools[pool][i] for pool, i in zip(LAYERS[layer.kind], layer.leaves, strict=True)
+        ]
         return x + getattr(self, f"_{layer.kind}")(x, *leaves)
 
     # ---- layers: each is added to what it reads, so that no gradient vanishes
@@ -201,13 +225,23 @@ class _Walk:
     def _dict(self, x: torch.Tensor) -> torch.Tensor:
         sign = x.detach() > 0  # not differentiable, and not from the batch alone
         out = stage_boundary(
-            {"x": x, "sign": sign, "mask": self.mask, "old": self.carried, "none": None, "n": 2, "dead": x * 2}
+            {
+                "x": x,
+                "sign": sign,
+                "mask": self.mask,
+                "old": self.carried,
+                "none": None,
+                "n": 2,
+                "dead": x * 2,
+            }
         )
         self.mask, self.carried = out["mask"], out["old"]
         return torch.where(out["sign"], out["x"], out["x"] / out["n"])
 
     def _tuple(self, x: torch.Tensor) -> torch.Tensor:
-        out = stage_boundary((x, None, 3, [self.labels, self.carried], {"on": True, "mask": self.mask}))
+        out = stage_boundary(
+            (x, None, 3, [self.labels, self.carried], {"on": True, "mask": self.mask})
+        )
         x, none, _, (self.labels, self.carried), flags = out
         self.mask = flags["mask"]
         return x if flags["on"] and none is None else x * 0

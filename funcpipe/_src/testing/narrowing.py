@@ -1,7 +1,7 @@
 """Narrowing: where a loss function goes on in fewer bits than came in.
 
-In: a planned ``value_and_grad``. Out: the lines at which an op turns a floating tensor into one of fewer
-bits, with both dtypes.
+In: a planned ``value_and_grad``. Out: the lines at which an op turns a floating tensor into one of
+fewer bits, with both dtypes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _ROUNDINGS = 2.0**12  # so many of a dtype may add up
 
 
 def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
-    """What to say of a relative error that is no larger than the roundings of a dtype inside the loss.
+    """What to say of a relative error that is no larger than the roundings of a dtype inside the
+    loss.
 
     Args:
         call, dyed: as planned.
@@ -39,7 +40,11 @@ def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
     Returns:
         a sentence with the lines; nothing where the loss keeps its bits, or the error is larger.
     """
-    found = [(wide, narrow, line) for wide, narrow, line in _narrowed(call, dyed) if error <= _allowed(narrow)]
+    found = [
+        (wide, narrow, line)
+        for wide, narrow, line in _narrowed(call, dyed)
+        if error <= _allowed(narrow)
+    ]
     if not found:
         return ""
     places = [f"{_name(wide)} becomes {_name(narrow)}{line or ''}" for wide, narrow, line in found]
@@ -47,8 +52,10 @@ def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
     worst = max((narrow for _, narrow, _ in found), key=lambda dtype: torch.finfo(dtype).eps)
     rtol = 10.0 ** math.ceil(math.log10(_allowed(worst) / 100))
     return (
-        f". The loss function computes in fewer bits than came in: {', '.join(places[:_MOST])}{more}. There it rounds, and "
-        f"sums of other parts round otherwise: keep to {_name(found[0][0])}, or allow rtol={rtol:.0e}"
+        ". The loss function computes in fewer bits than came in: "
+        f"{', '.join(places[:_MOST])}{more}. There it rounds, and "
+        f"sums of other parts round otherwise: keep to {_name(found[0][0])}, or allow "
+        f"rtol={rtol:.0e}"
     )
 
 
@@ -74,7 +81,13 @@ def _narrowed(call: Call, dyed: Dyed) -> list[Narrowed]:
     batch = tree.map_tensors(torch.Tensor.cpu, batch)
     noted = _Narrowing()
     # What is wrong is said already: a loss that cannot be looked at has nothing to add.
-    with contextlib.suppress(Exception), restored(call.loss_fn), looking(params, mode) as seen, one_rank(), noted:
+    with (
+        contextlib.suppress(Exception),
+        restored(call.loss_fn),
+        looking(params, mode) as seen,
+        one_rank(),
+        noted,
+    ):
         call.loss_fn(seen, batch)
     return list(noted.found)
 

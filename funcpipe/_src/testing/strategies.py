@@ -1,6 +1,7 @@
 """Hypothesis strategies: random models, meshes, microbatch counts and schedules.
 
-What is drawn prints as the Python that makes it again. Needs Hypothesis, which funcpipe itself does not.
+What is drawn prints as the Python that makes it again. Needs Hypothesis, which funcpipe itself does
+not.
 
 In: bounds. Out: strategies.
 """
@@ -23,13 +24,15 @@ _SOMETIMES = st.sampled_from([False, False, False, True])
 
 
 @st.composite
-def models(draw: st.DrawFn, max_segments: int = 5, tops: tuple[str, ...] = ("none", "scale")) -> Model:
+def models(
+    draw: st.DrawFn, max_segments: int = 5, tops: tuple[str, ...] = ("none", "scale")
+) -> Model:
     """Random models.
 
     Args:
         max_segments: at most so many boundaries; the head is one segment more.
-        tops: what may happen to params at the top of the loss; see `Model`. A cast makes a float32 model's gradients
-            round where they are summed, so it is not among the defaults.
+        tops: what may happen to params at the top of the loss; see `Model`. A cast makes a float32
+            model's gradients round where they are summed, so it is not among the defaults.
 
     >>> from hypothesis import find
     >>> find(models(), lambda model: len(model.segments) > 1).segments
@@ -92,7 +95,8 @@ def microbatch_counts(most: int = 4) -> st.SearchStrategy[int]:
 
 
 def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
-    """Schedules with at most ``v`` stages a rank: those of the library that need no more, and random tables.
+    """Schedules with at most ``v`` stages a rank: those of the library that need no more, and
+    random tables.
 
     >>> from hypothesis import find
     >>> print(find(schedules(v=2), lambda schedule: True)(2, 2))
@@ -110,7 +114,8 @@ def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
 
 @dataclass(frozen=True)
 class RandomTable:
-    """A schedule in random order, of any size: every action as soon as chance has it after what it needs.
+    """A schedule in random order, of any size: every action as soon as chance has it after what it
+    needs.
 
     Args:
         seed: which one.
@@ -131,7 +136,9 @@ class RandomTable:
         rows: list[list[Action]] = [[] for _ in range(ranks)]
         cells = [(stage, m) for stage in range(len(placement)) for m in range(microbatches)]
         whole = {cell for cell in cells if rng.random() < 0.5}  # B in one; the others as I and W
-        todo = [Action(kind, *cell) for cell in cells for kind in ("FB" if cell in whole else "FIW")]
+        todo = [
+            Action(kind, *cell) for cell in cells for kind in ("FB" if cell in whole else "FIW")
+        ]
         done: set[tuple[str, int, int]] = set()
         while todo:
             ready = [a for a in todo if all(x in done for x in _needs(a, len(placement)))]

@@ -1,7 +1,8 @@
-"""Timelines as a Chrome trace, which https://ui.perfetto.dev opens: a process a rank, arrows for messages, memory counters.
+"""Timelines as a Chrome trace, which https://ui.perfetto.dev opens: a process a rank, arrows for
+messages, memory counters.
 
-In: a ``Timeline``, and memory curves if there are any. Out: what ``json.dump`` takes. The format is Google's "Trace Event
-Format" (2016).
+In: a ``Timeline``, and memory curves if there are any. Out: what ``json.dump`` takes. The format is
+Google's "Trace Event Format" (2016).
 """
 
 from __future__ import annotations
@@ -40,25 +41,48 @@ def trace(
     events: list[dict[str, Any]] = []
     for rank in range(len(timeline.spans)):
         pid = first + rank
-        events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"{label}rank {rank}"}})
-        events.append({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}})
+        events.append(
+            {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"{label}rank {rank}"}}
+        )
+        events.append(
+            {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
+        )
         events += _spans(timeline, rank, pid, microseconds, first)
         for time, held in memory[rank] if memory else ():
-            counter = {"ph": "C", "name": "memory", "pid": pid, "ts": time * microseconds, "args": {"bytes": held}}
+            counter = {
+                "ph": "C",
+                "name": "memory",
+                "pid": pid,
+                "ts": time * microseconds,
+                "args": {"bytes": held},
+            }
             events.append(counter)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _spans(timeline: Timeline, rank: int, pid: int, scale: float, first: int) -> Iterator[dict[str, Any]]:
+def _spans(
+    timeline: Timeline, rank: int, pid: int, scale: float, first: int
+) -> Iterator[dict[str, Any]]:
     for action, start, end in timeline.spans[rank]:
         place = {"pid": pid, "ts": start * scale}
         args = {"stage": action.stage, "microbatch": action.microbatch}
         if action.kind in COMPUTE:
-            box = {"ph": "X", "name": str(action), "cat": action.kind, "dur": (end - start) * scale, "tid": 0}
+            box = {
+                "ph": "X",
+                "name": str(action),
+                "cat": action.kind,
+                "dur": (end - start) * scale,
+                "tid": 0,
+            }
             yield {**place, **box, "cname": _COLOURS[action.kind], "args": args}
             continue
         sends = action.kind.startswith("SEND")
-        flow = {"cat": "message", "name": str(message_of(action)), "id": f"{first}:{message_of(action)}", "tid": 0}
+        flow = {
+            "cat": "message",
+            "name": str(message_of(action)),
+            "id": f"{first}:{message_of(action)}",
+            "tid": 0,
+        }
         if not sends and end > start:
             yield {
                 **place,
@@ -69,4 +93,10 @@ def _spans(timeline: Timeline, rank: int, pid: int, scale: float, first: int) ->
                 "tid": 0,
                 "args": args,
             }
-        yield {"pid": pid, "ts": (start if sends else end) * scale, "ph": "s" if sends else "f", "bp": "e", **flow}
+        yield {
+            "pid": pid,
+            "ts": (start if sends else end) * scale,
+            "ph": "s" if sends else "f",
+            "bp": "e",
+            **flow,
+        }

@@ -1,9 +1,10 @@
-"""Timelines as pictures: plain SVG text, a page that explains every box on hover, and rows for a terminal.
+"""Timelines as pictures: plain SVG text, a page that explains every box on hover, and rows for a
+terminal.
 
-In: a ``Timeline``, and for every rank what memory it holds over time, if that is known. Out: a string. A lane
-is a rank; a box is an F, B, I or W with its microbatch; what is left grey is bubble. Colours are Okabe and
-Ito's, which colour-blind readers can tell apart (https://jfly.uni-koeln.de/color/); later stages of a rank
-are paler.
+In: a ``Timeline``, and for every rank what memory it holds over time, if that is known. Out: a
+string. A lane is a rank; a box is an F, B, I or W with its microbatch; what is left grey is bubble.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart
+(https://jfly.uni-koeln.de/color/); later stages of a rank are paler.
 """
 
 from __future__ import annotations
@@ -25,15 +26,35 @@ Memory = Sequence[Sequence[tuple[float, float]]]
 _COLOURS = {"F": "#0072B2", "B": "#D55E00", "I": "#E69F00", "W": "#009E73"}
 _MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _BUBBLE, _INK, _FAINT, _CURVE = "#E9ECEF", "#212529", "#868E96", "#CC79A7"
-_FONT = "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif'"
+_FONT = (
+    "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, "
+    "Arial, sans-serif'"
+)
 
-# Pixels: the plot, what stands beside it, a lane, the memory curve under it, the gap to the next lane.
-_PLOT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE, _AREA, _GAP = 1120.0, 64.0, 84.0, 74.0, 44.0, 24.0, 26.0, 6.0
+# Pixels: the plot, what stands beside it, a lane, the memory curve under it, the gap to the next
+# lane.
+_PLOT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE, _AREA, _GAP = (
+    1120.0,
+    64.0,
+    84.0,
+    74.0,
+    44.0,
+    24.0,
+    26.0,
+    6.0,
+)
 _DIGIT = 0.58  # the width of a digit, in font sizes
 
 
-def save(timeline: Timeline, path: str | Path, title: str = "", memory: Memory | None = None, unit: str = "") -> Path:
-    """Write a timeline to a file: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for Perfetto.
+def save(
+    timeline: Timeline,
+    path: str | Path,
+    title: str = "",
+    memory: Memory | None = None,
+    unit: str = "",
+) -> Path:
+    """Write a timeline to a file: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for
+    Perfetto.
 
     Times in seconds are drawn in milliseconds; in a trace, a unit without a name is a millisecond.
 
@@ -58,15 +79,20 @@ def check_suffix(path: Path) -> None:
     """PlanError unless a picture can be saved under this name.
 
     >>> check_suffix(Path("x.png"))
-    Traceback (most recent call last):
-    funcpipe.errors.PlanError: cannot draw a plan as '.png'; name a file .html or .svg, or .json for a Perfetto trace
+    Traceback (most recent call last): funcpipe.errors.PlanError: cannot draw a plan as '.png'; name
+    a file .html or .svg, or .json for a Perfetto trace
     """
     if path.suffix not in (".html", ".svg", ".json"):
         kind = path.suffix or path.name
-        raise PlanError(f"cannot draw a plan as {kind!r}; name a file .html or .svg, or .json for a Perfetto trace")
+        raise PlanError(
+            f"cannot draw a plan as {kind!r}; name a file .html or .svg, or .json for a Perfetto "
+            "trace"
+        )
 
 
-def timeline_svg(timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = "") -> str:
+def timeline_svg(
+    timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = ""
+) -> str:
     """The picture of a timeline.
 
     Args:
@@ -85,7 +111,9 @@ def timeline_svg(timeline: Timeline, title: str = "", memory: Memory | None = No
     return "\n".join(_svg(timeline, title, memory, unit, hover=False))
 
 
-def timeline_html(timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = "") -> str:
+def timeline_html(
+    timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = ""
+) -> str:
     """A page of its own with the picture; a box says on hover what it is and when it runs.
 
     >>> from funcpipe._src.schedule import gpipe, timeline, unit_costs
@@ -108,7 +136,8 @@ def _page_head(title: str) -> list[str]:
 
 
 def pair(timelines: Mapping[str, Timeline], page: bool, unit: str = "") -> str:
-    """Several timelines of one schedule, one over the other, drawn to one scale; a page, or a whole SVG document.
+    """Several timelines of one schedule, one over the other, drawn to one scale; a page, or a whole
+    SVG document.
 
     >>> from funcpipe._src.schedule import gpipe, timeline, unit_costs
     >>> lines = {"recorded": timeline(gpipe()(2, 1), unit_costs()), "predicted": timeline(gpipe()(2, 1), unit_costs(2, 2, 2))}
@@ -117,7 +146,10 @@ def pair(timelines: Mapping[str, Timeline], page: bool, unit: str = "") -> str:
     """
     until = max(line.makespan for line in timelines.values())
     titles = {title: f"{title}: {line.schedule.name}" for title, line in timelines.items()}
-    drawn = ["\n".join(_svg(x, titles[t], None, unit, hover=page, until=until)) for t, x in timelines.items()]
+    drawn = [
+        "\n".join(_svg(x, titles[t], None, unit, hover=page, until=until))
+        for t, x in timelines.items()
+    ]
     if page:
         return "\n".join([*_page_head(" and ".join(timelines)), *drawn, "</body></html>"])
     height = _TOP + len(next(iter(timelines.values())).spans) * (_LANE + _GAP) + _BOTTOM
@@ -127,7 +159,8 @@ def pair(timelines: Mapping[str, Timeline], page: bool, unit: str = "") -> str:
 
 
 def timeline_text(timeline: Timeline, width: int = 100) -> str:
-    """The timeline for a terminal: a row a rank, a letter and microbatch where they fit, dots for bubbles.
+    """The timeline for a terminal: a row a rank, a letter and microbatch where they fit, dots for
+    bubbles.
 
     >>> from funcpipe._src.schedule import one_f_one_b, timeline, unit_costs
     >>> print(timeline_text(timeline(one_f_one_b()(2, 2), unit_costs()), width=54))
@@ -151,7 +184,12 @@ def timeline_text(timeline: Timeline, width: int = 100) -> str:
 
 
 def _svg(
-    timeline: Timeline, title: str, memory: Memory | None, unit: str, hover: bool, until: float | None = None
+    timeline: Timeline,
+    title: str,
+    memory: Memory | None,
+    unit: str,
+    hover: bool,
+    until: float | None = None,
 ) -> Iterator[str]:
     """``until``: the time at the right edge, which is the timeline's end by default."""
     ranks = len(timeline.spans)
@@ -161,7 +199,8 @@ def _svg(
     scale = _PLOT / end if end else 0.0
     top = max((held for curve in memory or () for _, held in curve), default=0.0)
     yield (
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' width='{width:g}'"
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
+        f"width='{width:g}'"
         f" height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
     )
     yield f"<rect width='{width:g}' height='{height:g}' fill='#fff'/>"
@@ -188,7 +227,10 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         facts.append("paler: a rank's later stages")
     headline, y = escape(title or schedule.name), 26
     yield f"<text x='{_LEFT:g}' y='{y}' font-size='17' font-weight='600'>{headline}</text>"
-    yield f"<text x='{_LEFT:g}' y='{y + 20}' font-size='12' fill='{_FAINT}'>{' · '.join(facts)}</text>"
+    yield (
+        f"<text x='{_LEFT:g}' y='{y + 20}' font-size='12' "
+        f"fill='{_FAINT}'>{' · '.join(facts)}</text>"
+    )
     kinds = {span.action.kind for spans in timeline.spans for span in spans}
     entries = [(_COLOURS[kind], f"{kind} {_MEANING[kind]}") for kind in COMPUTE if kind in kinds]
     entries += [(_BUBBLE, "bubble"), *([(_CURVE, "memory")] if memory else [])]
@@ -199,7 +241,9 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         yield f"<text x='{x + 17:.0f}' y='{y + 19}' fill='{_INK}'>{text}</text>"
 
 
-def _lane(timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, unit: str, hover: bool) -> Iterator[str]:
+def _lane(
+    timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, unit: str, hover: bool
+) -> Iterator[str]:
     """A rank's boxes on a grey ground, its name to the left and how busy it is to the right."""
     placement = timeline.schedule.placement
     stages = [stage for stage, holder in enumerate(placement) if holder == rank]
@@ -211,22 +255,37 @@ def _lane(timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, un
     numbers = []
     for span in _boxes(spans):
         x, width = span.start * scale, (span.end - span.start) * scale
-        gap = min(0.8, width / 6)  # a thin line between boxes, which goes when boxes get thin themselves
+        gap = min(
+            0.8, width / 6
+        )  # a thin line between boxes, which goes when boxes get thin themselves
         colour = _paler(_COLOURS[span.action.kind], stages.index(span.action.stage) / len(stages))
-        box = f"<rect class='box' x='{x:.2f}' width='{width - gap:.2f}' height='{_LANE:g}' fill='{colour}'"
+        box = (
+            f"<rect class='box' x='{x:.2f}' width='{width - gap:.2f}' height='{_LANE:g}' "
+            f"fill='{colour}'"
+        )
         when = f"{_number(span.start)} to {_number(span.end)}{_unit(unit)}"
-        yield f"{box}><title>rank {rank}: {span.action}, {when}</title></rect>" if hover else f"{box}/>"
+        yield (
+            f"{box}><title>rank {rank}: {span.action}, {when}</title></rect>"
+            if hover
+            else f"{box}/>"
+        )
         number = str(span.action.microbatch)
         size = min(10.0, (width - 1) / (len(number) * _DIGIT))
         if size >= 6:
             ink = "#fff" if _luminance(colour) < 0.3 else "#000"
-            where = f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' font-size='{size:.1f}'"
+            where = (
+                f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' "
+                f"font-size='{size:.1f}'"
+            )
             numbers.append(f"<text {where} fill='{ink}'>{number}</text>")
     yield f"<g text-anchor='middle' pointer-events='none'>{''.join(numbers)}</g>"
 
 
-def _curve(curve: Sequence[tuple[float, float]], scale: float, end: float, top: float) -> Iterator[str]:
-    """The memory that a rank holds, as an area of steps under its lane; ``top`` fills the height."""
+def _curve(
+    curve: Sequence[tuple[float, float]], scale: float, end: float, top: float
+) -> Iterator[str]:
+    """The memory that a rank holds, as an area of steps under its lane; ``top`` fills the
+    height."""
     ground, height = _LANE + _AREA, _AREA - 2
     points = [f"M0 {ground:g}"]
     for (time, held), (until, _) in zip(curve, [*curve[1:], (end, 0.0)], strict=True):
@@ -234,7 +293,10 @@ def _curve(curve: Sequence[tuple[float, float]], scale: float, end: float, top: 
         points.append(f"L{time * scale:.2f} {y:.2f}L{until * scale:.2f} {y:.2f}")
     path = "".join([*points, f"L{end * scale:.2f} {ground:g}Z"])
     peak = max((held for _, held in curve), default=0.0)
-    yield f"<path d='{path}' fill='{_CURVE}' fill-opacity='0.35' stroke='{_CURVE}' stroke-width='0.8'/>"
+    yield (
+        f"<path d='{path}' fill='{_CURVE}' fill-opacity='0.35' stroke='{_CURVE}' "
+        "stroke-width='0.8'/>"
+    )
     yield f"<text x='{_PLOT + 8:g}' y='{ground - 6:g}' fill='{_FAINT}'>{_bytes(peak)}</text>"
 
 
