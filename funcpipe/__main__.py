@@ -135,8 +135,7 @@ def _schedule(options: argparse.Namespace, console: Console) -> None:
     steady = f", {line.period:g} in steady state" if line.period < line.makespan else ""
     console.print(
         f"step {line.makespan:g}{steady}, bubble {line.bubble:.1%}, memory "
-        f"{_memory(schedule, report):.2f} of 1F1B's, "
-        f"{report.messages} messages"
+        f"{_memory(schedule, report):.2f} of 1F1B's, {report.messages} messages"
     )
     if options.save:
         if options.save.suffix == ".csv":
@@ -171,8 +170,8 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         "steady state: of a step where ranks go from one to the next without waiting for each other"
     )
     console.print(
-        "memory: what the fullest rank holds between forward and backward, in what 1F1B's "
-        "fullest holds"
+        "memory: what the fullest rank holds between forward and backward, in what 1F1B's fullest "
+        "holds"
     )
 
 

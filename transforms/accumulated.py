@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from funcpipe._src.spec.transform_spec import Micro, Record, record, require_positive
+from funcpipe._src.spec.transform_spec import Micro, TransformSpec, record, require_positive
 
 
 def accumulated(
@@ -29,4 +29,4 @@ def accumulated(
     """
     if microbatches is not None:
         require_positive("accumulated", "microbatches", microbatches)
-    return record(step, Record("accumulated", micro=Micro(microbatches, dims)))
+    return record(step, TransformSpec("accumulated", micro=Micro(microbatches, dims)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Record, Split, record
+from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
 
 
 def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 0) -> Any:
@@ -30,4 +30,4 @@ def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], di
     <step <lambda>
       data_parallel(axis='data')>
     """
-    return record(step, Record("data_parallel", as_axes(axis), split=Split(dims)))
+    return record(step, TransformSpec("data_parallel", as_axes(axis), split=Split(dims)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.core.mixed_precision import DYNAMIC, Precision
-from funcpipe._src.spec.transform_spec import Record, record, require_positive
+from funcpipe._src.spec.transform_spec import TransformSpec, record, require_positive
 from funcpipe.errors import StackError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -109,7 +109,7 @@ def mixed_precision(
             "path to one of them"
         )
     options = Precision(_DTYPES[compute], loss_scale, growth_interval, growth, backoff, keep, batch)
-    return record(step, Record("mixed_precision", precision=options))
+    return record(step, TransformSpec("mixed_precision", precision=options))
 
 
 def _positive(x: Any) -> bool:

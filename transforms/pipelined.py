@@ -13,7 +13,7 @@ from funcpipe._src.schedule.actions import ScheduleFn
 from funcpipe._src.schedule.catalogue import by_name
 from funcpipe._src.schedule.library import one_f_one_b
 from funcpipe._src.schedule.search import auto
-from funcpipe._src.spec.transform_spec import Micro, Pipe, Record, record, require_positive
+from funcpipe._src.spec.transform_spec import Micro, Pipe, TransformSpec, record, require_positive
 from funcpipe.errors import ScheduleError, StackError
 
 
@@ -70,9 +70,8 @@ def pipelined(
     if not _lays_out(schedule):
         raise StackError(
             f"pipelined: schedule is {getattr(schedule, '__name__', describe(schedule))}, not a "
-            "function (ranks, microbatches) -> "
-            "Schedule; pass one of fp.schedules, called: fp.schedules.one_f_one_b() or "
-            "fp.schedules.from_table(rows)"
+            "function (ranks, microbatches) -> Schedule; pass one of fp.schedules, called: "
+            "fp.schedules.one_f_one_b() or fp.schedules.from_table(rows)"
         )
     if not isinstance(stages, Sequence) or (
         isinstance(stages, str) and stages not in ("balanced", "even")
@@ -87,7 +86,7 @@ def pipelined(
         stages = tuple(stages)
     pipe = Pipe(schedule, stages, profile)
     return record(
-        step, Record("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe)
+        step, TransformSpec("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe)
     )
 
 

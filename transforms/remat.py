@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from funcpipe._src.spec.transform_spec import Record, Remat, record
+from funcpipe._src.spec.transform_spec import Remat, TransformSpec, record
 from funcpipe.errors import StackError
 
 _POLICIES = ("block", "products")
@@ -93,7 +93,7 @@ def remat(
         recompute=_names("recompute", recompute),
         segments=segments if callable(segments) else _numbers(segments),
     )
-    return record(step, Record("remat", remat=what))
+    return record(step, TransformSpec("remat", remat=what))
 
 
 def _is_part(x: Any) -> bool:
@@ -117,7 +117,7 @@ def _numbers(segments: Any) -> tuple[int, ...] | None:
     found = tuple(segments) if isinstance(segments, Iterable) else ()
     if not found or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in found):
         raise StackError(
-            f"remat: segments={segments!r}; write a list of numbers, counted from 0, or a "
-            "function such as lambda s: s < 4"
+            f"remat: segments={segments!r}; write a list of numbers, counted from 0, or a function "
+            "such as lambda s: s < 4"
         )
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Record, Split, record
+from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
 from funcpipe.errors import StackError
 
 
@@ -49,4 +49,4 @@ def seq_all_to_all(
         raise StackError(
             f"seq_all_to_all: axis={axis!r}; name the mesh axis or axes to split the sequence over"
         )
-    return record(step, Record("seq_all_to_all", axes, split=Split(dims, "heads")))
+    return record(step, TransformSpec("seq_all_to_all", axes, split=Split(dims, "heads")))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Record, Split, record
+from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
 from funcpipe.errors import StackError
 
 
@@ -45,4 +45,4 @@ def seq_ring(
     axes = as_axes(axis)
     if not axes:
         raise StackError(f"seq_ring: axis={axis!r}; name the mesh axis or axes of the ring")
-    return record(step, Record("seq_ring", axes, split=Split(dims, "ring", bool(zigzag))))
+    return record(step, TransformSpec("seq_ring", axes, split=Split(dims, "ring", bool(zigzag))))

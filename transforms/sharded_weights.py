@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Record, Shard, record, require_positive
+from funcpipe._src.spec.transform_spec import Shard, TransformSpec, record, require_positive
 from funcpipe.errors import StackError
 
 
@@ -94,7 +94,7 @@ def sharded_weights(
             "False"
         )
     options = Shard(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype, only)
-    return record(step, Record("sharded_weights", axes, shard=options))
+    return record(step, TransformSpec("sharded_weights", axes, shard=options))
 
 
 def _positive(x: object) -> bool:

@@ -13,7 +13,7 @@ from support.models import D, batch, descend, keep, loss_fn, params
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import funcpipe as fp
-from funcpipe._src.analysis.state import Dyed, look
+from funcpipe._src.analysis.state import StepAnalysis, analyse
 from funcpipe._src.core import pytree as tree
 from funcpipe.optim import adamw, sgd
 
@@ -25,16 +25,18 @@ class State(NamedTuple):
     extra: Any = None
 
 
-def seen(step: Callable, init: Callable, p: Any = None, b: Any = None) -> tuple[Dyed, Callable]:
+def seen(
+    step: Callable, init: Callable, p: Any = None, b: Any = None
+) -> tuple[StepAnalysis, Callable]:
     mode = FakeTensorMode()
     fakes = tree.map_tensors(
         lambda x: torch.empty_like(mode.from_tensor(x)), params() if p is None else p
     )
-    return look(step, init, fakes, batch() if b is None else b, mode)
+    return analyse(step, init, fakes, batch() if b is None else b, mode)
 
 
-def owners(dyed: Dyed) -> dict[str, int | None]:
-    return dict(zip(dyed.state_paths, dyed.state, strict=True))
+def owners(analysis: StepAnalysis) -> dict[str, int | None]:
+    return dict(zip(analysis.state_paths, analysis.state, strict=True))
 
 
 @pytest.mark.parametrize("optimizer", [adamw(1e-2), sgd(1e-2, momentum=0.9)], ids=["adamw", "sgd"])
@@ -53,8 +55,8 @@ def test_moments_masters_and_averages_belong_to_their_parameter(optimizer: Any) 
         new, opt = optimizer.update(grads, state.opt, state.params)
         return State(new, opt, state.step + 1, state.extra), {}
 
-    dyed, _ = seen(step, init)
-    found = owners(dyed)
+    analysis, _ = seen(step, init)
+    found = owners(analysis)
     assert [found[f".params['w'][{i}]"] for i in (0, 1)] == [0, 1]
     assert [found[f".extra['ema'][{i}]"] for i in (0, 1)] == [1, 0]
     assert [found[f".extra['master']['w'][{i}]"] for i in (0, 1)] == [0, 1]
@@ -74,16 +76,16 @@ def test_leaves_of_equal_shape_any_dims_and_dtypes_are_told_apart() -> None:
         "d": torch.zeros(0, 2),
         "e": torch.ones(2, 2, 2).bool(),
     }
-    dyed, _ = seen(lambda s, b: (s, {}), lambda p: [p["e"], p["c"], {**p}], p)
-    assert dyed.state == (4, 2, 0, 1, 2, 3, 4)
-    assert dyed.shapes == ((), (), (3,), (0, 2), (2, 2, 2)) and dyed.dtypes[4] == torch.bool
+    analysis, _ = seen(lambda s, b: (s, {}), lambda p: [p["e"], p["c"], {**p}], p)
+    assert analysis.state == (4, 2, 0, 1, 2, 3, 4)
+    assert analysis.shapes == ((), (), (3,), (0, 2), (2, 2, 2)) and analysis.dtypes[4] == torch.bool
 
 
 def test_fresh_tensors_of_a_leafs_size_belong_to_it() -> None:
-    dyed, _ = seen(
+    analysis, _ = seen(
         lambda s, b: (s, {}), lambda p: optree.tree_map(lambda x: torch.zeros(x.shape), p)
     )
-    assert dyed.state == (0, 1)
+    assert analysis.state == (0, 1)
 
 
 def test_calls_and_sums_are_noted_in_order() -> None:
@@ -105,15 +107,15 @@ def test_calls_and_sums_are_noted_in_order() -> None:
             "total": fp.global_sum([], lambda xs: torch.zeros((), dtype=torch.int32)),
         }
 
-    dyed, _ = seen(step, keep)
-    assert [(c.params, c.has_aux, c.dtypes) for c in dyed.calls] == [
+    analysis, _ = seen(step, keep)
+    assert [(c.params, c.has_aux, c.dtypes) for c in analysis.calls] == [
         ((1, 0), False, (torch.float64,) * 2),
         ((1,), True, (torch.float32,)),
     ]
-    assert dyed.calls[1].batch["x"].shape == (4, D) and not isinstance(
-        dyed.calls[1].batch["x"], FakeTensor
+    assert analysis.calls[1].batch["x"].shape == (4, D) and not isinstance(
+        analysis.calls[1].batch["x"], FakeTensor
     )
-    assert [(s.params, s.dtype) for s in dyed.sums] == [
+    assert [(s.params, s.dtype) for s in analysis.sums] == [
         ((1, 0, None), torch.float64),
         ((), torch.int32),
     ]
@@ -135,8 +137,8 @@ def test_a_step_is_looked_at_without_its_work() -> None:
         grads, norm = fp.clip_by_global_norm(grads, 1.0)
         return descend(state, grads), {"loss": loss_, "norm": norm, **aux}
 
-    dyed, _ = look(step, keep, fakes, batch(), mode)
-    assert dyed.shapes == ((1 << 40, 1 << 10),)
+    analysis, _ = analyse(step, keep, fakes, batch(), mode)
+    assert analysis.shapes == ((1 << 40, 1 << 10),)
 
 
 def test_the_state_of_a_rank_that_holds_some_leaves() -> None:
@@ -148,7 +150,7 @@ def test_the_state_of_a_rank_that_holds_some_leaves() -> None:
             "norm": fp.global_norm(grads)
         }
 
-    dyed, held_state = seen(step, lambda p: State(p, optimizer.init(p), torch.zeros(())))
+    analysis, held_state = seen(step, lambda p: State(p, optimizer.init(p), torch.zeros(())))
     for held in (set(), {1}, {0, 1}):
-        leaves = dyed.state_spec.flatten_up_to(held_state(lambda i, held=held: i in held))
-        assert [x is not None for x in leaves] == [i is None or i in held for i in dyed.state]
+        leaves = analysis.state_spec.flatten_up_to(held_state(lambda i, held=held: i in held))
+        assert [x is not None for x in leaves] == [i is None or i in held for i in analysis.state]

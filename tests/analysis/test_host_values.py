@@ -410,8 +410,8 @@ def test_a_value_that_keeps_changing_warns_once() -> None:
     Settings.beta = 1.0
     (warning,) = caught
     said = (
-        "reads `Settings.beta` from Python, which has changed 5 times, and each value makes a "
-        "new plan. Pass it as a tensor"
+        "reads `Settings.beta` from Python, which has changed 5 times, and each value makes a new "
+        "plan. Pass it as a tensor"
     )
     assert said in str(warning.message) and str(warning.message).startswith(
         "the loss function at test_host_values.py:"

@@ -306,8 +306,8 @@ def test_a_step_makes_the_same_calls_every_time() -> None:
         (more, "calls value_and_grad more often than when it was planned"),
         (
             fewer,
-            "called value_and_grad 0 times and global sums 0 times, but 1 and 0 times when it "
-            "was planned",
+            "called value_and_grad 0 times and global sums 0 times, but 1 and 0 times when it was "
+            "planned",
         ),
         (summing, "takes more global sums than when it was planned"),
         (

@@ -27,7 +27,7 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.backends.fusion import fused
 from funcpipe._src.backends.grad_accumulation import Factors, Lookup, form_of, outputs_of
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.buffer_donation import Ledger
+from funcpipe._src.core.buffer_donation import DonationAnalysis
 from funcpipe._src.core.step import averaged
 from funcpipe._src.runtime import simulate
 from funcpipe._src.runtime.interpreter import bind
@@ -157,7 +157,7 @@ def names(plan: Any, backend: Backend) -> set[str]:
             ):
                 made = slot in w.writes and name in _handed(program, backend)
                 found |= {
-                    plan.placement.dyed.paths[row.writes[0][1]]
+                    plan.placement.analysis.paths[row.writes[0][1]]
                     for row in program.rows
                     if made and name in row.reads
                 }
@@ -348,7 +348,7 @@ def test_sums_over_a_weight(backend: Backend, monkeypatch: pytest.MonkeyPatch) -
     x, weight = torch.arange(6.0).view(2, 3), torch.tensor(7.0)
     sums = [x, x.bfloat16(), x.t(), None, torch.arange(3), x + 1, torch.ones(())]
     want = [None if s is None else averaged(s, weight) for s in sums]
-    with Ledger([x]).watch():
+    with DonationAnalysis([x]).watch():
         divide.divide(sums, weight, backend)
     assert all(s is w is None or torch.equal(s, w) for s, w in zip(sums, want, strict=True))
     assert all(s is None or s.shape == w.shape for s, w in zip(sums, want, strict=True))

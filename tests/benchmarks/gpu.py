@@ -199,8 +199,8 @@ def together(size: Size, everything: bool, peaks: dict[str, float]) -> dict[str,
             "funcpipe sharded, 1 microbatch, bf16 reductions, nothing recomputed, one graph": lambda: (
                 sharded(size, 1.0, 1, reduce_dtype=torch.bfloat16)
             ),
-            "funcpipe sharded, 1 microbatch, bf16 reductions, elementwise ops computed again, "
-            "one graph": lambda: sharded(size, 0.85, 1, reduce_dtype=torch.bfloat16),
+            "funcpipe sharded, 1 microbatch, bf16 reductions, elementwise ops computed again, one "
+            "graph": lambda: sharded(size, 0.85, 1, reduce_dtype=torch.bfloat16),
             "funcpipe 1F1B, eager": lambda: piped(
                 size, fp.schedules.one_f_one_b(), backend="eager"
             ),

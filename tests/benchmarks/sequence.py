@@ -256,8 +256,8 @@ def work(args: argparse.Namespace) -> None:
         medians = {name: statistics.median(x[2:]) * 1e3 for name, x in times.items()}
         theirs_best = min(t for name, t in medians.items() if not name.startswith("ours"))
         print(
-            f"{args.ranks} ranks, {args.length} tokens, width {args.width}, {args.blocks} "
-            f"blocks, {args.heads} heads"
+            f"{args.ranks} ranks, {args.length} tokens, width {args.width}, {args.blocks} blocks, "
+            f"{args.heads} heads"
         )
         for name, t in medians.items():
             print(

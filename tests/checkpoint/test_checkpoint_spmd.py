@@ -243,10 +243,9 @@ def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], roo
     assert said[0] == {
         "step": (
             "MismatchError",
-            f"fp.checkpoint.save: rank 0 saves step=9, extra=null, keep=None to {there}, but "
-            "rank 3 saves step=10, extra=null, "
-            f"keep=None to {there}: every rank saves the same step of the same run, with the "
-            "same extra and keep",
+            f"fp.checkpoint.save: rank 0 saves step=9, extra=null, keep=None to {there}, but rank "
+            f"3 saves step=10, extra=null, keep=None to {there}: every rank saves the same step of "
+            "the same run, with the same extra and keep",
         ),
         "extra": (
             "MismatchError",
@@ -258,8 +257,8 @@ def test_a_failure_of_one_rank_is_an_error_of_all(ran: list[dict[str, Any]], roo
         ),
         "none": (
             "CheckpointError",
-            f"{there / 'none'} holds no checkpoint: pass the directory that fp.checkpoint.save "
-            "was given",
+            f"{there / 'none'} holds no checkpoint: pass the directory that fp.checkpoint.save was "
+            "given",
         ),
         "write": (
             "CheckpointError",

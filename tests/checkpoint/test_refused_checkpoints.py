@@ -58,9 +58,8 @@ def test_a_leaf_that_the_checkpoint_lacks(saved: Path) -> None:
     with refused(
         CheckpointError,
         f"{saved}/step-4 has no leaf state['ema']['none'], which the state of this run has "
-        "(float64[0, 2]). Load it with "
-        "the model, optimizer and dtypes that it was saved with; for anything else, "
-        "fp.checkpoint.export it",
+        "(float64[0, 2]). Load it with the model, optimizer and dtypes that it was saved with; "
+        "for anything else, fp.checkpoint.export it",
     ):
         loading(saved, init, step)
 
@@ -122,9 +121,8 @@ def test_places_without_a_checkpoint(saved: Path) -> None:
     manifest.write_text(json.dumps({**found, "format": 1}))
     assert text(saved) == (
         f"{saved}/step-4 has format 1, which has no digests of its files, so this funcpipe does "
-        "not read it: "
-        "fp.checkpoint.export it with the funcpipe that wrote it, and hand run.place here the "
-        "state that you make of it"
+        "not read it: fp.checkpoint.export it with the funcpipe that wrote it, and hand run.place "
+        "here the state that you make of it"
     )
     for broken in ("{", "[]", "{}", json.dumps({"format": 2})):
         manifest.write_text(broken)
@@ -286,8 +284,8 @@ def test_nothing_that_a_file_brings_along_is_run(saved: Path) -> None:
     piece = [0, 1, "other.distcp", 0, len(stored), files.digest_of(stored)]
     signed(step, lambda found: found["pieces"].update({"state['on']": [piece]}))
     said = (
-        f"{step}/other.distcp: state['on'] is not stored as a tensor, number or text, so it "
-        "is not read ("
+        f"{step}/other.distcp: state['on'] is not stored as a tensor, number or text, so it is not "
+        "read ("
     )
     with refused(CheckpointError, said, f"{__name__}.called"):
         checkpoint.load(saved, run)
@@ -402,9 +400,8 @@ def test_leaves_that_are_not_what_init_state_makes(tmp_path: Path) -> None:
     state[1] = {**state[1], "of": (state[1]["of"][0], moments)}
     with refused(
         CheckpointError,
-        "state['of'][1]['w'] on rank 1 is float32[4, 1], but init_state makes it float64[4, 1]: "
-        "it could not be loaded again. "
-        "Let the step keep shapes and dtypes, and save what it returned",
+        "state['of'][1]['w'] on rank 1 is float32[4, 1], but init_state makes it float64[4, 1]: it "
+        "could not be loaded again. Let the step keep shapes and dtypes, and save what it returned",
     ):
         checkpoint.save(tmp_path, run, state, step=0)
     state[1] = {**state[1], "of": (state[1]["of"][0], {**moments, "w": None})}

@@ -34,21 +34,18 @@ def in_loss(fn, **mesh):
 def test_a_name_that_is_not_bound():
     x = torch.ones(2)
     assert text_of(fp.vmap(lambda x: fp.psum(x, "j"), "i"), x) == (
-        "psum: axis 'j' is not bound here: bound are 'i' (of vmap). Name one of those, or map "
-        "over it with "
-        "fp.vmap(f, axis_name='j')"
+        "psum: axis 'j' is not bound here: bound are 'i' (of vmap). Name one of those, or map over "
+        "it with fp.vmap(f, axis_name='j')"
     )
     assert in_loss(lambda x: fp.pmax(x, "seq"), data=2) == (
         "pmax: axis 'seq' is not bound here: Mesh(data=2) lacks it, and bound are 'data' (of the "
-        "mesh). Name one of those, "
-        "or add it to the mesh and stack a transform on it"
+        "mesh). Name one of those, or add it to the mesh and stack a transform on it"
     )
     assert in_loss(lambda x: fp.all_gather(x, ("data", "pipe")), pipe=1, data=2) == (
         "all_gather: axis 'pipe' of Mesh(pipe=1, data=2) does not split the batch, so no "
-        "collective runs over it: its ranks "
-        "have the same rows, or other stages of a pipeline. Here, bound are 'data' (of the "
-        "mesh); name one of those, or "
-        "stack a transform that splits the batch over it (data_parallel)"
+        "collective runs over it: its ranks have the same rows, or other stages of a pipeline. "
+        "Here, bound are 'data' (of the mesh); name one of those, or stack a transform that splits "
+        "the batch over it (data_parallel)"
     )
     assert "psum: ('data', 'data') names an axis twice" in in_loss(
         lambda x: fp.psum(x, ("data", "data")), data=2
@@ -69,9 +66,8 @@ def test_outside_of_the_loss():
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
     assert text_of(run.init, lambda w: w, torch.ones(2), torch.ones(4, 2)) == (
         "psum: axis 'data' is not bound here: the step runs on a mesh, and this is outside "
-        "value_and_grad, where every rank "
-        "has the global batch. Call it inside the loss function; fp.global_sum sums over leaves "
-        "out here"
+        "value_and_grad, where every rank has the global batch. Call it inside the loss function; "
+        "fp.global_sum sums over leaves out here"
     )
 
 
@@ -79,14 +75,12 @@ def test_what_does_not_fit():
     two = lambda f: fp.vmap(f, "i")  # noqa: E731
     x = torch.ones(2, 3)
     assert text_of(two(lambda x: fp.psum_scatter(x, "i")), x) == (
-        "psum_scatter: dim 0 of a tensor of shape (3,) is no multiple of 2, the number of ranks "
-        "on 'i'; pad it, or name "
-        "another dim"
+        "psum_scatter: dim 0 of a tensor of shape (3,) is no multiple of 2, the number of ranks on "
+        "'i'; pad it, or name another dim"
     )
     assert text_of(two(lambda x: fp.all_to_all(x, "i", 0, 0, tiled=False)), x) == (
         "all_to_all: dim 0 of a tensor of shape (3,) is not 2, the number of ranks on 'i'; use "
-        "tiled=True to cut it into "
-        "pieces"
+        "tiled=True to cut it into pieces"
     )
     assert (
         text_of(two(lambda x: fp.all_gather(x, "i", 1)), x)

@@ -249,8 +249,8 @@ def test_error_texts(results):
     assert (
         result(results, mesh_of_the_wrong_size)
         == [
-            "Mesh(pipe=3) has 3 ranks, but 4 processes were started; start one for each rank, "
-            "as with `torchrun --nproc-per-node=3`, or change the mesh"
+            "Mesh(pipe=3) has 3 ranks, but 4 processes were started; start one for each rank, as "
+            "with `torchrun --nproc-per-node=3`, or change the mesh"
         ]
         * 4
     )

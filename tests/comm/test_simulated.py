@@ -219,20 +219,20 @@ def test_a_deadlock_of_two_receivers():
         (
             lambda comm: comm.all_reduce(torch.zeros(2, 3), ("pipe",)),
             lambda comm: comm.all_reduce(torch.zeros(3, 2), ("pipe",)),
-            "rank 0 called all_reduce(sum) of float32[2, 3] over ('pipe',), "
-            "but rank 1 called all_reduce(sum) of float32[3, 2] over ('pipe',)",
+            "rank 0 called all_reduce(sum) of float32[2, 3] over ('pipe',), but rank 1 called "
+            "all_reduce(sum) of float32[3, 2] over ('pipe',)",
         ),
         (
             lambda comm: comm.all_reduce(ZEROS, ("pipe",)),
             lambda comm: comm.all_reduce(ZEROS, ("pipe",), op="max"),
-            "rank 0 called all_reduce(sum) of float32[2] over ('pipe',), "
-            "but rank 1 called all_reduce(max) of float32[2] over ('pipe',)",
+            "rank 0 called all_reduce(sum) of float32[2] over ('pipe',), but rank 1 called "
+            "all_reduce(max) of float32[2] over ('pipe',)",
         ),
         (
             lambda comm: comm.all_gather(ZEROS, ("pipe",)),
             lambda comm: comm.all_gather(ZEROS.double(), ("pipe",)),
-            "rank 0 called all_gather of float32[2] over ('pipe',), "
-            "but rank 1 called all_gather of float64[2] over ('pipe',)",
+            "rank 0 called all_gather of float32[2] over ('pipe',), but rank 1 called all_gather "
+            "of float64[2] over ('pipe',)",
         ),
         (
             lambda comm: comm.all_gather(ZEROS, ("pipe",)),

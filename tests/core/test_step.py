@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.step import tap
-from funcpipe._src.spec.transform_spec import Step
+from funcpipe._src.spec.transform_spec import TransformedStep
 from funcpipe.errors import StackError, TraceError
 
 # torch.func computes silu's and others' gradients by composed ops: a few roundings of 2**-53.
@@ -325,7 +325,7 @@ def test_a_transformed_step_called_plainly_is_the_step() -> None:
     step = step_of()
     stacked = fp.data_parallel(fp.pipelined(step, axis="pipe", microbatches=4), axis="data")
     assert same_bits(stacked(params(), batch()), step(params(), batch()))
-    assert stacked.__name__ == step.__name__ and isinstance(stacked, Step)
+    assert stacked.__name__ == step.__name__ and isinstance(stacked, TransformedStep)
     assert repr(stacked) == "<step step\n  pipelined(axis='pipe')\n  data_parallel(axis='data')>"
 
 

@@ -419,12 +419,12 @@ def test_ranks_that_pack_for_themselves(ran: list[dict[str, Any]]) -> None:
 def test_shapes_that_differ_between_ranks_are_refused_by_name(ran: list[dict[str, Any]]) -> None:
     for result in ran:
         assert result["longer"].startswith(
-            "batch.parts[0]['labels'] is int64[1, 24] on rank 0 and int64[1, 30] on rank 1: "
-            "every rank passes"
+            "batch.parts[0]['labels'] is int64[1, 24] on rank 0 and int64[1, 30] on rank 1: every "
+            "rank passes"
         )
         assert result["more"].startswith(
-            "batch.parts[3]['cu_seqlens'] is no such leaf on rank 0 and int32[22] on rank 1: "
-            "every rank passes"
+            "batch.parts[3]['cu_seqlens'] is no such leaf on rank 0 and int32[22] on rank 1: every "
+            "rank passes"
         )
 
 
@@ -462,8 +462,8 @@ W = torch.ones(3)
         (
             W,
             (
-                "the tokens of sequence 1 are a tensor of shape (3,) and dtype torch.float32; "
-                "they have to be integers",
+                "the tokens of sequence 1 are a tensor of shape (3,) and dtype torch.float32; they "
+                "have to be integers",
             ),
         ),
         (
@@ -477,8 +477,8 @@ W = torch.ones(3)
         (
             torch.arange(9),
             (
-                "sequence 1 has 9 tokens, more than max_tokens=8; write split=True to cut it "
-                "into pieces, or leave it out",
+                "sequence 1 has 9 tokens, more than max_tokens=8; write split=True to cut it into "
+                "pieces, or leave it out",
             ),
         ),
     ],

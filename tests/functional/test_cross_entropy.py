@@ -586,8 +586,7 @@ X, HEAD, LABELS = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([1, 2])
             (X, None, LABELS),
             {"axis": "seq"},
             "axis='seq' spreads the vocabulary over ranks, but without a head x is logits of all "
-            "of it already; pass hidden "
-            "states and the head, or leave axis out",
+            "of it already; pass hidden states and the head, or leave axis out",
         ),
         (
             (X, HEAD.T, LABELS),
@@ -637,17 +636,15 @@ def test_an_axis_that_is_not_bound() -> None:
     with bind_mesh(fp.Mesh(data=2), ("data",)), pytest.raises(AxisError) as caught:
         cross_entropy(X, HEAD, LABELS, axis="seq")
     assert str(caught.value) == (
-        "cross_entropy: axis 'seq' is not bound here: Mesh(data=2) lacks it, and bound are "
-        "'data' (of the mesh). Name one of "
-        "those, or add it to the mesh and stack a transform on it"
+        "cross_entropy: axis 'seq' is not bound here: Mesh(data=2) lacks it, and bound are 'data' "
+        "(of the mesh). Name one of those, or add it to the mesh and stack a transform on it"
     )
 
 
 def test_more_axes_than_split_the_sequence() -> None:
     text = (
         "cross_entropy: axis=('a', 'b') has 4 ranks, but the sequence is split over 2: name the "
-        "axes that split the "
-        "sequence, and no others"
+        "axes that split the sequence, and no others"
     )
     with (
         bind_mesh(fp.Mesh(a=2, b=2), ("a", "b")),

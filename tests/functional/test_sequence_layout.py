@@ -11,20 +11,20 @@ from funcpipe._src.collectives import bind_mesh, bind_rank
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.functional.positions import member_positions
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 
 PARTS = st.builds(
-    lambda size, ring, heads, zigzag: Part(size, ("r",), ("h",), ring, heads, zigzag and ring > 1),
+    lambda size, ring, heads, zigzag: SequenceLayout(size, ("r",), ("h",), ring, heads, zigzag and ring > 1),
     st.integers(0, 30), st.integers(1, 4), st.integers(1, 3), st.booleans(),
 )  # fmt: skip
 
 
-def held(part: Part, member: int) -> list[int]:
+def held(part: SequenceLayout, member: int) -> list[int]:
     return [i for a, b in part.ranges(member) for i in range(a, b)]
 
 
 @given(PARTS)
-def test_every_position_has_one_member(part: Part) -> None:
+def test_every_position_has_one_member(part: SequenceLayout) -> None:
     lengths = [part.length(m) for m in range(part.members)]
     assert sorted(i for m in range(part.members) for i in held(part, m)) == list(range(part.size))
     assert lengths == [len(held(part, m)) for m in range(part.members)]
@@ -38,7 +38,7 @@ def test_every_position_has_one_member(part: Part) -> None:
 
 
 @given(PARTS)
-def test_members_know_their_positions(part: Part) -> None:
+def test_members_know_their_positions(part: SequenceLayout) -> None:
     """By ops that are the same for all members of a variant."""
     mesh = fp.Mesh(r=part.ring, h=part.heads)
     like = {

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 import funcpipe as fp
-from funcpipe._src.graph.partition import Cut, cut
+from funcpipe._src.graph.partition import Units, cut
 from funcpipe._src.graph.unit_code import flops
 from funcpipe._src.program import owners, partial_segments
 
@@ -260,7 +260,7 @@ def test_constants_are_the_ranks_own() -> None:
         assert make().data_ptr() != make().data_ptr()
 
 
-def carried(c: Cut) -> list[str]:
+def carried(c: Units) -> list[str]:
     return [
         str(v) for u in c.units.values() if u.kind == "F" for v in u.outputs if v not in c.heads
     ]

@@ -26,7 +26,7 @@ from funcpipe._src.core.step import totals_and_grads
 from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.node_labels import read_nodes
-from funcpipe._src.graph.partition import Cut, cut
+from funcpipe._src.graph.partition import Units, cut
 from funcpipe._src.graph.remat import check_used, rematerialise
 from funcpipe._src.graph.remat_min_cut import Choice, Item, Outcome, _cheapest, outcome, within
 from funcpipe._src.graph.trace import Traced, trace
@@ -37,28 +37,28 @@ from funcpipe.testing import Model, models
 BLOCK, PRODUCTS = Remat("block"), Remat("products")
 
 
-def rematted(t: Traced, *remats: Remat) -> Cut:
+def rematted(t: Traced, *remats: Remat) -> Units:
     """The cut of a trace as a planner makes it."""
     n = read_nodes(t)
     saved = rematerialise(n, remats)
     return replace(cut(t, n), saved=saved)
 
 
-def cut_of(loss: Callable, p: Any, b: Any, *remats: Remat) -> Cut:
+def cut_of(loss: Callable, p: Any, b: Any, *remats: Remat) -> Units:
     return rematted(traced(loss, p, b), *remats)
 
 
-def residuals(c: Cut, segment: int) -> int:
+def residuals(c: Units, segment: int) -> int:
     """Bytes that B of a segment reads of what forward halves made."""
     forward = {v for u in c.units.values() if u.kind == "F" for v in u.outputs}
     return sum({v.storage: v.nbytes for v in c.units["B", segment].inputs if v in forward}.values())
 
 
-def flops(c: Cut, kinds: str) -> int:
+def flops(c: Units, kinds: str) -> int:
     return sum(u.code.flops for u in c.units.values() if u.kind in kinds)
 
 
-def assert_eager(c: Cut, loss: Callable, p: Any, b: Any) -> None:
+def assert_eager(c: Units, loss: Callable, p: Any, b: Any) -> None:
     """F/B and F/I/W have the bits of plain PyTorch."""
     total, _, _, expected = totals_and_grads(loss, False, *tree.flatten(p), b)
     for kinds in ("FB", "FIW"):
@@ -152,7 +152,7 @@ def ffn(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 ROWS = 8 * D * 8  # bytes of a tensor of rows
 
 
-def of_ffn(*remats: Remat) -> Cut:
+def of_ffn(*remats: Remat) -> Units:
     return cut_of(chain(ffn), params(3), batch(), *remats)
 
 

@@ -121,10 +121,9 @@ def test_hooks_of_parameters_are_refused(by: str, late: bool) -> None:
     module = made()
     text = (
         f"parameter 'inner.weight' has a hook ({by}): plain PyTorch calls it with the whole "
-        "gradient, but in a step each "
-        "microbatch of each shard has a part of it. Do what the hook does in the step, to "
-        "grads['inner.weight'] as "
-        "value_and_grad returns it, and remove the hook"
+        "gradient, but in a step each microbatch of each shard has a part of it. Do what the hook "
+        "does in the step, to grads['inner.weight'] as value_and_grad returns it, and remove the "
+        "hook"
     )
     if late:
         apply_fn, params, buffers = from_module(module)
@@ -208,8 +207,7 @@ def test_a_module_that_converts_in_a_way_of_its_own() -> None:
     apply_fn, params, buffers = from_module(module)
     text = (
         "LSTM is converted in forward (.to(), .float() and their like), and refers to "
-        "'weight_ih_l0' in more places than one: "
-        "convert it before from_module"
+        "'weight_ih_l0' in more places than one: convert it before from_module"
     )
     with refused(ModuleError, text):
         apply_fn(params, buffers, X)

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from support.models import refused
 
 import funcpipe as fp
-from funcpipe._src.planning.batch_split import Splits, plan_splits, signature
+from funcpipe._src.planning.batch_split import BatchSplit, plan_splits, signature
 from funcpipe._src.spec.transform_spec import resolve
 from funcpipe.errors import BatchError
 
 
 def splits_of(
     batch: Any, mesh: fp.Mesh, microbatches: int | None, data: tuple[str, ...] = (), dims: Any = 0
-) -> Splits:
+) -> BatchSplit:
     step: Any = lambda state, batch: (state, {})  # noqa: E731
     if data:
         step = fp.data_parallel(step, axis=data, dims=dims)

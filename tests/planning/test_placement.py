@@ -58,7 +58,7 @@ def placed(mesh: fp.Mesh) -> tuple[Any, list[Any], Placement]:
 @pytest.mark.parametrize("mesh", MESHES, ids=repr)
 def test_a_leaf_lies_on_the_ranks_whose_stages_use_it(mesh: fp.Mesh) -> None:
     _, state, placement = placed(mesh)
-    owners = dict(zip(placement.dyed.paths, (x.owners for x in placement.layouts), strict=True))
+    owners = dict(zip(placement.analysis.paths, (x.owners for x in placement.layouts), strict=True))
     assert owners == {
         "['w'][0]": (0,),
         "['w'][1]": (1,),
@@ -69,7 +69,7 @@ def test_a_leaf_lies_on_the_ranks_whose_stages_use_it(mesh: fp.Mesh) -> None:
     for rank, held in enumerate(state):
         place = mesh.coords(rank)["pipe"]
         for tree_ in (held["params"], held["m"]):
-            leaves = placement.dyed.params_spec.flatten_up_to(tree_)
+            leaves = placement.analysis.params_spec.flatten_up_to(tree_)
             assert [x is not None for x in leaves] == [place in x.owners for x in placement.layouts]
         assert held["n"] == 0
 
@@ -103,7 +103,7 @@ def test_every_leaf_counts_once(mesh: fp.Mesh) -> None:
         counting = [r for r in range(mesh.size) if placement.counts(r, param)]
         assert len(counting) == 1
         assert param is None or placement.holds(counting[0], param)
-    for leaf in range(len(placement.dyed.state)):
+    for leaf in range(len(placement.analysis.state)):
         (holder,) = placement.holders(leaf)
         assert placement.present[placement.stage_rank(holder)][leaf]
 

@@ -46,7 +46,7 @@ def test_what_sums_and_products_of_states_say_is_true(op: str) -> None:
     length = UNEVEN.length(0)
     world = states.World({UNEVEN: (length, UNEVEN.size)}, ("seq",))
     known: list[Any] = [
-        states.Whole(),
+        states.Replicate(),
         states.Partial(("seq",)),
         states.Average(UNEVEN),
         states.Number(2.0, 2.0),

@@ -27,7 +27,7 @@ from funcpipe._src.runtime.cuda_graph import (
 from funcpipe._src.runtime.mismatch_text import too_large
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.spmd import MOST_GRAPHS
-from funcpipe._src.runtime.state_buffers import Given, Home
+from funcpipe._src.runtime.state_buffers import Given, StateBuffers
 from funcpipe.errors import StackError, TraceError
 
 
@@ -191,7 +191,7 @@ def test_a_rank_that_cannot_capture_stops_no_other(
 class Again(CapturedStep):
     """Its own graph: a replay runs the step, on the graph's batch."""
 
-    def __init__(self, rank: Rank, home: Home, pool: Any) -> None:
+    def __init__(self, rank: Rank, home: StateBuffers, pool: Any) -> None:
         self.rank, self.home = rank, home
         self.free = rank.plan.placement.free(rank.comm.rank)
         self.batch: Any = None
@@ -327,9 +327,8 @@ def test_a_graph_does_not_keep_an_old_number() -> None:
         assert replayed == [False, False, True] * 3 + [True, True]
         assert held <= 2 * MOST_GRAPHS
         assert said == [
-            "the step reads `settings.rate` from Python, which has changed 5 times, and each "
-            "value makes another CUDA graph. "
-            "Pass it as a tensor in the batch or state"
+            "the step reads `settings.rate` from Python, which has changed 5 times, and each value "
+            "makes another CUDA graph. Pass it as a tensor in the batch or state"
         ]
 
 

@@ -118,13 +118,13 @@ def test_the_text() -> None:
     text = str(find_nonfinite(run, state, marked((3, 3, 1))))
     assert text == (
         "rank 2, value_and_grad 0, microbatch 1, unit F3: a value of the forward pass (div_3), a "
-        "tensor of shape (2, 4) and dtype "
-        "torch.float64 of which 4 of 8 are infinite; it comes from aten.div.Tensor"
+        "tensor of shape (2, 4) and dtype torch.float64 of which 4 of 8 are infinite; it comes "
+        "from aten.div.Tensor"
     )
     text = str(find_nonfinite(run, state, marked((5, 0, -1))))
     assert text.startswith(
-        "rank 1, value_and_grad 0, microbatch 0, unit B0: the gradient of params['w'][0], a "
-        "tensor of shape (4, 4) "
+        "rank 1, value_and_grad 0, microbatch 0, unit B0: the gradient of params['w'][0], a tensor "
+        "of shape (4, 4) "
     )
     assert text.endswith(" of 16; it comes from aten.div.Tensor") or text.endswith(
         "infinite; it comes from aten.div.Tensor"
@@ -152,8 +152,7 @@ def test_a_batch_that_comes_in() -> None:
     found = find_nonfinite(run, state, b)
     assert str(found) == (
         "rank 1, value_and_grad 0, microbatch 1: batch['x'], a tensor of shape (2, 4) and dtype "
-        "torch.float64 of which 4 of 8 "
-        "are NaN"
+        "torch.float64 of which 4 of 8 are NaN"
     )
 
 

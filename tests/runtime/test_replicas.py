@@ -66,7 +66,7 @@ def made(name: str) -> tuple[Any, list[Any]]:
 def told(run: Any, states: list[Any]) -> str | None:
     held = [replicas.of_state(s, run._placement, r) for r, s in enumerate(states)]
     try:
-        replicas.check(held, {"state": run._placement.dyed.state_paths}, False)
+        replicas.check(held, {"state": run._placement.analysis.state_paths}, False)
     except MismatchError as error:
         return str(error)
     return None
@@ -87,7 +87,7 @@ def test_equal_replicas_are_equal_before_and_after_steps(name: str) -> None:
 def test_sets_are_those_of_the_ranks_that_hold_the_same(name: str) -> None:
     run, states = made(name)
     place = run._placement
-    for j, path in enumerate(place.dyed.state_paths):
+    for j, path in enumerate(place.analysis.state_paths):
         held = {r: place.held_as(r, j) for r in range(4) if place.copies(r, j)}
         for r, how in held.items():
             same = [q for q in held if held[q] == how]
@@ -187,9 +187,8 @@ def test_params_that_differ() -> None:
 
     for text in watched(body):
         assert text.startswith(
-            "params['first'] (and 1 more leaf) is not the same on ranks 1 and 3 as on ranks 0 "
-            "and 2: every rank "
-            "passes run.init the same params. Draw them from one seed"
+            "params['first'] (and 1 more leaf) is not the same on ranks 1 and 3 as on ranks 0 and "
+            "2: every rank passes run.init the same params. Draw them from one seed"
         )
 
 
@@ -244,8 +243,8 @@ def test_rows_of_a_rank() -> None:
 
     assert watched(rows, local=True) == ["nothing"] * 4
     told = (
-        "batch['x'] is not the same on rank 2 as on rank 0: ranks of one pipeline or one "
-        "sequence pass the same rows"
+        "batch['x'] is not the same on rank 2 as on rank 0: ranks of one pipeline or one sequence "
+        "pass the same rows"
     )
     assert all(text.startswith(told) for text in watched(other_rows, local=True))
     told = "batch['n'] is not the same on rank 1 as on ranks 0, 2 and 3: "

@@ -414,14 +414,12 @@ def test_ranks_that_do_not_agree(size: int) -> None:
         assert raised(result["other_rows"]) == (
             MismatchError.__name__,
             f"batch['ids'] is int64[4, 3] on rank 0 and int64[8, 3] on rank {last}: every rank "
-            "passes the same global "
-            "batch and params",
+            "passes the same global batch and params",
         )
         assert raised(result["other_params"]) == (
             MismatchError.__name__,
             f"params['embed'] is float64[7, 4] on rank 0 and float64[5, 4] on rank {last}: every "
-            "rank passes the same "
-            "global batch and params",
+            "rank passes the same global batch and params",
         )
         kind, text = raised(result["other_backend"])
         assert (

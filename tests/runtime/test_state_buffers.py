@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.buffer_donation import Ledger, donate, memory, writable
+from funcpipe._src.core.buffer_donation import DonationAnalysis, donate, memory, writable
 from funcpipe._src.runtime.cuda_graph import update
 from funcpipe._src.runtime.rank import Rank
-from funcpipe._src.runtime.state_buffers import DonatedStep, Given, Home
+from funcpipe._src.runtime.state_buffers import DonatedStep, Given, StateBuffers
 from funcpipe.errors import StateError
 
 ADAMW = fp.optim.adamw(1e-2, eps=1e-3)
@@ -34,9 +34,9 @@ class Steps:
 
     def __init__(self, step: Callable, init_state: Callable, params: Any, batch: Any) -> None:
         run = fp.simulate(fp.accumulated(step, microbatches=2), fp.Mesh())
-        self.first = Home.give(run.init(init_state, params, batch)[0])
+        self.first = StateBuffers.give(run.init(init_state, params, batch)[0])
         self.rank = Rank(run.plan(None, batch), run._ranks.communicators[0])
-        self.home = Home()
+        self.home = StateBuffers()
         self.free = self.rank.plan.placement.free(0)
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
@@ -255,7 +255,7 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
             moving(old, batch())
         with pytest.raises(StateError, match=OLD):
             moving.home.read(old)
-    other = Home.give(init_state(params()))  # as after a checkpoint was loaded
+    other = StateBuffers.give(init_state(params()))  # as after a checkpoint was loaded
     moving(moving(other, batch())[0], batch())
     with pytest.raises(StateError, match=OLD):
         moving(second, batch())
@@ -290,7 +290,7 @@ def test_a_state_lives_on_where_the_step_fails() -> None:
 
 
 def test_an_old_state_is_refused_where_it_is_only_read() -> None:
-    home = Home()
+    home = StateBuffers()
     home.read({"x": torch.ones(2)})  # nothing was captured
     home.enter(home.read({"x": torch.ones(2)}))
     first = home.leave()
@@ -301,7 +301,7 @@ def test_an_old_state_is_refused_where_it_is_only_read() -> None:
 
 
 def test_names_that_are_made_ahead_of_a_step() -> None:
-    home = Home()
+    home = StateBuffers()
     home.make_next()  # nothing was captured
     home.enter(home.read({"x": torch.ones(2)}))
     first = home.leave()
@@ -317,7 +317,7 @@ def test_names_that_are_made_ahead_of_a_step() -> None:
 
 @given(replaced=st.sets(st.sampled_from(["a", "b", "c"])))
 def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
-    home = Home()
+    home = StateBuffers()
     home.enter(home.read({k: v.clone() for k, v in params().items()}))
     state = home.leave()
     new = {k: torch.full_like(v, 7.0) if k in replaced else v for k, v in state.items()}
@@ -327,7 +327,7 @@ def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
 
 
 def test_leaves_that_change_places_between_steps() -> None:
-    home = Home()
+    home = StateBuffers()
     home.enter(home.read([torch.zeros(2), torch.ones(2)]))
     a, b = home.leave()
     home.enter(home.read([b, a]))
@@ -335,7 +335,7 @@ def test_leaves_that_change_places_between_steps() -> None:
 
 
 def test_a_tensor_that_a_state_holds_twice() -> None:
-    home, x = Home(), torch.ones(2)
+    home, x = StateBuffers(), torch.ones(2)
     home.enter(home.read({"params": x, "ema": x, "wide": torch.ones(1).expand(3)}))
     assert len({memory(x) for x in home.leaves}) == 3
     home.leaves[2].add_(1)
@@ -343,7 +343,7 @@ def test_a_tensor_that_a_state_holds_twice() -> None:
 
 
 def test_another_structure_is_refused() -> None:
-    home = Home()
+    home = StateBuffers()
     home.enter(home.read({"x": torch.ones(2)}))
     home.leave()
     with pytest.raises(StateError, match="another structure than when the step was captured"):
@@ -368,7 +368,7 @@ def test_outside_a_ledger_a_copy() -> None:
 
 def test_only_the_state_is_donated() -> None:
     mine, other, empty = torch.ones(2), torch.ones(2), torch.ones(0)
-    ledger = Ledger([other, mine, empty])
+    ledger = DonationAnalysis([other, mine, empty])
     with ledger.watch():
         assert writable(mine) is not mine and writable(empty) is not empty
         writable(torch.ones(2))
@@ -380,7 +380,7 @@ def test_only_the_state_is_donated() -> None:
 
 def test_a_view_from_before_is_read() -> None:
     x = torch.ones(2, 3)
-    old, ledger = x.t(), Ledger([x])
+    old, ledger = x.t(), DonationAnalysis([x])
     with ledger.watch():
         writable(x)
         old.sum()
@@ -389,7 +389,7 @@ def test_a_view_from_before_is_read() -> None:
 
 def test_what_is_offered_twice_is_read() -> None:
     x = torch.ones(4)
-    ledger = Ledger([x])
+    ledger = DonationAnalysis([x])
     with ledger.watch():
         writable(x[:2])
         writable(x[2:])
@@ -477,4 +477,4 @@ def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
                 use()
         with pytest.raises(StateError, match=r"params\['a'\] .* is used up"):
             run.init(init_two, state.params, batch())
-    steps(state if kept else Home.give(init_two(params())), batch())
+    steps(state if kept else StateBuffers.give(init_two(params())), batch())

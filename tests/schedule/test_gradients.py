@@ -19,7 +19,7 @@ from support.schedule_tables import LIBRARY
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.graph.ops import is_heavy
-from funcpipe._src.graph.partition import Cut
+from funcpipe._src.graph.partition import Units
 from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.schedule import Action, Schedule, ScheduleFn
 from funcpipe.testing import Layer, Model, models
@@ -168,7 +168,7 @@ def test_every_schedule(name: str, long: tuple[Pipelines, list[Any]]) -> None:
     assert equal(pipelines.run(mixed(schedule_fn, sizes, rng), 4, sizes), want)
 
 
-def products(cut: Cut, kinds: str) -> Counter[str]:
+def products(cut: Units, kinds: str) -> Counter[str]:
     """How many heavy ops of a kind units run, by segment and op."""
     return Counter(
         f"{unit.segment} {node.target}"

@@ -139,8 +139,8 @@ def test_bad_tables() -> None:
     with pytest.raises(ScheduleError) as caught:
         from_table([["0F0"], ["2F0"]])
     assert str(caught.value) == (
-        "table: no rank computes stage 1, though the table goes up to stage 2;"
-        " write 1F0 on the rank that holds it, or number the stages without a gap"
+        "table: no rank computes stage 1, though the table goes up to stage 2; write 1F0 on the "
+        "rank that holds it, or number the stages without a gap"
     )
     with pytest.raises(ScheduleError, match="mine: the table has no actions"):
         from_table([[], []], name="mine")

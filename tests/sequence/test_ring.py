@@ -22,7 +22,7 @@ from funcpipe._src.collectives.ops import STARTS
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.functional.dispatch import Spec
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.sequence import blockwise as tiles
 from funcpipe._src.sequence.ring import ring_attention
 from funcpipe.errors import AxisError, TraceError
@@ -67,10 +67,12 @@ class Case:
         return self.mesh.axis_size(self.axes)
 
     @property
-    def parts(self) -> tuple[Part, Part]:
+    def parts(self) -> tuple[SequenceLayout, SequenceLayout]:
         others = tuple(a for a in self.mesh.axes if a not in self.axes)
         heads = self.mesh.size // self.ring
-        q, k = (Part(n, self.axes, others, self.ring, heads, self.zigzag) for n in self.sizes)
+        q, k = (
+            SequenceLayout(n, self.axes, others, self.ring, heads, self.zigzag) for n in self.sizes
+        )
         return q, k
 
     @property
@@ -129,7 +131,7 @@ class Case:
         return found
 
 
-def lengths(part: Part, r: int) -> list[int]:
+def lengths(part: SequenceLayout, r: int) -> list[int]:
     return [b - a for a, b in part.ring_ranges(r)]
 
 
@@ -523,10 +525,9 @@ def refused(**changes: Any) -> str:
 
 
 def test_rings_that_differ() -> None:
-    assert refused(part_k=Part(7, ("other",), (), 2, 1)) == (
+    assert refused(part_k=SequenceLayout(7, ("other",), (), 2, 1)) == (
         "ring_attention: queries are split over a ring of 2 on ('ring',), keys over one of 2 on "
-        "('other',): keys meet all "
-        "queries on one ring only. Split both over the same axes"
+        "('other',): keys meet all queries on one ring only. Split both over the same axes"
     )
 
 
@@ -541,9 +542,9 @@ def test_rings_that_differ() -> None:
 )
 def test_operands_of_other_lengths(changes: dict[str, Any], where: str) -> None:
     assert refused(**changes) == (
-        f"ring_attention: {where}, on ring rank 0 of 2 on ('ring',): give it the queries and "
-        "keys of the ring rank (heads are "
-        "exchanged before), and a bias with 1 or these queries and 1 or all keys"
+        f"ring_attention: {where}, on ring rank 0 of 2 on ('ring',): give it the queries and keys "
+        "of the ring rank (heads are exchanged before), and a bias with 1 or these queries and 1 "
+        "or all keys"
     )
 
 
@@ -554,10 +555,8 @@ def test_a_second_derivative() -> None:
         out = ring_attention(q, k, v, case.spec, *case.parts, 0)
     text = (
         "ring_attention: the gradient of an attention around a ring is differentiated once more "
-        "(create_graph=True, or "
-        "torch.func inside the loss), but it has no derivative; split the sequence by "
-        "seq_all_to_all instead, whose "
-        "attention is torch's own"
+        "(create_graph=True, or torch.func inside the loss), but it has no derivative; split the "
+        "sequence by seq_all_to_all instead, whose attention is torch's own"
     )
     with pytest.raises(TraceError, match=re.escape(text)):
         torch.autograd.grad(out.sum(), [q], create_graph=True)

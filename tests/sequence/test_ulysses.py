@@ -18,7 +18,7 @@ from funcpipe._src.collectives import bind_mesh, bind_rank
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.functional.attention import whole
 from funcpipe._src.functional.dispatch import Held, Spec
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.sequence.ulysses import split_attention
 from funcpipe.errors import TraceError
 
@@ -168,7 +168,9 @@ def cases(draw, rings=(1, 1), ranks=(1, 8)):
     )
     alike = draw(st.booleans())  # keys and values of the same sequence
     m = n if alike else draw(st.integers(0, 20))
-    queries, keys = (Part(size, ("ring",), ("seq",), ring, seq, zigzag) for size in (n, m))
+    queries, keys = (
+        SequenceLayout(size, ("ring",), ("seq",), ring, seq, zigzag) for size in (n, m)
+    )
     bias, of_query, of_key = draw(
         st.one_of(st.just((None, False, False)), biases(batch, heads * groups, n, m))
     )
@@ -200,7 +202,7 @@ def test_split_over_heads_and_a_ring_it_is_that_of_one_device(case):
 )
 def test_where_ranks_divide_heads_no_bit_differs(ranks, batch, heads, groups, n, causal, seed):
     """Also where they do not divide the sequence, and where query heads share heads."""
-    h, part = heads * ranks, Part(n, (), ("seq",), 1, ranks)
+    h, part = heads * ranks, SequenceLayout(n, (), ("seq",), 1, ranks)
     shapes = (
         (batch, h * groups, n, 4),
         (batch, h, n, 4),
@@ -222,7 +224,7 @@ def test_an_attention_that_is_not_split_runs_as_it_is(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_a_scale(dtype):
-    part = Part(6, (), ("seq",), 1, 2)
+    part = SequenceLayout(6, (), ("seq",), 1, 2)
     q, k, v = (rand(i, 1, 4, 6, 8).to(dtype) for i in range(3))
 
     def body(comm):
@@ -238,7 +240,7 @@ def test_other_dtypes_and_a_scale(dtype):
 @pytest.mark.parametrize("axes", [("a", "b"), ("b", "a"), ("a", "c")])
 def test_heads_over_several_axes(axes):
     mesh = fp.Mesh(a=2, b=2, c=1)
-    part = Part(5, (), axes, 1, mesh.axis_size(axes))
+    part = SequenceLayout(5, (), axes, 1, mesh.axis_size(axes))
     q, k, v = (rand(i, 1, 4, 5, 8) for i in range(3))
 
     def body(comm):
@@ -265,7 +267,7 @@ def traced(case, member):
 @example(
     Case(
         ((1, 6, 9, 2), (1, 3, 9, 2), (1, 3, 9, 2), (1, 6, 9, 2)),
-        Held(*[Part(9, ("ring",), ("seq",), 2, 2, zigzag=True)] * 2),
+        Held(*[SequenceLayout(9, ("ring",), ("seq",), 2, 2, zigzag=True)] * 2),
         causal=True,
         bias=rand(0, 1, 6, 9, 1),
     )
@@ -284,7 +286,7 @@ def test_ranks_with_equal_lengths_share_one_graph(case):
 
 
 def test_it_traces_on_fakes_of_another_device():
-    part = Part(7, ("ring",), ("seq",), 1, 4)
+    part = SequenceLayout(7, ("ring",), ("seq",), 1, 4)
 
     def joint(q, k, v, bias):
         return split_attention(
@@ -321,7 +323,7 @@ def sent(case, member=0):
 
 
 def split_evenly(n, ranks, heads, keys, d=8, **options):
-    part = Part(n, (), ("seq",), 1, ranks)
+    part = SequenceLayout(n, (), ("seq",), 1, ranks)
     shapes = ((1, heads, n, d), (1, keys, n, d), (1, keys, n, d), (1, heads, n, d))
     return Case(shapes, Held(part, part), **options)
 
@@ -374,7 +376,7 @@ def test_two_exchanges_of_sequences_of_unequal_length_and_with_documents():
             )
             graph = graph(*map(mode.from_tensor, case.of(0)[:3])).graph
     assert sum("all_to_all_start" in str(n.target) for n in graph.nodes) == 2
-    other = Part(12, (), ("seq",), 1, 4)
+    other = SequenceLayout(12, (), ("seq",), 1, 4)
     shapes = ((1, 4, 8, 8), (1, 4, 12, 8), (1, 4, 12, 8), (1, 4, 8, 8))
     exchanges, others = sent(Case(shapes, Held(case.held.q, other)))
     assert (
@@ -414,7 +416,7 @@ def test_autocast_narrows_what_travels():
 
 
 def test_a_bias_that_is_split_along_keys_that_are_not_is_refused():
-    part = Part(4, (), ("seq",), 1, 2)
+    part = SequenceLayout(4, (), ("seq",), 1, 2)
     x = rand(0, 1, 2, 2, 4)
     with (
         bind_mesh(fp.Mesh(seq=2), ("seq",)),

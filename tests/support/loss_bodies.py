@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import funcpipe as fp
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from support.sequence_ranks import Splits, a_part
 
 # Sums over positions, and matrix products over them, are taken rank by rank.
@@ -35,7 +35,7 @@ PARTS = {
 }
 
 
-def data(part: Part) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Splits]:
+def data(part: SequenceLayout) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Splits]:
     g = torch.Generator().manual_seed(part.size)
     rand = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
     ints = lambda n, *s: torch.randint(0, n, s, generator=g)  # noqa: E731

@@ -22,19 +22,19 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.functional import dispatch as hook
 from funcpipe._src.functional import losses
 from funcpipe._src.functional.attention import Intercept, whole
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.proof.verify import Findings, Task, examine, prove
 
 HEADS, RING = "seq", "ring"
 Splits = dict[
-    str, tuple[int, Part] | None
+    str, tuple[int, SequenceLayout] | None
 ]  # of the leaves of a batch: along which dim, and how; those not named: whole
 
 
-def a_part(size: int, heads: int = 2, ring: int = 1, zigzag: bool = False) -> Part:
+def a_part(size: int, heads: int = 2, ring: int = 1, zigzag: bool = False) -> SequenceLayout:
     """A sequence over ``ring * heads`` ranks."""
-    return Part(size, (RING,) if ring > 1 else (), (HEADS,), ring, heads, zigzag)
+    return SequenceLayout(size, (RING,) if ring > 1 else (), (HEADS,), ring, heads, zigzag)
 
 
 def mesh_of(splits: Splits) -> fp.Mesh:
@@ -42,11 +42,11 @@ def mesh_of(splits: Splits) -> fp.Mesh:
     return fp.Mesh(**({RING: part.ring} if part.ring > 1 else {}), **{HEADS: part.heads})
 
 
-def parts_of(splits: Splits) -> list[Part]:
+def parts_of(splits: Splits) -> list[SequenceLayout]:
     return [s[1] for s in splits.values() if s is not None]
 
 
-def sliced(x: Any, split: tuple[int, Part] | None, member: int) -> Any:
+def sliced(x: Any, split: tuple[int, SequenceLayout] | None, member: int) -> Any:
     """A member's positions of a tensor."""
     if split is None:
         return x
@@ -157,12 +157,12 @@ class ByHand:
     def __init__(self, found: Findings, member: int) -> None:
         self.found, self.member = found, member
 
-    def _own(self, part: Part) -> torch.Tensor:
+    def _own(self, part: SequenceLayout) -> torch.Tensor:
         return torch.cat(
             [torch.arange(0), *(torch.arange(a, b) for a, b in part.ranges(self.member))]
         )
 
-    def _whole(self, x: torch.Tensor, dim: int, part: Part | None) -> torch.Tensor:
+    def _whole(self, x: torch.Tensor, dim: int, part: SequenceLayout | None) -> torch.Tensor:
         if part is None:
             return x
         zeros = x.new_zeros((*x.shape[:dim], part.size, *x.shape[dim + 1 :]))

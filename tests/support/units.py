@@ -13,7 +13,7 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.step import totals_and_grads
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.ops import is_heavy
-from funcpipe._src.graph.partition import Cut, Unit, cut
+from funcpipe._src.graph.partition import Unit, Units, cut
 from funcpipe._src.graph.trace import Traced, trace
 from funcpipe._src.graph.unit_code import Value
 
@@ -26,12 +26,12 @@ def traced(loss: Callable, params: Any, batch: Any, has_aux: bool = False) -> Tr
     return trace(loss, has_aux, (p, p_spec), (b, b_spec), mode)
 
 
-def units(loss: Callable, params: Any, batch: Any, has_aux: bool = False) -> Cut:
+def units(loss: Callable, params: Any, batch: Any, has_aux: bool = False) -> Units:
     return cut(traced(loss, params, batch, has_aux))
 
 
 def run(
-    c: Cut, params: Any, batch: Any, kinds: str
+    c: Units, params: Any, batch: Any, kinds: str
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Heads and gradients, by units of the given kinds: "FB" or "FIW"."""
     p, b = tree.leaves(params), [x for x in tree.leaves(batch) if isinstance(x, torch.Tensor)]
@@ -59,7 +59,7 @@ def run(
     ]
 
 
-def assert_units_are_eager(loss: Callable, params: Any, batch: Any) -> Cut:
+def assert_units_are_eager(loss: Callable, params: Any, batch: Any) -> Units:
     """F/B and F/I/W compute what plain PyTorch does, to the bit; returns the units."""
     c = units(loss, params, batch)
     total, _, _, expected = totals_and_grads(loss, False, *tree.flatten(params), batch)
@@ -72,7 +72,7 @@ def assert_units_are_eager(loss: Callable, params: Any, batch: Any) -> Cut:
     return c
 
 
-def assert_well_cut(c: Cut) -> None:
+def assert_well_cut(c: Units) -> None:
     """What holds of every cut."""
     made = {v: u for u in c.units.values() for v in u.outputs}
     order = list(c.units.values())

@@ -32,7 +32,7 @@ import funcpipe as fp
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.runtime.cuda_graph import update
 from funcpipe._src.runtime.rank import Rank
-from funcpipe._src.runtime.state_buffers import Home
+from funcpipe._src.runtime.state_buffers import StateBuffers
 from funcpipe.errors import StateError
 from funcpipe.testing import Model, microbatch_counts, models
 
@@ -245,7 +245,7 @@ def test_a_captured_step_updates_the_scale_in_place() -> None:
     full, metrics = ran(step, fp.Mesh(), init_state, params, batches)
     run = fp.simulate(step, fp.Mesh())
     state = run.init(init_state, params, batches[0])[0]
-    rank, home = Rank(run.plan(None, batches[0]), run._ranks.communicators[0]), Home()
+    rank, home = Rank(run.plan(None, batches[0]), run._ranks.communicators[0]), StateBuffers()
     with torch.no_grad():
         for batch, told in zip(batches, metrics, strict=True):
             home.enter(home.read(state))

@@ -33,8 +33,7 @@ def identity_step(state: Any, batch: Any) -> Any:
         (
             [pipe, data, fp.sharded_weights(axis="pipe")],
             "pipelined(axis='pipe') and sharded_weights(axis='pipe') share axis 'pipe'; the axis "
-            "of a pipeline carries "
-            "nothing else",
+            "of a pipeline carries nothing else",
         ),
         (
             [pipe, fp.sharded_weights(axis=("data", "data"))],
@@ -43,8 +42,7 @@ def identity_step(state: Any, batch: Any) -> Any:
         (
             [sharded],
             "axis 'pipe' of Mesh(pipe=2, data=2) is used by no transform: its ranks would all "
-            "compute the same; leave it out "
-            "of the mesh or stack a transform on it",
+            "compute the same; leave it out of the mesh or stack a transform on it",
         ),
     ],
 )
@@ -113,9 +111,9 @@ def test_two_shardings_of_one_leaf_need_the_same_options() -> None:
     with pytest.raises(fp.errors.StackError) as error:
         run.init(start, linear_params(), linear_batch(0, [1]))
     assert str(error.value) == (
-        "sharded_weights(axis='a') and sharded_weights(axis='b') both shard params['w'], one "
-        "with prefetch=2, the other with "
-        "prefetch=1: give both the same options, or each its own leaves (only=...)"
+        "sharded_weights(axis='a') and sharded_weights(axis='b') both shard params['w'], one with "
+        "prefetch=2, the other with prefetch=1: give both the same options, or each its own leaves "
+        "(only=...)"
     )
 
 
@@ -130,8 +128,8 @@ def test_two_shardings_of_one_leaf_over_one_axis() -> None:
         run.init(start, linear_params(), linear_batch(0, [1] * 4))
     assert str(error.value) == (
         "params['w'] is sharded over axis 'a' by both sharded_weights(axis='a') and "
-        "sharded_weights(axis='a', axis='b'): an "
-        "axis cuts a leaf once. Give each its own leaves (only=...)"
+        "sharded_weights(axis='a', axis='b'): an axis cuts a leaf once. Give each its own leaves "
+        "(only=...)"
     )
 
 

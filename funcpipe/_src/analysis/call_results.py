@@ -98,8 +98,8 @@ def loss_and_aux(
 
 
 MADE_UP = (
-    "({paths} comes from an earlier value_and_grad: this was tried with made-up values "
-    "from 0.5 to 1.5, or 0 and 1.)"
+    "({paths} comes from an earlier value_and_grad: this was tried with made-up values from 0.5 to "
+    "1.5, or 0 and 1.)"
 )
 
 

@@ -255,9 +255,8 @@ class Reading:
 
 
 WRITES = (
-    "changes `{path}` from {old} to {new} while it runs: a loss is planned once, not run at "
-    "every step, so the number "
-    "would stay. Count in the step, outside value_and_grad, or return it as aux"
+    "changes `{path}` from {old} to {new} while it runs: a loss is planned once, not run at every "
+    "step, so the number would stay. Count in the step, outside value_and_grad, or return it as aux"
 )
 
 

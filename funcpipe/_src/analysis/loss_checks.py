@@ -44,9 +44,8 @@ def check_weight(n: Nodes) -> None:
     """
     if n.heads[1] in reached(n, n.params):
         raise BatchError(
-            "Mean.weight depends on params: it has to be computed from the batch alone (a count "
-            "of tokens or rows), "
-            "since gradients are divided by it once, after all sums"
+            "Mean.weight depends on params: it has to be computed from the batch alone (a count of "
+            "tokens or rows), since gradients are divided by it once, after all sums"
         )
 
 
@@ -91,10 +90,8 @@ def check_additive(
     if abs(whole - total) > _WEIGHT_TOLERANCE * max(abs(whole), abs(total)):
         raise BatchError(
             f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts "
-            f"add up to {total:g}: the "
-            "loss would change with the split. Return a weight that adds up, such as the number "
-            "of tokens or rows in "
-            f"what the loss function sees.{also}"
+            f"add up to {total:g}: the loss would change with the split. Return a weight that adds "
+            f"up, such as the number of tokens or rows in what the loss function sees.{also}"
         )
 
 

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from funcpipe._src.analysis.expressions import Numbers, Seen
-from funcpipe._src.analysis.state import Dyed, Looking, run_on_fakes
-from funcpipe._src.analysis.tags import Dyes
+from funcpipe._src.analysis.state import Looking, StepAnalysis, run_on_fakes
+from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core import step as step_
 from funcpipe._src.core.source_lines import line_of, user_line
@@ -25,15 +25,13 @@ from funcpipe.errors import FuncpipeError, StateError
 
 _LISTS = (
     "A list of leaves is shorter there (tree_leaves, len, zip, stack): go over leaves with "
-    "optree.tree_map, which skips None. "
-    "The norm of each leaf is in fp.optim.statistics(tree).norm, a tree that goes with params "
-    "through tree_map; that of all "
+    "optree.tree_map, which skips None. The norm of each leaf is in "
+    "fp.optim.statistics(tree).norm, a tree that goes with params through tree_map; that of all "
     "leaves is fp.global_norm(tree)"
 )
 _SIZES = (
     "A shape or number of elements is another there: take sizes from the full params, before the "
-    "step, and look them up by "
-    "path (optree.tree_map_with_path)"
+    "step, and look them up by path (optree.tree_map_with_path)"
 )
 
 
@@ -72,11 +70,11 @@ class Rehearsal:
         init_state: Callable,
         batch: Any,
         context: Looking,
-        dyed: Dyed,
+        analysis: StepAnalysis,
         first: Seen,
     ) -> None:
         self.step, self.init_state, self.batch = step, init_state, batch
-        self.context, self.dyes, self.dyed, self.first = context, context.dyes, dyed, first
+        self.context, self.tags, self.analysis, self.first = context, context.tags, analysis, first
 
     def __call__(self, held: Callable[[int], bool]) -> Any:
         """The state of a rank that holds some leaves; see `of_rank`."""
@@ -99,27 +97,25 @@ class Rehearsal:
             StateError: ``init_state`` or the step fails there, or computes something else than on
             all leaves.
         """
-        missing = next((i for i in range(len(self.dyes.leaves)) if not held(i)), None)
+        missing = next((i for i in range(len(self.tags.leaves)) if not held(i)), None)
         if missing is None:
             return Held(self.first.init_state)
-        name = self.dyes.name(missing)
+        name = self.tags.name(missing)
         other = Other(
             f"on a rank that does not hold {name} than on one device", _LISTS, held, apart
         )
-        context = Rehearsing(self.context, self.dyes, self.dyed, self.first, other)
+        context = Rehearsing(self.context, self.tags, self.analysis, self.first, other)
         try:
             seen = run_on_fakes(
-                self.step, self.init_state, self.batch, context, held, self.dyed.state_spec
+                self.step, self.init_state, self.batch, context, held, self.analysis.state_spec
             )
         except Exception as error:
             if isinstance(error, FuncpipeError) and not isinstance(error, ValueError):
                 raise
             raise StateError(
-                f"{context.running} fails on a rank that does not hold all leaves ({name} is "
-                "None there)"
-                f"{line_of(error) or ''}: {type(error).__name__}: {error}. Go over leaves with "
-                "optree.tree_map, which skips "
-                f"None{self._note()}"
+                f"{context.running} fails on a rank that does not hold all leaves ({name} is None "
+                f"there){line_of(error) or ''}: {type(error).__name__}: {error}. Go over leaves "
+                f"with optree.tree_map, which skips None{self._note()}"
             ) from error
         return Held(seen.init_state, self._compare(seen, context))
 
@@ -131,15 +127,15 @@ class Rehearsal:
         """
         if not sharded:
             return
-        dyes = self.dyes.resized(frozenset(sharded))
+        tags = self.tags.resized(frozenset(sharded))
         other = Other(
-            f"on a rank that holds a shard of {self.dyes.name(min(sharded))} than on one device",
+            f"on a rank that holds a shard of {self.tags.name(min(sharded))} than on one device",
             _SIZES,
             lambda i: True,
         )
-        context = Rehearsing(self.context, dyes, self.dyed, self.first, other)
+        context = Rehearsing(self.context, tags, self.analysis, self.first, other)
         seen = run_on_fakes(
-            self.step, self.init_state, self.batch, context, other.held, self.dyed.state_spec
+            self.step, self.init_state, self.batch, context, other.held, self.analysis.state_spec
         )
         self._compare(seen, context)
 
@@ -151,8 +147,8 @@ class Rehearsal:
         line = next(iter(joined.values()))
         return (
             f". Entries of fp.optim.statistics, of several leaves, are joined{line or ''}: its "
-            "trees are then whole on every rank, "
-            "and do not go with params through tree_map. Call it twice, once for each use"
+            "trees are then whole on every rank, and do not go with params through tree_map. Call "
+            "it twice, once for each use"
         )
 
     def _compare(self, seen: Seen, context: Rehearsing) -> frozenset[int]:
@@ -160,11 +156,11 @@ class Rehearsal:
         if seen.init is None:
             return frozenset()  # another structure: refused where the state is placed
         context.check_counts()
-        first, paths, where = self.first, self.dyed.state_paths, context.other.where
+        first, paths, where = self.first, self.analysis.state_paths, context.other.where
         for path, was, now in zip(paths, first.init or (), seen.init, strict=True):
             if now is not None and now != was:
                 context.refuse(f"init_state makes another state{path} {where}")
-        new = context.up_to(self.dyed.state_spec, seen.state, "the state that the step returns")
+        new = context.up_to(self.analysis.state_spec, seen.state, "the state that the step returns")
         states = zip(
             paths, seen.init, self._numbers(first.state), context.numbers(new), strict=True
         )
@@ -191,24 +187,26 @@ class Rehearsing(Looking):
     """The context of a run on what one rank holds: results are those of the first run, and what it
     is given is compared."""
 
-    def __init__(self, context: Looking, dyes: Dyes, dyed: Dyed, first: Seen, other: Other) -> None:
+    def __init__(
+        self, context: Looking, tags: Tags, analysis: StepAnalysis, first: Seen, other: Other
+    ) -> None:
         super().__init__(
-            dyes, context.seen, context.row_ranks, context.exact, first.expressions.table
+            tags, context.seen, context.row_ranks, context.exact, first.expressions.table
         )
-        self.known, self.dyed, self.first, self.other = context.results, dyed, first, other
+        self.known, self.analysis, self.first, self.other = context.results, analysis, first, other
         self.calls_made = self.sums_made = 0
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         k = self.calls_made
         who = f"value_and_grad {k}"
         self.calls_made += 1
-        if k >= len(self.dyed.calls):
+        if k >= len(self.analysis.calls):
             self.refuse(
                 f"the step calls value_and_grad{user_line() or ''} more often {self.other.where}"
             )
-        call, given = self.dyed.calls[k], self.first.calls[k]
+        call, given = self.analysis.calls[k], self.first.calls[k]
         leaves = self.up_to(call.params_spec, params, who)
-        names = [f"params{self.dyed.paths[i]}" for i in call.params]
+        names = [f"params{self.analysis.paths[i]}" for i in call.params]
         self._check(who, names, [self.other.held(i) for i in call.params], leaves, given.params)
         beside = tree.leaves(batch)
         self._check(
@@ -227,15 +225,15 @@ class Rehearsing(Looking):
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
         k, who = self.sums_made, "a global norm or sum"
         self.sums_made += 1
-        if k >= len(self.dyed.sums):
+        if k >= len(self.analysis.sums):
             self.refuse(f"the step takes {who}{user_line() or ''} more often {self.other.where}")
-        planned = self.dyed.sums[k]
+        planned = self.analysis.sums[k]
         flat = self.up_to(planned.spec, leaves, who)
         held = [i is None or self.other.held(i) for i in planned.params]
-        names = ["its leaf" if i is None else self.dyes.name(i) for i in planned.params]
+        names = ["its leaf" if i is None else self.tags.name(i) for i in planned.params]
         self._check(who, names, held, flat, self.first.sums[k])
         whole = [
-            x if x is None or i is None else fake(self.dyes.leaves[i].shape, x, self.dyes.mode)
+            x if x is None or i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
             for x, i in zip(flat, planned.params, strict=True)
         ]
         out = local(whole).to(planned.dtype)
@@ -247,13 +245,12 @@ class Rehearsing(Looking):
         """StateError when fewer calls or sums were made than on one device."""
         made, planned = (
             (self.calls_made, self.sums_made),
-            (len(self.dyed.calls), len(self.dyed.sums)),
+            (len(self.analysis.calls), len(self.analysis.sums)),
         )
         if made != planned:
             self.refuse(
                 f"the step calls value_and_grad and global norms and sums less often ({made[0]} "
-                f"and {made[1]} times, not "
-                f"{planned[0]} and {planned[1]}) {self.other.where}"
+                f"and {made[1]} times, not {planned[0]} and {planned[1]}) {self.other.where}"
             )
 
     def up_to(self, spec: Any, leaves: Any, who: str) -> list[Any]:

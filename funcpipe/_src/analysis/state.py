@@ -29,10 +29,10 @@ from funcpipe._src.analysis.call_results import Origin, hand_on, loss_and_aux, o
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe._src.analysis.host_values import Follower, Reading
 from funcpipe._src.analysis.outside_ops import Op, Outside
-from funcpipe._src.analysis.tags import Dyes
+from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core import step as step_
-from funcpipe._src.core.buffer_donation import Ledger
+from funcpipe._src.core.buffer_donation import DonationAnalysis
 from funcpipe._src.core.containers import check_containers
 from funcpipe._src.core.source_lines import line_of, user_line
 from funcpipe._src.graph.fake_tensors import BatchIsReal, fake
@@ -58,7 +58,7 @@ _OF_EACH = dict.fromkeys(
 
 
 @dataclass(frozen=True)
-class Call:
+class PrimitiveCall:
     """One ``value_and_grad`` of a step.
 
     Args:
@@ -82,7 +82,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Reduction:
     """One global sum of a step: the structure of its tree, the parameter of every leaf (None:
     replicated), its dtype."""
 
@@ -92,7 +92,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Dyed:
+class StepAnalysis:
     """What a run on dyed fakes told.
 
     Args:
@@ -113,8 +113,8 @@ class Dyed:
     state_spec: Any
     state_paths: tuple[str, ...]
     state: tuple[int | None, ...]
-    calls: tuple[Call, ...]
-    sums: tuple[Sum, ...]
+    calls: tuple[PrimitiveCall, ...]
+    sums: tuple[Reduction, ...]
     free: frozenset[int]
     outside: tuple[Op, ...] = ()
 
@@ -136,46 +136,52 @@ class Looking:
 
     def __init__(
         self,
-        dyes: Dyes,
-        seen: Callable[[Call, Dyes], Call],
+        tags: Tags,
+        seen: Callable[[PrimitiveCall, Tags], PrimitiveCall],
         row_ranks: int,
         exact: bool,
         table: Table,
         follower: Callable[[int], Follower] | None = None,
     ) -> None:
         self.follower = follower
-        self.dyes, self.seen, self.row_ranks, self.exact = dyes, seen, row_ranks, exact
-        self.expressions = Expressions(table, dyes.shape_of, dyes.of)
-        self.calls: list[Call] = []
-        self.sums: list[Sum] = []
+        self.tags, self.seen, self.row_ranks, self.exact = tags, seen, row_ranks, exact
+        self.expressions = Expressions(table, tags.shape_of, tags.of)
+        self.calls: list[PrimitiveCall] = []
+        self.sums: list[Reduction] = []
         self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
         self.given: list[Given] = []
         self.summed: list[Numbers] = []
-        self.ledger = Ledger([])
+        self.ledger = DonationAnalysis([])
         self.running = "init_state"
         self.outside: Outside | None = None  # of the run on all leaves
 
     def stage_boundary(self, x: Any) -> Any:
         return x
 
+    def _param(self, path: str, leaf: torch.Tensor) -> int:
+        """The parameter that a leaf of a call's params is."""
+        param = self.tags.of(leaf)
+        if param is None:
+            raise StateError(
+                f"value_and_grad: its params{path} is no parameter of the state, so it is not "
+                "known where it is held; pass parameters (or what follows from them "
+                "elementwise) here and everything else through batch"
+            )
+        return param
+
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         leaves, spec = step_.check_params(params)
         self.ledger.read(leaves)
-        numbers = [self.dyes.of(x) for x in leaves]
-        for path, i in zip(tree.paths(params), numbers, strict=True):
-            if i is None:
-                raise StateError(
-                    f"value_and_grad: its params{path} is no parameter of the state, so it is "
-                    "not known where it is held; "
-                    "pass parameters (or what follows from them elementwise) here and everything "
-                    "else through batch"
-                )
+        numbers = [
+            self._param(path, leaf) for path, leaf in zip(tree.paths(params), leaves, strict=True)
+        ]
         for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True):
-            if self.dyes.of(x) is not None:
+            param = self.tags.of(x)
+            if param is not None:
                 raise StateError(
-                    f"value_and_grad: batch{path} is {self.dyes.name(self.dyes.of(x))}, which a "
-                    "rank may not hold; "  # type: ignore[arg-type]
-                    "pass it through params (detach it in the loss if it should stay as it is)"
+                    f"value_and_grad: batch{path} is {self.tags.name(param)}, which a rank may not "
+                    "hold; pass it through params (detach it in the loss if it should stay as it "
+                    "is)"
                 )
         if (
             self.calls
@@ -188,8 +194,8 @@ class Looking:
         )
         dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
         self.calls.append(
-            Call(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading)
-        )  # type: ignore[arg-type]
+            PrimitiveCall(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading)
+        )
         self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
         for x in tree.leaves(batch):
             self.expressions.whole(x)
@@ -217,13 +223,15 @@ class Looking:
             name(x, ("gradient", k, self.expressions.of(leaf)))
         return (result if has_aux else result[0]), tree.unflatten(spec, grads)
 
-    def _loss_and_aux(self, call: Call, given: list[torch.Tensor]) -> tuple[torch.Tensor, Any]:
+    def _loss_and_aux(
+        self, call: PrimitiveCall, given: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, Any]:
         """What the call gives beside gradients, as fakes: the step may compute with it."""
-        leaves, mode = self.dyes.leaves, self.dyes.mode
+        leaves, mode = self.tags.leaves, self.tags.mode
         if not (self.exact or call.has_aux):
             with mode:
                 return torch.zeros((), device=given[0].device if given else None), None
-        call = self.seen(call, self.dyes)
+        call = self.seen(call, self.tags)
         true = [
             fake(leaves[i].shape, leaves[i], mode, d)
             for i, d in zip(call.params, call.dtypes, strict=True)
@@ -237,9 +245,9 @@ class Looking:
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
         self.ledger.read(flat)
-        numbers = tuple(self.dyes.of(x) for x in flat)
+        numbers = tuple(self.tags.of(x) for x in flat)
         whole = [
-            x if i is None else fake(self.dyes.leaves[i].shape, x, self.dyes.mode)
+            x if i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
             for x, i in zip(flat, numbers, strict=True)
         ]
         out = local(whole)
@@ -247,7 +255,7 @@ class Looking:
             self.expressions.whole(x)
         self.expressions.name(out, ("sum", len(self.sums)))
         self.summed.append(self.numbers(flat))
-        self.sums.append(Sum(spec, numbers, out.dtype))
+        self.sums.append(Reduction(spec, numbers, out.dtype))
         return functools.partial(self._join, len(self.sums) - 1), out
 
     def _join(self, k: int, values: Sequence[Any]) -> Any:
@@ -262,9 +270,9 @@ class _Elementwise(BatchIsReal):
     repeat."""
 
     def __init__(self, context: Looking) -> None:
-        super().__init__(context.dyes.mode)
-        self.dyes, self.row_ranks, self.expressions = (
-            context.dyes,
+        super().__init__(context.tags.mode)
+        self.tags, self.row_ranks, self.expressions = (
+            context.tags,
             context.row_ranks,
             context.expressions,
         )
@@ -279,26 +287,28 @@ class _Elementwise(BatchIsReal):
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func.overloadpacket.__name__
-        dyed = [i for i in map(self.dyes.of, pytree.tree_leaves((args, kwargs))) if i is not None]
-        sized = [] if dyed else self.dyes.sizes(args)
+        analysis = [
+            i for i in map(self.tags.of, pytree.tree_leaves((args, kwargs))) if i is not None
+        ]
+        sized = [] if analysis else self.tags.sizes(args)
         if sized and name in _FILLS:
             with self.mode:
                 return func(*args, **kwargs)
-        if (dyed or sized) and func.namespace != "prim":
-            self._check(func, name, [*dyed, *sized], (*args, *kwargs.values()))
+        if (analysis or sized) and func.namespace != "prim":
+            self._check(func, name, [*analysis, *sized], (*args, *kwargs.values()))
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs)
         except RuntimeError as error:
             if self.row_ranks > 1 and {Origin.ROWS, Origin.BATCH} <= self._origins((args, kwargs)):
                 raise StateError(
                     f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a "
-                    "value_and_grad, which have the rows of all "
-                    "ranks, with a tensor of the batch, which has this rank's alone "
-                    "(batch='local'): pass both through the "
-                    "batch of a second value_and_grad and combine them there, or use batch='global'"
+                    "value_and_grad, which have the rows of all ranks, with a tensor of the "
+                    "batch, which has this rank's alone (batch='local'): pass both through the "
+                    "batch of a second value_and_grad and combine them there, or use "
+                    "batch='global'"
                 ) from error
             raise
-        if not dyed:
+        if not analysis:
             hand_on(pytree.tree_leaves((args, kwargs)), out)
         return out
 
@@ -306,14 +316,13 @@ class _Elementwise(BatchIsReal):
     def _origins(args: Any) -> set[Origin]:
         return {origin(x) for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
 
-    def _check(self, func: Any, name: str, dyed: list[int], args: tuple) -> None:
-        who, what = self.dyes.name(dyed[0]), str(func.overloadpacket)
+    def _check(self, func: Any, name: str, analysis: list[int], args: tuple) -> None:
+        who, what = self.tags.name(analysis[0]), str(func.overloadpacket)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise StateError(
                 f"the step draws random values ({what}) for {who} outside value_and_grad: ranks "
-                "that hold copies or parts of "
-                "it would draw different ones. Draw them before the step and pass them through "
-                "the state or batch"
+                "that hold copies or parts of it would draw different ones. Draw them before the "
+                "step and pass them through the state or batch"
             )
         listed = (
             name.startswith(("_foreach_", "_fused_"))
@@ -322,34 +331,32 @@ class _Elementwise(BatchIsReal):
         if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
             raise StateError(
                 f"the step applies {what} to {who} (or its gradient or state) outside "
-                f"value_and_grad{user_line() or ''}: "
-                "that is not elementwise, and a rank holds only part of the leaves. Use "
-                "fp.global_norm or fp.global_sum for "
-                f"a reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
+                f"value_and_grad{user_line() or ''}: that is not elementwise, and a rank holds "
+                "only part of the leaves. Use fp.global_norm or fp.global_sum for a "
+                f"reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
             )
         lists = [x for x in args if isinstance(x, list | tuple)]
         for together in zip(*lists, strict=False) if listed else [pytree.tree_leaves(args)]:
-            mixed = sorted({i for i in map(self.dyes.of, together) if i is not None})
+            mixed = sorted({i for i in map(self.tags.of, together) if i is not None})
             if len(mixed) > 1:
-                a, b = map(self.dyes.name, mixed[:2])
+                a, b = map(self.tags.name, mixed[:2])
                 raise StateError(
                     f"the step mixes {a} and {b} in {what}: a rank may hold only one of them"
                 )
         for x in [] if listed else pytree.tree_leaves(args):
-            self._check_shape(what, x, dyed[0])
+            self._check_shape(what, x, analysis[0])
 
     def _check_shape(self, what: str, x: Any, param: int) -> None:
         """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or
         would reshape it."""
-        if not isinstance(x, torch.Tensor) or self.dyes.of(x) is not None:
+        if not isinstance(x, torch.Tensor) or self.tags.of(x) is not None:
             return
-        if x.numel() != 1 or x.dim() > self.dyes.leaves[param].dim():
+        if x.numel() != 1 or x.dim() > self.tags.leaves[param].dim():
             raise StateError(
-                f"the step combines {self.dyes.name(param)} (or its gradient or state) with a "
-                "tensor of shape "
-                f"{tuple(x.shape)} in {what} outside value_and_grad: a rank may hold a flat part "
-                "of the leaf. Keep to numbers "
-                "and 0-d tensors here, or do it in the loss function"
+                f"the step combines {self.tags.name(param)} (or its gradient or state) with a "
+                f"tensor of shape {tuple(x.shape)} in {what} outside value_and_grad: a rank may "
+                "hold a flat part of the leaf. Keep to numbers and 0-d tensors here, or do it in "
+                "the loss function"
             )
 
 
@@ -367,10 +374,10 @@ def run_on_fakes(
         spec: the structure of the full state; by default what this run makes. A state that does not
             fit it is not stepped.
     """
-    dyes, name = context.dyes, context.expressions.name
+    tags, name = context.tags, context.expressions.name
     with torch.no_grad(), step_.bind(context), _Elementwise(context):
-        params = dyes.params(held)
-        for i, x in zip(filter(held, range(len(dyes.leaves))), tree.leaves(params), strict=True):
+        params = tags.params(held)
+        for i, x in zip(filter(held, range(len(tags.leaves))), tree.leaves(params), strict=True):
             name(x, ("parameter", i))
         state = init_state(params)
         check_containers("state", state)
@@ -381,7 +388,7 @@ def run_on_fakes(
         init = context.numbers(leaves)
         for j, x in enumerate(leaves):
             name(x, ("state", j))
-        context.running, context.ledger = "the step", Ledger(tree.leaves(state))
+        context.running, context.ledger = "the step", DonationAnalysis(tree.leaves(state))
         with context.ledger.watch():
             new_state, metrics = _returned(step(state, batch))
             context.ledger.read((new_state, metrics))
@@ -390,16 +397,16 @@ def run_on_fakes(
         )
 
 
-def look(
+def analyse(
     step: Callable,
     init_state: Callable,
     params: Any,
     batch: Any,
     mode: FakeTensorMode,
-    seen: Callable[[Call, Dyes], Call] = lambda call, dyes: call,
+    seen: Callable[[PrimitiveCall, Tags], PrimitiveCall] = lambda call, tags: call,
     row_ranks: int = 1,
     follower: Callable[[int], Follower] | None = None,
-) -> tuple[Dyed, Rehearsal]:
+) -> tuple[StepAnalysis, Rehearsal]:
     """Run ``init_state`` and the step once on dyed fakes.
 
     Args:
@@ -417,39 +424,38 @@ def look(
             takes; a metric is a parameter; the step decides by the value of a tensor.
     """
     check_containers("params", params)
-    dyes = Dyes(params, batch, mode)
+    tags = Tags(params, batch, mode)
     try:
         return _look(
-            step, init_state, batch, Looking(dyes, seen, row_ranks, False, Table(), follower)
+            step, init_state, batch, Looking(tags, seen, row_ranks, False, Table(), follower)
         )
     except _Feeds:
         return _look(
-            step, init_state, batch, Looking(dyes, seen, row_ranks, True, Table(), follower)
+            step, init_state, batch, Looking(tags, seen, row_ranks, True, Table(), follower)
         )
 
 
 def _look(
     step: Callable, init_state: Callable, batch: Any, context: Looking
-) -> tuple[Dyed, Rehearsal]:
+) -> tuple[StepAnalysis, Rehearsal]:
     from funcpipe._src.analysis.rehearsal import Rehearsal
 
-    dyes = context.dyes
-    context.outside = Outside(batch, lambda x: None if (i := dyes.of(x)) is None else dyes.name(i))
+    tags = context.tags
+    context.outside = Outside(batch, lambda x: None if (i := tags.of(x)) is None else tags.name(i))
     try:
         seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
     except (*BY_VALUE, DynamicOutputShapeException) as error:
         raise StateError(
             "the step decides by the value of a tensor outside "
-            f"value_and_grad{line_of(error) or ''} (an if, .item(), "
-            "float(), or a mask as index): every rank runs the same step without looking. Use "
-            "torch.where, or read the "
-            "value from the metrics"
+            f"value_and_grad{line_of(error) or ''} (an if, .item(), float(), or a mask as index): "
+            "every rank runs the same step without looking. Use torch.where, or read the value "
+            "from the metrics"
         ) from error
     state, new_state, metrics = seen.init_state, seen.state, seen.metrics
     for what, returned in (("state", new_state), ("metrics", metrics)):
         check_containers(f"the step returns {what}: {what}", returned)
-    spec, numbers = _numbers(state, dyes)
-    new_spec, new_numbers = _numbers(new_state, dyes)
+    spec, numbers = _numbers(state, tags)
+    new_spec, new_numbers = _numbers(new_state, tags)
     if spec != new_spec:
         raise StateError(
             f"the step returns a state of another structure than it takes: {new_spec} instead of "
@@ -457,22 +463,22 @@ def _look(
         )
     for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
         if i != j:
-            was, now = ("no parameter" if k is None else dyes.name(k) for k in (i, j))
+            was, now = ("no parameter" if k is None else tags.name(k) for k in (i, j))
             raise StateError(
                 f"state{path} belongs to {was} before the step and to {now} after it: keep its "
                 "place and shape"
             )
     for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
-        if (i := dyes.of(x)) is not None:
+        if (i := tags.of(x)) is not None:
             raise StateError(
-                f"metrics{path} is {dyes.name(i)}, which no rank holds alone; reduce it with "
+                f"metrics{path} is {tags.name(i)}, which no rank holds alone; reduce it with "
                 "fp.global_sum"
             )
-    dyed = Dyed(
-        dyes.spec,
-        dyes.paths,
-        dyes.shapes,
-        tuple(x.dtype for x in dyes.leaves),
+    analysis = StepAnalysis(
+        tags.spec,
+        tags.paths,
+        tags.shapes,
+        tuple(x.dtype for x in tags.leaves),
         spec,
         tuple(tree.paths(state)),
         numbers,
@@ -481,7 +487,7 @@ def _look(
         frozenset(context.ledger.free),
         context.outside.ops(tree.leaves((state, new_state, metrics))),
     )
-    return dyed, Rehearsal(step, init_state, batch, context, dyed, seen)
+    return analysis, Rehearsal(step, init_state, batch, context, analysis, seen)
 
 
 def _returned(out: Any) -> tuple[Any, Any]:
@@ -492,6 +498,6 @@ def _returned(out: Any) -> tuple[Any, Any]:
     return out
 
 
-def _numbers(state: Any, dyes: Dyes) -> tuple[Any, tuple[int | None, ...]]:
+def _numbers(state: Any, tags: Tags) -> tuple[Any, tuple[int | None, ...]]:
     leaves, spec = tree.flatten(state)
-    return spec, tuple(map(dyes.of, leaves))
+    return spec, tuple(map(tags.of, leaves))

@@ -1,7 +1,7 @@
 """Dyes: fakes of params, each with a size in its first dim that nothing else has, by which its
 tensors are known.
 
-In: params and a batch. Out: `Dyes`, which makes the fakes, and tells from a tensor which parameter
+In: params and a batch. Out: `Tags`, which makes the fakes, and tells from a tensor which parameter
 it belongs to.
 """
 
@@ -20,7 +20,7 @@ from funcpipe._src.core import step as step_
 from funcpipe._src.graph.fake_tensors import fake
 
 
-class Dyes:
+class Tags:
     """The sizes that tell the leaves of params apart, and fakes of those sizes."""
 
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
@@ -37,7 +37,7 @@ class Dyes:
         self.mode = mode
         self.moved: frozenset[int] = frozenset()
 
-    def resized(self, params: frozenset[int]) -> Dyes:
+    def resized(self, params: frozenset[int]) -> Tags:
         """Dyes that give these parameters other sizes, in all dims."""
         out = copy.copy(self)
         out.moved = params
@@ -53,7 +53,7 @@ class Dyes:
 
     def shape_of(self, sizes: list[int]) -> tuple[str, int] | None:
         """What stands for a list of sizes that is the shape of a parameter."""
-        i = self._dyed(sizes[0])
+        i = self._analysis(sizes[0])
         return None if i is None or sizes != self.fake_shape(i) else ("the shape of a parameter", i)
 
     def fake(self, i: int) -> torch.Tensor:
@@ -70,9 +70,9 @@ class Dyes:
         """The parameter that a tensor belongs to."""
         if not isinstance(x, torch.Tensor):
             return None
-        return next((i for i in map(self._dyed, x.shape) if i is not None), None)
+        return next((i for i in map(self._analysis, x.shape) if i is not None), None)
 
-    def _dyed(self, size: int) -> int | None:
+    def _analysis(self, size: int) -> int | None:
         """The parameter that has a size."""
         i, moved = size - self.first, size - self.first - len(self.leaves)
         if 0 <= i < len(self.leaves):
@@ -81,7 +81,7 @@ class Dyes:
 
     def sizes(self, args: Any) -> list[int]:
         """The parameters whose sizes stand among the arguments of an op that makes a tensor."""
-        numbers = [self._dyed(n) for n in pytree.tree_leaves(args) if type(n) is int]
+        numbers = [self._analysis(n) for n in pytree.tree_leaves(args) if type(n) is int]
         return [i for i in numbers if i is not None]
 
     def name(self, i: int) -> str:

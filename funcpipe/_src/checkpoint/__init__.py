@@ -44,7 +44,7 @@ from funcpipe._src.comm.simulated import Ranks
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.runtime.simulate import Simulation
 from funcpipe._src.runtime.spmd import Spmd
-from funcpipe._src.runtime.state_buffers import Home
+from funcpipe._src.runtime.state_buffers import StateBuffers
 from funcpipe.errors import CheckpointError
 
 __all__ = ["Info", "Saving", "export", "load", "save", "save_async", "steps"]
@@ -231,7 +231,7 @@ def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
     wanted = Leaves(run)
     run._about_to_load()
     found = _on_ranks(run, lambda comm: _load(comm, wanted, Path(dir), step))
-    states = [Home.give(state) for state, _ in found]
+    states = [StateBuffers.give(state) for state, _ in found]
     return states if isinstance(run, Simulation) else states[0], found[0][1]
 
 

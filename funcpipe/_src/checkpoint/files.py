@@ -193,14 +193,14 @@ def _check_metadata(path: Path, digest: str) -> None:
 def _nothing(root: Path) -> str:
     if (root / MANIFEST).is_file():
         return (
-            f"{root} is one checkpoint: pass the directory above it, and step= to choose "
-            "among several"
+            f"{root} is one checkpoint: pass the directory above it, and step= to choose among "
+            "several"
         )
     unfinished = sorted(path.name for path in root.glob("step-*"))
     if unfinished:
         return (
-            f"{root} holds no complete checkpoint; {', '.join(unfinished)} was begun and "
-            "never finished"
+            f"{root} holds no complete checkpoint; {', '.join(unfinished)} was begun and never "
+            "finished"
         )
     return f"{root} holds no checkpoint: pass the directory that fp.checkpoint.save was given"
 

@@ -72,7 +72,7 @@ class Leaves:
             like = lambda x: torch.empty(x.shape, dtype=x.dtype, device=run.device)  # noqa: E731
             state = planner.init_state(tree.map_tensors(like, planner.params))
         self.found = tree.leaves(state)
-        self.names = [f"state{path}" for path in self.placement.dyed.state_paths]
+        self.names = [f"state{path}" for path in self.placement.analysis.state_paths]
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in self.found]
         self.leaves = [leaf_of(x, shape) for x, shape in zip(self.found, shapes, strict=True)]
 
@@ -85,7 +85,7 @@ class Leaves:
         name, leaf, mesh = self.names[j], self.leaves[j], self.placement.mesh
         if leaf.shape is None:
             return Part(name, leaf)
-        param = self.placement.dyed.state[j]
+        param = self.placement.analysis.state[j]
         axes = () if param is None else self.placement.layouts[param].axes
         start, end = extent(
             torch.Size(leaf.shape).numel(), mesh.axis_size(axes), mesh.index(rank, axes)
@@ -115,14 +115,14 @@ class Leaves:
             if got != want:
                 raise CheckpointError(
                     f"{part.name} on rank {rank} is {got}, but init_state makes it {want}: it "
-                    "could not be loaded again. "
-                    "Let the step keep shapes and dtypes, and save what it returned"
+                    "could not be loaded again. Let the step keep shapes and dtypes, and save "
+                    "what it returned"
                 )
         return held
 
     def state(self, leaves: list[Any]) -> Any:
         """A rank's state of its leaves, None where it holds nothing."""
-        return tree.unflatten(self.placement.dyed.state_spec, leaves)
+        return tree.unflatten(self.placement.analysis.state_spec, leaves)
 
     def check(self, where: str, saved: Mapping[str, Leaf]) -> None:
         """CheckpointError unless a checkpoint has these leaves, no others, and with these shapes
@@ -149,6 +149,5 @@ class Leaves:
 
 _INSTEAD = (
     "Load it with the model, optimizer and dtypes that it was saved with; for anything else, "
-    "fp.checkpoint.export it "
-    "and hand run.place the state that you make of it"
+    "fp.checkpoint.export it and hand run.place the state that you make of it"
 )

@@ -97,8 +97,8 @@ def _checked(file: BinaryIO, piece: Piece, part: Part) -> io.BytesIO:
     if len(found) < piece.length:
         size = file.seek(0, io.SEEK_END)
         raise CheckpointError(
-            f"{file.name} ends after {size} bytes, but {part.name} lies at bytes {piece.offset} "
-            f"to {piece.offset + piece.length}: the file was cut off. {INSTEAD}"
+            f"{file.name} ends after {size} bytes, but {part.name} lies at bytes {piece.offset} to "
+            f"{piece.offset + piece.length}: the file was cut off. {INSTEAD}"
         )
     if digest_of(found) != piece.digest:
         raise CheckpointError(

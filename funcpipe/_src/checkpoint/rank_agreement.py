@@ -92,8 +92,8 @@ def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | N
     if not same:
         raise CheckpointError(
             f"fp.checkpoint.save: extra={extra!r} would not come back from JSON as it is: write "
-            "dicts with text as keys, "
-            "lists, text, numbers, True, False and None; tensors belong in the state"
+            "dicts with text as keys, lists, text, numbers, True, False and None; tensors belong "
+            "in the state"
         )
     return Request(os.fspath(dir), step, text, keep)
 
@@ -104,6 +104,5 @@ def check_alike(requests: list[Request]) -> None:
         if other != requests[0]:
             raise MismatchError(
                 f"fp.checkpoint.save: rank 0 saves {requests[0]}, but rank {rank} saves {other}: "
-                "every rank saves the same "
-                "step of the same run, with the same extra and keep"
+                "every rank saves the same step of the same run, with the same extra and keep"
             )

@@ -313,8 +313,8 @@ def _pieces(who: str, t: torch.Tensor, dim: int, found: Runs, tiled: bool) -> to
     if size % n if tiled else size != n:
         raise AxisError(
             f"{who}: dim {dim} of a tensor of shape {tuple(t.shape)} "
-            f"{'is no multiple of' if tiled else 'is not'} {n}, "
-            f"the number of ranks on {', '.join(map(repr, _names(found))) or 'the axis'}; "
+            f"{'is no multiple of' if tiled else 'is not'} {n}, the number of ranks on "
+            f"{', '.join(map(repr, _names(found))) or 'the axis'}; "
             f"{'pad it, or name another dim' if tiled else 'use tiled=True to cut it into pieces'}"
         )
     return t.unflatten(dim, (n, size // n)).movedim(dim, 0) if tiled else t.movedim(dim, 0)
@@ -343,7 +343,7 @@ def _checked(pairs: rules.Pairs, n: int | None) -> rules.Pairs:
                 )
         if len(set(places)) < len(places):
             raise AxisError(
-                f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to "
-                "several ranks"
+                f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to several "
+                "ranks"
             )
     return pairs

@@ -178,8 +178,7 @@ def operand(who: str, x: Any) -> torch.Tensor:
     if scope.device is not None and x.device.type != scope.device.type:
         raise AxisError(
             f"{who}: a leaf is on {x.device}, but ranks compute on "
-            f"{scope.device}{user_line() or ''}: make it there, with "
-            "device= that of the batch"
+            f"{scope.device}{user_line() or ''}: make it there, with device= that of the batch"
         )
     return x
 
@@ -216,17 +215,14 @@ def _unbound(name: str, scope: _Scope) -> str:
     listed = f"bound are {', '.join(bound)}" if bound else "no axis is bound"
     if scope.mesh is not None and name in scope.mesh.axes:
         return (
-            f"axis {name!r} of {scope.mesh!r} does not split the batch, so no collective runs "
-            "over it: its ranks have "
-            f"the same rows, or other stages of a pipeline. Here, {listed}; name one of those, "
-            "or stack a transform "
-            "that splits the batch over it (data_parallel)"
+            f"axis {name!r} of {scope.mesh!r} does not split the batch, so no collective runs over "
+            f"it: its ranks have the same rows, or other stages of a pipeline. Here, {listed}; "
+            "name one of those, or stack a transform that splits the batch over it (data_parallel)"
         )
     if scope.mesh is not None:
         return (
-            f"axis {name!r} is not bound here: {scope.mesh!r} lacks it, and {listed}. Name one "
-            "of those, or add it to "
-            "the mesh and stack a transform on it"
+            f"axis {name!r} is not bound here: {scope.mesh!r} lacks it, and {listed}. Name one of "
+            "those, or add it to the mesh and stack a transform on it"
         )
     if scope.mapped:
         return (
@@ -235,9 +231,8 @@ def _unbound(name: str, scope: _Scope) -> str:
         )
     return (
         f"axis {name!r} is not bound here: the step runs on a mesh, and this is outside "
-        "value_and_grad, where every "
-        "rank has the global batch. Call it inside the loss function; fp.global_sum sums over "
-        "leaves out here"
+        "value_and_grad, where every rank has the global batch. Call it inside the loss function; "
+        "fp.global_sum sums over leaves out here"
     )
 
 
@@ -345,8 +340,8 @@ def _size(
         name = ("args" if path.startswith("[0]") else "kwargs") + path[3:]
         if not -x.dim() <= d < x.dim():
             raise AxisError(
-                f"vmap over {axis_name!r}: {name} of shape {tuple(x.shape)} has no dim {d}; "
-                "write in_dims=None for it"
+                f"vmap over {axis_name!r}: {name} of shape {tuple(x.shape)} has no dim {d}; write "
+                "in_dims=None for it"
             )
         sizes[name] = x.shape[d]
     if not sizes:

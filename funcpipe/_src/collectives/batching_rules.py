@@ -169,7 +169,6 @@ def _refuse_escaped(index: torch.Tensor | None, call: _Call) -> None:
     if index is not None:
         raise AxisError(
             f"{call.kind}: a collective over axis {call.axes[0]!r} runs outside of the fp.vmap "
-            "that binds it: a "
-            "closure of the mapped function was called after it had returned. Return what it "
-            "computes instead"
+            "that binds it: a closure of the mapped function was called after it had returned. "
+            "Return what it computes instead"
         )

@@ -168,8 +168,8 @@ class Groups:
         if group is None:
             raise MeshError(
                 f"no communicator for messages from rank {src} to rank {dst} on channel "
-                f"{channel!r}: "
-                f"every rank must call prepare(..., lanes=[{(src, dst, channel)}]) first"
+                f"{channel!r}: every rank must call prepare(..., lanes=[{(src, dst, channel)}]) "
+                "first"
             )
         return group
 
@@ -265,9 +265,8 @@ def _initialise(mesh: Mesh, device: torch.device, timeout: timedelta) -> None:
     ]
     if missing:
         raise MeshError(
-            f"this process is not one of several ({', '.join(missing)} not set); start "
-            f"{mesh.size} with "
-            f"`torchrun --nproc-per-node={mesh.size} script.py` or fp.launch(fn, {mesh.size})"
+            f"this process is not one of several ({', '.join(missing)} not set); start {mesh.size} "
+            f"with `torchrun --nproc-per-node={mesh.size} script.py` or fp.launch(fn, {mesh.size})"
         )
     _check_size(mesh, int(os.environ["WORLD_SIZE"]))
     # A prefix of its own: NCCL would else find the address that an earlier group of this process
@@ -295,6 +294,5 @@ def _check_size(mesh: Mesh, world: int) -> None:
     if world != mesh.size:
         raise MeshError(
             f"{mesh!r} has {mesh.size} ranks, but {world} processes were started; start one for "
-            "each rank, "
-            f"as with `torchrun --nproc-per-node={mesh.size}`, or change the mesh"
+            f"each rank, as with `torchrun --nproc-per-node={mesh.size}`, or change the mesh"
         )

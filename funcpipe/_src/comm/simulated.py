@@ -105,9 +105,9 @@ class InProcessCommunicator:
         xs = box.messages.popleft()
         if not wire.same_layout(xs, outs):
             raise MismatchError(
-                f"rank {src} sent {wire.specs(xs, strides=True)} on channel {channel!r}, but "
-                f"rank {self.rank} receives {wire.specs(outs, strides=True)}; "
-                f"both ends need the same shapes, dtypes and strides"
+                f"rank {src} sent {wire.specs(xs, strides=True)} on channel {channel!r}, but rank "
+                f"{self.rank} receives {wire.specs(outs, strides=True)}; both ends need the same "
+                "shapes, dtypes and strides"
             )
         return xs
 

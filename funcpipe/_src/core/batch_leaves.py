@@ -49,9 +49,9 @@ class Items(dict):
         if name in self:
             return self[name]
         raise MissingEntry(
-            f"a mapping in the batch has no entry {name!r}{user_line() or ''}: in a loss "
-            "function it is a dict of its entries, "
-            f"{list(self)}. Call the mapping's own methods before the step"
+            f"a mapping in the batch has no entry {name!r}{user_line() or ''}: in a loss function "
+            f"it is a dict of its entries, {list(self)}. Call the mapping's own methods before the "
+            "step"
         )
 
 
@@ -213,8 +213,8 @@ def _from_numpy(path: str, x: np.ndarray | np.generic) -> torch.Tensor:
     except (TypeError, ValueError):
         raise BatchError(
             f"{path} is an array of numpy with dtype {array.dtype}, which torch does not have: "
-            "write x.astype(...) with one "
-            "that it has; texts go in a list of str, the fields of records in a dict"
+            "write x.astype(...) with one that it has; texts go in a list of str, the fields of "
+            "records in a dict"
         ) from None
 
 
@@ -248,15 +248,15 @@ def _problem(x: Any) -> str:
     name, kind = type(x).__name__, type(x)
     if kind in (float, complex) and x != x:
         return (
-            f"{x}, which equals nothing, itself included: no plan could be found for it "
-            f"again. Write torch.tensor({x})"
+            f"{x}, which equals nothing, itself included: no plan could be found for it again. "
+            f"Write torch.tensor({x})"
         )
     if isinstance(x, set):
         return f"a {name}, which has no order that ranks could share: write a sorted tuple or list"
     if isinstance(x, nn.Module):
         return (
-            f"a {name}, a module: pass its tensors (fp.from_module gives them), and close "
-            "over the rest"
+            f"a {name}, a module: pass its tensors (fp.from_module gives them), and close over the "
+            "rest"
         )
     if _holds(x, lambda y: isinstance(y, torch.Tensor | np.ndarray)):
         return _unregistered(x, "whose tensors are not seen")
@@ -284,9 +284,9 @@ def _unregistered(x: Any, why: str) -> str:
     name = type(x).__name__
     what = f"a {name} (a dataclass)" if dataclasses.is_dataclass(x) else f"a {name}"
     return (
-        f"{what}, {why}: the class is no pytree node. Pass tensors, or a dict of them; or "
-        "register the class: "
-        f"optree.register_pytree_node({name}, flatten, unflatten, namespace={tree.NAMESPACE!r})"
+        f"{what}, {why}: the class is no pytree node. Pass tensors, or a dict of them; or register "
+        f"the class: optree.register_pytree_node({name}, flatten, unflatten, "
+        f"namespace={tree.NAMESPACE!r})"
     )
 
 

@@ -9,7 +9,7 @@ and go on being copied.
 
 Terms. An optimizer *offers* a tensor when it asks for one that it may write to in its place.
 
-In: a step that runs once under a `Ledger` that watches, then inside `donate`. Out: `writable`,
+In: a step that runs once under a `DonationAnalysis` that watches, then inside `donate`. Out: `writable`,
 which gives an optimizer a copy of a tensor, or the tensor itself.
 """
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from funcpipe._src.core import pytree as tree
 from funcpipe.errors import StateError
 
-_ledger: ContextVar[Ledger | None] = ContextVar("funcpipe_ledger", default=None)
+_ledger: ContextVar[DonationAnalysis | None] = ContextVar("funcpipe_ledger", default=None)
 _writable: ContextVar[Lent | None] = ContextVar("funcpipe_writable", default=None)
 # an attribute of the leaves of states that a runner has made: whether what they held is gone
 _SPENT = "_funcpipe_spent"
@@ -94,10 +94,9 @@ def spent(x: Any) -> bool | None:
 
 SPENT_LEAF = (
     "{path} was given to an earlier step, which has updated it in place, or is a view of such a "
-    "leaf: it is used up (half, if "
-    "that step failed). Pass the state that the last step returned; clone what you want to keep, "
-    "load a checkpoint, or let "
-    "steps leave old states alone: fp.spmd(..., donate=False), without a CUDA graph"
+    "leaf: it is used up (half, if that step failed). Pass the state that the last step returned; "
+    "clone what you want to keep, load a checkpoint, or let steps leave old states alone: "
+    "fp.spmd(..., donate=False), without a CUDA graph"
 )
 
 
@@ -108,7 +107,7 @@ def refuse_spent(name: str, x: Any) -> None:
             raise StateError(SPENT_LEAF.format(path=f"{name}{tree.paths(x)[k]}"))
 
 
-class Ledger:
+class DonationAnalysis:
     """What a step's optimizers offer, and what of it is read again.
 
     Args:
@@ -155,7 +154,7 @@ def _storage(x: torch.Tensor) -> int:
 class _Watching(TorchDispatchMode):
     """Shows a ledger what every op reads."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: DonationAnalysis) -> None:
         super().__init__()
         self.ledger = ledger
 

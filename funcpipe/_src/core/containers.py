@@ -40,8 +40,7 @@ def check_containers(name: str, x: Any) -> None:
         if not isinstance(leaf, torch.Tensor) and _holds_tensors(leaf, _DEPTH):
             raise StateError(
                 f"{name}{tree.paths(x)[k]} is {_described(leaf)}, which holds tensors but is not "
-                "registered as a container: "
-                f"{_remedy(leaf)}"
+                f"registered as a container: {_remedy(leaf)}"
             )
 
 

@@ -97,8 +97,8 @@ class Mesh:
         for a in axes:
             if a not in dict(self._axes):
                 raise MeshError(
-                    f"{who + ': ' if who else ''}axis {a!r} is not in {self!r}; "
-                    f"its axes are {', '.join(repr(n) for n, _ in self._axes) or 'none'}"
+                    f"{who + ': ' if who else ''}axis {a!r} is not in {self!r}; its axes are "
+                    f"{', '.join(repr(n) for n, _ in self._axes) or 'none'}"
                 )
         return axes
 

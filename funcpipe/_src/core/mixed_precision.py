@@ -27,8 +27,7 @@ from funcpipe.errors import StateError
 DYNAMIC = "dynamic"
 ROUNDED = (
     "Here parts are computed in {dtype}, the whole as written: if the weight is rounded, leave "
-    "what it is summed from out of "
-    "mixed_precision (batch=...), or sum it in float32"
+    "what it is summed from out of mixed_precision (batch=...), or sum it in float32"
 )
 _FIRST = (
     2.0**15
@@ -170,8 +169,7 @@ def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any,
         if not isinstance(state, Scaled):
             raise StateError(
                 f"the state is {describe(state)}, but with a dynamic loss scale it is an "
-                "fp.Scaled. Pass the state that "
-                "run.init, run.place or the last step returned"
+                "fp.Scaled. Pass the state that run.init, run.place or the last step returned"
             )
         with scaling.scaled(state.scale) as found:
             out = step(state.state, batch)
@@ -205,8 +203,7 @@ def _told(metrics: Any, more: dict[str, torch.Tensor]) -> dict[str, Any]:
     if not isinstance(metrics, dict):
         raise StateError(
             f"the step returns {describe(metrics)} as metrics, but with a dynamic loss scale "
-            f"{' and '.join(more)} join "
-            "them: return a dict"
+            f"{' and '.join(more)} join them: return a dict"
         )
     for name in more:
         if name in metrics:
@@ -235,7 +232,7 @@ def _either(skip: torch.Tensor, name: str, old: Any, new: Any) -> Any:
     if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor) or old != new:
         raise StateError(
             f"{name} goes from {old!r} to {new!r}: whether a step is skipped is known on the "
-            "device only, so that a number "
-            "of Python cannot follow it. Make it a tensor, such as torch.zeros(())"
+            "device only, so that a number of Python cannot follow it. Make it a tensor, such as "
+            "torch.zeros(())"
         )
     return new

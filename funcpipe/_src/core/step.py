@@ -352,8 +352,8 @@ def _check_aux(aux: Any) -> None:
         held = x if isinstance(x, Mean) else (x.x,) if isinstance(x, Rows) else ()
         if not all(isinstance(y, torch.Tensor) for y in held):
             raise TraceError(
-                f"aux{path} is a {type(x).__name__} of {', '.join(map(describe, held))}; it "
-                "takes tensors: write torch.tensor(...)"
+                f"aux{path} is a {type(x).__name__} of {', '.join(map(describe, held))}; it takes "
+                "tensors: write torch.tensor(...)"
             )
         if isinstance(x, Rows) and not -x.x.dim() <= x.dim < x.x.dim():
             raise TraceError(
@@ -401,9 +401,9 @@ def refuse_inference_mode(who: str) -> None:
     """TraceError in ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
         raise TraceError(
-            f"{who} is called in torch.inference_mode(), in which PyTorch records nothing to "
-            "take gradients of: leave it "
-            "before, or use torch.no_grad(), in which value_and_grad and runners work"
+            f"{who} is called in torch.inference_mode(), in which PyTorch records nothing to take "
+            "gradients of: leave it before, or use torch.no_grad(), in which value_and_grad and "
+            "runners work"
         )
 
 
@@ -500,8 +500,8 @@ def check_microbatches(batch: Microbatches) -> Sequence[Any]:
     """The ready microbatches; BatchError when there are none."""
     if not isinstance(batch.parts, Sequence) or not batch.parts:
         raise BatchError(
-            f"the batch is fp.Microbatches({batch.parts!r}): it takes a list of microbatches, "
-            "and a step needs at least one"
+            f"the batch is fp.Microbatches({batch.parts!r}): it takes a list of microbatches, and "
+            "a step needs at least one"
         )
     return batch.parts
 
@@ -523,9 +523,9 @@ def join_aux(parts: list[Any]) -> Any:
 
 
 SCALAR_LOSS = (
-    "{why}, but the loss function returns a plain scalar: whether to add or to average the "
-    "scalars of the parts cannot be "
-    "known. Return fp.Mean(total, weight), for instance the summed loss and the number of tokens."
+    "{why}, but the loss function returns a plain scalar: whether to add or to average the scalars "
+    "of the parts cannot be known. Return fp.Mean(total, weight), for instance the summed loss and "
+    "the number of tokens."
 )
 AUX_LEAF = (
     "aux{path} is a plain value, but the batch is split and there is no rule to join the parts: "

@@ -250,9 +250,8 @@ def _read(number: int, sequence: torch.Tensor | Document) -> Document:
             continue
         if not isinstance(x, torch.Tensor) or x.dim() != 1 or not len(x) or len(x) != len(tokens):
             raise BatchError(
-                f"pack: the {name} of sequence {number} are {describe(x)}; write a 1-d tensor, "
-                "one entry for every token, and "
-                "leave empty sequences out"
+                f"pack: the {name} of sequence {number} are {describe(x)}; write a 1-d tensor, one "
+                "entry for every token, and leave empty sequences out"
             )
         if name != "weights" and (x.is_floating_point() or x.is_complex()):
             raise BatchError(
@@ -273,13 +272,13 @@ def _pieces(number: int, document: Document, max_tokens: int, split: bool) -> li
     if not split:
         raise BatchError(
             f"pack: sequence {number} has {n} tokens, more than max_tokens={max_tokens}; write "
-            "split=True to cut it into "
-            "pieces, or leave it out"
+            "split=True to cut it into pieces, or leave it out"
         )
-    return [
-        Document(*piece)
-        for piece in zip(*(x.tensor_split(-(-n // max_tokens)) for x in document), strict=True)
-    ]  # type: ignore[union-attr]
+    count = -(-n // max_tokens)
+    tokens, labels, weights = document
+    assert labels is not None and weights is not None
+    pieces = (x.tensor_split(count) for x in (tokens, labels, weights))
+    return [Document(*piece) for piece in zip(*pieces, strict=True)]
 
 
 # ---- which document goes where

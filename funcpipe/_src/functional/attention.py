@@ -104,9 +104,9 @@ def _unpacked(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     if k is None:
         if q.dim() not in (4, 5) or q.shape[-3] != 3:
             raise TraceError(
-                "attention: q alone holds queries, keys and values, (batch, positions, 3, "
-                "heads, head dim), but has shape "
-                f"{tuple(q.shape)}; stack them along dim -3, or pass attention(q, k, v)"
+                "attention: q alone holds queries, keys and values, (batch, positions, 3, heads, "
+                f"head dim), but has shape {tuple(q.shape)}; stack them along dim -3, or pass "
+                "attention(q, k, v)"
             )
         return q.unbind(-3)
     if q.dim() not in (3, 4):
@@ -117,17 +117,16 @@ def _unpacked(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     if v is None:
         if k.dim() != q.dim() + 1 or k.shape[-3] != 2:
             raise TraceError(
-                "attention: without v, k holds keys and values, (batch, positions, 2, heads, "
-                "head dim), but has shape "
-                f"{tuple(k.shape)} beside q of shape {tuple(q.shape)}; stack them along dim -3, "
-                "or pass attention(q, k, v)"
+                "attention: without v, k holds keys and values, (batch, positions, 2, heads, head "
+                f"dim), but has shape {tuple(k.shape)} beside q of shape {tuple(q.shape)}; stack "
+                "them along dim -3, or pass attention(q, k, v)"
             )
         return (q, *k.unbind(-3))
     for name, x in (("k", k), ("v", v)):
         if x.dim() != q.dim():
             raise TraceError(
-                f"attention: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}: both have "
-                "a batch dim, or neither"
+                f"attention: {name} has shape {tuple(x.shape)} and q {tuple(q.shape)}: both have a "
+                "batch dim, or neither"
             )
     return q, k, v
 
@@ -139,8 +138,8 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise TraceError(f"attention: batch sizes differ: {shapes()}; expand them to one")
     if k.shape[-3] != v.shape[-3]:
         raise TraceError(
-            f"attention: k and v have {k.shape[-3]} and {v.shape[-3]} positions; every key has "
-            "one value"
+            f"attention: k and v have {k.shape[-3]} and {v.shape[-3]} positions; every key has one "
+            "value"
         )
     if k.shape[-2] != v.shape[-2]:
         raise TraceError(
@@ -149,9 +148,8 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise TraceError(
-            f"attention: {q.shape[-2]} query heads are no multiple of {k.shape[-2]} heads of "
-            f"keys and values: {shapes()}; "
-            "the layout is (batch, positions, heads, head dim)"
+            f"attention: {q.shape[-2]} query heads are no multiple of {k.shape[-2]} heads of keys "
+            f"and values: {shapes()}; the layout is (batch, positions, heads, head dim)"
         )
     if q.shape[-1] != k.shape[-1]:
         raise TraceError(
@@ -197,8 +195,8 @@ def _check_documents(q: torch.Tensor, cu: torch.Tensor | None) -> None:
         rows = f" or ({batch[0]}, documents + 1)" if batch else ""
         raise TraceError(
             f"attention: cu_seqlens has shape {tuple(cu.shape)} beside q of shape "
-            f"{tuple(q.shape)}; it takes "
-            f"(documents + 1,){rows}: where each document begins, and the end of the last"
+            f"{tuple(q.shape)}; it takes (documents + 1,){rows}: where each document begins, and "
+            "the end of the last"
         )
 
 
@@ -226,8 +224,8 @@ def _checked_bias(
             ", query positions, key positions" if k is None else ""
         )
         raise TraceError(
-            f"attention: bias of shape {tuple(bias.shape)} cannot be broadcast to ({sizes}), "
-            "that is (batch, query heads, query positions, key positions)"
+            f"attention: bias of shape {tuple(bias.shape)} cannot be broadcast to ({sizes}), that "
+            "is (batch, query heads, query positions, key positions)"
         )
     return bias
 
@@ -252,8 +250,8 @@ def whole(
     if rows is None and q.shape[2] != k.shape[2]:
         raise TraceError(
             "attention: cu_seqlens divides one sequence into documents, but there are "
-            f"{q.shape[2]} queries and "
-            f"{k.shape[2]} keys; say who sees whom with a bool bias instead"
+            f"{q.shape[2]} queries and {k.shape[2]} keys; say who sees whom with a bool bias "
+            "instead"
         )
     q, k, v = narrowed(q), narrowed(k), narrowed(v)
     out = _varlen(q, k, v, spec) if _fits_varlen(q, v, spec, rows) else _dense(q, k, v, spec, rows)
@@ -436,8 +434,8 @@ def _caught(
     if dropout_p > 0:
         raise TraceError(
             f"scaled_dot_product_attention with dropout_p={dropout_p} cannot be split over the "
-            "sequence: every rank would "
-            "drop other scores than one device does. Set attention dropout to 0"
+            "sequence: every rank would drop other scores than one device does. Set attention "
+            "dropout to 0"
         )
     dims = max(query.dim(), key.dim(), value.dim())
     q, k, v = (_with_dims(x, max(dims, 4)) for x in (query, key, value))
@@ -471,10 +469,8 @@ def _heads_fit(operands: list[torch.Tensor], grouped: bool) -> list[torch.Tensor
     if grouped or any(n not in (1, heads) for n in counts):
         raise TraceError(
             f"scaled_dot_product_attention: q, k and v have {', '.join(map(str, counts))} heads "
-            "(dim -3), with "
-            f"enable_gqa={grouped}. Give all of them equally many; or, with enable_gqa=True, k "
-            "and v fewer, of which q has a "
-            "multiple"
+            f"(dim -3), with enable_gqa={grouped}. Give all of them equally many; or, with "
+            "enable_gqa=True, k and v fewer, of which q has a multiple"
         )
     wanted = (heads, 1, 1) if counts[1:] == [1, 1] else (heads, heads, heads)
     return [

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class Held:
         bias_query, bias_key: whether the bias is split along its dim of queries, of keys.
     """
 
-    q: Part | None = None
-    k: Part | None = None
+    q: SequenceLayout | None = None
+    k: SequenceLayout | None = None
     bias_query: bool = False
     bias_key: bool = False
 

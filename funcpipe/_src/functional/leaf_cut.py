@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class LeafCut:
     dim: int
     pieces: int
     axes: Axes
-    part: Part | None = None
+    part: SequenceLayout | None = None

@@ -314,8 +314,7 @@ def _padding(options: Options, ranks: int, held: int) -> int:
     if len(options.tokens) != ranks:
         raise TraceError(
             f"cross_entropy: axis={options.axis!r} has {ranks} ranks, but the sequence is split "
-            "over "
-            f"{len(options.tokens)}: name the axes that split the sequence, and no others"
+            f"over {len(options.tokens)}: name the axes that split the sequence, and no others"
         )
     assert held in options.tokens
     return max(options.tokens) - held
@@ -341,20 +340,18 @@ def _check(
     """TraceError when operands or options do not fit each other."""
     if not x.is_floating_point() or x.dim() == 0:
         _refuse(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes floating-point rows "
-            "(..., d)"
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes floating-point rows (..., "
+            "d)"
         )
     if head is None and options.axis is not None:
         _refuse(
             f"axis={options.axis!r} spreads the vocabulary over ranks, but without a head x is "
-            "logits of all of it already; "
-            "pass hidden states and the head, or leave axis out"
+            "logits of all of it already; pass hidden states and the head, or leave axis out"
         )
     if head is not None and (head.dim() != 2 or head.shape[1] != x.shape[-1]):
         _refuse(
-            f"head has shape {tuple(head.shape)}, and x {tuple(x.shape)}; for x (..., d) it "
-            "takes (vocab, d), as in "
-            "torch.nn.Linear(d, vocab).weight"
+            f"head has shape {tuple(head.shape)}, and x {tuple(x.shape)}; for x (..., d) it takes "
+            "(vocab, d), as in torch.nn.Linear(d, vocab).weight"
         )
     if head is not None and head.dtype != x.dtype:
         _refuse(
@@ -368,8 +365,8 @@ def _check(
         )
     if labels.shape != x.shape[:-1]:
         _refuse(
-            f"labels have shape {tuple(labels.shape)}, and x {tuple(x.shape)}; there is one "
-            "label per row of x"
+            f"labels have shape {tuple(labels.shape)}, and x {tuple(x.shape)}; there is one label "
+            "per row of x"
         )
     if not 0 <= options.label_smoothing <= 1:
         _refuse(f"label_smoothing={options.label_smoothing!r}; it is a number from 0 to 1")

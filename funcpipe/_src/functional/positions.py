@@ -10,7 +10,7 @@ import torch
 
 from funcpipe._src.collectives import axis_index
 from funcpipe._src.functional import dispatch as hook
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe.errors import TraceError
 
 
@@ -43,7 +43,7 @@ def plain(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.arange(x.shape[dim], device=x.device)
 
 
-def member_positions(part: Part, member: int, device: torch.device) -> torch.Tensor:
+def member_positions(part: SequenceLayout, member: int, device: torch.device) -> torch.Tensor:
     """The positions of the member that runs this, int64 ``(part.length(member),)``; ``member``
     gives lengths only."""
     ring = member // part.heads

@@ -96,8 +96,8 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     if not x.is_floating_point() or key.shape != x.shape[: key.dim()]:
         raise TraceError(
             f"dropout: x is {describe(x)}, the key {describe(key)}; x takes floating-point "
-            "numbers, and the key has a number "
-            "for every row of it: its shape is that of the leading dims of x"
+            "numbers, and the key has a number for every row of it: its shape is that of the "
+            "leading dims of x"
         )
     if rate == 0:
         return x

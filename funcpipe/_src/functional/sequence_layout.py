@@ -21,7 +21,7 @@ Ranges = tuple[
 
 
 @dataclass(frozen=True)
-class Part:
+class SequenceLayout:
     """One sequence over the members of ring and head axes; member ``m`` has ring rank ``m //
     heads``.
 

@@ -121,10 +121,9 @@ def explain_grouped(error: BaseException) -> TraceError | None:
         )
     if any(sign in text for sign in _STRIDES):
         return TraceError(
-            f"the loss function calls grouped_mm{where}, whose kernel does not take an operand, "
-            "or the gradient of its "
-            f"result, as it lies in memory: {text.rstrip('.')}. Make it contiguous (an expanded "
-            "gradient, as of a plain "
-            "sum(), is not), and pad its last dims to multiples of 16 bytes"
+            f"the loss function calls grouped_mm{where}, whose kernel does not take an operand, or "
+            f"the gradient of its result, as it lies in memory: {text.rstrip('.')}. Make it "
+            "contiguous (an expanded gradient, as of a plain sum(), is not), and pad its last "
+            "dims to multiples of 16 bytes"
         )
     return None

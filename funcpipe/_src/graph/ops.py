@@ -93,11 +93,8 @@ def is_cheap(x: fx.Node) -> bool:
         return True
     if not is_op(x):
         return False
-    return (
-        torch.Tag.pointwise in x.target.tags
-        or is_view(x)
-        or x.target.overloadpacket.__name__ in _CHEAP
-    )  # type: ignore[union-attr]
+    op: Any = x.target
+    return torch.Tag.pointwise in op.tags or is_view(x) or op.overloadpacket.__name__ in _CHEAP
 
 
 def is_factory(x: fx.Node) -> bool:

@@ -15,7 +15,7 @@ What follows from neither is *folded*: computed once per rank, then an input.
 A tied parameter gets one partial gradient per segment that uses it, kept apart here and summed once
 per step.
 
-In: `Traced`. Out: `Cut`: units in the order of one microbatch, with shared code where two segments
+In: `Traced`. Out: `Units`: units in the order of one microbatch, with shared code where two segments
 are alike.
 """
 
@@ -60,7 +60,7 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Units:
     """A loss cut at its boundaries.
 
     Args:
@@ -83,7 +83,7 @@ class Cut:
     saved: tuple[Saved, ...] = ()
 
 
-def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Cut:
+def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
     """Cut a joint graph into units.
 
     Args:
@@ -106,7 +106,7 @@ class _Cutter:
         for x, label in n.label.items():
             self.own.setdefault(label, []).append(x)
 
-    def cut(self) -> Cut:
+    def cut(self) -> Units:
         # Last unit first, so that all readers of a value are known before its own unit is built.
         units = {key: self._unit(key) for key in self._keys()}
         grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
@@ -117,7 +117,7 @@ class _Cutter:
             if v.kind == "const"
         }
         in_order = dict(reversed(units.items()))
-        return Cut(in_order, self.n.segments, heads, grads, folded, self.traced)
+        return Units(in_order, self.n.segments, heads, grads, folded, self.traced)
 
     def _keys(self) -> Iterator[Key]:
         for s in range(self.n.segments):

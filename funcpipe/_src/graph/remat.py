@@ -114,9 +114,8 @@ def check_used(remats: Iterable[Remat], losses: Sequence[Sequence[Saved]]) -> No
         for s in remat.segments if isinstance(remat.segments, tuple) else ():
             if s >= segments:
                 raise StackError(
-                    f"{remat}: there is no segment {s}: the loss function has {segments}, "
-                    "counted from 0, one more than "
-                    "stage boundaries"
+                    f"{remat}: there is no segment {s}: the loss function has {segments}, counted "
+                    "from 0, one more than stage boundaries"
                 )
         for name in (*remat.save, *remat.recompute):
             if name not in known:

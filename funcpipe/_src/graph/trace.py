@@ -159,11 +159,9 @@ def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
         if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, step_.Mean):
             raise BatchError(
                 f"value_and_grad is called inside a loss function{where} whose batch is split: "
-                "every part would take the loss "
-                "and gradient of its own rows, and not those of the batch. Call it in the step: "
-                "update params with its "
-                "gradient there, pass its loss or fp.Rows through the batch, and call "
-                "value_and_grad a second time; or use "
+                "every part would take the loss and gradient of its own rows, and not those of "
+                "the batch. Call it in the step: update params with its gradient there, pass its "
+                "loss or fp.Rows through the batch, and call value_and_grad a second time; or use "
                 "torch.func.vmap, for a gradient of every row"
             )
         return out
@@ -300,8 +298,8 @@ def _refuse_sparse(grads: list[torch.Tensor | None], spec: Any) -> None:
             path = tree.paths(tree.unflatten(spec, range(len(grads))))[i]
             raise TraceError(
                 f"the gradient of params{path} is sparse ({x.layout}), but gradients are summed "
-                "over ranks and microbatches as "
-                "dense tensors: compute with x.to_dense() in the loss function"
+                "over ranks and microbatches as dense tensors: compute with x.to_dense() in the "
+                "loss function"
             )
 
 

@@ -46,9 +46,9 @@ def refuse_impure(graph: fx.Graph, boundaries: int, names: Sequence[str]) -> Non
     for x in filter(mutates, nodes):
         if x.args and x.args[0] in inputs:
             raise TraceError(
-                f"the loss function changes {inputs[x.args[0]]} in place: it has to be pure, "
-                "since a microbatch is a view "
-                "of the caller's batch and params are used again. Write to a clone instead"
+                f"the loss function changes {inputs[x.args[0]]} in place: it has to be pure, since "
+                "a microbatch is a view of the caller's batch and params are used again. Write to "
+                "a clone instead"
             )
 
 
@@ -56,16 +56,14 @@ def _refuse_random(forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> N
     if backward:
         raise TraceError(
             f"{backward[0].target} draws a new random mask while torch.utils.checkpoint "
-            "recomputes: the gradient would "
-            "belong to another mask than the loss. Draw the mask outside the loss and pass it "
-            "through batch"
+            "recomputes: the gradient would belong to another mask than the loss. Draw the mask "
+            "outside the loss and pass it through batch"
         )
     if forward:
         raise TraceError(
             f"{forward[0].target} draws from the global random generator, so no two ranks or "
-            "microbatches could repeat "
-            "what one device does. Draw the random values outside the loss and pass them through "
-            "batch"
+            "microbatches could repeat what one device does. Draw the random values outside the "
+            "loss and pass them through batch"
         )
 
 
@@ -78,36 +76,31 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
         return grouped
     if isinstance(error, BY_VALUE) or ".numpy() is not supported" in text:
         return TraceError(
-            f"the loss function decides by the value of a tensor{where} (an if, .item(), int() "
-            "or a tensor as index): "
-            "a traced step is the same for every batch. Use torch.where or index_select, or a "
-            "plain Python value that the "
-            "closure or batch brings"
+            f"the loss function decides by the value of a tensor{where} (an if, .item(), int() or "
+            "a tensor as index): a traced step is the same for every batch. Use torch.where or "
+            "index_select, or a plain Python value that the closure or batch brings"
         )
     if isinstance(error, DynamicOutputShapeException):
         return TraceError(
             f"the loss function makes a tensor whose shape depends on data{where} (a mask as "
-            "index, nonzero, unique or "
-            "the like): a traced step has the same shapes for every batch. Use torch.where, or "
-            "multiply by the mask"
+            "index, nonzero, unique or the like): a traced step has the same shapes for every "
+            "batch. Use torch.where, or multiply by the mask"
         )
     if any(sign in text for sign in _FOREIGN):
         return TraceError(
             "the loss function uses a tensor that did not come in through its "
-            f"arguments{where}{_closed_over(loss_fn)}: "
-            "pass it through params or batch"
+            f"arguments{where}{_closed_over(loss_fn)}: pass it through params or batch"
         )
     if "use_reentrant=True" in text:
         return TraceError(
-            "torch.utils.checkpoint with use_reentrant=True does not work with gradients of "
-            "chosen tensors, which "
-            "value_and_grad takes: write use_reentrant=False"
+            "torch.utils.checkpoint with use_reentrant=True does not work with gradients of chosen "
+            "tensors, which value_and_grad takes: write use_reentrant=False"
         )
     if "in-place operation" in text or "inplace operation" in text:
         return TraceError(
             f"the loss function changes a tensor in place{where} whose gradient needs its old "
-            "value, which plain PyTorch "
-            f"refuses too: {text.split('. Hint')[0].rstrip('.')}. Write to a clone instead"
+            f"value, which plain PyTorch refuses too: {text.split('. Hint')[0].rstrip('.')}. Write "
+            "to a clone instead"
         )
     return error
 

@@ -315,8 +315,7 @@ def _boundary_paths(module: nn.Module, boundaries: Boundaries) -> list[str]:
         if type(submodules[path]).forward is nn.Module.forward:
             raise ModuleError(
                 f"from_module: boundary {path!r} is a {type(submodules[path]).__name__}, which "
-                "holds submodules and is never "
-                f"called itself; write '{path}.*' for what is in it"
+                f"holds submodules and is never called itself; write '{path}.*' for what is in it"
             )
     return list(once.values())
 
@@ -330,8 +329,8 @@ def _matching(pattern: str, paths: list[str]) -> list[str]:
         some = ", ".join(map(repr, paths[:8])) + ", ..." * (len(paths) > 8)
         raise ModuleError(
             f"from_module: boundary {pattern!r} matches no submodule. A path is one of "
-            "named_modules(), and * stands for what "
-            f"is between two dots; this module has {some or 'no submodules'}"
+            "named_modules(), and * stands for what is between two dots; this module has "
+            f"{some or 'no submodules'}"
         )
     return found
 
@@ -349,16 +348,15 @@ def _check_module(module: Any) -> None:
     for x in (*has.params, *has.buffers):
         if is_lazy(x.tensor):
             raise ModuleError(
-                f"{x.name!r} has no shape yet (a lazy module): call the module once on an "
-                "example input first"
+                f"{x.name!r} has no shape yet (a lazy module): call the module once on an example "
+                "input first"
             )
     for path, m in has.modules:
         if isinstance(m, nn.SyncBatchNorm):
             raise ModuleError(
                 f"submodule {path!r} is a SyncBatchNorm, which talks to all ranks of "
-                "torch.distributed, while a loss function "
-                "is written for one device: use nn.BatchNorm1d, 2d or 3d, or fp.psum over a "
-                "named axis"
+                "torch.distributed, while a loss function is written for one device: use "
+                "nn.BatchNorm1d, 2d or 3d, or fp.psum over a named axis"
             )
     _check_memory(has.params)
     check_references(has)
@@ -373,9 +371,8 @@ def _check_memory(params: list[Slot]) -> None:
         ):
             raise ModuleError(
                 f"parameter {x.name!r} of shape {tuple(x.tensor.shape)} is expanded: several of "
-                "its elements are one number "
-                "in memory, which as a leaf they would not stay. Make a parameter of what was "
-                "expanded; expand it in forward"
+                "its elements are one number in memory, which as a leaf they would not stay. Make "
+                "a parameter of what was expanded; expand it in forward"
             )
     spans = sorted(
         (*_span(x.tensor), x.name) for x in params if x.tensor.numel() and not x.tensor.is_meta
@@ -384,8 +381,8 @@ def _check_memory(params: list[Slot]) -> None:
         if start < end:
             raise ModuleError(
                 f"parameters {one!r} and {other!r} are views of the same memory: as two leaves "
-                "they would go apart. To tie "
-                "them, assign one nn.Parameter to both names; else clone one"
+                "they would go apart. To tie them, assign one nn.Parameter to both names; else "
+                "clone one"
             )
 
 
@@ -418,8 +415,7 @@ def _check_tensors(what: str, given: Any, wanted: list[Slot], has: Slots) -> Non
         if not isinstance(given[name], torch.Tensor) or given[name].shape != shape:
             raise ModuleError(
                 f"{what}[{name!r}] is {describe(given[name])}, but the module's has shape "
-                f"{tuple(shape)}; what a rank holds "
-                "of a state is made whole by run.unplace(state)"
+                f"{tuple(shape)}; what a rank holds of a state is made whole by run.unplace(state)"
             )
 
 
@@ -446,7 +442,7 @@ def _check_same_buffers(before: Tensors, after: Tensors) -> None:
         was, now = before.get(name), after.get(name)
         if was is None or now is None or was.shape != now.shape:
             raise ModuleError(
-                f"apply_fn: buffer {name!r} is {describe(was)} before the call and "
-                f"{describe(now)} after it, but a state keeps "
-                "its structure: register every buffer in __init__, in the shape that it keeps"
+                f"apply_fn: buffer {name!r} is {describe(was)} before the call and {describe(now)} "
+                "after it, but a state keeps its structure: register every buffer in __init__, in "
+                "the shape that it keeps"
             )

@@ -105,9 +105,8 @@ def _apply(module: weakref.ref, fn: Callable, recurse: bool = True) -> nn.Module
             converted = None if x is None else fn(x)
             if converted is not x and type(m)._apply is not nn.Module._apply:
                 raise ModuleError(
-                    f"{type(m).__name__} is converted in forward (.to(), .float() and their "
-                    f"like), and refers to {key!r} "
-                    "in more places than one: convert it before from_module"
+                    f"{type(m).__name__} is converted in forward (.to(), .float() and their like), "
+                    f"and refers to {key!r} in more places than one: convert it before from_module"
                 )
             tensors[key] = converted
     return m
@@ -184,8 +183,8 @@ def _batch_norm(
     if input.numel() == input.shape[1]:
         raise ModuleError(
             f"batch normalization in training mode got {describe(input)}: one value for each "
-            "channel has no variance. To it "
-            "each microbatch of each shard is a batch of its own: give those more rows"
+            "channel has no variance. To it each microbatch of each shard is a batch of its own: "
+            "give those more rows"
         )
     op = batch_statistic(torch.ops.aten._native_batch_norm_legit_functional)
     # Clones: autograd keeps what it is given, and must not see it change.
@@ -211,8 +210,8 @@ def _instance_norm(
     if use_input_stats and running_mean is not None:
         raise ModuleError(
             f"instance normalization of {describe(input)} in training mode changes running "
-            "statistics unseen: make the module "
-            "with track_running_stats=False, or set it to eval mode"
+            "statistics unseen: make the module with track_running_stats=False, or set it to eval "
+            "mode"
         )
     return F.instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
@@ -229,10 +228,9 @@ def check_hooks(has: Slots) -> None:
             if getattr(x, _HOOKS[made_by]):
                 raise ModuleError(
                     f"parameter {name!r} has a hook ({made_by}): plain PyTorch calls it with the "
-                    "whole gradient, but in a "
-                    "step each microbatch of each shard has a part of it. Do what the hook does "
-                    "in the step, to "
-                    f"grads[{name!r}] as value_and_grad returns it, and remove the hook"
+                    "whole gradient, but in a step each microbatch of each shard has a part of "
+                    f"it. Do what the hook does in the step, to grads[{name!r}] as value_and_grad "
+                    "returns it, and remove the hook"
                 )
 
 
@@ -246,11 +244,10 @@ def check_references(has: Slots) -> None:
             held = None if key in _LOADING else _out_of_reach(x, True, own, seen)
             if held:
                 raise ModuleError(
-                    f"{f'{path}.{key}' if path else key} is {describe(x)} that holds {held}, "
-                    "where a call cannot put other "
-                    "tensors in its place. Keep it in an attribute, list or dict; take a module "
-                    "before torch.compile or "
-                    "another wrapper (module._orig_mod)"
+                    f"{f'{path}.{key}' if path else key} is {describe(x)} that holds {held}, where "
+                    "a call cannot put other tensors in its place. Keep it in an attribute, list "
+                    "or dict; take a module before torch.compile or another wrapper "
+                    "(module._orig_mod)"
                 )
 
 
@@ -289,11 +286,9 @@ class Caches:
             if changed and filled:
                 at = f"{path}." if path else ""
                 raise ModuleError(
-                    f"apply_fn: a call of the module has filled buffer {at + filled[0]!r} and "
-                    f"set {at + changed[0]!r} since "
-                    "from_module, so that the buffers of then do not fit the module of now. Call "
-                    "the module first, then "
-                    "from_module"
+                    f"apply_fn: a call of the module has filled buffer {at + filled[0]!r} and set "
+                    f"{at + changed[0]!r} since from_module, so that the buffers of then do not "
+                    "fit the module of now. Call the module first, then from_module"
                 )
 
     def _of(self, m: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -82,7 +82,6 @@ def _rates(factors: Sequence[Factors]) -> list[float]:
     if any(f.weight_decay != 1.0 for f in factors):
         raise OptimError(
             "from_optax: a pair hands out updates that contain its weight decay, so no factor of "
-            "it can be changed; give "
-            "per_leaf an lr alone, or mask the decay inside the pair"
+            "it can be changed; give per_leaf an lr alone, or mask the decay inside the pair"
         )
     return [f.lr for f in factors]

@@ -121,8 +121,7 @@ def per_leaf(
     if "factors" not in inspect.signature(optimizer.update).parameters:
         raise OptimError(
             "per_leaf: the update of this optimizer takes no factors; write it as update(grads, "
-            "state, params, "
-            "factors=None), with one fp.optim.Factors for each leaf of params"
+            "state, params, factors=None), with one fp.optim.Factors for each leaf of params"
         )
     of = by_path(
         lambda path: Factors(

@@ -7,7 +7,7 @@ divide, so that not all ranks have the same shapes. A 0-d leaf, and anything tha
 goes to everyone whole. Ready microbatches whose rows do not divide are *dealt*: each goes whole to
 one place on the data axes, equally many to each, in order.
 
-In: the records that split, a batch. Out: `Splits`, which hands a rank its microbatches, or a
+In: the records that split, a batch. Out: `BatchSplit`, which hands a rank its microbatches, or a
 BatchError with the path of the leaf that cannot be split.
 """
 
@@ -25,8 +25,8 @@ from funcpipe._src.core.batch_leaves import as_dicts, key_of
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.step import Microbatches, check_microbatches
 from funcpipe._src.functional.leaf_cut import LeafCut
-from funcpipe._src.functional.sequence_layout import Part
-from funcpipe._src.spec.transform_spec import Record, Resolved
+from funcpipe._src.functional.sequence_layout import SequenceLayout
+from funcpipe._src.spec.transform_spec import ResolvedStep, TransformSpec
 from funcpipe.errors import BatchError
 
 _DEAL = (
@@ -35,7 +35,7 @@ _DEAL = (
 
 
 @dataclass(frozen=True)
-class Splits:
+class BatchSplit:
     """How a batch of one structure and shape is split.
 
     Args:
@@ -76,12 +76,12 @@ class Splits:
             out[c.dim] //= 1 if c.part else c.pieces
         return tuple(out)
 
-    def sequence(self, part: int, leaf: int) -> tuple[int, Part] | None:
+    def sequence(self, part: int, leaf: int) -> tuple[int, SequenceLayout] | None:
         """Along which dim positions of a leaf are split, and how; None if they are not."""
         return next(((c.dim, c.part) for c in self.cuttings[part][leaf] if c.part), None)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[SequenceLayout, ...]:
         """Every way in which positions are split: one for every length."""
         return tuple(
             dict.fromkeys(c.part for leaves in self.cuttings for cs in leaves for c in cs if c.part)
@@ -186,7 +186,7 @@ def _dense(x: Any) -> Any:
     return x.contiguous() if isinstance(x, torch.Tensor) else x
 
 
-def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
+def plan_splits(resolved: ResolvedStep, batch: Any, origins: Any = None) -> BatchSplit:
     """How a batch is split.
 
     Args:
@@ -205,14 +205,12 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
     if ready and count not in (None, len(batch.parts)) and resolved.micro:
         raise BatchError(
             f"{resolved.micro_name} asks for {count} microbatches, but the batch brings "
-            f"{len(batch.parts)}; "
-            "pass microbatches=None to take what the batch brings"
+            f"{len(batch.parts)}; pass microbatches=None to take what the batch brings"
         )
     if count is None and not ready:
         raise BatchError(
-            f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch "
-            "is a "
-            f"{type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
+            f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch is "
+            f"a {type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
         )
     parts = list(batch.parts) if ready else [batch]
     dealt = _dealt_over(resolved, parts) if ready else ()
@@ -229,7 +227,7 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
         for part, some in zip(parts, made, strict=True)
     )
     count = len(parts) // resolved.mesh.axis_size(dealt) if ready else count or 1
-    return Splits(
+    return BatchSplit(
         resolved.mesh,
         count,
         cuttings,
@@ -242,7 +240,7 @@ def plan_splits(resolved: Resolved, batch: Any, origins: Any = None) -> Splits:
 
 
 def _row_cuttings(
-    resolved: Resolved, batch: Any, origins: list[Origin], microbatches: int, dealt: Axes
+    resolved: ResolvedStep, batch: Any, origins: list[Origin], microbatches: int, dealt: Axes
 ) -> list[tuple[LeafCut, ...]]:
     """How the rows of every leaf are split, whoever does it."""
     wanted = [
@@ -267,7 +265,7 @@ def _row_cuttings(
     return [tuple(c) for c in out]
 
 
-def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:
+def _dealt_over(resolved: ResolvedStep, parts: list[Any]) -> Axes:
     """The axes over which ready microbatches are dealt, since their rows do not divide; none if
     they are cut."""
     axes = () if resolved.local else resolved.row_axes
@@ -276,7 +274,7 @@ def _dealt_over(resolved: Resolved, parts: list[Any]) -> Axes:
     return () if all(_rows_divide(resolved, part) for part in parts) else axes
 
 
-def _rows_divide(resolved: Resolved, part: Any) -> bool:
+def _rows_divide(resolved: ResolvedStep, part: Any) -> bool:
     leaves = tree.leaves(part)
     pieces = [
         dict.fromkeys(range(-x.dim(), x.dim()), 1) if isinstance(x, torch.Tensor) else {}
@@ -296,7 +294,7 @@ def _rows_divide(resolved: Resolved, part: Any) -> bool:
 
 
 def _leaf_cuttings(
-    resolved: Resolved, batch: Any, origins: list[Origin], ready: bool, dealt: Axes
+    resolved: ResolvedStep, batch: Any, origins: list[Origin], ready: bool, dealt: Axes
 ) -> list[tuple[LeafCut, ...]]:
     wanted = [
         (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
@@ -327,10 +325,9 @@ def _leaf_cuttings(
                 split = "" if out[i] == [] else f", {tuple(sizes[i])} after other splits,"
                 raise BatchError(
                     f"{name}: batch{path} of shape {tuple(x.shape)}{split} does not split along "
-                    f"dim {dim} into {into}; "
-                    "leave the last rows out (drop_last=True of a DataLoader), pad with rows of "
-                    "weight 0, or name another dim "
-                    f"for this leaf (dims=..., None hands it out whole){_DEAL * ready}"
+                    f"dim {dim} into {into}; leave the last rows out (drop_last=True of a "
+                    "DataLoader), pad with rows of weight 0, or name another dim for this leaf "
+                    f"(dims=..., None hands it out whole){_DEAL * ready}"
                 )
             sizes[i][dim] //= pieces
             out[i].append(LeafCut(dim % x.dim(), pieces, axes))
@@ -340,8 +337,8 @@ def _leaf_cuttings(
 
 NO_ROWS = (
     "{name}: batch{path} of shape {shape} is computed from a loss, fp.Mean or norm of an earlier "
-    "value_and_grad, which has no "
-    "rows, and would be split along dim {dim}: give it None in dims=..., which hands it out whole"
+    "value_and_grad, which has no rows, and would be split along dim {dim}: give it None in "
+    "dims=..., which hands it out whole"
 )
 
 
@@ -349,17 +346,16 @@ def _has_all_rows(name: str, origin: Origin) -> bool:
     """Whether a leaf has the rows of all ranks, though every rank gets a batch of its own."""
     if Origin.ROWS in origin and Origin.BATCH in origin:
         raise BatchError(
-            f"{name} is computed from fp.Rows of an earlier value_and_grad, which has the rows "
-            "of all ranks, and from a tensor "
-            "of the batch, which has this rank's alone (batch='local'): pass both through the "
-            "batch and combine them in the "
-            "loss function, or use batch='global'"
+            f"{name} is computed from fp.Rows of an earlier value_and_grad, which has the rows of "
+            "all ranks, and from a tensor of the batch, which has this rank's alone "
+            "(batch='local'): pass both through the batch and combine them in the loss function, "
+            "or use batch='global'"
         )
     return Origin.ROWS in origin
 
 
 def _cut_sequences(
-    resolved: Resolved,
+    resolved: ResolvedStep,
     batch: Any,
     leaves: list[tuple[str, Any]],
     sizes: list[list[int]],
@@ -377,28 +373,28 @@ def _cut_sequences(
             if dim is not None and not -x.dim() <= dim < x.dim():
                 raise BatchError(
                     f"{r.name}: batch{path} of shape {tuple(x.shape)} has no dim {dim} to split "
-                    "the sequence along; name "
-                    "another dim for this leaf (dims=..., None hands it out whole)"
+                    "the sequence along; name another dim for this leaf (dims=..., None hands it "
+                    "out whole)"
                 )
         places = {None if d is None else d % x.dim() for d in dims}
         if len(places) > 1:
             raise BatchError(
                 f"{' and '.join(map(str, records))} split batch{path} along dims "
-                f"{' and '.join(map(str, dims))}: give both "
-                "the same dims=..., since they cut one sequence"
+                f"{' and '.join(map(str, dims))}: give both the same dims=..., since they cut one "
+                "sequence"
             )
         if (dim := places.pop()) is not None:
             part = _part(records, resolved.mesh, sizes[i][dim])
             out[i].append(LeafCut(dim, part.members, part.axes, part))
 
 
-def _part(records: tuple[Record, ...], mesh: Mesh, size: int) -> Part:
+def _part(records: tuple[TransformSpec, ...], mesh: Mesh, size: int) -> SequenceLayout:
     ring, heads = (
         tuple(a for r in records if r.split and r.split.what == what for a in r.axes)
         for what in ("ring", "heads")
     )
     zigzag = mesh.axis_size(ring) > 1 and any(r.split.zigzag for r in records if r.split)
-    return Part(size, ring, heads, mesh.axis_size(ring), mesh.axis_size(heads), zigzag)
+    return SequenceLayout(size, ring, heads, mesh.axis_size(ring), mesh.axis_size(heads), zigzag)
 
 
 def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
@@ -408,8 +404,8 @@ def _dims(name: str, dims: Any, batch: Any) -> list[Any]:
     except ValueError as error:
         raise BatchError(
             f"{name}: dims={dims!r} is not a prefix of the batch {bare!r}: "
-            f"{str(error).rstrip('.')}. Write one dim for the whole batch, or a "
-            "tree with the batch's keys"
+            f"{str(error).rstrip('.')}. Write one dim for the whole batch, or a tree with the "
+            "batch's keys"
         ) from None
     for d in out:
         if d is not None and (isinstance(d, bool) or not isinstance(d, int)):

@@ -47,8 +47,8 @@ class LazyParams:
             if is_seeded(node):
                 raise StateError(
                     f"params_fn draws from the global random generator ({node.target}), so ranks "
-                    "could not agree on what "
-                    "they hold: draw from its key with fp.random.normal or fp.random.uniform"
+                    "could not agree on what they hold: draw from its key with fp.random.normal "
+                    "or fp.random.uniform"
                 )
         self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
         self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])

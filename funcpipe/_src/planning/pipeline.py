@@ -19,8 +19,8 @@ from funcpipe._src.analysis.call_results import MADE_UP, with_values
 from funcpipe._src.analysis.host_values import Follower
 from funcpipe._src.analysis.outside_ops import Op
 from funcpipe._src.analysis.rehearsal import Rehearsal
-from funcpipe._src.analysis.state import Call, Dyed, look
-from funcpipe._src.analysis.tags import Dyes
+from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis, analyse
+from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
@@ -37,13 +37,13 @@ from funcpipe._src.core.step import (
     is_summary,
     without_inference,
 )
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
-from funcpipe._src.graph.partition import Cut, cut
+from funcpipe._src.graph.partition import Units, cut
 from funcpipe._src.graph.remat import check_used, rematerialise
 from funcpipe._src.graph.trace import Traced, trace
-from funcpipe._src.planning.batch_split import Splits, plan_splits, signature
+from funcpipe._src.planning.batch_split import BatchSplit, plan_splits, signature
 from funcpipe._src.planning.placement import Placement, place_params
 from funcpipe._src.planning.plan import Plan, PlannedCall, Stages
 from funcpipe._src.planning.predict import as_costs, load_of
@@ -70,17 +70,17 @@ from funcpipe._src.schedule.library import one_f_one_b
 from funcpipe._src.schedule.search import Auto
 from funcpipe._src.schedule.stage_assignment import group
 from funcpipe._src.sequence.rewrite import rewriting
-from funcpipe._src.spec.transform_spec import Resolved
+from funcpipe._src.spec.transform_spec import ResolvedStep
 from funcpipe.errors import BatchError, CutError, ScheduleError, StateError
 
 
-class Found(NamedTuple):
+class CheckedLoss(NamedTuple):
     """What tracing one microbatch gave: its cut, the function that computes its weight from its
     tensors, and how heads that are `Rows` are split by positions."""
 
-    cut: Cut
+    cut: Units
     weight: GraphModule | None
-    rows: dict[int, tuple[int, Part]]
+    rows: dict[int, tuple[int, SequenceLayout]]
 
 
 class Planner:
@@ -90,11 +90,11 @@ class Planner:
     Raises, while planning: every error of ``funcpipe.errors`` that can be known before a step runs.
     """
 
-    def __init__(self, resolved: Resolved, init_state: Callable, params: Any) -> None:
+    def __init__(self, resolved: ResolvedStep, init_state: Callable, params: Any) -> None:
         self.resolved, self.init_state = resolved, init_state
         self.mode = FakeTensorMode()
         self.params = tree.map_tensors(lambda x: fake(x.shape, x, self.mode), params)
-        self.cuts: dict[tuple, Found] = {}
+        self.cuts: dict[tuple, CheckedLoss] = {}
         self.variants: dict[tuple, Variants] = {}
         self.written: set[str] = set()  # what losses were seen to write
         # By the shapes of microbatches whose rows do not meet: whether their weights are exact.
@@ -128,35 +128,35 @@ class Planner:
 
     def _look(self, batch: Any, variants: Variants) -> Plan:
         of_step, _ = variants.read()
-        dyed, rehearsal = self._on_fakes(batch, variants.follower)
-        self.ops = dyed.outside
-        placement = self._again(dyed, rehearsal, bool(variants.plans))
-        plan = variants.of_calls(_read_by(dyed, placement))
+        analysis, rehearsal = self._on_fakes(batch, variants.follower)
+        self.ops = analysis.outside
+        placement = self._again(analysis, rehearsal, bool(variants.plans))
+        plan = variants.of_calls(_read_by(analysis, placement))
         if plan is None:
-            dyed = replace(dyed, calls=tuple(map(self._taken, dyed.calls)))
-            calls = tuple(self._traced(k, call, dyed) for k, call in enumerate(dyed.calls))
+            analysis = replace(analysis, calls=tuple(map(self._taken, analysis.calls)))
+            calls = tuple(self._traced(k, call, analysis) for k, call in enumerate(analysis.calls))
             check_used(self.resolved.remats, [c.cuts[0].saved for c in calls])
-            placement = self._place(dyed, rehearsal, calls, placement)
+            placement = self._place(analysis, rehearsal, calls, placement)
             plan = Plan(self.resolved, placement, calls)
-            variants.keep(_read_by(dyed, placement), plan)
-        for call in dyed.calls:
+            variants.keep(_read_by(analysis, placement), plan)
+        for call in analysis.calls:
             call.reading.done()  # type: ignore[union-attr]
         variants.remember(of_step, plan)
         return plan
 
-    def _traced(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
+    def _traced(self, k: int, call: PrimitiveCall, analysis: StepAnalysis) -> PlannedCall:
         """A call, planned while its loss reads what it read at the call."""
         assert call.reading is not None
         with call.reading.restored(), call.reading.running():
-            return self._call(k, self._computed(call), dyed)
+            return self._call(k, self._computed(call), analysis)
 
-    def _seen(self, call: Call, dyes: Dyes) -> Call:
+    def _seen(self, call: PrimitiveCall, tags: Tags) -> PrimitiveCall:
         """A call as one device would trace it: computed, on the rows that come with a batch."""
-        dtypes = tuple(self._whole_dtype(call, dyes, k) for k in range(len(call.params)))
+        dtypes = tuple(self._whole_dtype(call, tags, k) for k in range(len(call.params)))
         batch = plan_splits(self.resolved, call.batch, call.origins).own_rows(call.batch)
         return replace(self._computed(call), dtypes=dtypes, batch=batch)
 
-    def _taken(self, call: Call) -> Call:
+    def _taken(self, call: PrimitiveCall) -> PrimitiveCall:
         """A call whose batch has no fakes but those of the planner."""
         own = tree.map(
             lambda x: fake(x.shape, x, self.mode) if isinstance(x, FakeTensor) else x, call.batch
@@ -169,12 +169,12 @@ class Planner:
 
     def _on_fakes(
         self, batch: Any, follower: Callable[[int], Follower] | None = None
-    ) -> tuple[Dyed, Rehearsal]:
+    ) -> tuple[StepAnalysis, Rehearsal]:
         """In a mode of its own: a loss function that closes over what the step sees is refused when
         it is traced."""
         r, batch = self.resolved, without_inference(batch)
         ranks = r.mesh.axis_size(r.row_axes) if r.local else 1
-        return look(
+        return analyse(
             r.step,
             self.init_state,
             self.params,
@@ -185,12 +185,14 @@ class Planner:
             follower,
         )
 
-    def _computed(self, call: Call) -> Call:
+    def _computed(self, call: PrimitiveCall) -> PrimitiveCall:
         """A call with the loss function that is traced."""
         p = self.resolved.precision
         return call if p is None else replace(call, loss_fn=computed(call.loss_fn, call.has_aux, p))
 
-    def _again(self, dyed: Dyed, rehearsal: Rehearsal, changed: bool) -> Placement | None:
+    def _again(
+        self, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
+    ) -> Placement | None:
         """The placement of earlier plans for a step that does other things outside of its calls;
         None where there is none.
 
@@ -201,26 +203,29 @@ class Planner:
         known = self.placement
         if known is None:
             return None
-        if (known.dyed.state_spec, known.dyed.state) != (dyed.state_spec, dyed.state):
+        if (known.analysis.state_spec, known.analysis.state) != (
+            analysis.state_spec,
+            analysis.state,
+        ):
             raise StateError(
-                f"init_state makes another state than at run.init: {dyed.state_spec}, not "
-                f"{known.dyed.state_spec}. A Python "
-                "value that it reads has changed: call run.init again, or keep the value"
+                f"init_state makes another state than at run.init: {analysis.state_spec}, not "
+                f"{known.analysis.state_spec}. A Python value that it reads has changed: call "
+                "run.init again, or keep the value"
             )
-        alike = (known.dyed.sums, known.dyed.free) == (dyed.sums, dyed.free)
+        alike = (known.analysis.sums, known.analysis.free) == (analysis.sums, analysis.free)
         if not changed and alike and tree.flatten(rehearsal.first.metrics)[1] == known.metrics_spec:
             return known
         owners, axes = [x.owners for x in known.layouts], [x.axes for x in known.layouts]
-        return place_params(known.mesh, known.pipe_axis, dyed, rehearsal, owners, axes)
+        return place_params(known.mesh, known.pipe_axis, analysis, rehearsal, owners, axes)
 
     def _place(
         self,
-        dyed: Dyed,
+        analysis: StepAnalysis,
         rehearsal: Rehearsal,
         calls: Sequence[PlannedCall],
         placement: Placement | None,
     ) -> Placement:
-        held: list[set[int]] = [set() for _ in dyed.paths]
+        held: list[set[int]] = [set() for _ in analysis.paths]
         for c in calls:
             for m in set(c.cuts):
                 for i, places in zip(
@@ -231,12 +236,12 @@ class Planner:
             r = self.resolved
             axes = [
                 r.sharded_over(path, shape)
-                for path, shape in zip(dyed.paths, dyed.shapes, strict=True)
+                for path, shape in zip(analysis.paths, analysis.shapes, strict=True)
             ]
             placement = self.placement = place_params(
-                r.mesh, r.pipe_axis, dyed, rehearsal, held, axes
+                r.mesh, r.pipe_axis, analysis, rehearsal, held, axes
             )
-        for path, places, layout in zip(dyed.paths, held, placement.layouts, strict=True):
+        for path, places, layout in zip(analysis.paths, held, placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(
                     f"with a batch of this shape, params{path} is used by a stage that does not "
@@ -244,7 +249,7 @@ class Planner:
                 )
         return placement
 
-    def _call(self, k: int, call: Call, dyed: Dyed) -> PlannedCall:
+    def _call(self, k: int, call: PrimitiveCall, analysis: StepAnalysis) -> PlannedCall:
         r = self.resolved
         splits = plan_splits(r, call.batch, call.origins)
         search = r.pipe.schedule if r.pipe and isinstance(r.pipe.schedule, Auto) else None
@@ -254,7 +259,7 @@ class Planner:
         members = splits.variants()
         found = {
             m: [
-                self._cut(k, call, dyed, splits, i, parts[i], split, splits.slice_of(m))
+                self._cut(k, call, analysis, splits, i, parts[i], split, splits.slice_of(m))
                 for i in splits.ready_of(m)
             ]
             for m in sorted(set(members.values()))
@@ -264,23 +269,25 @@ class Planner:
             try:
                 exact = all(
                     [
-                        self._prove_rows(k, call, dyed, splits, i, part)
+                        self._prove_rows(k, call, analysis, splits, i, part)
                         for i, part in enumerate(parts)
                     ]
                 )
             except BatchError:
-                self._check_weight(dyed.calls[k], dyed, splits, weights)  # it says more of a weight
+                self._check_weight(
+                    analysis.calls[k], analysis, splits, weights
+                )  # it says more of a weight
                 raise
             if not exact or r.precision or splits.parts:
-                self._check_weight(dyed.calls[k], dyed, splits, weights)
+                self._check_weight(analysis.calls[k], analysis, splits, weights)
         cuts = found[0][0].cut
         if schedule is None:
-            schedule = self._search(k, search, cuts, splits.count, _waits(dyed, cuts))
+            schedule = self._search(k, search, cuts, splits.count, _waits(analysis, cuts))
         elif k not in self.stages:
             self.stages[k] = group(
                 _costs(cuts), schedule.stages, r.pipe.stages if r.pipe else "even"
             )
-        sharding, casts = self._sharding(call, dyed), self._casts(call, dyed)
+        sharding, casts = self._sharding(call, analysis), self._casts(call, analysis)
         dealt = [f.cut for some in found.values() for f in some] if splits.dealt else []
         planned = {
             m: self._planned(
@@ -294,11 +301,11 @@ class Planner:
     def _planned(
         self,
         k: int,
-        call: Call,
-        splits: Splits,
-        found: list[Found],
+        call: PrimitiveCall,
+        splits: BatchSplit,
+        found: list[CheckedLoss],
         ready: Sequence[int],
-        dealt: Sequence[Cut],
+        dealt: Sequence[Units],
         schedule: Schedule,
         sharding: Sharding,
         casts: Mapping[int, torch.dtype],
@@ -325,7 +332,7 @@ class Planner:
             partial_segments(cuts[0]), summed, signature(call.batch), found[0].rows, casts=casts, ready=tuple(ready),
         )  # fmt: skip
 
-    def _search(self, k: int, search: Any, one: Cut, microbatches: int, waits: bool) -> Schedule:
+    def _search(self, k: int, search: Any, one: Units, microbatches: int, waits: bool) -> Schedule:
         """The schedule that is found for a cut. It settles the stages, and what another batch shape
         finds keeps to them."""
         how: Any = self.resolved.pipe.stages  # type: ignore[union-attr]
@@ -347,28 +354,31 @@ class Planner:
         self.settled.clear()
         self.placement = None
 
-    def split_cut(self, plan: Plan, k: int) -> Cut:
+    def split_cut(self, plan: Plan, k: int) -> Units:
         """The cut of a planned call's first microbatch with I and W units beside B, whatever its
         schedule runs."""
         c = plan.calls[k]
         part = c.call.batch.parts[0] if isinstance(c.call.batch, Microbatches) else c.call.batch
-        return self._cut(k, c.call, plan.placement.dyed, c.splits, 0, part, True, 0).cut
+        return self._cut(k, c.call, plan.placement.analysis, c.splits, 0, part, True, 0).cut
 
-    def _sharding(self, call: Call, dyed: Dyed) -> Sharding:
+    def _sharding(self, call: PrimitiveCall, analysis: StepAnalysis) -> Sharding:
         """Which leaves of a call are sharded, by the rules of V (axes that split the batch) and
         S."""
         r, out = self.resolved, {}
         for k, i in enumerate(call.params):
-            axes = r.sharded_over(dyed.paths[i], dyed.shapes[i])
+            axes = r.sharded_over(analysis.paths[i], analysis.shapes[i])
             if axes:
                 parts = r.mesh.axis_size(axes)
-                chunk = -(-torch.Size(dyed.shapes[i]).numel() // parts)
+                chunk = -(-torch.Size(analysis.shapes[i]).numel() // parts)
                 summed = tuple(a for a in axes if a in r.split_axes)
-                whole, options = self._whole_dtype(call, dyed, k), r.shard_options(dyed.paths[i])
+                whole, options = (
+                    self._whole_dtype(call, analysis, k),
+                    r.shard_options(analysis.paths[i]),
+                )
                 if r.precision and options.reduce_dtype is None:
                     options = replace(options, reduce_dtype=call.dtypes[k])
                 out[k] = Sharded(
-                    Piece(k, dyed.shapes[i], chunk),
+                    Piece(k, analysis.shapes[i], chunk),
                     axes,
                     parts,
                     summed,
@@ -378,23 +388,29 @@ class Planner:
                 )
         return out
 
-    def _whole_dtype(self, call: Call, dyed: Dyed | Dyes, k: int) -> torch.dtype:
+    def _whole_dtype(
+        self, call: PrimitiveCall, analysis: StepAnalysis | Tags, k: int
+    ) -> torch.dtype:
         """The dtype in which a loss function sees a parameter: what `sharded_weights` says, or
         `mixed_precision`."""
-        path, shape, dtype = dyed.paths[call.params[k]], dyed.shapes[call.params[k]], call.dtypes[k]
+        path, shape, dtype = (
+            analysis.paths[call.params[k]],
+            analysis.shapes[call.params[k]],
+            call.dtypes[k],
+        )
         r = self.resolved
         wanted = r.shard_options(path).param_dtype if r.sharded_over(path, shape) else None
         if wanted is not None and dtype.is_floating_point:
             return wanted
         return r.precision.of_param(path, dtype) if r.precision else dtype
 
-    def _casts(self, call: Call, dyed: Dyed) -> dict[int, torch.dtype]:
+    def _casts(self, call: PrimitiveCall, analysis: StepAnalysis) -> dict[int, torch.dtype]:
         """The leaves that are held whole and that a loss function sees in another dtype, with
         that."""
         whole = {
-            k: self._whole_dtype(call, dyed, k)
+            k: self._whole_dtype(call, analysis, k)
             for k, i in enumerate(call.params)
-            if not self.resolved.sharded_over(dyed.paths[i], dyed.shapes[i])
+            if not self.resolved.sharded_over(analysis.paths[i], analysis.shapes[i])
         }
         return {k: dtype for k, dtype in whole.items() if dtype != call.dtypes[k]}
 
@@ -412,15 +428,14 @@ class Planner:
         if not isinstance(schedule, Schedule):
             raise ScheduleError(
                 f"the schedule function returned {describe(schedule)}, not an "
-                "fp.schedules.Schedule; "
-                "fp.schedules.from_table(rows) makes one from rows of actions"
+                "fp.schedules.Schedule; fp.schedules.from_table(rows) makes one from rows of "
+                "actions"
             )
         if len(schedule.ranks) != r.ranks or schedule.microbatches != microbatches:
             raise ScheduleError(
                 f"{schedule.name}: is a table for {len(schedule.ranks)} ranks and "
-                f"{schedule.microbatches} microbatches, but "
-                f"axis {r.pipe_axis!r} has {r.ranks} ranks and the batch {microbatches} "
-                "microbatches"
+                f"{schedule.microbatches} microbatches, but axis {r.pipe_axis!r} has {r.ranks} "
+                f"ranks and the batch {microbatches} microbatches"
             )
         if not any(a.kind in "BW" for row in schedule.ranks for a in row):
             raise ScheduleError(
@@ -431,14 +446,14 @@ class Planner:
     def _cut(
         self,
         k: int,
-        call: Call,
-        dyed: Dyed,
-        splits: Splits,
+        call: PrimitiveCall,
+        analysis: StepAnalysis,
+        splits: BatchSplit,
         i: int,
         part: Any,
         split: bool,
         member: int,
-    ) -> Found:
+    ) -> CheckedLoss:
         """The cut of one microbatch, for the ranks that have the shapes of a member."""
         leaves, spec = tree.flatten(part)
         local = [
@@ -459,7 +474,7 @@ class Planner:
             values,
         )
         if key not in self.cuts:
-            params = self._fakes(call, dyed)
+            params = self._fakes(call, analysis)
             r = self.resolved
             findings = None
             parts = bool(r.splits) or splits.count > 1
@@ -487,17 +502,22 @@ class Planner:
                 self._check_split(traced, nodes)
             rows = {} if findings is None else _row_heads(traced, findings)
             saved = rematerialise(nodes, r.remats)
-            self.cuts[key] = Found(replace(cut(traced, nodes, split), saved=saved), weight, rows)
+            self.cuts[key] = CheckedLoss(
+                replace(cut(traced, nodes, split), saved=saved), weight, rows
+            )
         return self.cuts[key]
 
     def _fakes(
-        self, call: Call, dyed: Dyed, dtypes: Sequence[torch.dtype] | None = None
+        self,
+        call: PrimitiveCall,
+        analysis: StepAnalysis,
+        dtypes: Sequence[torch.dtype] | None = None,
     ) -> list[torch.Tensor]:
         """The leaves of params as the loss function sees them."""
         like = tree.leaves(self.params)
-        dtypes = dtypes or [self._whole_dtype(call, dyed, k) for k in range(len(call.params))]
+        dtypes = dtypes or [self._whole_dtype(call, analysis, k) for k in range(len(call.params))]
         return [
-            fake(dyed.shapes[i], like[i], self.mode, d)
+            fake(analysis.shapes[i], like[i], self.mode, d)
             for i, d in zip(call.params, dtypes, strict=True)
         ]
 
@@ -510,7 +530,13 @@ class Planner:
         _check_aux(traced.aux)
 
     def _prove_rows(
-        self, k: int, call: Call, dyed: Dyed, splits: Splits, i: int, part: Any
+        self,
+        k: int,
+        call: PrimitiveCall,
+        analysis: StepAnalysis,
+        splits: BatchSplit,
+        i: int,
+        part: Any,
     ) -> bool:
         """The rows of the batch do not meet; gives whether weights add up to the last bits, too."""
         r, (leaves, spec) = self.resolved, tree.flatten(part)
@@ -524,7 +550,7 @@ class Planner:
         key = (k, signature(tree.unflatten(spec, local)), splits.rows[i], values)
         if key in self.proven:
             return self.proven[key]
-        params = tree.unflatten(call.params_spec, self._fakes(call, dyed))
+        params = tree.unflatten(call.params_spec, self._fakes(call, analysis))
         whole = Mesh(
             **{
                 a: 1 if a in r.split_axes and a not in r.row_axes else n
@@ -537,7 +563,11 @@ class Planner:
         return self.proven[key]
 
     def _check_weight(
-        self, call: Call, dyed: Dyed, splits: Splits, weights: Mapping[int, GraphModule | None]
+        self,
+        call: PrimitiveCall,
+        analysis: StepAnalysis,
+        splits: BatchSplit,
+        weights: Mapping[int, GraphModule | None],
     ) -> None:
         """The weights of all parts of the batch add up, to what the loss function as written makes
         of the whole. ``weights``: by member number, a function of a microbatch."""
@@ -574,7 +604,7 @@ class Planner:
         parts = [w for weights_of_rank in found for w in weights_of_rank]
         (times,) = {checks.written_for(w, r.mesh) for w in weights.values() if w is not None} or {1}
         # As written, the loss function sees masters.
-        fakes = self._fakes(call, dyed, call.dtypes if r.precision else None)
+        fakes = self._fakes(call, analysis, call.dtypes if r.precision else None)
         params = tree.unflatten(call.params_spec, fakes)
         also = f" {ROUNDED.format(dtype=r.precision.compute)}" if r.precision else ""
         also += f" {MADE_UP.format(paths=made)}" if made else ""
@@ -584,7 +614,7 @@ class Planner:
         )
 
 
-def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]]:
+def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, SequenceLayout]]:
     """For every head that is an aux `Rows` with its positions split, along which dim and how."""
     nodes: list[Any] = []
     tree.map(nodes.append, traced.aux, is_leaf=is_summary)
@@ -593,18 +623,25 @@ def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, Part]
     return {first + int(x.x): s for x, s in zip(rows, findings.rows, strict=True) if s is not None}
 
 
-def _read_by(dyed: Dyed, placement: Placement | None) -> tuple:
+def _read_by(analysis: StepAnalysis, placement: Placement | None) -> tuple:
     """What makes plans for one shape of batch differ: what losses read from Python, and what the
     step does beside them."""
     calls = []
-    for c in dyed.calls:
+    for c in analysis.calls:
         values = c.reading and c.reading.values
         given = c.params, c.dtypes, c.params_spec, signature(c.batch), tuple(tree.leaves(c.origins))
         calls.append((values, c.has_aux, *given))
     if placement is None:
         return tuple(calls), None
     metrics = tuple((metric.number, metric.place) for metric in placement.leaf_metrics)
-    return tuple(calls), dyed.sums, dyed.free, placement.apart, placement.metrics_spec, metrics
+    return (
+        tuple(calls),
+        analysis.sums,
+        analysis.free,
+        placement.apart,
+        placement.metrics_spec,
+        metrics,
+    )
 
 
 def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:
@@ -616,7 +653,7 @@ def _tensors(batch: Any) -> tuple[int, ...]:
     return tuple(i for i, x in enumerate(tree.leaves(batch)) if isinstance(x, torch.Tensor))
 
 
-def _costs(c: Cut) -> list[int]:
+def _costs(c: Units) -> list[int]:
     return [c.units["F", s].code.flops + c.units["B", s].code.flops for s in range(c.segments)]
 
 
@@ -632,13 +669,13 @@ def _check_aux(aux: Any) -> None:
             raise BatchError(AUX_LEAF.format(path=path))
 
 
-def _waits(dyed: Dyed, c: Cut) -> bool:
+def _waits(analysis: StepAnalysis, c: Units) -> bool:
     """Whether ranks wait for each other behind the last backward: a step takes a global sum, as
     clipping does, or parts of a leaf's gradient come from several segments."""
-    return bool(dyed.sums) or any(len(set(s)) > 1 for s in partial_segments(c))
+    return bool(analysis.sums) or any(len(set(s)) > 1 for s in partial_segments(c))
 
 
-def _summed(c: Cut) -> frozenset[int]:
+def _summed(c: Units) -> frozenset[int]:
     """The heads that are summed over microbatches: total, weight, and both halves of a `Mean` in
     aux."""
     first = 1 + c.traced.has_weight

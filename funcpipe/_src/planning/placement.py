@@ -5,7 +5,7 @@ over which axes it is *sharded*: cut flat into equal pieces, one for each rank o
 axes. To *place* a tree is to turn the single-device pytree into what one rank holds, to *unplace*
 to turn what all ranks hold into it again. A leaf that a rank does not hold is None there.
 
-In: `Dyed` (which leaf of the state is which parameter) and the owners of every parameter. Out:
+In: `StepAnalysis` (which leaf of the state is which parameter) and the owners of every parameter. Out:
 `Placement`.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from funcpipe._src.analysis.state import Dyed
+from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe.errors import StateError
@@ -95,7 +95,7 @@ class Placement:
 
     mesh: Mesh
     pipe_axis: str | None
-    dyed: Dyed
+    analysis: StepAnalysis
     layouts: tuple[Layout, ...]
     present: tuple[tuple[bool, ...], ...]
     apart: frozenset[int] = frozenset()
@@ -139,7 +139,7 @@ class Placement:
         """The places, among the leaves of a rank's state, of those that a step may write to
         (`core/buffer_donation.py`)."""
         held = [j for j, here in enumerate(self.present[self.stage_rank(rank)]) if here]
-        return frozenset(k for k, j in enumerate(held) if j in self.dyed.free)
+        return frozenset(k for k, j in enumerate(held) if j in self.analysis.free)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
         """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in
@@ -150,7 +150,7 @@ class Placement:
         return self.mesh.group(first, self._axes(leaf))
 
     def _axes(self, leaf: int) -> Axes:
-        param = self.dyed.state[leaf]
+        param = self.analysis.state[leaf]
         return () if param is None else self.layouts[param].axes
 
     def held_as(self, rank: int, leaf: int) -> tuple:
@@ -180,7 +180,7 @@ class Placement:
             own(self._part(leaf(i), layout.axes, rank)) if self.holds(rank, i) else None
             for i, layout in enumerate(self.layouts)
         ]
-        return tree.unflatten(self.dyed.params_spec, held)
+        return tree.unflatten(self.analysis.params_spec, held)
 
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
@@ -190,7 +190,7 @@ class Placement:
             own(self._part(x, self._axes(j), rank)) if here else None
             for j, (x, here) in enumerate(zip(leaves, present, strict=True))
         ]
-        return tree.unflatten(self.dyed.state_spec, held)
+        return tree.unflatten(self.analysis.state_spec, held)
 
     def _part(self, x: Any, axes: Axes, rank: int) -> Any:
         return take(x, self.mesh, rank, axes) if axes else x
@@ -199,22 +199,22 @@ class Placement:
         """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the
         state."""
         out = []
-        for j, param in enumerate(self.dyed.state):
+        for j, param in enumerate(self.analysis.state):
             parts = [leaf(rank, j) for rank in self.holders(j)]
             sharded = bool(self._axes(j)) and param is not None
             out.append(join(parts, self.layouts[param].shape) if sharded else own(parts[0]))  # type: ignore[index]
-        return tree.unflatten(self.dyed.state_spec, out)
+        return tree.unflatten(self.analysis.state_spec, out)
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
         """The leaves of a rank's state (None where it holds nothing), in the order of the full
         state's."""
         try:
-            return tree.leaves_up_to(self.dyed.state_spec, state)
+            return tree.leaves_up_to(self.analysis.state_spec, state)
         except ValueError as error:
             raise StateError(
                 f"{who}: the state has another structure than init_state made: "
-                f"{str(error).rstrip('.')}. Write init_state and "
-                "the step with tree_map, which keeps the places of leaves that a rank does not hold"
+                f"{str(error).rstrip('.')}. Write init_state and the step with tree_map, which "
+                "keeps the places of leaves that a rank does not hold"
             ) from None
 
 
@@ -227,7 +227,7 @@ def own(x: Any) -> Any:
 def place_params(
     mesh: Mesh,
     pipe_axis: str | None,
-    dyed: Dyed,
+    analysis: StepAnalysis,
     rehearsal: Rehearsal,
     owners: Sequence[Iterable[int]],
     axes: Sequence[Axes],
@@ -236,12 +236,12 @@ def place_params(
     over."""
     layouts = tuple(
         Layout(tuple(sorted(set(o))) or (0,), shape, a)
-        for o, shape, a in zip(owners, dyed.shapes, axes, strict=True)
+        for o, shape, a in zip(owners, analysis.shapes, axes, strict=True)
     )
     rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
     apart, held = _rehearsed(rehearsal, layouts, places)
-    placement = Placement(mesh, pipe_axis, dyed, layouts, ())
+    placement = Placement(mesh, pipe_axis, analysis, layouts, ())
     leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
     present = tuple(tuple(x is not None for x in some) for some in leaves)
     metrics, spec = tree.flatten(rehearsal.first.metrics)
@@ -257,8 +257,8 @@ def _leaf_metrics(
         place = next((p for p, some in enumerate(lacks) if number not in some), None)
         if place is None:
             raise StateError(
-                f"metric {number} is None on every rank, though not on one device: compute "
-                "metrics of leaves with optree.tree_map"
+                f"metric {number} is None on every rank, though not on one device: compute metrics "
+                "of leaves with optree.tree_map"
             )
         out.append(LeafMetric(number, place, metrics[number]))
     return tuple(out)
@@ -271,9 +271,10 @@ def _rehearsed(
     takes them leaf by leaf."""
 
     def all_places(apart: frozenset[int]) -> list[Held]:
-        return [
-            rehearsal.of_rank(lambda i, p=p: p in layouts[i].owners, apart) for p in range(places)
-        ]  # type: ignore[misc]
+        def held_at(place: int) -> Held:
+            return rehearsal.of_rank(lambda i: place in layouts[i].owners, apart)
+
+        return [held_at(place) for place in range(places)]
 
     whole: frozenset[int] = frozenset()
     try:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from funcpipe._src.analysis.state import Call
+from funcpipe._src.analysis.state import PrimitiveCall
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.functional.sequence_layout import Part
-from funcpipe._src.graph.partition import Cut
+from funcpipe._src.functional.sequence_layout import SequenceLayout
+from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning import plan_text as reading
-from funcpipe._src.planning.batch_split import Splits
+from funcpipe._src.planning.batch_split import BatchSplit
 from funcpipe._src.planning.placement import Placement
 from funcpipe._src.planning.predict import Given, Prediction, predict
 from funcpipe._src.planning.remat_curve import BUDGETS, RematCurve, remat_curve
@@ -31,7 +31,7 @@ from funcpipe._src.program import Program, Usage
 from funcpipe._src.schedule.actions import Schedule
 from funcpipe._src.schedule.checker import Report
 from funcpipe._src.schedule.timeline import Timeline
-from funcpipe._src.spec.transform_spec import Resolved
+from funcpipe._src.spec.transform_spec import ResolvedStep
 from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 
@@ -64,9 +64,9 @@ class PlannedCall:
             added up in their own dtype.
     """
 
-    call: Call
-    splits: Splits
-    cuts: tuple[Cut, ...]
+    call: PrimitiveCall
+    splits: BatchSplit
+    cuts: tuple[Units, ...]
     moving: tuple[tuple[int, ...], ...]
     stages: Stages
     schedule: Schedule
@@ -75,7 +75,7 @@ class PlannedCall:
     segments: tuple[tuple[int, ...], ...]
     summed: frozenset[int]
     signature: tuple
-    rows: Mapping[int, tuple[int, Part]] = field(default_factory=dict)
+    rows: Mapping[int, tuple[int, SequenceLayout]] = field(default_factory=dict)
     variants: Mapping[int, PlannedCall] = field(default_factory=dict)
     casts: Mapping[int, torch.dtype] = field(default_factory=dict)
     ready: tuple[int, ...] = (0,)
@@ -114,7 +114,7 @@ class Plan:
         graphs: by place on the pipe axis, the bytes of a rank's CUDA graphs.
     """
 
-    resolved: Resolved
+    resolved: ResolvedStep
     placement: Placement
     calls: tuple[PlannedCall, ...]
     found: dict[int, Usage] = field(default_factory=dict)

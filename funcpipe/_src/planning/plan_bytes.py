@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def memory(plan: Plan, place: int) -> dict[str, int]:
     """Predicted bytes of the ranks at a place on the pipe axis: see `Plan.memory`."""
-    dtypes, layouts = plan.placement.dyed.dtypes, plan.placement.layouts
+    dtypes, layouts = plan.placement.analysis.dtypes, plan.placement.layouts
     variants = {v for c in plan.calls for v in (c, *c.variants.values())}
     usage = plan.found.get(place) or most(v.programs[place].usage for v in variants)
     held = {i for i, x in enumerate(layouts) if place in x.owners}

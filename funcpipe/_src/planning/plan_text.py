@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 def sections(plan: Plan) -> dict[str, list[str]]:
     """Everything that has to be the same on all ranks, by topic."""
-    dyed = plan.placement.dyed
+    analysis = plan.placement.analysis
     out = {
         "the mesh": [repr(plan.resolved.mesh)],
         "the transforms": [
             f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records
         ],
         "where params lie": [
-            f"params{p}: {x}" for p, x in zip(dyed.paths, plan.placement.layouts, strict=True)
+            f"params{p}: {x}" for p, x in zip(analysis.paths, plan.placement.layouts, strict=True)
         ],
         "what the state holds": [
-            f"state{p}: {'replicated' if i is None else f'of params{dyed.paths[i]}'}"
-            for p, i in zip(dyed.state_paths, dyed.state, strict=True)
+            f"state{p}: {'replicated' if i is None else f'of params{analysis.paths[i]}'}"
+            for p, i in zip(analysis.state_paths, analysis.state, strict=True)
         ],
         "the global sums": [
-            f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(dyed.sums)
+            f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(analysis.sums)
         ],
         "the precision of products": [precision()],
     }
@@ -78,10 +78,8 @@ def precision() -> str:
     matmul = b.cuda.matmul
     return (
         f"products of float32: {matmul.fp32_precision!r} on GPUs, {b.cudnn.fp32_precision!r} in "
-        "cuDNN, "
-        f"{b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial sums "
-        "in half: bfloat16 "
-        f"{matmul.allow_bf16_reduced_precision_reduction}, float16 "
+        f"cuDNN, {b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial "
+        f"sums in half: bfloat16 {matmul.allow_bf16_reduced_precision_reduction}, float16 "
         f"{matmul.allow_fp16_reduced_precision_reduction}"
     )
 
@@ -96,9 +94,8 @@ def text(plan: Plan) -> list[str]:
         s = c.schedule
         out.append(
             f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, "
-            f"{s.microbatches} microbatches, "
-            f"{s.name}, bubble {plan.timeline(k).bubble:.1%} by FLOPs, {len(_codes(c))} distinct "
-            "units"
+            f"{s.microbatches} microbatches, {s.name}, bubble {plan.timeline(k).bubble:.1%} by "
+            f"FLOPs, {len(_codes(c))} distinct units"
         )
         out += tradeoff.lines(c.cuts[0].saved)
         for place, program in enumerate(c.programs):

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funcpipe._src.graph.partition import Cut, Unit
+from funcpipe._src.graph.partition import Unit, Units
 from funcpipe._src.graph.unit_code import bytes_text
 from funcpipe._src.program import RECV, RUN, SEND, Program
 from funcpipe._src.program.memory import held
@@ -139,7 +139,7 @@ def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
     return tuple(out)
 
 
-def as_costs(costs: Given, cut: Cut) -> Costs:
+def as_costs(costs: Given, cut: Units) -> Costs:
     """Costs as they were given; FLOPs if they were not."""
     if isinstance(costs, Costs):
         return costs
@@ -148,13 +148,12 @@ def as_costs(costs: Given, cut: Cut) -> Costs:
     if not (callable(costs) or isinstance(costs, Mapping)):
         raise PlanError(
             f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', "
-            f"0): 1e-3}}, or a function of "
-            "kind and segment"
+            f"0): 1e-3}}, or a function of kind and segment"
         )
     return Costs(costs)
 
 
-def flop_costs(cut: Cut) -> Costs:
+def flop_costs(cut: Units) -> Costs:
     """Costs that are FLOPs, scaled so that F of a segment costs 1 on average; F = I = W = 1 where
     nothing has any."""
     flops = {key: float(unit.code.flops) for key, unit in cut.units.items()}
@@ -164,7 +163,7 @@ def flop_costs(cut: Cut) -> Costs:
     return Costs({key: max(n / forward, _LEAST) for key, n in flops.items()}, unit="")
 
 
-def load_of(cut: Cut, costs: Costs) -> Load:
+def load_of(cut: Units, costs: Costs) -> Load:
     """A cut as a search sees it. Bytes that two segments share are counted in both, so that caps
     are kept."""
     made = {v: u for u in cut.units.values() for v in u.outputs}
@@ -199,7 +198,7 @@ def load_of(cut: Cut, costs: Costs) -> Load:
     )
 
 
-def _flows(cut: Cut, made: dict[Any, Unit]) -> dict[Flow, float]:
+def _flows(cut: Units, made: dict[Any, Unit]) -> dict[Flow, float]:
     read: dict[Flow, dict[str, int]] = {}
     for u in cut.units.values():
         for v in u.inputs:

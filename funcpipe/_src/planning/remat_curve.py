@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from funcpipe._src.graph.partition import Cut
+from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.remat import Saved
 from funcpipe._src.graph.remat_min_cut import Outcome, outcome, within
 from funcpipe._src.graph.unit_code import bytes_text
@@ -107,8 +107,7 @@ class RematCurve:
         )
         yield (
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
-            f"width='{width:g}'"
-            f" height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
+            f"width='{width:g}' height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
         )
         yield f"<rect width='{width:g}' height='{height:g}' fill='#fff'/>"
         yield f"<text x='{_LEFT:g}' y='26' font-size='17' font-weight='600'>{escape(title)}</text>"
@@ -149,7 +148,7 @@ class RematCurve:
         )
 
 
-def remat_curve(cut: Cut, budgets: Sequence[float] = BUDGETS) -> RematCurve:
+def remat_curve(cut: Units, budgets: Sequence[float] = BUDGETS) -> RematCurve:
     """The curve of a cut that a planner made.
 
     Raises:
@@ -201,8 +200,8 @@ def _axes(most: float) -> Iterator[str]:
             f"fill='{_FAINT}'>{most * i / 5:.1%}</text>"
         )
     yield (
-        f"<text x='{_WIDTH / 2:g}' y='{_HEIGHT + 40:g}' text-anchor='middle'>residuals, of "
-        "those without remat</text>"
+        f"<text x='{_WIDTH / 2:g}' y='{_HEIGHT + 40:g}' text-anchor='middle'>residuals, of those "
+        "without remat</text>"
     )
     yield "<text x='-70' y='-10'>FLOPs again, of the forward pass</text>"
 

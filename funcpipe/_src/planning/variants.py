@@ -41,16 +41,16 @@ class StaleValues(Exception):
     def again(self) -> str:
         """What is said where it comes up again."""
         return (
-            f"{self}: it is another each time that the step runs, so that no plan holds. "
-            "Pass it as a tensor in the batch or state"
+            f"{self}: it is another each time that the step runs, so that no plan holds. Pass it "
+            "as a tensor in the batch or state"
         )
 
     @property
     def midway(self) -> str:
         """What is said where the step has done something already."""
         return (
-            f"{self}, in the middle of a step that has updated its state in place. "
-            "Pass it as a tensor in the batch or state"
+            f"{self}, in the middle of a step that has updated its state in place. Pass it as a "
+            "tensor in the batch or state"
         )
 
 

@@ -136,8 +136,8 @@ class Instruction:
         values = ", ".join(f"{v} {v.dtype} {v.shape} {v.stride}" for v in self.values)
         what = self.unit or self.bucket or values
         return (
-            f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} "
-            f"{self.turn} {self.dtype or ''}".strip()
+            f"{self.action} {self.op} {what} {self.reads} -> {self.writes} {self.peer} {self.turn} "
+            f"{self.dtype or ''}".strip()
         )
 
 

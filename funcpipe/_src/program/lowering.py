@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from funcpipe._src.collectives import collectives_of
-from funcpipe._src.graph.partition import Cut, Unit
+from funcpipe._src.graph.partition import Unit, Units
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program.instructions import (
     ADD,
@@ -32,7 +32,7 @@ from funcpipe._src.schedule.communication import arrivals
 from funcpipe.errors import CutError
 
 
-def stage_edges(cuts: Sequence[Cut], stages: Sequence[Sequence[int]]) -> frozenset[Edge]:
+def stage_edges(cuts: Sequence[Units], stages: Sequence[Sequence[int]]) -> frozenset[Edge]:
     """What depends on what between stages, read off the values that units exchange."""
     stage_of = {segment: s for s, segments in enumerate(stages) for segment in segments}
     edges: set[Edge] = set()
@@ -48,7 +48,7 @@ def _half(unit: Unit) -> str:
     return "F" if unit.kind == "F" else "B"
 
 
-def owners(cut: Cut, stages: Sequence[Sequence[int]], placement: Sequence[int]) -> list[set[int]]:
+def owners(cut: Units, stages: Sequence[Sequence[int]], placement: Sequence[int]) -> list[set[int]]:
     """For every leaf of params the places on the pipe axis whose units read it or make a partial
     gradient of it."""
     out: list[set[int]] = [set() for _ in cut.grads]
@@ -68,13 +68,13 @@ def owners(cut: Cut, stages: Sequence[Sequence[int]], placement: Sequence[int]) 
     return out
 
 
-def partial_segments(cut: Cut) -> tuple[tuple[int, ...], ...]:
+def partial_segments(cut: Units) -> tuple[tuple[int, ...], ...]:
     """For every leaf of params the segments that make its partial gradients."""
     made = {v: u.segment for u in cut.units.values() for v in u.outputs}
     return tuple(tuple(made[v] for v in partials) for partials in cut.grads)
 
 
-def check_alike(cuts: Sequence[Cut]) -> None:
+def check_alike(cuts: Sequence[Units]) -> None:
     """Microbatches of different shapes must have the same segments, partial gradients and aux.
 
     Raises:
@@ -85,11 +85,9 @@ def check_alike(cuts: Sequence[Cut]) -> None:
         same = cut.segments == first.segments and partial_segments(cut) == partial_segments(first)
         if not same or len(cut.heads) != len(first.heads):
             raise CutError(
-                f"microbatch {m} takes another way through the loss function than microbatch 0: "
-                f"it has {cut.segments} "
-                f"segments instead of {first.segments}, or its segments use other params. Shapes "
-                "may differ between "
-                "microbatches, the path may not"
+                f"microbatch {m} takes another way through the loss function than microbatch 0: it "
+                f"has {cut.segments} segments instead of {first.segments}, or its segments use "
+                "other params. Shapes may differ between microbatches, the path may not"
             )
 
 
@@ -110,10 +108,9 @@ def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
                 if x != y:
                     raise CutError(
                         "ranks whose slices of the sequence differ in length take other ways "
-                        "through the loss function: at "
-                        f"place {place} of the pipeline one does {x!r} where another does {y!r}. "
-                        "What the loss function does "
-                        "must not depend on the number of positions"
+                        f"through the loss function: at place {place} of the pipeline one does "
+                        f"{x!r} where another does {y!r}. What the loss function does must not "
+                        "depend on the number of positions"
                     )
 
 
@@ -129,7 +126,7 @@ def _communication(program: Program) -> list[str]:
 
 
 def lower(
-    cuts: Sequence[Cut],
+    cuts: Sequence[Units],
     stages: Sequence[Sequence[int]],
     schedule: Schedule,
     place: int,
@@ -158,7 +155,7 @@ def lower(
 
 @dataclass
 class _Lowering:
-    cuts: Sequence[Cut]
+    cuts: Sequence[Units]
     stages: Sequence[Sequence[int]]
     schedule: Schedule
     place: int
@@ -292,7 +289,7 @@ def _name(v: Value, m: int) -> Name:
     return ("const", v) if v.kind == "const" else ("value", v, m)
 
 
-def _finals(cut: Cut) -> dict[Value, list[Name]]:
+def _finals(cut: Units) -> dict[Value, list[Name]]:
     out: dict[Value, list[Name]] = {}
     for h, v in enumerate(cut.heads):
         out.setdefault(v, []).append(("head", h))

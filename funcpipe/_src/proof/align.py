@@ -1,7 +1,7 @@
 """Pairs: two tapes of one loss function, walked side by side, as a rank runs it and as one device
 does.
 
-Terms. Tape A is a rank's, tape B one device's. A `Call` is one op of both. What only copies
+Terms. Tape A is a rank's, tape B one device's. A `OpCall` is one op of both. What only copies
 (``clone``, which ``reshape`` and ``contiguous`` make where strides ask for it) or takes all (an
 index that is cut to the length) may stand on one tape alone; so do collectives over the axes of the
 sequence, which one device does not have. Everything else has to be the same, op by op: a loss
@@ -54,7 +54,7 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class OpCall:
     """One op of both tapes.
 
     Args:
@@ -104,7 +104,7 @@ class Walk:
         other = self.partner[x.number]
         return Pair(x.number, other.number, x.shape, other.shape, x.dtype)
 
-    def calls(self) -> Iterator[Call]:
+    def calls(self) -> Iterator[OpCall]:
         """The calls, in order.
 
         Raises:
@@ -151,9 +151,9 @@ class Walk:
                 i += 1
             elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == WAIT:
                 raise SequenceError(
-                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so "
-                    "the mean of what they have is not what "
-                    "one device has. Write fp.psum of a sum over fp.psum of a count"
+                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so the "
+                    "mean of what they have is not what one device has. Write fp.psum of a sum "
+                    "over fp.psum of a count"
                 )
             else:
                 raise _other_way(x, y)
@@ -196,13 +196,12 @@ class Walk:
     def _original(self, y: Ref) -> int:
         return self.origin.get(y.number, y.number)
 
-    def _both(self, x: Entry, y: Entry) -> Call:
+    def _both(self, x: Entry, y: Entry) -> OpCall:
         if len(x.outs) != len(y.outs):
             raise SequenceError(
                 f"{op_name(x)}{text(x.line)} gives {len(x.outs)} tensors on a rank and "
-                f"{len(y.outs)} on one device, one for "
-                "every position: a loop over positions ends on a rank where its slice ends. "
-                "Compute all positions at once"
+                f"{len(y.outs)} on one device, one for every position: a loop over positions ends "
+                "on a rank where its slice ends. Compute all positions at once"
             )
         args = {k: self._merged(v, y.args[k]) for k, v in x.args.items()}
         for p, q in zip(x.outs, y.outs, strict=True):
@@ -211,7 +210,7 @@ class Walk:
             found = Ref(self._original(q), q.shape, q.dtype)
             if self.partner.setdefault(p.number, found).number == found.number:
                 self.partner[p.number] = found  # of another shape, perhaps
-        return Call(
+        return OpCall(
             _name(x), x.func, args, tuple(map(self.pair, x.outs)), f"{op_name(x)}{text(x.line)}"
         )
 
@@ -222,12 +221,12 @@ class Walk:
             return [self._merged(p, q) for p, q in zip(x, y, strict=True)]
         return x if _same(x, y) else Differs(x, y)
 
-    def _alone_on_a(self, x: Entry) -> Call:
+    def _alone_on_a(self, x: Entry) -> OpCall:
         source, out = self.partner[x.args["self"].number], x.outs[0]
         self.partner[out.number] = source
         if x.name == "clone":
             self.copies.add(source.number)
-        return Call(
+        return OpCall(
             _name(x),
             x.func,
             {"self": self.pair(x.args["self"])},
@@ -241,29 +240,28 @@ class Walk:
         if y.name == "clone":
             self.copies.add(source)
 
-    def _slice_of_all(self, x: Entry) -> Call:
+    def _slice_of_all(self, x: Entry) -> OpCall:
         """A slice that takes all on one device, where indexing leaves it out."""
         source = self.partner[x.args["self"].number]
         self.partner[x.outs[0].number] = source
         whole = {"start": 0, "end": source.shape[x.args["dim"]], "step": 1}
         args: dict[str, Any] = {k: Differs(x.args[k], v) for k, v in whole.items()}
         args |= {"self": self.pair(x.args["self"]), "dim": x.args["dim"]}
-        return Call("slice", x.func, args, (self.pair(x.outs[0]),), f"{op_name(x)}{text(x.line)}")
+        return OpCall("slice", x.func, args, (self.pair(x.outs[0]),), f"{op_name(x)}{text(x.line)}")
 
-    def _collective(self, start: Entry, wait: Entry) -> Call:
+    def _collective(self, start: Entry, wait: Entry) -> OpCall:
         """A collective over the axes of the sequence, which is nothing on one device."""
         if start.name not in _SUMMED:
             raise SequenceError(
                 f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: what a rank "
-                "makes of its place among the ranks that "
-                "split the sequence cannot be proven to be what one device computes. "
-                "fp.positions(x, dim) numbers "
-                "positions; fp.psum(x, axis) sums over ranks"
+                "makes of its place among the ranks that split the sequence cannot be proven to "
+                "be what one device computes. fp.positions(x, dim) numbers positions; fp.psum(x, "
+                "axis) sums over ranks"
             )
         source = start.args["x"]
         self.partner[wait.outs[0].number] = self.partner[source.number]
         args = {"x": self.pair(source), "axes": Differs(start.args["axes"], "")}
-        return Call(
+        return OpCall(
             start.name,
             None,
             args,
@@ -332,7 +330,6 @@ def _other_way(x: Entry | None, y: Entry | None) -> SequenceError:
     shapes = ["" if e is None or not e.outs else f" of shape {e.outs[0].shape}" for e in (x, y)]
     return SequenceError(
         "the loss function takes another way for another length: where a rank, which has its "
-        "slice of the sequence, does "
-        f"{one}{shapes[0]}, one device does {other}{shapes[1]}. What it does must not depend on "
-        "the number of positions"
+        f"slice of the sequence, does {one}{shapes[0]}, one device does {other}{shapes[1]}. What "
+        "it does must not depend on the number of positions"
     )

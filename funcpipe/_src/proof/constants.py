@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from funcpipe._src.proof.align import Pair, Walk
 from funcpipe._src.proof.op_recorder import CONSTANT, Entry, Ref, Tape, refs, writes
-from funcpipe._src.proof.placements import Split, World
+from funcpipe._src.proof.placements import Shard, World
 
 _LARGEST = 1 << 20  # numbers in a tensor that is computed
 
@@ -35,7 +35,7 @@ class Constants:
         a, b = self.a.of(x.number), self.b.of(x.other)
         return a if a is not None and b is not None and torch.equal(a, b) else None
 
-    def lies(self, x: Pair, state: Split, world: World) -> bool:
+    def lies(self, x: Pair, state: Shard, world: World) -> bool:
         """Whether a tensor is made of numbers alone, and is split by rows in a layout."""
         own, whole = world.lengths[state.part]
         if any(math.prod(shape) > _LARGEST for shape in (x.a, x.b)) or not own:

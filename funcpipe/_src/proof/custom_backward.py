@@ -52,9 +52,8 @@ class NoHooks(TorchFunctionMode):
 def _hooked() -> SequenceError:
     return SequenceError(
         "the loss function puts a hook on a gradient, or on tensors that are saved for "
-        f"one{user_line() or ''}: what that does to "
-        "a slice's gradient cannot be proven to be what one device does. Change gradients after "
-        "fp.value_and_grad"
+        f"one{user_line() or ''}: what that does to a slice's gradient cannot be proven to be what "
+        "one device does. Change gradients after fp.value_and_grad"
     )
 
 

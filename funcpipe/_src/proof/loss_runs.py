@@ -112,8 +112,8 @@ class Run:
             names = ", ".join(map(repr, axes))
             raise SequenceError(
                 f"fp.{kind} over {names}{user_line() or ''}: it runs inside a transform of "
-                "torch.func, where it cannot be "
-                "proven that rows meet as on one device. Call it outside, on the whole tensor"
+                "torch.func, where it cannot be proven that rows meet as on one device. Call it "
+                "outside, on the whole tensor"
             )
         free = x is None or self.tape.free(x)
 

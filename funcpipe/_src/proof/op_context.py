@@ -1,6 +1,6 @@
 """Sites: what a rule sees of one op, and what it may say of its results.
 
-Terms. A *site* is a `Call` with the states of its operands. A dim of a tensor is *split* (its state
+Terms. A *site* is a `OpCall` with the states of its operands. A dim of a tensor is *split* (its state
 says so), *free* (it moves, and the tensor is constant along it) or *fixed*.
 
 In: a call, states. Out: operands and arguments by name; the state of elementwise results; the last
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from funcpipe._src.proof.align import Call, Differs, Pair
+from funcpipe._src.proof.align import Differs, OpCall, Pair
 from funcpipe._src.proof.placements import (
     COUNTS,
     PSUM,
@@ -23,17 +23,16 @@ from funcpipe._src.proof.placements import (
     Number,
     Partial,
     Refusal,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     World,
     plain,
 )
 
 MIXES = (
     "Only attention may mix positions: do it there, outside of the loss function on the whole "
-    "sequence (and pass the result "
-    "through batch), or for every position by itself"
+    "sequence (and pass the result through batch), or for every position by itself"
 )
 
 
@@ -65,9 +64,9 @@ class Operand:
         """The dims that move."""
         return [d for d in range(self.ndim) if self.moves(d)]
 
-    def split_at(self, dim: int) -> Split | None:
+    def split_at(self, dim: int) -> Shard | None:
         """How the positions lie along a dim, if they do."""
-        return self.state if isinstance(self.state, Split) and self.state.dim == dim else None
+        return self.state if isinstance(self.state, Shard) and self.state.dim == dim else None
 
     def free_at(self, dim: int) -> bool:
         """Whether a dim moves, and the tensor is constant along it."""
@@ -76,14 +75,14 @@ class Operand:
     def __str__(self) -> str:
         by = (
             f", made by {self.made}"
-            if self.made and not isinstance(self.state, Split | Whole)
+            if self.made and not isinstance(self.state, Shard | Replicate)
             else ""
         )
         return f"a tensor of shape {self.a} ({self.state}{by})"
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class OpContext:
     """One op.
 
     Args:
@@ -93,7 +92,7 @@ class Site:
         value_of: the value of a tensor of the call that is made of numbers alone.
     """
 
-    call: Call
+    call: OpCall
     args: dict[str, Any]
     world: World
     value_of: Callable[[Pair], torch.Tensor | None] = lambda _: None
@@ -121,8 +120,8 @@ class Site:
         value = self.args[name]
         if isinstance(value, Differs):
             raise Refusal(
-                f"its {name} is {value.a} on a rank and {value.b} on one device: it is made from "
-                "a slice's length"
+                f"its {name} is {value.a} on a rank and {value.b} on one device: it is made from a "
+                "slice's length"
             )
         return value
 
@@ -138,7 +137,7 @@ class Site:
             return value.state
         if isinstance(value, Differs):
             return Number(value.a, value.b)
-        return Number(value, value) if isinstance(value, int | float) else Whole()
+        return Number(value, value) if isinstance(value, int | float) else Replicate()
 
     def dim(self, name: str = "dim", of: str = "self") -> int:
         """A dim of an operand, counted from the front."""
@@ -159,19 +158,18 @@ def _operands(values: Iterable[Any]) -> Iterable[Operand]:
             yield from _operands(v)
 
 
-def elementwise(s: Site, operands: Sequence[Operand], ndim: int) -> State:
+def elementwise(s: OpContext, operands: Sequence[Operand], ndim: int) -> State:
     """The state of what is computed element by element from operands that broadcast to ``ndim``
     dims, one of them split."""
     splits = [
-        x.state.at(x.state.dim + ndim - x.ndim) for x in operands if isinstance(x.state, Split)
+        x.state.at(x.state.dim + ndim - x.ndim) for x in operands if isinstance(x.state, Shard)
     ]
     first = splits[0]
     for other in splits[1:]:
         if other.dim != first.dim:
             raise Refusal(
-                f"it puts positions along dim {first.dim} beside positions along dim "
-                f"{other.dim}: every pair of a rank's "
-                f"own positions, but none with another rank's. {MIXES}"
+                f"it puts positions along dim {first.dim} beside positions along dim {other.dim}: "
+                f"every pair of a rank's own positions, but none with another rank's. {MIXES}"
             )
         if other != first:
             raise Refusal(
@@ -190,8 +188,7 @@ def elementwise(s: Site, operands: Sequence[Operand], ndim: int) -> State:
         if d >= 0 and not x.split_at(d) and not x.moves(d) and x.a[d] != 1:
             raise Refusal(
                 f"it puts {first} beside {x}, whose dim {d} is as long on every rank: take a "
-                "rank's part of it by "
-                "fp.positions(x, dim), or split it with the batch"
+                "rank's part of it by fp.positions(x, dim), or split it with the batch"
             )
     return first
 
@@ -202,8 +199,7 @@ def refuse_mixing(x: Operand, dims: Sequence[int], what: str) -> None:
         if x.split_at(d):
             raise Refusal(
                 f"it {what} along dim {d} of a tensor of shape {x.a}, along which a rank has "
-                f"{x.a[d]} of {x.b[d]} positions, "
-                f"and one device has all. {MIXES}"
+                f"{x.a[d]} of {x.b[d]} positions, and one device has all. {MIXES}"
             )
         if x.moves(d):
             raise Refusal(
@@ -219,7 +215,7 @@ def check(state: State, out: Pair, world: World) -> None:
     moving = [d for d in range(len(out.a)) if out.a[d] != out.b[d]]
     if isinstance(state, Partial | Average) and moving:
         raise Refusal(f"it repeats {state} along dim {moving[0]} as often as a rank has positions")
-    if isinstance(state, Split):
+    if isinstance(state, Shard):
         a, b = world.lengths[state.part]
         rest = state.outer * state.inner
         if (out.a[state.dim], out.b[state.dim]) != (a * rest, b * rest):

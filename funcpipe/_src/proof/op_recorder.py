@@ -340,9 +340,8 @@ class _Known(torch.autograd.Function):
         if not ctx.recorder.tape.judging:
             raise SequenceError(
                 "the loss function itself takes a gradient through "
-                f"{ctx.name.replace('_', '-')}{user_line() or ''}: what it "
-                "computes of that on a slice of the sequence cannot be proven to be what one "
-                "device computes. Leave "
+                f"{ctx.name.replace('_', '-')}{user_line() or ''}: what it computes of that on a "
+                "slice of the sequence cannot be proven to be what one device computes. Leave "
                 "gradients to fp.value_and_grad"
             )
         ctx.recorder.quiet = True  # of what is made here, nothing is known

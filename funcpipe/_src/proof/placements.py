@@ -9,8 +9,8 @@ state but `Refused` is a claim that is proven, for every rank ``m`` of a data sh
 ========== ========================================================= ==================================
 state      claim                                                      along other dims that move
 ========== ========================================================= ==================================
-`Whole`    ``x[m] == X``                                              constant, as in ``expand``
-`Split`    ``x[m]`` is ``X`` at the positions of ``m``                constant
+`Replicate`    ``x[m] == X``                                              constant, as in ``expand``
+`Shard`    ``x[m]`` is ``X`` at the positions of ``m``                constant
 `Partial`  ``sum of x[m] over ranks == X``                            none
 `Average`  ``sum of x[m] * (positions of m) == X * (all positions)``  none
 `Number`   all of ``x[m]`` is ``a``, all of ``X`` is ``b``            constant
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 
 _ROUNDING = 1e-9  # relative: numbers are computed in float64
 PSUM = "fp.psum(x, axis) makes it the sum over all ranks"
@@ -42,7 +42,7 @@ class NoSum(Refusal):
 
 
 @dataclass(frozen=True)
-class Whole:
+class Replicate:
     """The same on every rank as on one device."""
 
     def __str__(self) -> str:
@@ -50,20 +50,20 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Split:
+class Shard:
     """The positions of a rank lie along ``dim``, whose size is ``outer * positions * inner``."""
 
     dim: int
-    part: Any  # a `Part` of a sequence; of rows, a `rows.Share` or a `places.Order`
+    part: Any  # a `SequenceLayout` of a sequence; of rows, a `rows.Share` or a `places.Order`
     outer: int = 1
     inner: int = 1
 
     def __str__(self) -> str:
         return f"a rank's slice of {self.part.size} positions along dim {self.dim}"
 
-    def at(self, dim: int) -> Split:
+    def at(self, dim: int) -> Shard:
         """The same, along another dim."""
-        return Split(dim, self.part, self.outer, self.inner)
+        return Shard(dim, self.part, self.outer, self.inner)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Local:
     (`row_numbers.py`)."""
 
 
-State = Whole | Split | Partial | Average | Number | Refused | Local
+State = Replicate | Shard | Partial | Average | Number | Refused | Local
 ZERO = Number(0, 0)
 
 
@@ -148,40 +148,40 @@ class World:
     rows: bool = False
     by_hand: frozenset[float] = frozenset()
 
-    def axes(self, part: Part) -> Axes:
+    def axes(self, part: SequenceLayout) -> Axes:
         """The axes over which a sum over positions is partial."""
         return tuple(a for a in self.live if a in part.axes)
 
-    def factor(self, size: tuple[int, int]) -> tuple[Part, int] | None:
+    def factor(self, size: tuple[int, int]) -> tuple[SequenceLayout, int] | None:
         """The part of which both sizes of a dim are a multiple, the same one."""
         for part, (a, b) in self.lengths.items():
             if size[1] % b == 0 and size[0] == a * (size[1] // b):
                 return part, size[1] // b
         return None
 
-    def along(self, dim: int, size: tuple[int, int]) -> Split | None:
+    def along(self, dim: int, size: tuple[int, int]) -> Shard | None:
         """How units lie along a dim of such sizes along which a tensor is constant: in any way, so
         in the usual one."""
         found = self.factor(size)
         return (
             None
             if found is None
-            else Split(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
+            else Shard(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
         )
 
-    def is_count(self, n: Number, part: Part) -> bool:
+    def is_count(self, n: Number, part: SequenceLayout) -> bool:
         """Whether a number grows like the positions of a part."""
         a, b = self.lengths[part]
         return not n.constant and math.isclose(n.a * b, n.b * a, rel_tol=_ROUNDING)
 
-    def counted(self, n: Number) -> Part | None:
+    def counted(self, n: Number) -> SequenceLayout | None:
         """The part that a number counts."""
         return next((p for p in self.lengths if self.is_count(n, p)), None)
 
 
 def plain(s: State) -> bool:
     """Whether a state says that every rank has what one device has."""
-    return isinstance(s, Whole) or (isinstance(s, Number) and s.constant)
+    return isinstance(s, Replicate) or (isinstance(s, Number) and s.constant)
 
 
 def as_partial(w: World, s: State) -> State:
@@ -195,10 +195,10 @@ def as_partial(w: World, s: State) -> State:
 def dual(w: World, s: State) -> State | None:
     """The state of the gradient of the loss with respect to a tensor, every rank's total counting
     once."""
-    if isinstance(s, Split):
+    if isinstance(s, Shard):
         return s
     if isinstance(s, Partial) and s.axes == w.live:
-        return Whole()
+        return Replicate()
     return Partial(w.live) if plain(s) else None
 
 
@@ -207,8 +207,8 @@ def agrees(new: State, old: State) -> bool:
     if isinstance(new, Refused) or new == old:
         return not isinstance(new, Refused)
     if isinstance(new, Number) and new.constant:
-        return isinstance(old, Split | Whole) or (new == ZERO and isinstance(old, Partial))
-    return isinstance(new, Whole) and isinstance(old, Split)
+        return isinstance(old, Shard | Replicate) or (new == ZERO and isinstance(old, Partial))
+    return isinstance(new, Replicate) and isinstance(old, Shard)
 
 
 def add(w: World, s: State, t: State) -> State:
@@ -224,7 +224,7 @@ def add(w: World, s: State, t: State) -> State:
     if isinstance(s, Number) and s == ZERO:
         return t
     if plain(s) and plain(t):
-        return Whole()
+        return Replicate()
     if isinstance(s, Average) or isinstance(t, Average):
         average = s if isinstance(s, Average) else t
         if all(plain(x) or x == average for x in (s, t)):
@@ -238,8 +238,8 @@ def add(w: World, s: State, t: State) -> State:
     if isinstance(s, Partial) or isinstance(t, Partial):
         raise NoSum(
             f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank "
-            "once for each of them. "
-            "Multiply that by the number of this rank's tokens, or add it to the gradients"
+            "once for each of them. Multiply that by the number of this rank's tokens, or add it "
+            "to the gradients"
         )
     raise Refusal(_depends(s, t))
 
@@ -255,7 +255,7 @@ def mul(w: World, s: State, t: State) -> State:
     if isinstance(s, Number) and not plain(s):
         s, t = t, s
     if plain(s) and plain(t):
-        return Whole()
+        return Replicate()
     if plain(t):
         s, t = t, s
     if plain(s) and isinstance(t, Partial | Average):
@@ -268,7 +268,7 @@ def mul(w: World, s: State, t: State) -> State:
         if inverse is not None and isinstance(s, Partial) and s.axes == w.axes(inverse):
             return Average(inverse)
         if plain(s) and inverse is not None and round(1 / t.a) in w.by_hand:
-            return Whole()
+            return Replicate()
         if isinstance(s, Partial | Average):
             raise Refusal(
                 f"it scales {s} by {t}: no sum over ranks makes that what one device has; {COUNTS}"
@@ -294,6 +294,6 @@ def _depends(*states: State) -> str:
     number = next((s for s in states if isinstance(s, Number) and not s.constant), None)
     return (
         f"it computes with {number}, which is made from the length of a rank's slice: take the "
-        "whole length from a Python "
-        "value that the closure brings, or positions from fp.positions(x, dim)"
+        "whole length from a Python value that the closure brings, or positions from "
+        "fp.positions(x, dim)"
     )

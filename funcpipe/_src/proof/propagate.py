@@ -23,10 +23,10 @@ from funcpipe._src.proof import rules_intrinsic as known
 from funcpipe._src.proof import rules_named_axes as named
 from funcpipe._src.proof import rules_reduction as reductions
 from funcpipe._src.proof import rules_view as shapes
-from funcpipe._src.proof.align import Call, Pair, Walk
+from funcpipe._src.proof.align import OpCall, Pair, Walk
 from funcpipe._src.proof.constants import Constants
 from funcpipe._src.proof.custom_backward import GRADIENT
-from funcpipe._src.proof.op_context import Operand, Site, check
+from funcpipe._src.proof.op_context import OpContext, Operand, check
 from funcpipe._src.proof.op_recorder import BUFFER, NAMED, STATISTIC
 from funcpipe._src.proof.placements import (
     ZERO,
@@ -36,9 +36,9 @@ from funcpipe._src.proof.placements import (
     Partial,
     Refusal,
     Refused,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     World,
     agrees,
     plain,
@@ -54,7 +54,7 @@ _BLIND = (
     BUFFER,
 )  # fmt: skip
 _SAME_ENTRIES = ("view", "unsqueeze", "squeeze", "detach", "clone", "_to_copy")
-Found = Callable[[str, Call, known.Finding], None]
+Found = Callable[[str, OpCall, known.Finding], None]
 
 
 class Proof:
@@ -78,7 +78,7 @@ class Proof:
         self.root: dict[int, int] = {}
         self.all_of: set[int] = set()  # roots, and views of all of a root as it is
         self.views: dict[
-            int, list[tuple[Call, int]]
+            int, list[tuple[OpCall, int]]
         ] = {}  # of a root: the calls that made them, and which result it is
 
     def run(self, inputs: Sequence[State]) -> None:
@@ -98,7 +98,7 @@ class Proof:
         self.all_of.add(pair.number)
         self.views.setdefault(pair.number, [])
 
-    def _step(self, call: Call) -> None:
+    def _step(self, call: OpCall) -> None:
         states = self._results(call)
         if call.name in (STATISTIC, BUFFER):
             self._declared(call, states)
@@ -130,7 +130,7 @@ class Proof:
                 if call.name != "detach" or source.number not in self.all_of:
                     self.all_of.discard(pair.number)
 
-    def _turned(self, call: Call, state: State) -> bool:
+    def _turned(self, call: OpCall, state: State) -> bool:
         """A call like ``squeeze_`` gives a tensor another shape; no view of it knows of that."""
         pair = call.outs[0]
         root = self.root[pair.number]
@@ -142,13 +142,13 @@ class Proof:
             self.views[root].append((call, 0))
         return True
 
-    def _declared(self, call: Call, states: list[State]) -> None:
+    def _declared(self, call: OpCall, states: list[State]) -> None:
         """A declared batch statistic may also change what it gets."""
         for pair, state in zip(call.outs, states, strict=True):
             if pair.number in self.states:
                 self._write(call, pair, state)
 
-    def _maker(self, call: Call, state: State) -> str:
+    def _maker(self, call: OpCall, state: State) -> str:
         """By which op a state came: by a call, unless an operand has it already."""
         had = (x.number for x in _operands(call.args.values()) if self.states[x.number] == state)
         return self.made.get(next(had, -1), call.where)
@@ -159,7 +159,7 @@ class Proof:
 
     # ---- one call
 
-    def _results(self, call: Call) -> list[State]:
+    def _results(self, call: OpCall) -> list[State]:
         bad = next((s for s in self._operand_states(call.args) if isinstance(s, Refused)), None)
         if call.name in known.FINDERS or call.name == GRADIENT:
             return self._known(call, bad)
@@ -177,11 +177,11 @@ class Proof:
                 call.outs
             )
 
-    def _by_value(self, call: Call) -> list[State] | None:
+    def _by_value(self, call: OpCall) -> list[State] | None:
         """The results of a call, one of whose operands is a constant that lies as another one
         does."""
         pairs = list(_operands(call.args.values()))
-        layouts = [(p, s) for p in pairs if isinstance(s := self.states[p.number], Split)]
+        layouts = [(p, s) for p in pairs if isinstance(s := self.states[p.number], Shard)]
         if not layouts or call.func is None:
             return None
         self.constants = self.constants or Constants(self.walk)
@@ -203,17 +203,17 @@ class Proof:
                     self.states[x.number] = before
         return None
 
-    def _by_zero(self, call: Call) -> bool:
+    def _by_zero(self, call: OpCall) -> bool:
         """Whether a product is zero whatever else is in it."""
         numbers = [Number(v, v) for v in call.args.values() if isinstance(v, int | float)]
         return ZERO in (*numbers, *self._operand_states(call.args))
 
-    def _applied(self, call: Call) -> States:
+    def _applied(self, call: OpCall) -> States:
         site = self._site(call)
         local = any(isinstance(x.state, Local) for x in site.operands)
         return places.apply(site) if local and call.name not in (*_BLIND, NAMED) else apply(site)
 
-    def _known(self, call: Call, bad: Refused | None) -> list[State]:
+    def _known(self, call: OpCall, bad: Refused | None) -> list[State]:
         if bad is not None:
             what = f"an operand of {call.where}"
             if call.name == GRADIENT:
@@ -231,7 +231,7 @@ class Proof:
         self.found(call.name, call, finding)
         return [state] * len(call.outs)
 
-    def _collective(self, call: Call, bad: Refused | None) -> list[State]:
+    def _collective(self, call: OpCall, bad: Refused | None) -> list[State]:
         """A collective over ranks that have other positions; at once, since they might not have
         tensors of equal shapes."""
         if bad is not None and self.world.rows:
@@ -249,15 +249,15 @@ class Proof:
                 )
             raise SequenceError(f"{call.where}: {refusal}") from None
 
-    def _checked(self, call: Call, states: States) -> list[State]:
+    def _checked(self, call: OpCall, states: States) -> list[State]:
         each = list(states) if isinstance(states, Sequence) else [states] * len(call.outs)
         if not call.name.endswith("_start") or call.func is None:  # what a start gives is a token
             for state, out in zip(each, call.outs, strict=True):
                 check(state, out, self.world)
         return each
 
-    def _site(self, call: Call) -> Site:
-        return Site(
+    def _site(self, call: OpCall) -> OpContext:
+        return OpContext(
             call, {k: self._operand(v) for k, v in call.args.items()}, self.world, self._value_of
         )
 
@@ -278,7 +278,7 @@ class Proof:
 
     # ---- memory
 
-    def _write(self, call: Call, target: Pair, state: State) -> None:
+    def _write(self, call: OpCall, target: Pair, state: State) -> None:
         """A call writes what has a state to a tensor."""
         root, before = self.root[target.number], self.states[target.number]
         members = [root, *(c.outs[k].number for c, k in self.views[root])]
@@ -297,8 +297,8 @@ class Proof:
                 if agrees(state, self.states[target.number]):
                     return
         text = (
-            f"{call.where}: it writes {state} to a part of a tensor that has something else "
-            "in it. Join parts by torch.cat"
+            f"{call.where}: it writes {state} to a part of a tensor that has something else in it. "
+            "Join parts by torch.cat"
         )
         why = next((x for x in (state, before) if isinstance(x, Refused)), Refused(text))
         self.states.update(dict.fromkeys(members, why))
@@ -309,14 +309,14 @@ class Proof:
         state, pair = self.states[root], self.pairs[root]
         moving = [d for d in range(len(pair.a)) if pair.a[d] != pair.b[d]]
         free = [
-            d for d in moving if not (isinstance(state, Split) and state.dim == d)
+            d for d in moving if not (isinstance(state, Shard) and state.dim == d)
         ]  # constant along them, till now
         if not free or (isinstance(state, Number) and state == new):
             yield state
         if not plain(state):
             return
         if not moving:
-            yield Whole()
+            yield Replicate()
             if state == ZERO:
                 yield Partial(self.world.live)
         elif len(moving) == 1:
@@ -331,7 +331,7 @@ class Proof:
             self.states[call.outs[k].number] = self._results(call)[k]
 
 
-def _written(call: Call) -> list[Pair]:
+def _written(call: OpCall) -> list[Pair]:
     """The operands that a call writes to."""
     if call.func is None or not hasattr(call.func, "_schema"):
         return []
@@ -361,7 +361,7 @@ def _operands(values: Any) -> Iterator[Pair]:
             yield from _operands(v)
 
 
-def _viewed(call: Call) -> Pair | None:
+def _viewed(call: OpCall) -> Pair | None:
     """The operand in whose memory the results of a call lie."""
     if call.func is None or not hasattr(call.func, "_schema"):
         return None

@@ -9,7 +9,7 @@ as long as they are put back: experts get their tokens sorted.
 state        claim
 ============ ===============================================================================================
 `Places`     every entry is the number of an entry of a part; one device has the number that it has there
-`Keys`       `Split`, and sorted: the keys of an order
+`Keys`       `Shard`, and sorted: the keys of an order
 `Counts`     `Partial`, and how many rows have every key of an order; `Ends`: their running sum
 `Largest`    the maximum over parts is what one device has
 `Norm`       the sum of its powers over parts is the power of what one device has
@@ -17,7 +17,7 @@ state        claim
 `Start`      what comes of ``axis_index`` alone; with ``rows``: times so many, the number of a rank's first row
 ============ ===============================================================================================
 
-A *layout* is a `Split` along dim 0: the rows as they come, or (its part is an `Order`) as some keys
+A *layout* is a `Shard` along dim 0: the rows as they come, or (its part is an `Order`) as some keys
 sort them. Positions of a sequence have none of these states.
 
 In: a site of which an operand has such a state. Out: states.
@@ -35,7 +35,7 @@ import torch
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.proof import loops
 from funcpipe._src.proof.align import Differs, Pair
-from funcpipe._src.proof.op_context import Operand, Site, all_plain, elementwise, refuse_mixing
+from funcpipe._src.proof.op_context import OpContext, Operand, all_plain, elementwise, refuse_mixing
 from funcpipe._src.proof.op_recorder import BUFFER, STATISTIC
 from funcpipe._src.proof.placements import (
     Local,
@@ -43,9 +43,9 @@ from funcpipe._src.proof.placements import (
     Partial,
     Refusal,
     Refused,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     plain,
 )
 from funcpipe._src.proof.rules_pointwise import RULES, States, pointwise, rule, same_everywhere
@@ -85,8 +85,8 @@ class Places(Local):
         first_of: they name, in order, the first of every so many entries; 0: not known.
     """
 
-    at: Split
-    of: Split
+    at: Shard
+    of: Shard
     once: bool = False
     own: bool = False
     first_of: int = 0
@@ -96,12 +96,12 @@ class Places(Local):
 
 
 @dataclass(frozen=True)
-class Keys(Split):
+class Keys(Shard):
     """The keys of an order."""
 
 
 @dataclass(frozen=True)
-class OneHot(Split):
+class OneHot(Shard):
     """Which of the numbers from 0 on a key is."""
 
     keys: int | None = None
@@ -174,13 +174,13 @@ class Norm(Local):
 
 
 ANY = "any op"
-_RULES: dict[str, list[Callable[[Site], States | None]]] = {}
+_RULES: dict[str, list[Callable[[OpContext], States | None]]] = {}
 
 
 def place_rule(*names: str) -> Callable:
     """Register a rule of some ops on such states; it gives None where another one may know more."""
 
-    def register(fn: Callable[[Site], States | None]) -> Callable[[Site], States | None]:
+    def register(fn: Callable[[OpContext], States | None]) -> Callable[[OpContext], States | None]:
         for name in names:
             _RULES.setdefault(name, []).append(fn)
         return fn
@@ -188,7 +188,7 @@ def place_rule(*names: str) -> Callable:
     return register
 
 
-def apply(s: Site) -> States:
+def apply(s: OpContext) -> States:
     """The states of the results of an op, one of whose operands is right on its part alone."""
     for known in (*_RULES.get(s.call.name, ()), *_RULES.get(ANY, ())):
         out = known(s)
@@ -207,19 +207,19 @@ def apply(s: Site) -> States:
         return _of_one_row(s, odd.state)
     if isinstance(odd.state, Places):
         raise Refusal(
-            f"it computes with {odd}: every part counts its rows from 0, where one device goes "
-            "on. Pass the numbers of rows through batch"
+            f"it computes with {odd}: every part counts its rows from 0, where one device goes on. "
+            "Pass the numbers of rows through batch"
         )
     raise Refusal(f"it computes with {odd}, which one device does not have")
 
 
-def _alone(state: Split) -> Split:
+def _alone(state: Shard) -> Shard:
     """A layout: its rows along dim 0."""
-    return Split(0, state.part, state.outer, state.inner)
+    return Shard(0, state.part, state.outer, state.inner)
 
 
 @rule(STATISTIC, BUFFER)
-def _statistic(s: Site) -> States:
+def _statistic(s: OpContext) -> States:
     """What a declared batch statistic gives: an entry for every row, or what all rows of the part
     see."""
     return [_declared(s, o) for o in s.outs]
@@ -228,22 +228,21 @@ def _statistic(s: Site) -> States:
 place_rule(STATISTIC)(_statistic)
 
 
-def _declared(s: Site, out: Pair) -> State:
+def _declared(s: OpContext, out: Pair) -> State:
     moving = [d for d in range(len(out.a)) if out.a[d] != out.b[d]]
     found = s.world.factor((out.a[moving[0]], out.b[moving[0]])) if len(moving) == 1 else None
     if moving and found is None:
         return Refused(
             f"{s.call.where}: it gives a tensor of shape {out.a} in a part, and {out.b} on one "
-            "device: it may have an entry for every row, "
-            "along one dim, or be the same for all"
+            "device: it may have an entry for every row, along one dim, or be the same for all"
         )
-    return Split(moving[0], found[0], 1, found[1]) if found else Whole()
+    return Shard(moving[0], found[0], 1, found[1]) if found else Replicate()
 
 
 # ---- numbers of rows
 
 
-def numbers(s: Site) -> State | None:
+def numbers(s: OpContext) -> State | None:
     """The state of ``arange``, if it counts the rows of a part."""
     start, step, end = (s.args.get(k) for k in ("start", "step", "end"))
     if not s.world.rows or not isinstance(end, Differs) or start not in (None, 0):
@@ -251,7 +250,7 @@ def numbers(s: Site) -> State | None:
     found = s.world.factor((s.out.a[0], s.out.b[0]))
     if found is None:
         return None
-    layout = Split(0, found[0], 1, found[1])
+    layout = Shard(0, found[0], 1, found[1])
     if step in (None, 1):
         return own_numbers(layout)
     if (
@@ -263,18 +262,18 @@ def numbers(s: Site) -> State | None:
     return Places(layout, replace(layout, inner=found[1] * step), once=True, first_of=step)
 
 
-def own_numbers(layout: Split) -> State:
+def own_numbers(layout: Shard) -> State:
     """Every entry of a layout numbers itself."""
     return Places(layout, layout, once=True, own=True)
 
 
 @rule("arange")
-def _arange(s: Site) -> State:
+def _arange(s: OpContext) -> State:
     return numbers(s) or same_everywhere(s)
 
 
 @place_rule("clone", "detach", "_to_copy")
-def _kept(s: Site) -> State | None:
+def _kept(s: OpContext) -> State | None:
     x = s.x()
     if isinstance(x.state, Places) and s.out.dtype.is_floating_point | (
         str(s.out.dtype) == "torch.bool"
@@ -295,21 +294,21 @@ def _kept(s: Site) -> State | None:
     "select",
     "repeat",
 )
-def _rearranged(s: Site) -> State | None:
+def _rearranged(s: OpContext) -> State | None:
     x = s.x()
     if not isinstance(x.state, Places):
         return x.state if isinstance(x.state, Largest) else None
     moved = RULES[s.call.name](replace(s, args=s.args | {"self": replace(x, state=x.state.at)}))
-    assert isinstance(moved, Split)
+    assert isinstance(moved, Shard)
     return replace(x.state, at=moved, once=x.state.once and _all_kept(s), own=False, first_of=0)
 
 
-def _all_kept(s: Site) -> bool:
+def _all_kept(s: OpContext) -> bool:
     return s.call.name in ("view", "unsqueeze", "squeeze", "permute", "transpose", "t")
 
 
 @place_rule("floor_divide", "div", "remainder", "fmod")
-def _divided(s: Site) -> State | None:
+def _divided(s: OpContext) -> State | None:
     """Several entries of a row, as the numbers of fewer entries, or which of them it is."""
     x, by = s.args["self"], s.term("other")
     floors = s.call.name != "div" or s.args.get("rounding_mode") in ("floor", "trunc")
@@ -329,7 +328,7 @@ def _divided(s: Site) -> State | None:
 
 
 @place_rule("add")
-def _first_row(s: Site) -> State | None:
+def _first_row(s: OpContext) -> State | None:
     """The number of a rank's first row, and its own numbers from there on."""
     terms = [s.term(k) for k in ("self", "other")]
     first = next((t for t in terms if isinstance(t, Start)), None)
@@ -350,7 +349,7 @@ def _first_row(s: Site) -> State | None:
 
 
 @place_rule("mul")
-def _times_rows(s: Site) -> State | None:
+def _times_rows(s: OpContext) -> State | None:
     terms = [s.term(k) for k in ("self", "other")]
     for first, by in (terms, terms[::-1]):
         if isinstance(first, Start) and first.rows == 1 and isinstance(by, Number):
@@ -362,11 +361,11 @@ def _times_rows(s: Site) -> State | None:
 
 
 @rule(loops.ONE)
-def _one_row(s: Site) -> State:
+def _one_row(s: OpContext) -> State:
     x = s.x()
     if (
         x.moving != [s.dim()]
-        or not isinstance(x.state, Split)
+        or not isinstance(x.state, Shard)
         or x.state.dim != s.dim()
         or x.state.outer != 1
     ):
@@ -374,14 +373,14 @@ def _one_row(s: Site) -> State:
     return Item(x.state.part, x.state.inner)
 
 
-def _of_one_row(s: Site, state: Item) -> State:
+def _of_one_row(s: OpContext, state: Item) -> State:
     """Any op on one row and on what is the same for all."""
     s.all_values()
     if s.call.name == loops.SUM:
         return Partial(s.world.axes(state.part))
     if s.call.name in (loops.STACK, loops.CAT):
         entries = s.x().a[s.dim()] if s.call.name == loops.CAT else 1
-        return Split(s.value("dim") % len(s.out.a), state.part, 1, state.inner * entries)
+        return Shard(s.value("dim") % len(s.out.a), state.part, 1, state.inner * entries)
     for x in s.operands:
         if x.state != state and not all_plain([x]):
             raise Refusal(f"it puts one row beside {x}")
@@ -392,9 +391,9 @@ def _of_one_row(s: Site, state: Item) -> State:
     return state
 
 
-def norm(s: Site, x: Operand) -> State | None:
+def norm(s: OpContext, x: Operand) -> State | None:
     """The state of a norm over rows."""
-    assert isinstance(x.state, Split)
+    assert isinstance(x.state, Shard)
     power = s.args.get("ord", s.args.get("p", 2))
     known = (
         s.world.rows
@@ -406,7 +405,7 @@ def norm(s: Site, x: Operand) -> State | None:
 
 
 @place_rule("pow")
-def _power(s: Site) -> State | None:
+def _power(s: OpContext) -> State | None:
     x = s.args["self"]
     power = s.args["exponent"]
     same = isinstance(x, Operand) and isinstance(x.state, Norm) and x.state.power == power
@@ -416,20 +415,20 @@ def _power(s: Site) -> State | None:
 # ---- orders
 
 
-def ordered(s: Site, x: Operand) -> States:
+def ordered(s: OpContext, x: Operand) -> States:
     """The states of what sorts the rows of a part: the sorted keys, and where they were."""
     state = x.state
-    assert isinstance(state, Split)
+    assert isinstance(state, Shard)
     down = s.args.get("descending")
     base = state.part.base if isinstance(state.part, Order) else state.part
     order = Order(base, x.b[0], s.outs[-1].number, None if down else x.source)
     s.world.lengths[order] = (x.a[0], x.b[0])
-    at = Split(0, order)
+    at = Shard(0, order)
     return [Keys(0, order), Places(at, _alone(state), once=True)]
 
 
 @place_rule("sort")
-def _sort(s: Site) -> States | None:
+def _sort(s: OpContext) -> States | None:
     """Sorting where rows were gives where they went."""
     x = s.x()
     state = x.state
@@ -438,7 +437,7 @@ def _sort(s: Site) -> States | None:
     return [Refused("it sorts numbers of rows"), Places(state.of, _alone(state.at), once=True)]
 
 
-def _fitted(places: Places, layout: Split) -> Places | None:
+def _fitted(places: Places, layout: Shard) -> Places | None:
     """Places as numbers of the entries of a layout; None if they number others."""
     if places.of == layout:
         return places
@@ -449,14 +448,14 @@ def _fitted(places: Places, layout: Split) -> Places | None:
     )
 
 
-def _own_dim(x: Operand, dim: int) -> Split | None:
+def _own_dim(x: Operand, dim: int) -> Shard | None:
     """The layout of an operand along a dim."""
     at = x.state.at if isinstance(x.state, Places) else x.state
-    return _alone(at) if isinstance(at, Split) and at.dim == dim and at.outer == 1 else None
+    return _alone(at) if isinstance(at, Shard) and at.dim == dim and at.outer == 1 else None
 
 
 @place_rule("index", "index_select")
-def _taken(s: Site) -> State | None:
+def _taken(s: OpContext) -> State | None:
     """Entries of rows, by the numbers of rows."""
     x = s.x()
     if s.call.name == "index_select":
@@ -476,12 +475,12 @@ def _taken(s: Site) -> State | None:
         return None
     wide = max(indices[e].ndim for e in given)
     operands = [replace(indices[e], state=places.at) if e == d else indices[e] for e in given]
-    if any(i.moving != [i.state.dim] for i in operands if isinstance(i.state, Split)):
+    if any(i.moving != [i.state.dim] for i in operands if isinstance(i.state, Shard)):
         return None
     for e in given:
         refuse_mixing(x, [e] if e != d else [], "takes entries by number")
     state = elementwise(s, operands, wide)
-    assert isinstance(state, Split)
+    assert isinstance(state, Shard)
     at = state.at(state.dim + given[0])
     return (
         replace(x.state, at=at, once=False, own=False, first_of=0)
@@ -491,7 +490,7 @@ def _taken(s: Site) -> State | None:
 
 
 @place_rule("index_put", "index_add", "index_copy", "scatter", "scatter_add")
-def _put(s: Site) -> State | None:
+def _put(s: OpContext) -> State | None:
     """Entries written, or added, to the rows that they belong to."""
     x, name = s.x(), s.call.name
     values: Any
@@ -516,7 +515,7 @@ def _put(s: Site) -> State | None:
     ):
         return None
     if adds:
-        if not isinstance(x.state, Split) and not plain(x.state):
+        if not isinstance(x.state, Shard) and not plain(x.state):
             return None
     elif not places.once:
         return None
@@ -541,13 +540,13 @@ def _written(values: Operand, places: Places, d: int) -> State | None:
 
 
 @rule("eq")
-def _one_hot(s: Site) -> State:
+def _one_hot(s: OpContext) -> State:
     """Keys beside the numbers 0, 1, ...: which of them each is."""
     state = pointwise(s)
     keys, table = s.args["self"], s.call.args["other"]
     if (
         not s.world.rows
-        or type(state) is not Split
+        or type(state) is not Shard
         or not isinstance(table, Pair)
         or len(table.a) != 1
     ):
@@ -563,9 +562,9 @@ def _one_hot(s: Site) -> State:
     return OneHot(0, state.part, state.outer, state.inner, keys.source)
 
 
-def counts(s: Site, x: Operand, dims: Sequence[int]) -> State:
+def counts(s: OpContext, x: Operand, dims: Sequence[int]) -> State:
     """The state of a sum over rows."""
-    assert isinstance(x.state, Split)
+    assert isinstance(x.state, Shard)
     axes = s.world.axes(x.state.part)
     return (
         Counts(axes, x.state.keys)
@@ -575,23 +574,23 @@ def counts(s: Site, x: Operand, dims: Sequence[int]) -> State:
 
 
 @rule("histc")
-def _histc(s: Site) -> State:
+def _histc(s: OpContext) -> State:
     x = s.x()
     s.all_values()
-    if not isinstance(x.state, Split) or s.value("min") == s.value("max"):
+    if not isinstance(x.state, Shard) or s.value("min") == s.value("max"):
         return same_everywhere(s)
     axes = s.world.axes(x.state.part)
     return Counts(axes, x.state.part.keys if isinstance(x.state, Keys) else x.source)
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
-def _grouped(s: Site) -> State:
+def _grouped(s: OpContext) -> State:
     """Rows that are sorted by experts, each times the matrix of its own."""
     x, weight, offs = (
         s.x(n)
         for n in (("self", "mat2", "offs") if "mat2" in s.args else ("input", "weight", "offs"))
     )
-    if not isinstance(x.state, Split):
+    if not isinstance(x.state, Shard):
         return same_everywhere(s)
     ends = offs.state
     if (
@@ -605,8 +604,8 @@ def _grouped(s: Site) -> State:
     ):
         raise Refusal(
             f"it multiplies groups of {x} that end at {offs}: sort tokens by the number of their "
-            "expert (sorted, perm = "
-            "experts.sort()), and take the ends from torch.histc(sorted, ...).cumsum(0)"
+            "expert (sorted, perm = experts.sort()), and take the ends from torch.histc(sorted, "
+            "...).cumsum(0)"
         )
     return x.state
 
@@ -615,7 +614,7 @@ def _grouped(s: Site) -> State:
 
 
 @place_rule("amax", "amin", "max", "min")
-def _larger(s: Site) -> State | None:
+def _larger(s: OpContext) -> State | None:
     x = s.x()
     same = (
         isinstance(x.state, Largest) and x.state.how == s.call.name[-3:] and "other" not in s.args
@@ -623,9 +622,9 @@ def _larger(s: Site) -> State | None:
     return x.state if same else None
 
 
-def largest(s: Site, x: Operand) -> State | None:
+def largest(s: OpContext, x: Operand) -> State | None:
     """The state of a maximum over rows."""
-    assert isinstance(x.state, Split)
+    assert isinstance(x.state, Shard)
     if not s.world.rows or s.call.name not in ("amax", "amin", "max", "min") or len(s.outs) != 1:
         return None
     return Largest(s.world.axes(x.state.part), s.call.name[-3:])

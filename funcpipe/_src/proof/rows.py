@@ -43,9 +43,9 @@ from funcpipe._src.proof.placements import (
     Number,
     Partial,
     Refused,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     World,
     as_partial,
     plain,
@@ -138,11 +138,9 @@ def _refuse_joining(part: Run, dealt: Axes) -> None:
         if frozenset(entry.args["axes"].split(",")) & frozenset(dealt):
             raise BatchError(
                 f"fp.{entry.args['kind']} over {entry.args['axes']!r}{text(entry.line)}: ready "
-                "microbatches whose rows "
-                "do not divide are dealt to ranks, whole, so it would join two microbatches, "
-                "where one device has each "
-                "alone. Give every microbatch rows that divide over the axis, or leave the "
-                "collective out"
+                "microbatches whose rows do not divide are dealt to ranks, whole, so it would "
+                "join two microbatches, where one device has each alone. Give every microbatch "
+                "rows that divide over the axis, or leave the collective out"
             )
 
 
@@ -199,7 +197,7 @@ class _Proven:
         self.states: list[State] = []
         for x, cs, m in zip(part, own, moving, strict=True):
             if isinstance(x, torch.Tensor):
-                self.states.append(Split(cs[0].dim, shares[m[2]][0], 1, m[0]) if m else Whole())
+                self.states.append(Shard(cs[0].dim, shares[m[2]][0], 1, m[0]) if m else Replicate())
         alone = {a: 1 if a in later else n for a, n in mesh.axes.items()}
         self.on_part = Run(subject, part, Mesh(**alone), Mesh(**alone))
         named = any(x.name == NAMED for x in self.on_part.tape.entries)
@@ -241,7 +239,7 @@ class _Proven:
         proof = Proof(
             Walk(self.on_part.tape, self.on_one.tape, live, True), self.world, lambda *_: None
         )
-        proof.run([*([Whole()] * (self.on_part.count - len(self.states))), *self.states])
+        proof.run([*([Replicate()] * (self.on_part.count - len(self.states))), *self.states])
         return proof
 
 
@@ -277,8 +275,7 @@ def _raise(part: Run, one: Run, subject: Subject) -> None:
         rows = "the rows of a part" if run is part else "all rows"
         raise SequenceError(
             f"the loss function fails with {rows} of the batch{line_of(error) or ''}: "
-            f"{type(error).__name__}: {error}. It has to "
-            "work for every number of rows"
+            f"{type(error).__name__}: {error}. It has to work for every number of rows"
         ) from error
 
 
@@ -359,9 +356,8 @@ class _Judge:
         if isinstance(state, Average):
             raise SequenceError(
                 f"{what} is a mean over the rows of a part{by}: means of parts do not add up to "
-                "the mean of the batch. "
-                "Return the sum as total (reduction='sum') and the number of rows or tokens as "
-                "weight"
+                "the mean of the batch. Return the sum as total (reduction='sum') and the number "
+                "of rows or tokens as weight"
             )
         if isinstance(state, Partial) and state.axes:
             raise SequenceError(
@@ -371,38 +367,35 @@ class _Judge:
         if isinstance(state, Number) and not state.constant:
             raise SequenceError(
                 f"{what} is {state}{by}, made from the number of rows: over parts that does not "
-                "add up. Return the number "
-                "of rows or tokens, such as torch.tensor(float(len(x)))"
+                "add up. Return the number of rows or tokens, such as torch.tensor(float(len(x)))"
             )
         if isinstance(state, Largest | Norm):
             raise SequenceError(
                 f"{what} is {state}{by}, no sum over them: those of the parts do not add up to "
-                "that of the batch. Compute it for "
-                "every row and sum over rows"
+                "that of the batch. Compute it for every row and sum over rows"
             )
         what_it_is = (
             "is an entry for every row"
-            if isinstance(state, Split)
+            if isinstance(state, Shard)
             else "does not depend on the rows of the batch"
         )
         raise SequenceError(
             f"{what} {what_it_is}{by}: it would be counted once for every microbatch and shard. "
-            "Multiply it by the weight (total + "
-            "weight * l2), or add it to the gradients"
+            "Multiply it by the weight (total + weight * l2), or add it to the gradients"
         )
 
     def _rows(self, what: str, x: step_.Rows) -> None:
         state, dim = self._state(what, x.x), x.dim % x.x.dim()
         if (
-            isinstance(state, Split)
+            isinstance(state, Shard)
             and (state.dim, state.outer) == (dim, 1)
             and set(state.part.axes) == set(self.world.live)
         ):
             return
         raise SequenceError(
-            f"{what}, fp.Rows along dim {dim}, is {state}: it takes a tensor with the rows of "
-            "the part along that dim, which are "
-            "put one after another. A value of the whole batch is an fp.Mean"
+            f"{what}, fp.Rows along dim {dim}, is {state}: it takes a tensor with the rows of the "
+            "part along that dim, which are put one after another. A value of the whole batch is "
+            "an fp.Mean"
         )
 
 
@@ -443,10 +436,9 @@ class Words:
         )
         return (
             f"Rows of a batch that is split do not meet inside the loss: {gather}compute what "
-            "needs all rows in a first "
-            "fp.value_and_grad and pass it through batch, or, if each microbatch of each shard "
-            "may be a batch of its own, declare "
-            "it: fp.batch_statistic(fn)(x)"
+            "needs all rows in a first fp.value_and_grad and pass it through batch, or, if each "
+            "microbatch of each shard may be a batch of its own, declare it: "
+            "fp.batch_statistic(fn)(x)"
         )
 
     def _axis(self) -> str:
@@ -454,22 +446,21 @@ class Words:
 
 
 _PHRASES = {
-    f"no sum over ranks makes that what one device has. Write sums, and {COUNTS}": "means of "
-    "parts do not add up to the mean of the "
-    "batch. Return the sum as total (reduction='sum') and the number of rows or tokens as weight",
-    "the sum over ranks would hold what is the same on every rank once for each of them. "
-    "Multiply that by the number of this rank's "
-    "tokens, or add it to the gradients": "what does not depend on the batch would be counted "
-    "once for every microbatch and shard. "
-    "Multiply it by the weight (total + weight * l2), or add it to the gradients",
+    f"no sum over ranks makes that what one device has. Write sums, and {COUNTS}": "means of parts "
+    "do not add up to the mean of the batch. Return the sum as total (reduction='sum') and the "
+    "number of rows or tokens as weight",
+    "the sum over ranks would hold what is the same on every rank once for each of them. Multiply "
+    "that by the number of this rank's tokens, or add it to the "
+    "gradients": "what does not depend on the batch would be counted once for every microbatch and "
+    "shard. Multiply it by the weight (total + weight * l2), or add it to the gradients",
     f". {LENGTH}": ". It is made from the number of rows of a part",
     LENGTH: "it is made from the number of rows of a part",
     "which is made from the length of a rank's slice: take the whole length from a Python value "
-    "that the closure brings, or positions "
-    "from fp.positions(x, dim)": "which is made from the number of rows of a part: return sums, "
-    "with the number of rows as Mean.weight",
-    "with fewer than two, torch itself takes other ways": "with fewer than two, torch itself "
-    "takes other ways",
+    "that the closure brings, or positions from fp.positions(x, "
+    "dim)": "which is made from the number of rows of a part: return sums, with the number of rows "
+    "as Mean.weight",
+    "with fewer than two, torch itself takes other ways": "with fewer than two, torch itself takes "
+    "other ways",
     "where a rank, which has its slice of the sequence, does": "where a part of the batch does",
     "takes another way for another length": "takes another way for another number of rows",
     "a loop over positions ends on a rank where its slice ends. Compute all positions at once": "only a loop in which every turn does the "
@@ -482,27 +473,24 @@ _PHRASES = {
     "with another rank's": "with another part's",
     "every pair of a rank's own positions": "every pair of a part's own rows",
     "the length of a slice": "the number of rows of a part",
-    "take a rank's part of it by fp.positions(x, dim), or split it with the batch": "split it "
-    "with the batch",
+    "take a rank's part of it by fp.positions(x, dim), or split it with the batch": "split it with "
+    "the batch",
     "as many as a slice is long: which ones a rank needs depends on its place. Index with "
-    "fp.positions(x, dim)": "as many as a part has "
-    "rows: which ones it needs depends on its place in the batch. Pass them through batch",
-    "Shift, pool or cut positions outside of the loss function (labels come shifted in the "
-    "batch), or choose them by a mask made with "
-    "fp.positions(x, dim)": "Choose rows outside of the loss function, or by a mask that comes "
-    "in the batch",
+    "fp.positions(x, dim)": "as many as a part has rows: which ones it needs depends on its place "
+    "in the batch. Pass them through batch",
+    "Shift, pool or cut positions outside of the loss function (labels come shifted in the batch), "
+    "or choose them by a mask made with fp.positions(x, "
+    "dim)": "Choose rows outside of the loss function, or by a mask that comes in the batch",
     "every rank would have it, and one device has it once. Add such tokens outside of the loss "
     "function, before the sequence is "
     "split": "every part would have it, and one device has it once. Add such rows outside of the "
     "loss function",
     "or of different sequences": "or of different batches",
     "what that does to a slice's gradient": "what that does to the gradient of a part",
-    "what a rank makes of its place among the ranks that split the sequence cannot be proven to "
-    "be what one device computes. "
-    "fp.positions(x, dim) numbers positions; fp.psum(x, axis) sums over ranks": "what it makes "
-    "of the rows of other ranks cannot be "
-    "proven to be what one device computes. fp.all_gather(x, axis) joins the rows of ranks, "
-    "fp.psum(x, axis) sums over them",
+    "what a rank makes of its place among the ranks that split the sequence cannot be proven to be "
+    "what one device computes. fp.positions(x, dim) numbers positions; fp.psum(x, axis) sums over "
+    "ranks": "what it makes of the rows of other ranks cannot be proven to be what one device "
+    "computes. fp.all_gather(x, axis) joins the rows of ranks, fp.psum(x, axis) sums over them",
     "one rank's positions": "the rows of a part",
     "a rank's positions": "the rows of a part",
     "a rank's slice of positions": "the rows of a part",

@@ -9,14 +9,14 @@ In: a site. Out: states.
 
 from __future__ import annotations
 
-from funcpipe._src.proof.op_context import Operand, Site, all_plain
-from funcpipe._src.proof.placements import Refusal, Refused, Split
+from funcpipe._src.proof.op_context import OpContext, Operand, all_plain
+from funcpipe._src.proof.placements import Refusal, Refused, Shard
 from funcpipe._src.proof.row_numbers import Places, place_rule
 from funcpipe._src.proof.rules_pointwise import States, rule, same_everywhere
 
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
-def _bags(s: Site) -> States:
+def _bags(s: OpContext) -> States:
     indices, offsets, weights = s.x("indices"), s.x("offsets"), s.args.get("per_sample_weights")
     if all_plain(s.operands):
         return same_everywhere(s)
@@ -29,7 +29,7 @@ def _bags(s: Site) -> States:
     begin, entries = offsets.state, indices.state
     if (
         not all_plain([s.x("weight")])
-        or type(entries) is not Split
+        or type(entries) is not Shard
         or not isinstance(begin, Places)
         or not (begin.first_of or begin.own)
         or begin.of != entries
@@ -37,10 +37,9 @@ def _bags(s: Site) -> States:
         or (isinstance(weights, Operand) and weights.state != entries)
     ):
         raise Refusal(
-            f"it looks up {indices}, in bags that begin at {offsets}: pass indices with two "
-            "dims, (rows, entries), and weights of "
-            "the same shape, without offsets; fill short bags up with an index that padding_idx "
-            "names"
+            f"it looks up {indices}, in bags that begin at {offsets}: pass indices with two dims, "
+            "(rows, entries), and weights of the same shape, without offsets; fill short bags up "
+            "with an index that padding_idx names"
         )
     return [begin.at, *[Refused("it is made for the gradient alone") for _ in s.outs[1:]]]
 

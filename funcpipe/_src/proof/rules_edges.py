@@ -26,8 +26,8 @@ import torch
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.proof import rules_view as shapes
 from funcpipe._src.proof.align import Differs
-from funcpipe._src.proof.op_context import Operand, Site
-from funcpipe._src.proof.placements import Local, Number, Split, State, Whole, plain
+from funcpipe._src.proof.op_context import OpContext, Operand
+from funcpipe._src.proof.placements import Local, Number, Replicate, Shard, State, plain
 from funcpipe._src.proof.row_numbers import ANY, Start, place_rule
 from funcpipe._src.proof.rules_pointwise import RULES, States, rule
 from funcpipe._src.proof.rules_pointwise import apply as apply_rule
@@ -37,7 +37,7 @@ from funcpipe._src.proof.rules_pointwise import apply as apply_rule
 class Last(Local):
     """The last ``count`` entries of a part along the dim of its rows."""
 
-    rows: Split
+    rows: Shard
     count: int
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Last(Local):
 class Rest(Local):
     """What `Last` leaves."""
 
-    rows: Split
+    rows: Shard
     count: int
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Rest(Local):
 class Before(Local):
     """The `Last` of the part before."""
 
-    rows: Split
+    rows: Shard
     count: int
 
     def __str__(self) -> str:
@@ -96,11 +96,11 @@ _slice_elsewhere = RULES["slice"]
 
 
 @rule("slice")
-def _slice(s: Site) -> States:
+def _slice(s: OpContext) -> States:
     return _end(s) or _slice_elsewhere(s)
 
 
-def _end(s: Site) -> State | None:
+def _end(s: OpContext) -> State | None:
     """The last rows of a part, or the rows before them."""
     x, dim = s.x(), s.dim()
     rows = x.split_at(dim)
@@ -116,7 +116,7 @@ def _end(s: Site) -> State | None:
     return None
 
 
-def _taken(s: Site, size: int, which: str) -> range:
+def _taken(s: OpContext, size: int, which: str) -> range:
     """The entries that a slice takes, in one of the runs."""
     given = [s.args[name] for name in ("start", "end", "step")]
     start, end, step = (getattr(x, which) if isinstance(x, Differs) else x for x in given)
@@ -140,7 +140,7 @@ def handed_on(state: State, perm: Any, ranks: int) -> Before | None:
 
 
 @place_rule("cat")
-def _joined(s: Site) -> State | None:
+def _joined(s: OpContext) -> State | None:
     """All rows, each in the place of the next ones; or one number in every row but the last."""
     xs = s.args["tensors"]
     if len(xs) != 2:
@@ -158,7 +158,7 @@ def _joined(s: Site) -> State | None:
 
 
 @place_rule("eq")
-def _is_last(s: Site) -> State | None:
+def _is_last(s: OpContext) -> State | None:
     """Whether a rank is the last one."""
     place, other = s.args["self"], s.args["other"]
     if (
@@ -175,7 +175,7 @@ def _is_last(s: Site) -> State | None:
 
 
 @place_rule(ANY)
-def _of_flags(s: Site) -> State | None:
+def _of_flags(s: OpContext) -> State | None:
     """Any op on flags and constants: a flag again."""
     flags = [x.state for x in s.operands if isinstance(x.state, Flag)]
     if not flags:
@@ -194,7 +194,7 @@ def _as_number(x: Any) -> Any:
 
 
 @place_rule(ANY)
-def _of_shuffled(s: Site) -> State | None:
+def _of_shuffled(s: OpContext) -> State | None:
     """Row by row the same, and sums over all rows."""
     shuffled = [x for x in s.operands if isinstance(x.state, Shuffled)]
     if len(shuffled) != 1 or not isinstance(s.call.func, torch._ops.OpOverload):
@@ -206,4 +206,4 @@ def _of_shuffled(s: Site) -> State | None:
         s.all_values()
         return x.state
     sums = s.call.name in ("sum", "mean", "amax", "amin")
-    return Whole() if sums and x.state.dim in s.dims() else None
+    return Replicate() if sums and x.state.dim in s.dims() else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from funcpipe._src.proof.align import Differs, Pair
-from funcpipe._src.proof.op_context import Operand, Site
+from funcpipe._src.proof.op_context import OpContext, Operand
 from funcpipe._src.proof.op_recorder import NAMED
 from funcpipe._src.proof.placements import (
     Average,
@@ -22,9 +22,9 @@ from funcpipe._src.proof.placements import (
     Number,
     Partial,
     Refusal,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     as_partial,
     plain,
 )
@@ -34,12 +34,12 @@ from funcpipe._src.proof.rules_pointwise import rule
 
 
 @rule(NAMED)
-def of(s: Site) -> State:
+def of(s: OpContext) -> State:
     """What a collective makes of an operand."""
     kind, names = s.value("kind"), s.value("axes").split(",")
     own = [a for a in names if a in s.world.live]
     if kind == "axis_index":
-        return Start(tuple(own)) if own else Whole()
+        return Start(tuple(own)) if own else Replicate()
     x = s.x("x")
     if not own:
         return _over_others(kind, x)
@@ -57,7 +57,7 @@ def _over_others(kind: str, x: Operand) -> State:
     if (
         kind in ("psum", "pmean")
         or plain(x.state)
-        or (kind == "pmax" and isinstance(x.state, Split))
+        or (kind == "pmax" and isinstance(x.state, Shard))
     ):
         return x.state
     raise Refusal(f"its operand is {x}, which goes to other ranks")
@@ -66,11 +66,11 @@ def _over_others(kind: str, x: Operand) -> State:
 # ---- of what comes from params and batch
 
 
-def _of_rows(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
+def _of_rows(s: OpContext, kind: str, x: Operand, own: Sequence[str]) -> State:
     state, live = as_partial(s.world, x.state), set(s.world.live)
     if kind == "psum" and isinstance(state, Partial) and set(own) <= set(state.axes):
         left = tuple(a for a in state.axes if a not in own)
-        return Partial(left) if left else Whole()
+        return Partial(left) if left else Replicate()
     if kind == "psum" and plain(state):
         raise Refusal(
             f"its operand is {state}, so the sum over {_text(own)} would hold it once for every "
@@ -87,34 +87,34 @@ def _of_rows(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
         and set(own) <= set(state.axes)
     ):
         left = tuple(a for a in state.axes if a not in own)
-        return Largest(left, "max") if left else Whole()
+        return Largest(left, "max") if left else Replicate()
     if kind == "pmax" and plain(state) and not x.moving:
-        return Whole()
+        return Replicate()
     if kind == "all_gather":
         return _gathered(s, x, own)
     moved = _moved(s, kind, x, own) if own == list(s.world.live) else None
     if moved is not None:
         return moved
     raise Refusal(
-        f"its operand is {x}, and what it makes of the rows of other ranks cannot be proven to "
-        "be what one device computes"
+        f"its operand is {x}, and what it makes of the rows of other ranks cannot be proven to be "
+        "what one device computes"
     )
 
 
 def _mean(x: Operand, state: State, own: Sequence[str], live: set[str]) -> State:
     if plain(state) and not x.moving:
-        return Whole()
+        return Replicate()
     if isinstance(state, Average) and set(own) == live == set(state.part.axes):
-        return Whole()
+        return Replicate()
     if isinstance(state, Partial) and set(own) == live == set(state.axes):
         return state  # every rank has its share of the sum
     raise Refusal(
-        f"its operand is {x}: one device has the mean over ranks of means over all their rows, "
-        "and of nothing else"
+        f"its operand is {x}: one device has the mean over ranks of means over all their rows, and "
+        "of nothing else"
     )
 
 
-def _moved(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State | None:
+def _moved(s: OpContext, kind: str, x: Operand, own: Sequence[str]) -> State | None:
     """Rows for columns and back, columns of sums, and last rows that go to the next rank."""
     state, ranks, options = x.state, s.value("ranks"), s.args["options"]
     if kind == "ppermute":
@@ -134,23 +134,23 @@ def _moved(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State | None:
     ):
         dim = options["dim"] % x.ndim
         part = next((p for p in s.world.lengths if p.axes == tuple(own)), None)
-        return None if part is None else Split(dim, part, 1, x.a[dim] // ranks)
-    if kind == "all_to_all" and isinstance(state, Split):
+        return None if part is None else Shard(dim, part, 1, x.a[dim] // ranks)
+    if kind == "all_to_all" and isinstance(state, Shard):
         cut, joined = options["split_dim"] % x.ndim, options["concat_dim"] % x.ndim
         whole = (state.dim, state.outer, x.moving) == (
             joined,
             1,
             [joined],
         ) and state.part.axes == tuple(own)
-        return Split(cut, state.part, 1, x.a[cut] // ranks) if whole and cut != joined else None
+        return Shard(cut, state.part, 1, x.a[cut] // ranks) if whole and cut != joined else None
     return None
 
 
-def _gathered(s: Site, x: Operand, own: Sequence[str]) -> State:
+def _gathered(s: OpContext, x: Operand, own: Sequence[str]) -> State:
     state, options = x.state, s.value("options")
     dim = options["dim"] % x.ndim
     if (
-        not isinstance(state, Split)
+        not isinstance(state, Shard)
         or (state.dim, state.outer) != (dim, 1)
         or x.moving != [dim]
         or not options["tiled"]
@@ -167,18 +167,18 @@ def _gathered(s: Site, x: Operand, own: Sequence[str]) -> State:
             f"it joins the rows of the ranks of {_text(own)}, but the batch is split over "
             f"{' and '.join(map(_axis, s.world.live))}"
         )
-    return Whole()
+    return Replicate()
 
 
 # ---- of what every rank has by itself
 
 
-def _of_constant(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
+def _of_constant(s: OpContext, kind: str, x: Operand, own: Sequence[str]) -> State:
     state, ranks = x.state, s.value("ranks")
     if isinstance(state, Local) and not (isinstance(state, Start) and set(state.axes) <= set(own)):
         raise Refusal(f"its operand is {x}")
     if kind in ("pmax", "pmean", "all_gather") and not x.moving:
-        return Whole() if isinstance(state, Start) else state
+        return Replicate() if isinstance(state, Start) else state
     if (
         kind == "psum"
         and isinstance(state, Number)
@@ -186,16 +186,16 @@ def _of_constant(s: Site, kind: str, x: Operand, own: Sequence[str]) -> State:
         and (state.constant or s.world.counted(state) is not None)
     ):
         return Number(state.a * ranks, state.b * ranks if state.constant else state.b)
-    if kind == "psum" and isinstance(state, Start | Whole) and not x.moving:
-        return Whole()
+    if kind == "psum" and isinstance(state, Start | Replicate) and not x.moving:
+        return Replicate()
     pair = s.call.args["x"]
     value = s.value_of(pair) if isinstance(pair, Pair) else None
     if value is not None and _alike(kind, value, ranks, s):
-        return Whole()
+        return Replicate()
     raise Refusal(f"its operand is {x}: ranks get different parts of it, and one device has one")
 
 
-def _alike(kind: str, value: torch.Tensor, ranks: int, s: Site) -> bool:
+def _alike(kind: str, value: torch.Tensor, ranks: int, s: OpContext) -> bool:
     """Whether every rank gets the same of what all ranks have."""
     options = s.value("options")
     if kind == "ppermute":

@@ -4,7 +4,7 @@ Here are those of elementwise ops and of what is made from nothing; in `rules_re
 adds up or runs along dims; in `rules_view.py` of what rearranges; in `rules_intrinsic.py` of known
 calls and collectives.
 
-Terms. A rule takes a `Site` and gives the state of its results (one state for all, or one for
+Terms. A rule takes a `OpContext` and gives the state of its results (one state for all, or one for
 each), or a `Refusal`. It holds for every value of every operand. An op that has no rule is allowed
 only where nothing depends on positions.
 
@@ -22,8 +22,8 @@ import torch
 from funcpipe._src.proof.align import Differs
 from funcpipe._src.proof.op_context import (
     MIXES,
+    OpContext,
     Operand,
-    Site,
     all_plain,
     elementwise,
     refuse_mixing,
@@ -37,9 +37,9 @@ from funcpipe._src.proof.placements import (
     Partial,
     Refusal,
     Refused,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     add,
     div,
     mul,
@@ -47,7 +47,7 @@ from funcpipe._src.proof.placements import (
 )
 
 States = State | Sequence[State]
-Rule = Callable[[Site], States]
+Rule = Callable[[OpContext], States]
 RULES: dict[str, Rule] = {}
 LENGTH = "it is made from the length of a rank's slice. Positions come from fp.positions(x, dim)"
 
@@ -62,7 +62,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def apply(s: Site) -> States:
+def apply(s: OpContext) -> States:
     """The states of an op's results, by its rule or, without one, by what its tags say."""
     known, func = RULES.get(s.call.name), s.call.func
     if known is not None:
@@ -71,8 +71,8 @@ def apply(s: Site) -> States:
         raise Refusal("nothing is known of it")
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise Refusal(
-            "it draws from the global random generator. Draw outside the loss and pass it "
-            "through batch"
+            "it draws from the global random generator. Draw outside the loss and pass it through "
+            "batch"
         )
     if (torch.Tag.pointwise in func.tags or s.call.name in _UNTAGGED) and s.outs:
         return pointwise(s)
@@ -86,7 +86,7 @@ _UNTAGGED = (
 )  # fmt: skip
 
 
-def same_everywhere(s: Site) -> State:
+def same_everywhere(s: OpContext) -> State:
     """Any op on what is the same everywhere."""
     for name, value in s.args.items():
         if isinstance(value, Differs) and (not s.operands or all_plain(s.operands)):
@@ -98,13 +98,13 @@ def same_everywhere(s: Site) -> State:
         raise Refusal(f"nothing is known of this op that would allow it on {odd}. {MIXES}")
     if any(o.a != o.b for o in s.outs):
         raise Refusal(LENGTH)
-    return Whole()
+    return Replicate()
 
 
 # ---- element by element
 
 
-def pointwise(s: Site) -> State:
+def pointwise(s: OpContext) -> State:
     """An op that computes every element by itself."""
     operands = s.operands
     numbers = [
@@ -112,18 +112,18 @@ def pointwise(s: Site) -> State:
     ]
     if not numbers:
         s.all_values()
-    if any(isinstance(x.state, Split) for x in operands):
+    if any(isinstance(x.state, Shard) for x in operands):
         if numbers:
             raise Refusal(
-                f"it puts {numbers[0]} beside a rank's slice; the number is made from its "
-                f"length. {COUNTS}"
+                f"it puts {numbers[0]} beside a rank's slice; the number is made from its length. "
+                f"{COUNTS}"
             )
         return elementwise(s, operands, len(s.out.a))
     if all(isinstance(x.state, Number) for x in operands):
         return _computed(s)
     linear = _LINEAR.get(s.call.name)
     if not numbers and all(plain(x.state) for x in operands):
-        return Whole()
+        return Replicate()
     if linear is not None:
         return linear(s)
     odd = next((x for x in operands if not plain(x.state)), None)
@@ -136,7 +136,7 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
-def _computed(s: Site) -> State:
+def _computed(s: OpContext) -> State:
     """Numbers of numbers: the op itself, once for each run."""
 
     def run(which: str) -> float:
@@ -159,30 +159,30 @@ def _scalar(v: Any, which: str) -> Any:
     return getattr(v, which) if isinstance(v, Differs) else v
 
 
-def _add(s: Site) -> State:
+def _add(s: OpContext) -> State:
     s.value("alpha")
     return add(s.world, s.term("self"), s.term("other"))
 
 
-def _div(s: Site) -> State:
+def _div(s: OpContext) -> State:
     if s.args.get("rounding_mode") is not None:
         raise Refusal("it rounds, which is not linear")
     return div(s.world, s.term("self"), s.term("other"))
 
 
-def _where(s: Site) -> State:
+def _where(s: OpContext) -> State:
     condition = s.x("mask" if "mask" in s.args else "condition")
     if not plain(condition.state):
         raise Refusal(f"it chooses by {condition}")
     return add(s.world, s.term("self"), s.term("value" if "value" in s.args else "other"))
 
 
-def _addcmul(s: Site) -> State:
+def _addcmul(s: OpContext) -> State:
     s.value("value")
     return add(s.world, s.term("self"), mul(s.world, s.term("tensor1"), s.term("tensor2")))
 
 
-def _lerp(s: Site) -> State:
+def _lerp(s: OpContext) -> State:
     weight = s.args["weight"]
     if isinstance(weight, Operand) and not plain(weight.state):
         raise Refusal(f"it weighs by {weight}")
@@ -190,11 +190,11 @@ def _lerp(s: Site) -> State:
     return add(s.world, s.term("self"), s.term("end"))
 
 
-def _itself(s: Site) -> State:
+def _itself(s: OpContext) -> State:
     return s.x().state
 
 
-_LINEAR: dict[str, Callable[[Site], State]] = {
+_LINEAR: dict[str, Callable[[OpContext], State]] = {
     "add": _add,
     "sub": _add,
     "rsub": _add,
@@ -212,12 +212,12 @@ _LINEAR: dict[str, Callable[[Site], State]] = {
 
 
 @rule("log_sigmoid_forward")
-def _log_sigmoid(s: Site) -> States:
+def _log_sigmoid(s: OpContext) -> States:
     return [pointwise(s), Refused("it is for the gradient alone")]
 
 
 @rule("complex", "polar", "isin", "bucketize", "searchsorted")
-def _by_table(s: Site) -> State:
+def _by_table(s: OpContext) -> State:
     """Element by element in one operand; another may be a table that is the same everywhere."""
     tables = [
         v for k, v in s.args.items() if k in ("test_elements", "boundaries", "sorted_sequence")
@@ -226,14 +226,14 @@ def _by_table(s: Site) -> State:
     if (
         not all_plain(tables)
         or any(t.ndim != 1 for t in tables)
-        or not any(isinstance(x.state, Split) for x in rest)
+        or not any(isinstance(x.state, Shard) for x in rest)
     ):
         return same_everywhere(s)
     return elementwise(s, rest, len(s.out.a))
 
 
 @rule("_to_copy")
-def _to_copy(s: Site) -> State:
+def _to_copy(s: OpContext) -> State:
     x, dtype = s.args["self"], s.out.dtype
     if not isinstance(x, Operand):
         return s.term("self")  # a number, as torch.func makes one of what is the same in every row
@@ -249,34 +249,34 @@ def _to_copy(s: Site) -> State:
 
 
 @rule("zeros", "zeros_like", "new_zeros", "zero")
-def _zeros(s: Site) -> State:
+def _zeros(s: OpContext) -> State:
     return ZERO
 
 
 @rule("ones", "ones_like", "new_ones")
-def _ones(s: Site) -> State:
+def _ones(s: OpContext) -> State:
     return Number(1, 1)
 
 
 @rule("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
-def _empty(s: Site) -> State:
+def _empty(s: OpContext) -> State:
     return Number(math.nan, math.nan)
 
 
 @rule("full", "full_like", "new_full", "scalar_tensor", "fill")
-def _full(s: Site) -> State:
+def _full(s: OpContext) -> State:
     name = next(n for n in ("fill_value", "s", "value") if n in s.args)
     return s.term(name)
 
 
 @rule("constant")
-def _constant(s: Site) -> State:
+def _constant(s: OpContext) -> State:
     value = s.args["value"]
     if not isinstance(value, Differs):
         return (
             Number(value.item(), value.item())
             if value.dim() == 0 and not value.is_complex()
-            else Whole()
+            else Replicate()
         )
     if value.a.dim() == 0 and value.b.dim() == 0 and not value.a.is_complex():
         return Number(value.a.item(), value.b.item())
@@ -284,21 +284,21 @@ def _constant(s: Site) -> State:
 
 
 @rule("unknown")
-def _unknown(s: Site) -> State:
+def _unknown(s: OpContext) -> State:
     raise Refusal("a tensor came from elsewhere: it did not come in through params or batch")
 
 
 @rule("copy")
-def _copy(s: Site) -> State:
+def _copy(s: OpContext) -> State:
     """Like an elementwise op of the source alone, in the shape of what is written to."""
     source = s.x("src")
-    if isinstance(source.state, Split):
+    if isinstance(source.state, Shard):
         return elementwise(s, [source], len(s.out.a))
     return source.state
 
 
 @rule("tril", "triu")
-def _triangle(s: Site) -> State:
+def _triangle(s: OpContext) -> State:
     x = s.x()
     s.value("diagonal")
     refuse_mixing(x, [x.ndim - 2, x.ndim - 1], "takes a triangle")
@@ -312,5 +312,5 @@ def kept(x: Operand) -> State:
     if isinstance(x.state, Number):
         if not x.state.constant:
             raise Refusal(f"its operand is {x}, made from a slice's length")
-        return Whole()
+        return Replicate()
     return x.state

@@ -15,8 +15,8 @@ from dataclasses import replace
 from funcpipe._src.proof import row_numbers as places
 from funcpipe._src.proof.op_context import (
     MIXES,
+    OpContext,
     Operand,
-    Site,
     all_plain,
     elementwise,
     refuse_mixing,
@@ -26,9 +26,9 @@ from funcpipe._src.proof.placements import (
     Number,
     Partial,
     Refusal,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     add,
     mul,
     plain,
@@ -66,7 +66,7 @@ _LINEAR = ("cumsum", "flip", "roll")
 
 
 @rule(*_ALONG)
-def _along(s: Site) -> States:
+def _along(s: OpContext) -> States:
     x = s.x()
     if s.call.name == "sort" and s.world.rows and x.ndim == 1 and x.split_at(0):
         return places.ordered(s, x)
@@ -80,7 +80,7 @@ def _along(s: Site) -> States:
 
 
 @rule("native_layer_norm", "_fused_rms_norm")
-def _layer_norm(s: Site) -> State:
+def _layer_norm(s: OpContext) -> State:
     x = s.x("input")
     shape = s.args["normalized_shape"]
     refuse_mixing(x, range(x.ndim - len(getattr(shape, "a", shape)), x.ndim), "normalises")
@@ -91,9 +91,9 @@ def _layer_norm(s: Site) -> State:
 
 
 @rule("convolution")
-def _convolution(s: Site) -> State:
+def _convolution(s: OpContext) -> State:
     x = s.x("input")
-    if not isinstance(x.state, Split):
+    if not isinstance(x.state, Shard):
         return same_everywhere(s)
     refuse_mixing(x, [1], "adds up channels")
     if not all_plain(p for p in s.operands if p is not x):
@@ -143,7 +143,7 @@ _REDUCTIONS = {
 
 
 @rule(*_REDUCTIONS)
-def _reduce(s: Site) -> State:
+def _reduce(s: OpContext) -> State:
     if "other" in s.args:  # the larger of two tensors
         return pointwise(s)
     s.all_values()
@@ -152,7 +152,7 @@ def _reduce(s: Site) -> State:
     adds = name in ("sum", "nansum", "count_nonzero") or (
         name == "linalg_vector_norm" and s.value("ord") == 1
     )
-    split = x.state.dim if isinstance(x.state, Split) and x.state.dim in dims else None
+    split = x.state.dim if isinstance(x.state, Shard) and x.state.dim in dims else None
     free = [d for d in dims if x.moves(d) and d != split]
     linear = adds or name == "mean"
     if (
@@ -185,8 +185,8 @@ def _reduce(s: Site) -> State:
     return _without(s, kept(x), dims)
 
 
-def _over_positions(s: Site, x: Operand, adds: bool, dims: Sequence[int]) -> State:
-    assert isinstance(x.state, Split)
+def _over_positions(s: OpContext, x: Operand, adds: bool, dims: Sequence[int]) -> State:
+    assert isinstance(x.state, Shard)
     if adds:
         return places.counts(s, x, dims)
     if not x.a[x.state.dim]:
@@ -194,9 +194,9 @@ def _over_positions(s: Site, x: Operand, adds: bool, dims: Sequence[int]) -> Sta
     return Average(getattr(x.state.part, "base", x.state.part))
 
 
-def _without(s: Site, state: State, dims: Sequence[int]) -> State:
+def _without(s: OpContext, state: State, dims: Sequence[int]) -> State:
     """The state of a result without some dims, unless it keeps them with size 1."""
-    if not isinstance(state, Split) or s.args.get("keepdim"):
+    if not isinstance(state, Shard) or s.args.get("keepdim"):
         return state
     return state.at(state.dim - sum(d < state.dim for d in dims))
 
@@ -229,7 +229,7 @@ _NAMES |= {"dot": ("self", "tensor"), "vdot": ("self", "other")}
 
 
 @rule(*_LETTERS)
-def _product(s: Site) -> State:
+def _product(s: OpContext) -> State:
     x, y = (s.x(n) for n in _NAMES[s.call.name])
     state = _contracted(s, x, y, *_LETTERS[s.call.name])
     if not s.call.name.startswith("add") and s.call.name != "baddbmm":
@@ -237,36 +237,36 @@ def _product(s: Site) -> State:
     for k in ("alpha", "beta"):
         s.value(k)
     bias = s.x()
-    if isinstance(state, Split):
+    if isinstance(state, Shard):
         like = replace(x, a=s.out.a, b=s.out.b, state=state)
         return elementwise(s, [like, bias], len(s.out.a))
-    if isinstance(bias.state, Split):
+    if isinstance(bias.state, Shard):
         raise Refusal(f"it adds {bias} to {state}")
     return add(s.world, state, bias.state)
 
 
-def _contracted(s: Site, x: Operand, y: Operand, of_x: str, of_y: str, of_out: str) -> State:
+def _contracted(s: OpContext, x: Operand, y: Operand, of_x: str, of_y: str, of_out: str) -> State:
     splits = [
-        (of[t.state.dim], t.state) for t, of in ((x, of_x), (y, of_y)) if isinstance(t.state, Split)
+        (of[t.state.dim], t.state) for t, of in ((x, of_x), (y, of_y)) if isinstance(t.state, Shard)
     ]
     moving = {of[d] for t, of in ((x, of_x), (y, of_y)) for d in t.moving}
     if not splits:
         gone = moving - set(of_out)
         if gone:
             raise Refusal(
-                f"it adds up products of {x} and {y} along a dim whose size is made from a "
-                "slice's length"
+                f"it adds up products of {x} and {y} along a dim whose size is made from a slice's "
+                "length"
             )
         return mul(s.world, kept_number(x), kept_number(y))
     letter, state = splits[0]
     for t in (x, y):
-        if not isinstance(t.state, Split) and not plain(t.state):
+        if not isinstance(t.state, Shard) and not plain(t.state):
             raise Refusal(f"it multiplies {state} by {t}")
     if any(other != letter for other, _ in splits):
         raise Refusal(
             "it multiplies every position of a rank's slice with every other one of the slice "
-            f"({x} with {y}), but none "
-            f"with another rank's. {MIXES}: F.scaled_dot_product_attention, or fp.attention"
+            f"({x} with {y}), but none with another rank's. {MIXES}: "
+            "F.scaled_dot_product_attention, or fp.attention"
         )
     if any(other.at(0) != state.at(0) for _, other in splits):
         raise Refusal("its operands have positions in different order, or of different sequences")
@@ -279,7 +279,7 @@ def _contracted(s: Site, x: Operand, y: Operand, of_x: str, of_y: str, of_out: s
 
 
 @rule("einsum")
-def _einsum(s: Site) -> State:
+def _einsum(s: OpContext) -> State:
     terms, _, out = s.value("equation").partition("->")
     of_x, of_y = terms.split(",")
     x, y = s.x(), s.x("other")
@@ -301,13 +301,13 @@ _LOSSES += ["binary_cross_entropy", "binary_cross_entropy_with_logits"]
 
 
 @rule(*_LOSSES)
-def _loss(s: Site) -> State:
+def _loss(s: OpContext) -> State:
     s.all_values()
     shape = max((len(x.a) for x in s.operands), default=0)
-    if not any(isinstance(x.state, Split) for x in s.operands):
+    if not any(isinstance(x.state, Shard) for x in s.operands):
         return same_everywhere(s)
     state, how = elementwise(s, s.operands, shape), s.value("reduction")
-    assert isinstance(state, Split)
+    assert isinstance(state, Shard)
     if any(x.free_at(d) for x in s.operands for d in range(x.ndim)):
         raise Refusal("the size of a dim is made from a slice's length")
     if how == 0:
@@ -320,35 +320,34 @@ def _loss(s: Site) -> State:
 
 
 @rule("nll_loss_forward", "nll_loss2d_forward")
-def _nll_loss(s: Site) -> States:
+def _nll_loss(s: OpContext) -> States:
     s.all_values()
     x, target = s.x(), s.x("target")
-    if not isinstance(x.state, Split) and not isinstance(target.state, Split):
+    if not isinstance(x.state, Shard) and not isinstance(target.state, Shard):
         return same_everywhere(s)
     refuse_mixing(x, [x.ndim - 1 if x.ndim < 2 else 1], "looks up classes")
     if "weight" in s.args and s.args["weight"] is not None and not all_plain([s.x("weight")]):
         raise Refusal("its weight differs between ranks")
     rows = _class_rows(x)
     state = elementwise(s, [rows, target], target.ndim)
-    assert isinstance(state, Split)
+    assert isinstance(state, Shard)
     if any(t.free_at(d) for t in (rows, target) for d in range(t.ndim)):
         raise Refusal("the size of a dim is made from a slice's length")
     total = Partial(s.world.axes(state.part))
     how = s.value("reduction")
     if how == 1:
         raise Refusal(
-            "it divides the sum over a rank's positions by the number of labels among them: "
-            "write reduction='sum', and the "
-            "number of labels as Mean.weight"
+            "it divides the sum over a rank's positions by the number of labels among them: write "
+            "reduction='sum', and the number of labels as Mean.weight"
         )
-    return [state, Whole()] if how == 0 else [total, total]
+    return [state, Replicate()] if how == 0 else [total, total]
 
 
 def _class_rows(x: Operand) -> Operand:
     """An operand without its dim of classes."""
     d = 1 if x.ndim > 1 else 0
     state = x.state
-    if isinstance(state, Split):
+    if isinstance(state, Shard):
         state = state.at(state.dim - (state.dim > d))
     return replace(x, a=x.a[:d] + x.a[d + 1 :], b=x.b[:d] + x.b[d + 1 :], state=state)
 

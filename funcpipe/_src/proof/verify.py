@@ -8,7 +8,7 @@ state of every tensor follows by rules (`placements.py`, `rules_pointwise.py`, `
 op that mixes positions, or that no rule knows, makes a tensor of which nothing is known, and the
 loss must not come from one.
 
-The proof holds for the lengths at hand: it is made for every kind of rank (`Part.variant`).
+The proof holds for the lengths at hand: it is made for every kind of rank (`SequenceLayout.variant`).
 
 In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `Findings`, or a
 SequenceError that names the op, the line of the user's code, the reason and what to write instead.
@@ -28,20 +28,20 @@ from funcpipe._src.core import step as step_
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import line_of
 from funcpipe._src.functional.dispatch import Held, Spec
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.trace_errors import explain
 from funcpipe._src.proof import rules_intrinsic as known
-from funcpipe._src.proof.align import Call, Differs, Pair, Walk
+from funcpipe._src.proof.align import Differs, OpCall, Pair, Walk
 from funcpipe._src.proof.loss_runs import Run, Subject
 from funcpipe._src.proof.placements import (
     Average,
     Number,
     Partial,
     Refused,
-    Split,
+    Replicate,
+    Shard,
     State,
-    Whole,
     World,
     as_partial,
     plain,
@@ -77,21 +77,21 @@ class Findings:
         assert isinstance(found, Held)
         return found
 
-    def positions(self, x: torch.Tensor, dim: int) -> Part | None:
+    def positions(self, x: torch.Tensor, dim: int) -> SequenceLayout | None:
         """The part whose positions lie along a dim; None: every rank has all of them."""
         return self._part("positions", {"x": x, "dim": dim})
 
     def cross_entropy(
         self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
-    ) -> Part | None:
+    ) -> SequenceLayout | None:
         """The part that splits tokens; None: every rank has all of them."""
         return self._part(
             "cross_entropy", {"x": x, "head": head, "labels": labels, "options": options}
         )
 
-    def _part(self, name: str, operands: dict[str, Any]) -> Part | None:
+    def _part(self, name: str, operands: dict[str, Any]) -> SequenceLayout | None:
         found = self._look_up(name, operands)
-        assert found is None or isinstance(found, Part)
+        assert found is None or isinstance(found, SequenceLayout)
         return found
 
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> Sliced:
@@ -105,8 +105,8 @@ class Findings:
         if key not in self.calls:
             raise SequenceError(
                 f"fp.{name} with operands of shapes {key[1:]} was not called when the loss "
-                "function was examined: what a loss "
-                "function does must not change from one call to the next"
+                "function was examined: what a loss function does must not change from one call "
+                "to the next"
             )
         return self.calls[key]
 
@@ -146,7 +146,7 @@ def examine(
         local, spec: the leaves of one microbatch as a rank has them, fakes or no tensors, and their
             structure.
         sequences: for every leaf along which dim it is split by positions, and how.
-        member: of the rank; stands for all with the same `Part.variant`.
+        member: of the rank; stands for all with the same `SequenceLayout.variant`.
         mesh, axes: which axes of which mesh a collective in the loss may name.
 
     Returns:
@@ -163,10 +163,8 @@ def examine(
     if not any(isinstance(x, Held) and x.q is not None for x in findings.calls.values()):
         raise SequenceError(
             "the sequence is split, but no attention over it was seen: positions would never be "
-            "mixed. Call "
-            "torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging Face: "
-            "attn_implementation='sdpa'), "
-            "and look whether dims= names the dim of positions"
+            "mixed. Call torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging "
+            "Face: attn_implementation='sdpa'), and look whether dims= names the dim of positions"
         )
     return findings
 
@@ -181,8 +179,8 @@ def prove(task: Task) -> Findings:
             raise
         raise SequenceError(
             f"{error}. This rank has {few} positions of a sequence; with fewer than two, torch "
-            "itself takes other ways. The loss "
-            "function might be proven for fewer ranks, or for longer sequences"
+            "itself takes other ways. The loss function might be proven for fewer ranks, or for "
+            "longer sequences"
         ) from error
 
 
@@ -199,12 +197,14 @@ def _proven(task: Task) -> Findings:
     )
     world, found = World(lengths, live), _Found()
     proof = Proof(Walk(on_rank.tape, on_one.tape, frozenset(live)), world, found)
-    split = [Whole() if s is None else Split(*s) for x, s in each if isinstance(x, torch.Tensor)]
-    proof.run([*([Whole()] * (on_rank.count - len(split))), *split])
+    split = [
+        Replicate() if s is None else Shard(*s) for x, s in each if isinstance(x, torch.Tensor)
+    ]
+    proof.run([*([Replicate()] * (on_rank.count - len(split))), *split])
     return Findings(found.calls, _Judge(on_rank, proof, world).rows())
 
 
-def _lengths(part: Part, member: int) -> tuple[int, int]:
+def _lengths(part: SequenceLayout, member: int) -> tuple[int, int]:
     """How many positions a rank has, and one device: of a rank that has all of them, one device is
     given others."""
     own = part.length(member)
@@ -238,9 +238,8 @@ def _raise(
         )
         raise SequenceError(
             f"the loss function fails {where}{line_of(error) or ''}: {type(error).__name__}: "
-            f"{error}. It has to work for every "
-            "length: no table, mask or position is made for one length alone, unless it is split "
-            "with the batch"
+            f"{error}. It has to work for every length: no table, mask or position is made for one "
+            "length alone, unless it is split with the batch"
         ) from error
 
 
@@ -253,15 +252,14 @@ class _Found:
     def __init__(self) -> None:
         self.calls: dict[tuple, known.Finding] = {}
 
-    def __call__(self, name: str, call: Call, finding: known.Finding) -> None:
+    def __call__(self, name: str, call: OpCall, finding: known.Finding) -> None:
         key = _signature(name, call.args)
         if self.calls.setdefault(key, finding) != finding:
             raise SequenceError(
                 f"{call.where}: another call of fp.{name} has operands of the same shapes, but "
-                "they lie on ranks otherwise "
-                f"({finding} here, {self.calls[key]} there), and the two could not be told "
-                "apart. Give one of them another shape, "
-                "for instance another number of dims or rows"
+                f"they lie on ranks otherwise ({finding} here, {self.calls[key]} there), and the "
+                "two could not be told apart. Give one of them another shape, for instance "
+                "another number of dims or rows"
             )
 
 
@@ -321,31 +319,28 @@ class _Judge:
         if isinstance(state, Average):
             raise SequenceError(
                 f"{what} is a mean over a rank's positions: means of slices do not add up to the "
-                "mean of the whole sequence. "
-                "Return the sum (reduction='sum') as Mean.total, and the number of tokens as "
-                "Mean.weight"
+                "mean of the whole sequence. Return the sum (reduction='sum') as Mean.total, and "
+                "the number of tokens as Mean.weight"
             )
         if isinstance(state, Number) and not state.constant:
             raise SequenceError(
-                f"{what} is {state}, made from the length of a rank's slice: over ranks that "
-                "does not add up. Return the number "
-                "of tokens, such as torch.tensor(float(labels.numel()))"
+                f"{what} is {state}, made from the length of a rank's slice: over ranks that does "
+                "not add up. Return the number of tokens, such as "
+                "torch.tensor(float(labels.numel()))"
             )
         raise SequenceError(
             f"{what} is {state}, so that the sum over ranks would hold it once for each of them: "
-            "it has to come from the split "
-            "sequence, as the number of tokens in it does. What does not (a penalty on params) "
-            "is multiplied by that number"
+            "it has to come from the split sequence, as the number of tokens in it does. What "
+            "does not (a penalty on params) is multiplied by that number"
         )
 
     def _rows(self, what: str, x: step_.Rows) -> Sliced:
         state, dim = self._state(what, x.x), x.dim % x.x.dim()
-        if isinstance(state, Split) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
+        if isinstance(state, Shard) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
             return state.dim, state.part
         if plain(state) and not self.proof.moves(self.one.tape.ref(x.x).number):
             return None
         raise SequenceError(
-            f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in "
-            "a dim of their own, such as "
-            "(rows, positions)"
+            f"{what}, fp.Rows along dim {dim}, is {state}: rows come whole, or have positions in a "
+            "dim of their own, such as (rows, positions)"
         )

@@ -34,7 +34,7 @@ from funcpipe._src.core.buffer_donation import donate, memory, spend
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.runtime.cuda_graph_memsets import as_kernels
 from funcpipe._src.runtime.rank import Rank
-from funcpipe._src.runtime.state_buffers import Given, Home, write
+from funcpipe._src.runtime.state_buffers import Given, StateBuffers, write
 from funcpipe.errors import TraceError
 
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"  # in the environment, which NCCL reads once
@@ -53,7 +53,7 @@ class CapturedStep:
         pool: the memory pool of the rank's graphs.
     """
 
-    def __init__(self, rank: Rank, home: Home, pool: Any) -> None:
+    def __init__(self, rank: Rank, home: StateBuffers, pool: Any) -> None:
         self.rank, self.home, self.pool = rank, home, pool
         self.free = rank.plan.placement.free(rank.comm.rank)
         self.stream = torch.cuda.Stream()
@@ -186,8 +186,8 @@ def _reads(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 _REMEDY = (
-    "Keep it out of the step: return what the host wants to see as a metric, make tensors "
-    "on the GPU"
+    "Keep it out of the step: return what the host wants to see as a metric, make tensors on the "
+    "GPU"
 )
 _UNSEEN = "Something in it waits for the host: torch.cuda.synchronize, or an op of your own"
 
@@ -206,7 +206,7 @@ def cannot_capture(what: str, why: str = "") -> str:
     return ". ".join(reasons) + "; or use cuda_graph=False"
 
 
-def update(rank: Rank, home: Home, batch: Any, free: Iterable[int]) -> Any:
+def update(rank: Rank, home: StateBuffers, batch: Any, free: Iterable[int]) -> Any:
     """Run a step that leaves the new state where the old one was; returns the metrics.
 
     Args:
@@ -260,8 +260,8 @@ def check_on_gpu(name: str, x: Any) -> None:
     for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
         if not isinstance(leaf, torch.Tensor):
             raise TraceError(
-                f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value "
-                "for ever; make it a tensor"
+                f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value for "
+                "ever; make it a tensor"
             )
         if leaf.device.type != "cuda":
             raise TraceError(

@@ -29,12 +29,10 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
         bytes_text(memory[k]) for k in ("activations", "gathered", "gradients")
     )
     return (
-        f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of "
-        f"{held} the plan predicts {activations} "
-        f"of activations, {gathered} of gathered params and {gradients} of gradients. Use more "
-        "and smaller microbatches, a "
-        "schedule that holds fewer of them (fp.schedules.one_f_one_b(), v_half() or "
-        "auto(memory_limit=...)), or checkpoint "
+        f"rank {rank.comm.rank} is out of memory on {rank.comm.device}: beside its state of {held} "
+        f"the plan predicts {activations} of activations, {gathered} of gathered params and "
+        f"{gradients} of gradients. Use more and smaller microbatches, a schedule that holds fewer "
+        "of them (fp.schedules.one_f_one_b(), v_half() or auto(memory_limit=...)), or checkpoint "
         f"the blocks.{_experts(rank)} {str(error).splitlines()[0]}"
     )
 
@@ -77,10 +75,9 @@ def other_plan(
         ):
             if a != b:
                 return (
-                    f"rank {odd} has planned another program than rank {most} for the same "
-                    "shapes. First difference, in "
-                    f"{topic}: {a!r} on rank {most}, {b!r} on rank {odd}. Run the same script "
-                    "with the same options everywhere"
+                    f"rank {odd} has planned another program than rank {most} for the same shapes. "
+                    f"First difference, in {topic}: {a!r} on rank {most}, {b!r} on rank {odd}. Run "
+                    "the same script with the same options everywhere"
                 )
     return f"rank {odd} has planned another program than rank {most} for the same shapes"
 
@@ -95,8 +92,8 @@ def other_step(first: Sequence[Op], other: Sequence[Op], most: int, odd: Sequenc
     line = lines[alone[0] or alone[1] or first[0][0]] or ""
     return (
         f"the step{line} computes {texts[0]} on rank {most} and {texts[1]} on {in_words(odd)}, "
-        "outside value_and_grad. Give "
-        "the step and its optimizer the same learning rate and other Python values on every rank"
+        "outside value_and_grad. Give the step and its optimizer the same learning rate and other "
+        "Python values on every rank"
     )
 
 
@@ -136,8 +133,8 @@ def difference(all_ranks: list[tuple[str, list[tuple[str, str]]]], local: bool) 
     for r, (other_what, other) in enumerate(all_ranks):
         if other_what != what:
             return (
-                f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the "
-                "same calls in the same order"
+                f"rank 0 is about to run {what!r}, rank {r} {other_what!r}: all ranks run the same "
+                "calls in the same order"
             )
         a, b = dict(first), dict(other)
         for path in [*a, *b]:

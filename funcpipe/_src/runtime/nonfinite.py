@@ -249,9 +249,9 @@ class _Watch:
 
     def state(self, old: Any, new: Any) -> None:
         """Look at what became of the state."""
-        dyed = self.rank.plan.placement.dyed
+        analysis = self.rank.plan.placement.analysis
         leaves = [self.rank.plan.placement.state_leaves(x, "find_nonfinite") for x in (old, new)]
-        for n, (path, a, b) in enumerate(zip(dyed.state_paths, *leaves, strict=True)):
+        for n, (path, a, b) in enumerate(zip(analysis.state_paths, *leaves, strict=True)):
             if _told(a) is None:
                 self._note((_LAST, n), f"state{path} after the step", b)
 
@@ -282,7 +282,7 @@ def _head(planned: PlannedCall, h: int) -> str:
 
 
 def _param_paths(plan: Plan, planned: PlannedCall) -> list[str]:
-    return [plan.placement.dyed.paths[i] for i in planned.call.params]
+    return [plan.placement.analysis.paths[i] for i in planned.call.params]
 
 
 def _batch_paths(planned: PlannedCall) -> Iterator[list[str]]:

@@ -28,7 +28,7 @@ from funcpipe._src.backends.fusion import pairs
 from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.graph.partition import Cut, Key
+from funcpipe._src.graph.partition import Key, Units
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program import ADD, RUN, Program, lower
 from funcpipe._src.program.instructions import Name
@@ -142,7 +142,7 @@ class _Piece(NamedTuple):
     key: tuple
 
 
-def _alone(cut: Cut, call: PlannedCall, schedule: Callable) -> Program:
+def _alone(cut: Units, call: PlannedCall, schedule: Callable) -> Program:
     """The program of one rank that has all segments."""
     table = schedule(1, _MICROBATCHES)
     return lower((cut,) * _MICROBATCHES, (tuple(range(cut.segments)),), table, 0, call.summed, {})
@@ -216,7 +216,7 @@ def _ready(
     return lambda: execute(part, list(slots), comm)
 
 
-def _share(took: float, piece: _Piece, cut: Cut, out: dict[Key, float]) -> None:
+def _share(took: float, piece: _Piece, cut: Units, out: dict[Key, float]) -> None:
     """Put down what a piece took, for each of its units: of two that are one, by their FLOPs, or
     what F has left over."""
     first, *rest = piece.units

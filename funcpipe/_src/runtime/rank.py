@@ -24,7 +24,7 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core import step as step_
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.core.step import Mean, Microbatches, Rows, is_summary
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.placement import Layout
@@ -61,13 +61,13 @@ class Rank:
             state, metrics = self.plan.resolved.step(state, batch)
         seen, planned = (
             (context.calls, context.sums),
-            (len(self.calls), len(self.plan.placement.dyed.sums)),
+            (len(self.calls), len(self.plan.placement.analysis.sums)),
         )
         if seen != planned:
             raise StateError(
-                f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} "
-                f"times, but {planned[0]} and "
-                f"{planned[1]} times when it was planned: a step does the same every time"
+                f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} times, "
+                f"but {planned[0]} and {planned[1]} times when it was planned: a step does the "
+                "same every time"
             )
         return state, complete(metrics, self.plan.placement, self.comm)
 
@@ -180,7 +180,7 @@ class _BoundCall:
                 or x.shape != shape
                 or x.dtype != dtype
             ):
-                path = self.rank.plan.placement.dyed.paths[call.params[k]]
+                path = self.rank.plan.placement.analysis.paths[call.params[k]]
                 held = (
                     "is not held by this rank"
                     if shape is None
@@ -200,8 +200,8 @@ class _BoundCall:
         if signature(batch) != self.signature:
             raise StateError(
                 f"value_and_grad {self.name} got a batch of other shapes or values than when the "
-                "step was planned: what a "
-                "step passes to it may depend on the shapes of the batch only"
+                "step was planned: what a step passes to it may depend on the shapes of the batch "
+                "only"
             )
         slots: Slots = [None] * program.slots
         for i, slot in program.params.items():
@@ -380,7 +380,7 @@ def _gathered(
     ]
 
 
-def _in_order(comm: Communicator, x: torch.Tensor, dim: int, part: Part) -> torch.Tensor:
+def _in_order(comm: Communicator, x: torch.Tensor, dim: int, part: SequenceLayout) -> torch.Tensor:
     """All positions, in order, of which every member holds its own along a dim."""
     longest = max(part.length(m) for m in range(part.members))
     padded = x.new_zeros(*x.shape[:dim], longest, *x.shape[dim + 1 :])
@@ -435,12 +435,12 @@ class Running:
         self, leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str
     ) -> tuple[step_.Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
-        if self.sums >= len(placement.dyed.sums):
+        if self.sums >= len(placement.analysis.sums):
             raise StateError(
-                "the step takes more global sums than when it was planned: it does the same "
-                "every time"
+                "the step takes more global sums than when it was planned: it does the same every "
+                "time"
             )
-        known = placement.dyed.sums[self.sums]
+        known = placement.analysis.sums[self.sums]
         self.sums += 1
         leaves = known.spec.flatten_up_to(leaves)
         counted = [

@@ -93,8 +93,8 @@ class Recording:
             )
         if call not in range(len(self._plan.calls)):
             raise PlanError(
-                f"cannot read value_and_grad {call}: the step has {len(self._plan.calls)}, "
-                "counted from 0"
+                f"cannot read value_and_grad {call}: the step has {len(self._plan.calls)}, counted "
+                "from 0"
             )
         axis = self._plan.resolved.pipe_axis
         ranks = self._plan.resolved.mesh.group(0, (axis,)) if axis else (0,)

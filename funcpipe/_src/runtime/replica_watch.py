@@ -18,7 +18,7 @@ from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.placement import Placement
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.mismatch_text import majority, other_step
-from funcpipe._src.spec.transform_spec import Resolved
+from funcpipe._src.spec.transform_spec import ResolvedStep
 from funcpipe.errors import MismatchError
 
 BATCH, STATE, STEP = 1, 2, 4  # what is due
@@ -36,7 +36,7 @@ class Watch:
         due: what the next step compares. Ranks tell each other, so that it is the same on all.
     """
 
-    def __init__(self, comm: Communicator, resolved: Resolved, every: int | None) -> None:
+    def __init__(self, comm: Communicator, resolved: ResolvedStep, every: int | None) -> None:
         self.due = 0
         self._comm, self._every, self._steps = comm, every, 0
         self._local = resolved.local
@@ -51,7 +51,7 @@ class Watch:
     def made(self, state: Any, placement: Placement) -> None:
         """Compare the first state."""
         sums = replicas.of_state(state, placement, self._comm.rank)
-        self._compare(sums, {"state": placement.dyed.state_paths})
+        self._compare(sums, {"state": placement.analysis.state_paths})
         self.due, self._steps = BATCH, 0
 
     def before_step(self, state: Any, batch: Any, planner: Planner) -> None:
@@ -68,7 +68,7 @@ class Watch:
         sums = replicas.of_batch(batch, self._rows)
         if self.due & STATE:
             sums = replicas.of_state(state, placement, self._comm.rank) | sums
-        self._compare(sums, {"state": placement.dyed.state_paths, "batch": tree.paths(batch)})
+        self._compare(sums, {"state": placement.analysis.state_paths, "batch": tree.paths(batch)})
         if self.due & STEP:
             self.step(planner.outside(batch))
 

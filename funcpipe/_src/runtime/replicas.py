@@ -137,22 +137,19 @@ def _split(key: Set, found: Sequence[Sums]) -> dict[int, list[list[int]]]:
 _CURES = {
     "params": (
         "every rank passes run.init the same params. Draw them from one seed, or pass a function "
-        "from a key to params "
-        "and the same key"
+        "from a key to params and the same key"
     ),
     "batch": (
-        "every rank passes the same global batch. For loaders that give each rank rows of its "
-        "own, write "
-        "fp.spmd(..., batch='local')"
+        "every rank passes the same global batch. For loaders that give each rank rows of its own, "
+        "write fp.spmd(..., batch='local')"
     ),
     "rows": (
         "ranks of one pipeline or one sequence pass the same rows, and all ranks the same leaves "
-        "without rows. Give their "
-        "loaders one seed"
+        "without rows. Give their loaders one seed"
     ),
     "state": (
         "copies of a leaf have to be equal bit by bit. Give run.place one full state, and let "
-        "init_state and the step do the "
-        "same on every rank: one seed, the same Python values, the same kernels"
+        "init_state and the step do the same on every rank: one seed, the same Python values, the "
+        "same kernels"
     ),
 }

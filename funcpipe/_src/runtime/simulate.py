@@ -66,7 +66,7 @@ class Simulation(Runner):
         with torch.no_grad():
             states = [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
         held = [replicas.of_state(state, self._placement, r) for r, state in enumerate(states)]
-        replicas.check(held, {"state": self._placement.dyed.state_paths}, self._resolved.local)
+        replicas.check(held, {"state": self._placement.analysis.state_paths}, self._resolved.local)
         return states
 
     @property
@@ -117,9 +117,8 @@ class Simulation(Runner):
         if not isinstance(state, list) or len(state) != self.mesh.size:
             raise StateError(
                 f"a simulated state is a list with one state for each of {self.mesh.size} ranks, "
-                "as run.init or run.place "
-                f"returned it; this is {describe(state)}. Use run.place(full) for a "
-                "single-device state"
+                f"as run.init or run.place returned it; this is {describe(state)}. Use "
+                "run.place(full) for a single-device state"
             )
         refuse_spent("state", state)
 
@@ -140,8 +139,8 @@ def check_same(first: Any, other: Any, rank: int) -> None:
     names, structures = tree.paths(first), [tree.flatten(x)[1] for x in (first, other)]
     if structures[0] != structures[1]:
         raise MismatchError(
-            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every "
-            "rank returns the same metrics"
+            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every rank "
+            "returns the same metrics"
         )
     for path, a, b in zip(names, tree.leaves(first), tree.leaves(other), strict=True):
         if isinstance(a, torch.Tensor):

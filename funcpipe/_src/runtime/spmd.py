@@ -45,7 +45,7 @@ from funcpipe._src.runtime.mismatch_text import (
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.replica_watch import STATE, Watch
 from funcpipe._src.runtime.runner import Runner
-from funcpipe._src.runtime.state_buffers import DonatedStep, Given, Home
+from funcpipe._src.runtime.state_buffers import DonatedStep, Given, StateBuffers
 from funcpipe.errors import (
     DeviceMemoryError,
     FuncpipeError,
@@ -124,7 +124,7 @@ class Spmd(Runner):
         self._bound: dict[int, Rank] = {}
         self._captured: dict[tuple, CapturedStep] = {}
         self._donated: dict[int, DonatedStep] = {}
-        self._home, self._pool = Home(), new_pool() if cuda_graph else None
+        self._home, self._pool = StateBuffers(), new_pool() if cuda_graph else None
         self._feed = feeder(self._comm.device)
         # NCCL waits for graphs that hold its operations, so they go before the process groups do,
         # also at exit.
@@ -166,7 +166,7 @@ class Spmd(Runner):
         self._bound.clear()
         _release(self._captured)
         self._donated.clear()
-        self._home, self._pool = Home(), new_pool() if self._cuda_graph else None
+        self._home, self._pool = StateBuffers(), new_pool() if self._cuda_graph else None
         self._agreed_rank(batch)  # makes ready what measuring needs
         self._replicas.step(self._made.ops)
         self._plan_first(batch)

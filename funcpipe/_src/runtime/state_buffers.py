@@ -4,7 +4,7 @@ Terms. A state that a step has used up is *donated*: what it held is gone, its m
 new state. The *home* is the newest state of a runner. A step returns the home's tensors under new
 names (tensor objects), so an old state is known by its names.
 
-In: states. Out: `Home`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`;
+In: states. Out: `StateBuffers`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`;
 those with one are in `cuda_graph.py`.
 """
 
@@ -36,7 +36,7 @@ class Given(NamedTuple):
     last: bool  # whether it is what the last step returned, all of it
 
 
-class Home:
+class StateBuffers:
     """The newest state of a runner. Where no graph has taken it in, only names are kept, not what
     they name."""
 
@@ -122,8 +122,7 @@ class Home:
             ):
                 raise StateError(
                     f"state{tree.paths(given.state)[k]} is {describe(x)}, but the step was "
-                    f"captured with {describe(home)} on the "
-                    f"{home.device}"
+                    f"captured with {describe(home)} on the {home.device}"
                 )
 
     def _is_last(self, leaves: list[Any]) -> bool:
@@ -210,7 +209,7 @@ class DonatedStep:
     """A rank's step that writes the new state where the old one was, as far as nobody reads the old
     one any more, and where it is one that the runner has made."""
 
-    def __init__(self, rank: Rank, home: Home) -> None:
+    def __init__(self, rank: Rank, home: StateBuffers) -> None:
         self.rank, self.home = rank, home
         self._free = rank.plan.placement.free(rank.comm.rank)
         self._spec: Any = None  # of states that were seen to be such as init_state makes

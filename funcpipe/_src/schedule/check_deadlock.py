@@ -94,8 +94,8 @@ def _explain(schedule: Schedule, circle: list[Wait], done: set[Unit], sources_of
         ready = [str(action) for _, action in _ready(row, wait.position, done, sources_of)]
         shown = ", ".join(ready[:3]) + (", …" if len(ready) > 3 else "") if ready else "nothing"
         lines += [
-            f"  rank {wait.rank} stands at position {wait.position}, {row[wait.position]}:"
-            f" it waits for {maker(schedule, wait.unit)} of rank {wait.source}; ready behind it: "
+            f"  rank {wait.rank} stands at position {wait.position}, {row[wait.position]}: it "
+            f"waits for {maker(schedule, wait.unit)} of rank {wait.source}; ready behind it: "
             f"{shown}",
             f"    rank {wait.rank}: {excerpt(row, [wait.position])}",
         ]

@@ -78,8 +78,8 @@ def _wanted(schedule: Schedule, sends: dict[Message, Place], read_by: Sources) -
         if not any((kind, stage, unit[2]) in there for kind, stage in target):
             raise refusal(
                 schedule,
-                f"{at(place)}: {_text(schedule, place)} sends what stage {message.target} does "
-                "not read",
+                f"{at(place)}: {_text(schedule, place)} sends what stage {message.target} does not "
+                "read",
                 place,
                 why="by the edges between the stages, no action of its target reads what is sent",
                 instead="leave out the send and its receive, or send to a stage that reads it",
@@ -87,8 +87,8 @@ def _wanted(schedule: Schedule, sends: dict[Message, Place], read_by: Sources) -
         if (first := arrived.setdefault((unit, rank), place)) != place:
             raise refusal(
                 schedule,
-                f"{at(place)}: {_text(schedule, place)} sends rank {rank} what"
-                f" {_text(schedule, first)} at position {first[1]} sent already",
+                f"{at(place)}: {_text(schedule, place)} sends rank {rank} what "
+                f"{_text(schedule, first)} at position {first[1]} sent already",
                 first,
                 place,
                 why="one message is enough for all stages of a rank",
@@ -129,9 +129,8 @@ def _same_order(
                 raise refusal(
                     schedule,
                     f"rank {channel.target} receives {_text(schedule, early)} (position "
-                    f"{early[1]}) before"
-                    f" {_text(schedule, late)} (position {late[1]}),"
-                    f" but rank {channel.source} sends them the other way round",
+                    f"{early[1]}) before {_text(schedule, late)} (position {late[1]}), but rank "
+                    f"{channel.source} sends them the other way round",
                     early,
                     late,
                     sends[first],

@@ -163,9 +163,8 @@ def _search(
         )
         raise ScheduleError(
             f"auto: no schedule for {ranks} ranks and {microbatches} microbatches keeps to "
-            "memory_limit="
-            f"{auto.memory_limit:.4g}{least}. Raise it, use more microbatches or smaller ones, "
-            "or checkpoint the blocks"
+            f"memory_limit={auto.memory_limit:.4g}{least}. Raise it, use more microbatches or "
+            "smaller ones, or checkpoint the blocks"
         )
     return found
 

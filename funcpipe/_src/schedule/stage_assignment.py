@@ -28,16 +28,14 @@ def group(
     if n < stages:
         raise CutError(
             f"{stages} stages need {stages - 1} boundaries or more, but the loss function has "
-            f"{n - 1}: call "
-            "fp.stage_boundary after every block"
+            f"{n - 1}: call fp.stage_boundary after every block"
         )
     if isinstance(how, tuple):
         if len(how) != stages or sum(how) != n:
             raise CutError(
                 f"stages={list(how)} has {len(how)} entries that add up to {sum(how)}, but there "
-                f"are {stages} stages and "
-                f"{n} segments (one more than boundaries): write {stages} numbers that add up to "
-                f"{n}"
+                f"are {stages} stages and {n} segments (one more than boundaries): write {stages} "
+                f"numbers that add up to {n}"
             )
         sizes = list(how)
     elif how == "even":

@@ -129,8 +129,8 @@ def _placement(name: str, ranks: Sequence[Sequence[Action]]) -> tuple[int, ...]:
     if absent := [stage for stage in range(stages) if stage not in holder]:
         raise ScheduleError(
             f"{name}: no rank computes stage {absent[0]}, though the table goes up to stage "
-            f"{stages - 1};"
-            f" write {absent[0]}F0 on the rank that holds it, or number the stages without a gap"
+            f"{stages - 1}; write {absent[0]}F0 on the rank that holds it, or number the stages "
+            "without a gap"
         )
     return tuple(holder[stage] for stage in range(stages))
 

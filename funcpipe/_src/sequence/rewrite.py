@@ -19,7 +19,7 @@ from funcpipe._src.functional import losses, random
 from funcpipe._src.functional.attention import Intercept, whole
 from funcpipe._src.functional.dispatch import Spec
 from funcpipe._src.functional.positions import member_positions, plain
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.proof.verify import Findings
 from funcpipe._src.sequence.ulysses import split_attention
 from funcpipe.errors import SequenceError, TraceError
@@ -59,10 +59,9 @@ class Unsplit:
     def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
         if key.dim() == 0:
             raise TraceError(
-                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch "
-                "is split, and every part would "
-                "drop the same places. Give every row a key: a leaf fp.random.keys(key, rows) of "
-                "the batch"
+                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch is "
+                "split, and every part would drop the same places. Give every row a key: a leaf "
+                "fp.random.keys(key, rows) of the batch"
             )
         return random.dropped(x, rate, key, {})
 
@@ -93,15 +92,17 @@ class Rewriting(Unsplit):
             options = replace(options, tokens=self._tokens(as_axes(options.axis), part, labels))
         return losses.compute(x, head, labels, options)
 
-    def _tokens(self, axes: Axes, part: Part, labels: torch.Tensor) -> tuple[int, ...] | None:
+    def _tokens(
+        self, axes: Axes, part: SequenceLayout, labels: torch.Tensor
+    ) -> tuple[int, ...] | None:
         """How many tokens each rank of some axes holds; None: all as many as this one."""
         if not set(axes) & set(part.axes):
             return None
         if axes != part.axes:
             raise SequenceError(
-                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is "
-                f"split unevenly over {part.axes}, so "
-                f"name those axes, all of them and in this order, or others alone"
+                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is split "
+                f"unevenly over {part.axes}, so name those axes, all of them and in this order, or "
+                "others alone"
             )
         rows = labels.numel() // max(part.length(self.member), 1)
         return tuple(rows * part.length(m) for m in range(part.members))

@@ -38,7 +38,7 @@ import torch
 
 from funcpipe._src.collectives import axis_index, ppermute
 from funcpipe._src.functional.dispatch import Spec
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.sequence.blockwise import Attended, Choice, Kernel, Tile, kernel, pick, shares
 from funcpipe.errors import AxisError, TraceError
 
@@ -48,7 +48,13 @@ Sums = dict[int, Tensor]  # of every piece
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, spec: Spec, part_q: Part, part_k: Part, r: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    part_q: SequenceLayout,
+    part_k: SequenceLayout,
+    r: int,
 ) -> Tensor:
     """Attention over a sequence that is split over a ring, as one rank of the ring computes it.
 
@@ -103,7 +109,7 @@ def ring_attention(
     return out
 
 
-def _even(causal: bool, part_q: Part, part_k: Part) -> bool:
+def _even(causal: bool, part_q: SequenceLayout, part_k: SequenceLayout) -> bool:
     """Whether what is seen of a block does not depend on positions, but on the order of ranks at
     most."""
     if causal:
@@ -111,13 +117,14 @@ def _even(causal: bool, part_q: Part, part_k: Part) -> bool:
     return len({part_k.ring_length(s) for s in range(part_k.ring)}) == 1
 
 
-def _check(q: Tensor, k: Tensor, spec: Spec, part_q: Part, part_k: Part, r: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, spec: Spec, part_q: SequenceLayout, part_k: SequenceLayout, r: int
+) -> None:
     if (part_q.ring_axes, part_q.ring) != (part_k.ring_axes, part_k.ring):
         raise AxisError(
             f"ring_attention: queries are split over a ring of {part_q.ring} on "
-            f"{part_q.ring_axes}, keys over one of "
-            f"{part_k.ring} on {part_k.ring_axes}: keys meet all queries on one ring only. Split "
-            "both over the same axes"
+            f"{part_q.ring_axes}, keys over one of {part_k.ring} on {part_k.ring_axes}: keys meet "
+            "all queries on one ring only. Split both over the same axes"
         )
     lengths = [
         ("q", 2, q.shape[2], part_q.ring_length(r)),
@@ -131,11 +138,10 @@ def _check(q: Tensor, k: Tensor, spec: Spec, part_q: Part, part_k: Part, r: int)
     for name, dim, found, wanted in lengths:
         if found != wanted and not (name == "the bias" and found == 1):
             raise AxisError(
-                f"ring_attention: dim {dim} of {name} has {found} positions, not {wanted}, on "
-                f"ring rank {r} of {part_q.ring} "
-                f"on {part_q.ring_axes}: give it the queries and keys of the ring rank (heads "
-                "are exchanged before), and a "
-                "bias with 1 or these queries and 1 or all keys"
+                f"ring_attention: dim {dim} of {name} has {found} positions, not {wanted}, on ring "
+                f"rank {r} of {part_q.ring} on {part_q.ring_axes}: give it the queries and keys of "
+                "the ring rank (heads are exchanged before), and a bias with 1 or these queries "
+                "and 1 or all keys"
             )
 
 
@@ -143,8 +149,8 @@ def _check(q: Tensor, k: Tensor, spec: Spec, part_q: Part, part_k: Part, r: int)
 class _Call:
     """What stays the same on a trip; ``masked``: what is seen follows from positions."""
 
-    part_q: Part
-    part_k: Part
+    part_q: SequenceLayout
+    part_k: SequenceLayout
     scale: float
     causal: bool
     masked: bool
@@ -198,11 +204,10 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _: Any) -> Any:
         if torch.is_grad_enabled():
             raise TraceError(
-                "ring_attention: the gradient of an attention around a ring is differentiated "
-                "once more (create_graph=True, or "
-                "torch.func inside the loss), but it has no derivative; split the sequence by "
-                "seq_all_to_all instead, whose "
-                "attention is torch's own"
+                "ring_attention: the gradient of an attention around a ring is differentiated once "
+                "more (create_graph=True, or torch.func inside the loss), but it has no "
+                "derivative; split the sequence by seq_all_to_all instead, whose attention is "
+                "torch's own"
             )
         with torch.autocast(dout.device.type, enabled=False):
             return _backward(ctx.call, dout, *ctx.saved_tensors)
@@ -262,7 +267,7 @@ def _blocks(k: Tensor, v: Tensor, call: _Call) -> Iterator[tuple[int, list[Seque
         block = coming
 
 
-def _longest(part: Part) -> int:
+def _longest(part: SequenceLayout) -> int:
     return max(part.ring_length(s) for s in range(part.ring))
 
 
@@ -357,7 +362,7 @@ def _masked_tiles(
     return tiles
 
 
-def _positions(part: Part, device: torch.device) -> Tensor:
+def _positions(part: SequenceLayout, device: torch.device) -> Tensor:
     """The positions of all ring ranks: int64 ``(ring, longest)``, -1 behind those that a rank
     has."""
     rows = []

@@ -28,7 +28,7 @@ from funcpipe._src.core.mesh import Axes
 from funcpipe._src.functional.attention import narrowed, whole
 from funcpipe._src.functional.dispatch import Held, Spec
 from funcpipe._src.functional.positions import member_positions
-from funcpipe._src.functional.sequence_layout import Part
+from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.sequence.ring import ring_attention
 from funcpipe.errors import TraceError
 
@@ -91,15 +91,14 @@ def _against_all_keys(
     spec: Spec,
     bias_query: bool,
     bias_key: bool,
-    part: Part,
+    part: SequenceLayout,
     member: int,
 ) -> torch.Tensor:
     """Every rank holds all keys and values: nothing to exchange."""
     if bias_key:
         raise TraceError(
             "attention: the bias is split along its keys, but every rank holds all keys and "
-            "values; let every rank have the "
-            "whole bias, too (dims=None for its leaf of the batch)"
+            "values; let every rank have the whole bias, too (dims=None for its leaf of the batch)"
         )
     rows, bias = member_positions(part, member, q.device), spec.bias
     if bias is not None and bias.shape[2] > 1 and not bias_query:
@@ -158,7 +157,7 @@ class _Deal:
             for j in range(self.each)
         )
 
-    def own(self, part: Part, device: torch.device) -> torch.Tensor:
+    def own(self, part: SequenceLayout, device: torch.device) -> torch.Tensor:
         """The numbers of the query heads of the rank that runs this: int64, ``(each,)``."""
         return axis_index(part.head_axes, device) * self.each + torch.arange(
             self.each, device=device
@@ -188,8 +187,8 @@ def _to_heads(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    q_part: Part,
-    k_part: Part,
+    q_part: SequenceLayout,
+    k_part: SequenceLayout,
     deal: _Deal,
     ring: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -219,7 +218,9 @@ def _to_heads(
     return q, k, v
 
 
-def _to_positions(out: torch.Tensor, part: Part, deal: _Deal, member: int) -> torch.Tensor:
+def _to_positions(
+    out: torch.Tensor, part: SequenceLayout, deal: _Deal, member: int
+) -> torch.Tensor:
     """From all positions of a rank's heads to its positions of all heads."""
     rows = _all_to_all([_cut(out.transpose(1, 2).flatten(2), deal.ranks)], part.head_axes)[0]
     rows = rows[:, :, : part.length(member)].permute(1, 2, 0, 3).flatten(2)
@@ -275,7 +276,9 @@ def _cut(x: torch.Tensor, ranks: int) -> torch.Tensor:
 # ---- the bias
 
 
-def _own_bias(bias: torch.Tensor, split: bool, part: Part, deal: _Deal, ring: int) -> torch.Tensor:
+def _own_bias(
+    bias: torch.Tensor, split: bool, part: SequenceLayout, deal: _Deal, ring: int
+) -> torch.Tensor:
     """The bias of a rank's heads and of the queries of its ring rank; dims of size 1 stay so.
 
     Args:
@@ -292,7 +295,7 @@ def _own_bias(bias: torch.Tensor, split: bool, part: Part, deal: _Deal, ring: in
     return bias
 
 
-def _exchanged(bias: torch.Tensor, part: Part, deal: _Deal, ring: int) -> torch.Tensor:
+def _exchanged(bias: torch.Tensor, part: SequenceLayout, deal: _Deal, ring: int) -> torch.Tensor:
     """A bias that is split along queries, along heads instead; all ranks get all of one that has no
     heads."""
     n = part.ring_length(ring)
@@ -303,7 +306,7 @@ def _exchanged(bias: torch.Tensor, part: Part, deal: _Deal, ring: int) -> torch.
     return _joined(rows, n).unsqueeze(1)
 
 
-def _all_keys(bias: torch.Tensor, part: Part) -> torch.Tensor:
+def _all_keys(bias: torch.Tensor, part: SequenceLayout) -> torch.Tensor:
     """A bias that is split along keys, over all keys, in the order of the whole sequence."""
     missing = max(part.length(m) for m in range(part.members)) - bias.shape[3]
     got = all_gather(F.pad(bias, (0, missing)) if missing else bias, part.axes, tiled=False)

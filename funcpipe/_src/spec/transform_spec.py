@@ -1,9 +1,9 @@
 """Records: what transforms ask for, and their resolution on a mesh.
 
-A transform wraps nothing: it puts a `Record` of what it wants on the step. A runner *resolves* all
+A transform wraps nothing: it puts a `TransformSpec` of what it wants on the step. A runner *resolves* all
 records in mesh order, so that the order of stacking changes nothing.
 
-In: a step and a mesh. Out: `Resolved`, which says by axis what is split, sharded and pipelined.
+In: a step and a mesh. Out: `ResolvedStep`, which says by axis what is split, sharded and pipelined.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Remat:
 
 
 @dataclass(frozen=True)
-class Record:
+class TransformSpec:
     """What one transform wants: any of the roles below, on its axes."""
 
     name: str
@@ -133,10 +133,12 @@ class Record:
         return tuple(r for r in ("split", "pipe", "shard") if getattr(self, r) is not None)
 
 
-class Step:
+class TransformedStep:
     """A step and the records on it. Called, it is the step as written, on one device."""
 
-    def __init__(self, fn: Callable[[Any, Any], Any], records: tuple[Record, ...] = ()) -> None:
+    def __init__(
+        self, fn: Callable[[Any, Any], Any], records: tuple[TransformSpec, ...] = ()
+    ) -> None:
         functools.update_wrapper(self, fn)
         self.fn, self.records = fn, records
 
@@ -163,15 +165,15 @@ class Transform:
         """What to say where a step is expected."""
         return (
             f"{self.name} is a transform that was not applied to a step: it got no step, and "
-            "stands where one is "
-            "expected. Write it with the step as its first argument, or fp.compose(...)(step)"
+            "stands where one is expected. Write it with the step as its first argument, or "
+            "fp.compose(...)(step)"
         )
 
     def __repr__(self) -> str:
         return f"<transform {self.name}>"
 
 
-def record(step: Callable | None, what: Record) -> Any:
+def record(step: Callable | None, what: TransformSpec) -> Any:
     """Put a record on a step; without a step, a transform to apply later."""
     if step is None:
         return Transform(functools.partial(record, what=what), str(what))
@@ -179,15 +181,15 @@ def record(step: Callable | None, what: Record) -> Any:
         raise StackError(f"{what}: {step.unapplied()}")
     if not callable(step):
         raise StackError(
-            f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> "
-            "(state, metrics)"
+            f"{what.name}: the step is {describe(step)}; pass a function (state, batch) -> (state, "
+            "metrics)"
         )
-    if not isinstance(step, Step):
-        step = Step(step)
-    return Step(step.fn, (*step.records, what))
+    if not isinstance(step, TransformedStep):
+        step = TransformedStep(step)
+    return TransformedStep(step.fn, (*step.records, what))
 
 
-def compose(*transforms: Callable) -> Callable[[Callable], Step]:
+def compose(*transforms: Callable) -> Callable[[Callable], TransformedStep]:
     """One transform from several; the first is applied to the step first.
 
     >>> from funcpipe.transforms import accumulated
@@ -207,18 +209,18 @@ def compose(*transforms: Callable) -> Callable[[Callable], Step]:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedStep:
     """The records of a step on a mesh, in mesh order: what every rank derives its plan from."""
 
     step: Callable[[Any, Any], Any]
     mesh: Mesh
-    splits: tuple[Record, ...]
+    splits: tuple[TransformSpec, ...]
     micro: Micro | None
     micro_name: str
     pipe: Pipe | None
     pipe_axis: str | None
-    shards: tuple[Record, ...]
-    records: tuple[Record, ...]
+    shards: tuple[TransformSpec, ...]
+    records: tuple[TransformSpec, ...]
     local: bool = False  # whether the batch that a rank gets is its own rows already
 
     def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
@@ -229,15 +231,14 @@ class Resolved:
         """
         if not shape:
             return ()
-        found: dict[str, Record] = {}
+        found: dict[str, TransformSpec] = {}
         for r in self._shards_of(path):
             for axis in r.axes:
                 other = found.setdefault(axis, r)
                 if other is not r:
                     raise StackError(
                         f"params{path} is sharded over axis {axis!r} by both {other} and {r}: an "
-                        "axis cuts a leaf "
-                        "once. Give each its own leaves (only=...)"
+                        "axis cuts a leaf once. Give each its own leaves (only=...)"
                     )
         return self.mesh.ordered(found)
 
@@ -252,12 +253,12 @@ class Resolved:
                 if f.name != "only" and a != b:
                     raise StackError(
                         f"{first} and {other} both shard params{path}, one with {f.name}={a!r}, "
-                        f"the other with {f.name}={b!r}: "
-                        "give both the same options, or each its own leaves (only=...)"
+                        f"the other with {f.name}={b!r}: give both the same options, or each its "
+                        "own leaves (only=...)"
                     )
         return first.shard
 
-    def _shards_of(self, path: str) -> list[Record]:
+    def _shards_of(self, path: str) -> list[TransformSpec]:
         return [r for r in self.shards if r.shard and (r.shard.only is None or r.shard.only(path))]
 
     @property
@@ -266,7 +267,7 @@ class Resolved:
         return self.mesh.ordered(a for r in self.splits for a in r.axes)
 
     @property
-    def row_splits(self) -> tuple[Record, ...]:
+    def row_splits(self) -> tuple[TransformSpec, ...]:
         """The records that split rows of the batch."""
         return tuple(r for r in self.splits if r.split and r.split.what == "batch")
 
@@ -276,7 +277,7 @@ class Resolved:
         return tuple(a for r in self.row_splits for a in r.axes)
 
     @property
-    def sequence_splits(self) -> tuple[Record, ...]:
+    def sequence_splits(self) -> tuple[TransformSpec, ...]:
         """The records that split positions, rings first."""
         return tuple(
             r for what in ("ring", "heads") for r in self.splits if r.split and r.split.what == what
@@ -298,7 +299,7 @@ class Resolved:
         return self.mesh.axis_size(self.pipe_axis) if self.pipe_axis else 1
 
 
-def resolve(step: Callable, mesh: Mesh) -> Resolved:
+def resolve(step: Callable, mesh: Mesh) -> ResolvedStep:
     """All records of a step on a mesh, whatever the order they were stacked in.
 
     Raises:
@@ -311,7 +312,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
         raise MeshError(
             f"the mesh is {describe(mesh)}; write fp.Mesh(...) with a size for every axis"
         )
-    records = step.records if isinstance(step, Step) else ()
+    records = step.records if isinstance(step, TransformedStep) else ()
     for r in records:
         mesh.check(r.axes, who=str(r))
         if len(set(r.axes)) < len(r.axes):
@@ -322,15 +323,14 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
     unused = [a for a in mesh.axes if not any(a in r.axes for r in records)]
     if unused:
         raise StackError(
-            f"axis {unused[0]!r} of {mesh!r} is used by no transform: its ranks would all "
-            "compute the same; "
-            "leave it out of the mesh or stack a transform on it"
+            f"axis {unused[0]!r} of {mesh!r} is used by no transform: its ranks would all compute "
+            "the same; leave it out of the mesh or stack a transform on it"
         )
     pipe = next((r for r in records if r.pipe), None)
     micro = next((r for r in records if r.micro), None)
     precision = next((r.precision for r in records if r.precision), None)
-    fn = step.fn if isinstance(step, Step) else step
-    return Resolved(
+    fn = step.fn if isinstance(step, TransformedStep) else step
+    return ResolvedStep(
         step=scaled_step(fn, precision) if precision and precision.dynamic else fn,
         mesh=mesh,
         splits=tuple(r for r in records if r.split),
@@ -343,7 +343,7 @@ def resolve(step: Callable, mesh: Mesh) -> Resolved:
     )
 
 
-def _check_pairs(records: tuple[Record, ...]) -> None:
+def _check_pairs(records: tuple[TransformSpec, ...]) -> None:
     for i, a in enumerate(records):
         for b in records[:i]:
             if a.pipe and b.pipe:
@@ -362,8 +362,8 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
             shared = sorted(set(a.axes) & set(b.axes))
             if shared and (a.pipe or b.pipe):
                 raise StackError(
-                    f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries "
-                    "nothing else"
+                    f"{b} and {a} share axis {shared[0]!r}; the axis of a pipeline carries nothing "
+                    "else"
                 )
             both = set(a.roles) & set(b.roles)
             if shared and both and not _may_share(a, b):
@@ -372,7 +372,7 @@ def _check_pairs(records: tuple[Record, ...]) -> None:
                 )
 
 
-def _may_share(a: Record, b: Record) -> bool:
+def _may_share(a: TransformSpec, b: TransformSpec) -> bool:
     """Whether two records may share an axis: each may shard its own leaves, which are known with
     the params."""
     return bool(a.shard and b.shard and (a.shard.only or b.shard.only))

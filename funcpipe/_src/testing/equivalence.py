@@ -178,7 +178,8 @@ def _inside(ran: list[_Ran], error: float) -> str:
         plan = calls[0].context.rank.plan
         if plan.resolved.precision is None:
             said = (
-                rounded_inside(planned.call, plan.placement.dyed, error) for planned in plan.calls
+                rounded_inside(planned.call, plan.placement.analysis, error)
+                for planned in plan.calls
             )
             return next(filter(None, said), "")
     return ""

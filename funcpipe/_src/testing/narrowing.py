@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from funcpipe._src.analysis.call_results import with_values
-from funcpipe._src.analysis.state import Call, Dyed
+from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.collectives import one_rank
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.source_lines import Line, user_line
@@ -29,7 +29,7 @@ _MOST = 3  # lines that are named
 _ROUNDINGS = 2.0**12  # so many of a dtype may add up
 
 
-def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
+def rounded_inside(call: PrimitiveCall, analysis: StepAnalysis, error: float) -> str:
     """What to say of a relative error that is no larger than the roundings of a dtype inside the
     loss.
 
@@ -42,7 +42,7 @@ def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
     """
     found = [
         (wide, narrow, line)
-        for wide, narrow, line in _narrowed(call, dyed)
+        for wide, narrow, line in _narrowed(call, analysis)
         if error <= _allowed(narrow)
     ]
     if not found:
@@ -53,9 +53,8 @@ def rounded_inside(call: Call, dyed: Dyed, error: float) -> str:
     rtol = 10.0 ** math.ceil(math.log10(_allowed(worst) / 100))
     return (
         ". The loss function computes in fewer bits than came in: "
-        f"{', '.join(places[:_MOST])}{more}. There it rounds, and "
-        f"sums of other parts round otherwise: keep to {_name(found[0][0])}, or allow "
-        f"rtol={rtol:.0e}"
+        f"{', '.join(places[:_MOST])}{more}. There it rounds, and sums of other parts round "
+        f"otherwise: keep to {_name(found[0][0])}, or allow rtol={rtol:.0e}"
     )
 
 
@@ -70,11 +69,11 @@ def _name(dtype: torch.dtype) -> str:
 Narrowed = tuple[torch.dtype, torch.dtype, Line | None]
 
 
-def _narrowed(call: Call, dyed: Dyed) -> list[Narrowed]:
+def _narrowed(call: PrimitiveCall, analysis: StepAnalysis) -> list[Narrowed]:
     mode = FakeTensorMode()
     fakes = []
     for param, dtype in zip(call.params, call.dtypes, strict=True):
-        fakes.append(fake(dyed.shapes[param], torch.empty(0, dtype=dtype), mode))
+        fakes.append(fake(analysis.shapes[param], torch.empty(0, dtype=dtype), mode))
     params = tree.unflatten(call.params_spec, fakes)
     batch = call.batch.parts[0] if isinstance(call.batch, Microbatches) else call.batch
     batch, _ = with_values(batch, range(len(tree.leaves(batch))))

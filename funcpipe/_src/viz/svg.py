@@ -27,8 +27,8 @@ _COLOURS = {"F": "#0072B2", "B": "#D55E00", "I": "#E69F00", "W": "#009E73"}
 _MEANING = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 _BUBBLE, _INK, _FAINT, _CURVE = "#E9ECEF", "#212529", "#868E96", "#CC79A7"
 _FONT = (
-    "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, "
-    "Arial, sans-serif'"
+    "font-family='ui-sans-serif, system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, "
+    "sans-serif'"
 )
 
 # Pixels: the plot, what stands beside it, a lane, the memory curve under it, the gap to the next
@@ -130,8 +130,8 @@ def _page_head(title: str) -> list[str]:
         "<!doctype html>",
         "<html lang='en'><head><meta charset='utf-8'>",
         f"<title>{escape(title)}</title>",
-        "<style>body{margin:24px;background:#fff} svg{max-width:100%;height:auto}"
-        " .box:hover{stroke:#212529;stroke-width:1.5}</style></head><body>",
+        "<style>body{margin:24px;background:#fff} svg{max-width:100%;height:auto} "
+        ".box:hover{stroke:#212529;stroke-width:1.5}</style></head><body>",
     ]
 
 
@@ -200,8 +200,7 @@ def _svg(
     top = max((held for curve in memory or () for _, held in curve), default=0.0)
     yield (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
-        f"width='{width:g}'"
-        f" height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
+        f"width='{width:g}' height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
     )
     yield f"<rect width='{width:g}' height='{height:g}' fill='#fff'/>"
     yield from _heading(timeline, title, memory, unit)
