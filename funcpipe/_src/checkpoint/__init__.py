@@ -253,7 +253,8 @@ def export(dir: Dir, path: Dir, *, step: int | None = None) -> Info:
         CheckpointError: there is no such checkpoint, or it cannot be read.
 
     >>> export("no such directory", "state.pt")
-    Traceback (most recent call last): funcpipe.errors.CheckpointError: no such directory holds no
+    Traceback (most recent call last):
+    funcpipe.errors.CheckpointError: no such directory holds no
     checkpoint: pass the directory that fp.checkpoint.save was given
     """
     from funcpipe._src.checkpoint.pieces import read

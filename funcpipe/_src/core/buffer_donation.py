@@ -36,7 +36,7 @@ def writable(x: torch.Tensor) -> torch.Tensor:
     """A copy of ``x`` that may be written to; ``x`` itself where it is donated.
 
     >>> x = torch.ones(2)
-    >>> writable(x) is x, Ledger([x]).free
+    >>> writable(x) is x, DonationAnalysis([x]).free
     (False, set())
     """
     given = _writable.get()

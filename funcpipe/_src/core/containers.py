@@ -33,7 +33,8 @@ def check_containers(name: str, x: Any) -> None:
 
     >>> check_containers("state", {"w": torch.ones(2), "count": 0})
     >>> check_containers("state", {"w": {torch.ones(2)}})
-    Traceback (most recent call last): funcpipe.errors.StateError: state['w'] is a set, which holds
+    Traceback (most recent call last):
+    funcpipe.errors.StateError: state['w'] is a set, which holds
     tensors but is not registered as a container: use a list or dict
     """
     for k, leaf in enumerate(tree.leaves(x)):

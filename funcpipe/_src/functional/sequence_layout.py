@@ -32,9 +32,9 @@ class SequenceLayout:
         ring, heads: how many ranks those have.
         zigzag: whether a ring rank holds two pieces.
 
-    >>> Part(10, (), ("seq",), 1, 4).ranges(1)
+    >>> SequenceLayout(10, (), ("seq",), 1, 4).ranges(1)
     ((3, 6),)
-    >>> Part(8, ("ring",), (), 2, 1, zigzag=True).ranges(0)
+    >>> SequenceLayout(8, ("ring",), (), 2, 1, zigzag=True).ranges(0)
     ((0, 2), (6, 8))
     """
 

@@ -53,7 +53,9 @@ class RematCurve:
         whole: bytes of residuals without remat.
         forward: FLOPs of the forward pass.
 
-    >>> print(RematCurve((Point(0.5, 512, 100), Point(1.0, 1024, 0)), Point(None, 1024, 0), 1024, 400))
+    >>> from funcpipe._src.planning.remat_curve import Point
+    >>> points = (Point(0.5, 512, 100), Point(1.0, 1024, 0))
+    >>> print(RematCurve(points, Point(None, 1024, 0), 1024, 400))
     residuals and FLOPs computed again, of one microbatch (1.0 KiB and 400 FLOP in the forward pass)
       budget 0.50      512 B     50.0%       100 FLOP  25.0%
       budget 1.00    1.0 KiB    100.0%         0 FLOP   0.0%

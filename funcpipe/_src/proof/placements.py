@@ -214,7 +214,7 @@ def agrees(new: State, old: State) -> bool:
 def add(w: World, s: State, t: State) -> State:
     """The state of a sum.
 
-    >>> part = Part(8, (), ("seq",), 1, 2)
+    >>> part = SequenceLayout(8, (), ("seq",), 1, 2)
     >>> w = World({part: (4, 8)}, ("seq",))
     >>> add(w, Partial(("seq",)), Number(4, 8))  # a sum over positions, and their number
     Partial(axes=('seq',))
@@ -247,7 +247,7 @@ def add(w: World, s: State, t: State) -> State:
 def mul(w: World, s: State, t: State) -> State:
     """The state of a product.
 
-    >>> part = Part(8, (), ("seq",), 1, 2)
+    >>> part = SequenceLayout(8, (), ("seq",), 1, 2)
     >>> w = World({part: (4, 8)}, ("seq",))
     >>> mul(w, Average(part), Number(4, 8))  # a mean over positions, times their number
     Partial(axes=('seq',))

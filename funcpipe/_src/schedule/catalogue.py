@@ -55,7 +55,8 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
     >>> by_name("interleaved-1f1b", v=4).__name__
     'interleaved_1f1b(v=4)'
     >>> by_name("zbv")
-    Traceback (most recent call last): funcpipe.errors.ScheduleError: no schedule is called 'zbv';
+    Traceback (most recent call last):
+    funcpipe.errors.ScheduleError: no schedule is called 'zbv';
     did you mean zb_v? There are: gpipe, one_f_one_b, ...
     """
     plain = name.replace("-", "_").lower()

@@ -61,7 +61,8 @@ def check(
     Report(peak_live=(4, 3, 2, 1), peak_waiting=(0, 0, 0, 0), messages=48, actions=64)
     >>> from funcpipe._src.schedule.tables import from_table
     >>> check(from_table([["0B0", "0F0"]], name="mine")(1, 1))
-    Traceback (most recent call last): funcpipe.errors.ScheduleError: mine: rank 0, position 0: 0B0
+    Traceback (most recent call last):
+    funcpipe.errors.ScheduleError: mine: rank 0, position 0: 0B0
     comes before 0F0 (position 1), which it needs
       rank 0: [0B0] [0F0]
       why: 0B0 reads what 0F0 makes

@@ -41,7 +41,8 @@ def from_table(
     >>> from_table([["0F0", "0B0"], ["1F0", "1B0"]])(2, 1).placement
     (0, 1)
     >>> from_table([["0F0", "0B0"]])(2, 1)
-    Traceback (most recent call last): funcpipe.errors.ScheduleError: table: written for 1 rank and
+    Traceback (most recent call last):
+    funcpipe.errors.ScheduleError: table: written for 1 rank and
     1 microbatch, not 2 ranks and 1 microbatch
     """
     ranks = tuple(

@@ -86,7 +86,7 @@ def ring_attention(
     >>> from funcpipe._src.collectives import bind_mesh, bind_rank
     >>> from funcpipe._src.comm.simulated import run_ranks
     >>> from funcpipe._src.core.mesh import Mesh
-    >>> part, v = Part(4, ("seq",), (), 4, 1), torch.tensor([2.0, 4.0, 6.0, 8.0])
+    >>> part, v = SequenceLayout(4, ("seq",), (), 4, 1), torch.tensor([2.0, 4.0, 6.0, 8.0])
     >>> def body(comm):
     ...     own = v[comm.rank].view(1, 1, 1, 1)
     ...     with bind_rank(comm), bind_mesh(comm.mesh, ("seq",)):

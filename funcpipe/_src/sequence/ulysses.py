@@ -57,7 +57,7 @@ def split_attention(
     >>> from funcpipe._src.collectives import bind_mesh, bind_rank
     >>> from funcpipe._src.comm.simulated import run_ranks
     >>> from funcpipe._src.core.mesh import Mesh
-    >>> part, v = Part(4, (), ("seq",), 1, 2), torch.tensor([2.0, 4.0, 6.0, 8.0]).view(1, 1, 4, 1).expand(-1, 2, -1, -1)
+    >>> part, v = SequenceLayout(4, (), ("seq",), 1, 2), torch.tensor([2.0, 4.0, 6.0, 8.0]).view(1, 1, 4, 1).expand(-1, 2, -1, -1)
     >>> def body(comm):
     ...     own = v.narrow(2, 2 * comm.rank, 2)
     ...     with bind_rank(comm), bind_mesh(comm.mesh, ("seq",)):

@@ -79,7 +79,8 @@ def check_suffix(path: Path) -> None:
     """PlanError unless a picture can be saved under this name.
 
     >>> check_suffix(Path("x.png"))
-    Traceback (most recent call last): funcpipe.errors.PlanError: cannot draw a plan as '.png'; name
+    Traceback (most recent call last):
+    funcpipe.errors.PlanError: cannot draw a plan as '.png'; name
     a file .html or .svg, or .json for a Perfetto trace
     """
     if path.suffix not in (".html", ".svg", ".json"):
