@@ -48,7 +48,7 @@ def run(
         if unit.kind in kinds:
             out = unit.code.run([read(v) for v in unit.inputs])
             for v, x in zip(unit.outputs, out, strict=True):
-                assert (tuple(x.shape), x.dtype) == (v.shape, v.dtype)
+                assert (tuple(x.shape), x.dtype) == (v.shape, v.dtype), (x.shape, x.stride(), v)
                 made[v] = x
     grads = [
         functools.reduce(torch.add, map(read, partials)) if partials else None

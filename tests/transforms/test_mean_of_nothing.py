@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.step import mean
 from funcpipe.testing import assert_equivalent
 
 FLOAT64 = 1e-12
@@ -105,7 +106,7 @@ def test_dtypes_stay() -> None:
     for total in (torch.float32, torch.float64, torch.int64):
         for weight in (torch.float32, torch.float64, torch.int64, torch.bool):
             a, b = torch.tensor(6, dtype=total), torch.tensor(1, dtype=weight)
-            got = fp.step.mean(a, b)
+            got = mean(a, b)
             assert got.dtype == (a / b).dtype and got == a / b
 
 

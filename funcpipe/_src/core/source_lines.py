@@ -22,7 +22,8 @@ _OPTREE = str(Path(optree.__file__).parent)
 _FUNCPIPE = Path(__file__).parents[2]
 # In a checkout the transforms lie beside the package, when installed within it.
 _TRANSFORMS = _FUNCPIPE.parent / "transforms"
-_FOREIGN = (_TORCH, _OPTREE, f"{_FUNCPIPE}/", f"{_TRANSFORMS}/", "<")
+OWN_FOLDERS = (f"{_FUNCPIPE}/", f"{_TRANSFORMS}/")
+_FOREIGN = (_TORCH, _OPTREE, *OWN_FOLDERS, "<")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ def line_of(error: BaseException) -> Line | None:
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_FOREIGN)
     ]
     return Line(frames[-1].filename, frames[-1].lineno or 0) if frames else None
+
+
+def caller(frame: FrameType) -> FrameType:
+    """The nearest frame outside of funcpipe, from a frame outwards."""
+    while frame.f_code.co_filename.startswith(OWN_FOLDERS) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def from_torch(frame: FrameType) -> bool:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from funcpipe._src.core.source_lines import from_torch, user_line
+from funcpipe._src.core.source_lines import caller, from_torch, user_line
 from funcpipe._src.proof.op_recorder import Entry, Tape
 from funcpipe.errors import SequenceError
 
 COTANGENT, GRADIENT = "cotangent", "gradient"
+Made = dict[tuple[Any, int], torch.Tensor]  # by the node that made it, and as which of its results
 _GRAD_FN: Any = torch.Tensor.grad_fn
 _TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
 
@@ -40,7 +41,7 @@ class NoHooks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         theirs = [f.__module__ for f in hooks or () if not f.__module__.startswith("torch.")]
-        node = func == _GRAD_FN.__get__ and not from_torch(sys._getframe(1))
+        node = func == _GRAD_FN.__get__ and not from_torch(caller(sys._getframe(1)))
         if func is torch.Tensor.register_hook and self.tape is not None:
             self.tape.hooked = True
             return func(args[0], _judged(self.tape, args[0], args[1]))
@@ -92,9 +93,8 @@ def record(
     wanted = tuple(x for x in inputs if x.requires_grad)
     if not (functions or tape.hooked) or not wanted:
         return
-    made: dict[tuple[int, int], torch.Tensor] = {
-        (id(x.grad_fn), x.output_nr): x for x in tape.tensors() if x.grad_fn is not None
-    }
+    # By node, not by its id: Python's object of a node lives only as long as something holds it.
+    made: Made = {(x.grad_fn, x.output_nr): x for x in tape.tensors() if x.grad_fn is not None}
     for node in functions:
         node.register_prehook(_entering(tape, node, made))
         node.register_hook(_leaving(tape, node, made))
@@ -120,10 +120,10 @@ def _functions(node: Any, hooks: bool) -> Iterator[Any]:
             yield node
 
 
-def _entering(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
+def _entering(tape: Tape, node: Any, made: Made) -> Callable:
     def enter(grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
         return tuple(
-            None if g is None else _cotangent(tape, g, made.get((id(node), i)))
+            None if g is None else _cotangent(tape, g, made.get((node, i)))
             for i, g in enumerate(grads)
         )
 
@@ -138,7 +138,7 @@ def _cotangent(tape: Tape, g: torch.Tensor, of: torch.Tensor | None) -> torch.Te
     return fresh
 
 
-def _leaving(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -> Callable:
+def _leaving(tape: Tape, node: Any, made: Made) -> Callable:
     name = f"the backward of autograd.Function {type(node)._forward_cls.__name__}"
 
     def leave(found: Sequence[torch.Tensor | None], _: Any) -> None:
@@ -146,7 +146,7 @@ def _leaving(tape: Tape, node: Any, made: dict[tuple[int, int], torch.Tensor]) -
             if g is None or source is None:
                 continue
             x = getattr(source, "variable", None)
-            x = made.get((id(source), k)) if x is None else x
+            x = made.get((source, k)) if x is None else x
             args: dict[str, Any] = {"grad": tape.ref(g), "function": name}
             tape.entries.append(
                 Entry(GRADIENT, None, args | ({} if x is None else {"of": tape.ref(x)}), (), None)

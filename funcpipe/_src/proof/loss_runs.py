@@ -91,7 +91,8 @@ class Run:
     def _call(self, params: Any, batch: Any) -> None:
         whole_ops = WholeOps() if self.part else contextlib.nullcontext()
         named = tapped(self._named) if self.part else contextlib.nullcontext()
-        with traceable(), Intercept(), whole_ops, named:
+        as_written = torch.backends.opt_einsum.flags(enabled=False)  # whose order depends on sizes
+        with traceable(), Intercept(), whole_ops, named, as_written:
             with backward.NoHooks(self.tape if self.part else None):
                 self.loss = step_.read_loss(
                     self.subject.loss_fn(params, batch), self.subject.has_aux
