@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 import funcpipe as fp
+from funcpipe._src.analysis.host_code import is_user_file
 from funcpipe._src.analysis.host_values import Follower, differences
+from funcpipe._src.runtime import runner as runtime_file
 from funcpipe.errors import MismatchError, StateError, TraceError
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
@@ -503,6 +505,14 @@ def test_only_what_is_named_counts() -> None:
     settings.beta = 2.0
     ((path, (old, new)),) = differences(before, follower.values(loss_fn)).items()
     assert (path, str(old), str(new)) == ("settings.beta", "1.0", "2.0")
+
+
+def test_whose_code_a_file_is() -> None:
+    """Nothing is read of what lies in a library, or in any room of funcpipe."""
+    libraries = [fp.__file__, fp.pipelined.__code__.co_filename, runtime_file.__file__]
+    libraries += [torch.__file__, np.__file__, pytest.__file__, functools.__file__]
+    assert not any(map(is_user_file, libraries))
+    assert is_user_file(__file__)
 
 
 # ---- ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import sysconfig
 from pathlib import Path
 from types import CodeType
@@ -16,17 +17,22 @@ from typing import NamedTuple
 
 import torch
 
+from funcpipe._src.core.source_lines import OWN
+
 EVERY = "*"  # among attributes: the code may read any
 
 _GLOBALS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"])
 _ATTRIBUTES = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"])
 _BY_TEXT = frozenset(["getattr", "hasattr", "attrgetter", "methodcaller"])
 _WHOLE = frozenset(["vars", "__dict__", "asdict", "astuple", "_asdict"])
-_LIBRARIES = tuple(
-    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+# Where pip installs. An environment may see folders of others, as with --system-site-packages.
+_PACKAGES = tuple(
+    {
+        *(sysconfig.get_path(name) for name in ("purelib", "platlib")),
+        *(path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))),
+    }
 )
-_PACKAGES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-_OWN = str(Path(__file__).parent) + "/"
+_LIBRARIES = (*_PACKAGES, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
 _TORCH = str(Path(torch.__file__).parent) + "/"
 
 
@@ -100,6 +106,6 @@ def is_user_file(file: str, packages: frozenset[str] = frozenset()) -> bool:
     Args:
         packages: installed ones (`package_of`) that count as the user's.
     """
-    if file.startswith(("<frozen", _OWN, _TORCH)):
+    if file.startswith(("<frozen", *OWN, _TORCH)):
         return False
     return not file.startswith(_LIBRARIES) or any(file.startswith(p) for p in packages)

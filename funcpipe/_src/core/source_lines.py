@@ -22,8 +22,8 @@ _OPTREE = str(Path(optree.__file__).parent)
 _FUNCPIPE = Path(__file__).parents[2]
 # In a checkout the transforms lie beside the package, when installed within it.
 _TRANSFORMS = _FUNCPIPE.parent / "transforms"
-OWN_FOLDERS = (f"{_FUNCPIPE}/", f"{_TRANSFORMS}/")
-_FOREIGN = (_TORCH, _OPTREE, *OWN_FOLDERS, "<")
+OWN = (f"{_FUNCPIPE}/", f"{_TRANSFORMS}/")
+_FOREIGN = (_TORCH, _OPTREE, *OWN, "<")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def line_of(error: BaseException) -> Line | None:
 
 def caller(frame: FrameType) -> FrameType:
     """The nearest frame outside of funcpipe, from a frame outwards."""
-    while frame.f_code.co_filename.startswith(OWN_FOLDERS) and frame.f_back is not None:
+    while frame.f_code.co_filename.startswith(OWN) and frame.f_back is not None:
         frame = frame.f_back
     return frame
 
