@@ -51,10 +51,12 @@ def trained(batch: Any, read: Any, stack: Any) -> torch.Tensor:
     return run.unplace(state)
 
 
-def check_same(batch: Any, read: Any, rows: torch.Tensor = X) -> None:
-    """Ranks and one device compute what they compute of the tensors."""
+def check_same(batch: Any, read: Any, rows: torch.Tensor = X, exact: bool = True) -> None:
+    """Ranks and one device compute what they compute of the tensors; to the bit, unless memory is
+    laid out in another way, in which kernels of some CPUs add up in another order."""
     want, _ = step_of(lambda b: b)(W, rows)
-    torch.testing.assert_close(step_of(read)(W, batch)[0], want, rtol=0, atol=0)
+    off = 0.0 if exact else 1e-12
+    torch.testing.assert_close(step_of(read)(W, batch)[0], want, rtol=off, atol=off)
     for stack in STACKS:
         torch.testing.assert_close(trained(batch, read, stack), want, rtol=1e-12, atol=1e-12)
 
@@ -76,7 +78,7 @@ def test_arrays_of_any_memory() -> None:
     fixed.flags.writeable = False
     turned, strided = np.ascontiguousarray(x[::-1])[::-1], np.repeat(x, 2, axis=1)[:, ::2]
     for array in (x, fixed, turned, strided, np.asfortranarray(x)):
-        check_same(array, lambda b: b)
+        check_same(array, lambda b: b, exact=array.flags.c_contiguous)
     assert read_batch(x).data_ptr() == x.ctypes.data  # no copy
     assert read_batch(np.array(3.5)).shape == ()
 
@@ -189,8 +191,8 @@ def test_tensors_that_are_not_dense_are_refused(x: Any, words: tuple[str, ...]) 
 def test_conjugated_and_negated_views_and_parameters_are_tensors() -> None:
     c = torch.complex(X, X).conj()
     assert c.is_conj() and c.imag.is_neg()
-    check_same({"x": c}, lambda b: b["x"].real)
-    check_same({"x": c.imag}, lambda b: -b["x"])
+    check_same({"x": c}, lambda b: b["x"].real, exact=False)
+    check_same({"x": c.imag}, lambda b: -b["x"], exact=False)
     check_same(nn.Parameter(X), lambda b: b)
 
 

@@ -17,6 +17,9 @@ from funcpipe._src.graph.partition import Unit, Units, cut
 from funcpipe._src.graph.trace import Traced, trace
 from funcpipe._src.graph.unit_code import Value
 
+# On CPUs a fake of attention's logsumexp is float32 there, whatever dtype the kernel makes.
+OLD = torch.__version__.startswith("2.11.")
+
 
 def traced(loss: Callable, params: Any, batch: Any, has_aux: bool = False) -> Traced:
     mode = FakeTensorMode()
@@ -48,7 +51,8 @@ def run(
         if unit.kind in kinds:
             out = unit.code.run([read(v) for v in unit.inputs])
             for v, x in zip(unit.outputs, out, strict=True):
-                assert (tuple(x.shape), x.dtype) == (v.shape, v.dtype), (x.shape, x.stride(), v)
+                assert tuple(x.shape) == v.shape
+                assert x.dtype == v.dtype or (OLD and v.name.startswith("getitem"))
                 made[v] = x
     grads = [
         functools.reduce(torch.add, map(read, partials)) if partials else None

@@ -25,11 +25,19 @@ _GLOBALS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"])
 _ATTRIBUTES = frozenset(["LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"])
 _BY_TEXT = frozenset(["getattr", "hasattr", "attrgetter", "methodcaller"])
 _WHOLE = frozenset(["vars", "__dict__", "asdict", "astuple", "_asdict"])
-# Where pip installs. An environment may see folders of others, as with --system-site-packages.
+
+
+def _holds_packages(folder: str) -> bool:
+    """Whether pip installs into a folder: also that of another environment, or a ``--target``."""
+    if folder.endswith(("/site-packages", "/dist-packages")):
+        return True
+    return any(Path(folder).glob("*.dist-info"))
+
+
 _PACKAGES = tuple(
     {
         *(sysconfig.get_path(name) for name in ("purelib", "platlib")),
-        *(path for path in sys.path if path.endswith(("/site-packages", "/dist-packages"))),
+        *(str(Path(folder)) for folder in sys.path if folder and _holds_packages(folder)),
     }
 )
 _LIBRARIES = (*_PACKAGES, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")))
