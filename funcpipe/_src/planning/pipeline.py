@@ -25,18 +25,18 @@ from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.mixed_precision import ROUNDED, computed
-from funcpipe._src.core.step import (
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.inference_mode import without_inference
+from funcpipe._src.core.loss_types import (
     AUX_LEAF,
     SCALAR_LOSS,
     Mean,
     Microbatches,
     Rows,
-    describe,
     is_summary,
-    without_inference,
 )
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.core.mixed_precision import ROUNDED, computed
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.node_labels import Nodes, read_nodes

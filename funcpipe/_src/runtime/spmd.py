@@ -24,10 +24,10 @@ import torch
 from funcpipe._src.backends.backend import NAMES, Backend
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.process_group import ProcessGroupCommunicator
-from funcpipe._src.core.buffer_donation import refuse_spent, spent
+from funcpipe._src.core.buffer_donation import invalidated, refuse_invalidated
 from funcpipe._src.core.checksum import text_sum
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.pipeline import Planner
@@ -229,7 +229,7 @@ class Spmd(Runner):
             return self._try(given, batch, variants, news)
         except StaleValues as problem:
             self._comm.flush()
-            if any(map(spent, (*given.leaves, *self._home.leaves))):
+            if any(map(invalidated, (*given.leaves, *self._home.leaves))):
                 raise StateError(problem.midway) from None
         variants.forget()
         try:
@@ -443,7 +443,7 @@ class Spmd(Runner):
 
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
-        refuse_spent("state", full)
+        refuse_invalidated("state", full)
         self._replicas.due |= STATE
         return self._home.give(self._placement.place(full, self.rank))
 
