@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from funcpipe._src.analysis.expressions import Numbers, Seen
+from funcpipe._src.analysis.held_leaves import is_predictable, predicted_state
 from funcpipe._src.analysis.state import AnalysisContext, StepAnalysis, run_on_fakes
 from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree as tree
@@ -63,7 +64,13 @@ class Held:
 
 
 class Rehearsal:
-    """Runs of a step as ranks run it, each compared with the first run, on all leaves."""
+    """Runs of a step as ranks run it, each compared with the first run, on all leaves.
+
+    ``everywhere``: whether a plan is to be made of runs as every rank, and not of what follows from
+    the first run.
+    """
+
+    everywhere = False
 
     def __init__(
         self,
@@ -80,6 +87,19 @@ class Rehearsal:
     def __call__(self, held: Callable[[int], bool]) -> Any:
         """The state of a rank that holds some leaves; see `of_rank`."""
         return self.of_rank(held).state
+
+    @property
+    def predictable(self) -> bool:
+        """Whether it follows from the first run what ranks have: see `held_leaves.py`."""
+        if self.everywhere or self.separable:
+            return False
+        first, params = self.first, self.tags.params()
+        return is_predictable(self.analysis, params, first.init_state, first.metrics)
+
+    def predicted(self, held: Callable[[int], bool]) -> Held:
+        """What a rank has that holds some leaves, if it is `predictable`."""
+        leaves = tree.leaves(self.first.init_state)
+        return Held(predicted_state(self.analysis, leaves, held))
 
     @property
     def separable(self) -> frozenset[int]:

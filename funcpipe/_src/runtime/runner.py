@@ -74,6 +74,13 @@ class Runner(abc.ABC):
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
+        if not self._rehearse():
+            self._made.rehearse_everywhere()
+            self._made.plan(batch)
+
+    @abc.abstractmethod
+    def _rehearse(self) -> bool:
+        """Whether the step does what was planned as each rank that runs here; the same on all."""
 
     def _read(
         self, params: Any, key: torch.Tensor | int

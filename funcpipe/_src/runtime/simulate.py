@@ -70,6 +70,9 @@ class Simulation(Runner):
         replicas.check(held, {"state": self._placement.analysis.state_paths}, self._resolved.local)
         return states
 
+    def _rehearse(self) -> bool:
+        return self._made.rehearse(range(self._resolved.ranks))
+
     @property
     def device(self) -> torch.device:
         """Where the ranks compute: where the params were."""

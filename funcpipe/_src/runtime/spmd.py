@@ -177,6 +177,23 @@ class Spmd(Runner):
         self._replicas.made(state, self._placement)
         return state
 
+    def _rehearse(self) -> bool:
+        """Each rank rehearses as itself; where one is refused, all are."""
+        if self._made.rehearsal is None:
+            return True
+        place = self._placement.stage_rank(self.rank)
+        problem: FuncpipeError | None = None
+        expected = False
+        try:
+            expected = self._made.rehearse([place])
+        except FuncpipeError as error:
+            problem = error
+        found = self._comm.exchange((place, expected, problem))
+        for _, _, problem in sorted(found, key=operator.itemgetter(0)):
+            if problem is not None:
+                raise _Known(problem)
+        return all(as_planned for _, as_planned, _ in found)
+
     @property
     def _what(self) -> str:
         records = ", ".join(r.text for r in self._resolved.records)
