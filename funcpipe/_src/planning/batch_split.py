@@ -22,8 +22,8 @@ import torch
 from funcpipe._src.analysis.call_results import Origin
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import as_dicts, key_of
+from funcpipe._src.core.loss_types import Microbatches, check_microbatches
 from funcpipe._src.core.mesh import Axes, Mesh
-from funcpipe._src.core.step import Microbatches, check_microbatches
 from funcpipe._src.functional.leaf_cut import LeafCut
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.spec.transform_spec import ResolvedStep, TransformSpec

@@ -6,7 +6,7 @@ of ``funcpipe.errors`` that can be known before a step runs. Every rank makes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -25,18 +25,18 @@ from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.mixed_precision import ROUNDED, computed
-from funcpipe._src.core.step import (
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.inference_mode import without_inference
+from funcpipe._src.core.loss_types import (
     AUX_LEAF,
     SCALAR_LOSS,
     Mean,
     Microbatches,
     Rows,
-    describe,
     is_summary,
-    without_inference,
 )
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.core.mixed_precision import ROUNDED, computed
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
@@ -44,7 +44,7 @@ from funcpipe._src.graph.partition import Units, cut
 from funcpipe._src.graph.remat import check_used, rematerialise
 from funcpipe._src.graph.trace import Traced, trace
 from funcpipe._src.planning.batch_split import BatchSplit, plan_splits, signature
-from funcpipe._src.planning.placement import Placement, place_params
+from funcpipe._src.planning.placement import Placement, place_params, rehearse
 from funcpipe._src.planning.plan import Plan, PlannedCall, Stages
 from funcpipe._src.planning.predict import as_costs, load_of
 from funcpipe._src.planning.variants import Variants
@@ -102,6 +102,9 @@ class Planner:
         self.stages: dict[int, Stages] = {}
         self.settled: dict[int, tuple[int, ...]] = {}  # the ranks of a searched schedule's stages
         self.placement: Placement | None = None
+        # What a runner is to rehearse as, before the first step; None where it is done.
+        self.rehearsal: Rehearsal | None = None
+        self.everywhere = False  # whether plans are made of rehearsals as every rank
         self.ops: tuple[Op, ...] = ()  # outside the calls, when a step was looked at last
 
     @property
@@ -130,6 +133,7 @@ class Planner:
         of_step, _ = variants.read()
         analysis, rehearsal = self._on_fakes(batch, variants.follower)
         self.ops = analysis.outside
+        rehearsal.everywhere = self.everywhere or self.placement is not None
         placement = self._again(analysis, rehearsal, bool(variants.plans))
         plan = variants.of_calls(_read_by(analysis, placement))
         if plan is None:
@@ -241,6 +245,7 @@ class Planner:
             placement = self.placement = place_params(
                 r.mesh, r.pipe_axis, analysis, rehearsal, held, axes
             )
+            self.rehearsal = rehearsal if rehearsal.predictable else None
         for path, places, layout in zip(analysis.paths, held, placement.layouts, strict=True):
             if not places <= set(layout.owners):
                 raise CutError(
@@ -343,12 +348,34 @@ class Planner:
         self.stages[k], self.settled[k] = found.stages, found.schedule.placement
         return found.schedule
 
+    def rehearse(self, places: Iterable[int]) -> bool:
+        """Whether the step does as ranks at some places on the pipe axis what was planned; asked
+        once, before the first step.
+
+        Raises:
+            StateError: it fails there, or computes something else than on one device.
+        """
+        rehearsal, self.rehearsal = self.rehearsal, None
+        if rehearsal is None:
+            return True
+        assert self.placement is not None
+        return rehearse(rehearsal, self.placement, places)
+
+    def rehearse_everywhere(self) -> None:
+        """Make plans of rehearsals as every rank from now on."""
+        self.everywhere = True
+        self._forget()
+
     def retime(self, costs: Costs) -> None:
         """Choose schedule and stages again, for measured costs; what was traced is kept."""
         r = self.resolved
         assert r.pipe is not None
         schedule: Any = replace(r.pipe.schedule, costs=costs)  # type: ignore[type-var]
         self.resolved = replace(r, pipe=replace(r.pipe, schedule=schedule))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget plans, stages and placement; what was traced is kept."""
         self.variants.clear()
         self.stages.clear()
         self.settled.clear()

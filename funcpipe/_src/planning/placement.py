@@ -238,9 +238,13 @@ def place_params(
         Layout(tuple(sorted(set(o))) or (0,), shape, a)
         for o, shape, a in zip(owners, analysis.shapes, axes, strict=True)
     )
-    rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
-    apart, held = _rehearsed(rehearsal, layouts, places)
+    if rehearsal.predictable:
+        apart: frozenset[int] = frozenset()
+        held = [rehearsal.predicted(_held_at(layouts, place)) for place in range(places)]
+    else:
+        rehearsal.resized(_sharded(layouts))
+        apart, held = _rehearsed(rehearsal, layouts, places)
     placement = Placement(mesh, pipe_axis, analysis, layouts, ())
     leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
     present = tuple(tuple(x is not None for x in some) for some in leaves)
@@ -264,6 +268,37 @@ def _leaf_metrics(
     return tuple(out)
 
 
+def rehearse(rehearsal: Rehearsal, placement: Placement, places: Iterable[int]) -> bool:
+    """Run the step on fakes as ranks at some places on the pipe axis will run it.
+
+    Returns:
+        whether they have what the placement says. If not, a placement is to be made of runs as
+        every rank (``rehearsal.everywhere``).
+
+    Raises:
+        StateError: the step fails there, or computes something else than on one device.
+    """
+    rehearsal.resized(_sharded(placement.layouts))
+    for place in places:
+        held = rehearsal.of_rank(_held_at(placement.layouts, place))
+        leaves = placement.state_leaves(held.state, "init_state")
+        present = tuple(leaf is not None for leaf in leaves)
+        if held.lacks or present != placement.present[place]:
+            return False
+    return True
+
+
+def _held_at(layouts: Sequence[Layout], place: int) -> Callable[[int], bool]:
+    def held(param: int) -> bool:
+        return place in layouts[param].owners
+
+    return held
+
+
+def _sharded(layouts: Sequence[Layout]) -> list[int]:
+    return [param for param, layout in enumerate(layouts) if layout.axes]
+
+
 def _rehearsed(
     rehearsal: Rehearsal, layouts: Sequence[Layout], places: int
 ) -> tuple[frozenset[int], list[Held]]:
@@ -271,10 +306,7 @@ def _rehearsed(
     takes them leaf by leaf."""
 
     def all_places(apart: frozenset[int]) -> list[Held]:
-        def held_at(place: int) -> Held:
-            return rehearsal.of_rank(lambda i: place in layouts[i].owners, apart)
-
-        return [held_at(place) for place in range(places)]
+        return [rehearsal.of_rank(_held_at(layouts, p), apart) for p in range(places)]
 
     whole: frozenset[int] = frozenset()
     try:

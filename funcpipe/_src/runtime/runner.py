@@ -18,12 +18,12 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.buffer_donation import refuse_spent
+from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.checksum import checksums
 from funcpipe._src.core.containers import check_containers
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
-from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.functional import random
 from funcpipe._src.planning.lazy_init import LazyParams
 from funcpipe._src.planning.pipeline import Planner
@@ -74,6 +74,13 @@ class Runner(abc.ABC):
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
+        if not self._rehearse():
+            self._made.rehearse_everywhere()
+            self._made.plan(batch)
+
+    @abc.abstractmethod
+    def _rehearse(self) -> bool:
+        """Whether the step does what was planned as each rank that runs here; the same on all."""
 
     def _read(
         self, params: Any, key: torch.Tensor | int
@@ -84,7 +91,7 @@ class Runner(abc.ABC):
         if isinstance(params, torch.nn.Module):
             check_containers("params", params)  # it is callable, but makes no params
         if not callable(params):
-            refuse_spent("params", params)
+            refuse_invalidated("params", params)
             leaves = tree.leaves(params)
             return params, leaves.__getitem__, lambda: checksums(leaves)
         lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)

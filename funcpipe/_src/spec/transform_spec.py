@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.mixed_precision import Precision, scaled_step
-from funcpipe._src.core.step import describe
 from funcpipe._src.schedule.actions import ScheduleFn
 from funcpipe.errors import MeshError, StackError
 
