@@ -174,7 +174,7 @@ def test_the_users_functions_run_as_often_as_the_page_says(stack: str) -> None:
     transform, mesh, length = STACKS[stack]
     step, init_state, notes = functions()
     batch = torch.randint(20, (8, length))
-    params = {"embed": torch.randn(20, 8), "blocks": [torch.randn(24, 8) for _ in range(4)]}
+    params = {"embed": torch.randn(20, 8), "blocks": [torch.randn(24, 8) for _ in range(3)]}
     run = fp.simulate(transform(step), mesh)
     state = run.init(init_state, params, batch)
     noted = notes.getvalue().split()
