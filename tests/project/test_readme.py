@@ -21,7 +21,7 @@ def after_the_readme(tmp_path_factory):
     names: dict = {"__name__": "readme"}
     folder = tmp_path_factory.mktemp("readme")
     printed: list[str] = []
-    names["print"] = lambda *values: printed.extend(map(str, values))
+    names["print"] = lambda *values, **_: printed.extend(map(str, values))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         for block in blocks_of(README):
