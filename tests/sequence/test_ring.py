@@ -515,9 +515,9 @@ def refused(**changes: Any) -> str:
         "k": k,
         "v": v,
         "spec": Spec(),
-        "part_q": case.parts[0],
-        "part_k": case.parts[1],
-        "r": 0,
+        "q_layout": case.parts[0],
+        "k_layout": case.parts[1],
+        "ring_rank": 0,
     }
     with pytest.raises(AxisError) as caught:
         ring_attention(**{**given, **changes})
@@ -525,7 +525,7 @@ def refused(**changes: Any) -> str:
 
 
 def test_rings_that_differ() -> None:
-    assert refused(part_k=SequenceLayout(7, ("other",), (), 2, 1)) == (
+    assert refused(k_layout=SequenceLayout(7, ("other",), (), 2, 1)) == (
         "ring_attention: queries are split over a ring of 2 on ('ring',), keys over one of 2 on "
         "('other',): keys meet all queries on one ring only. Split both over the same axes"
     )
