@@ -27,7 +27,8 @@ from funcpipe._src.functional.attention import attention
 from funcpipe._src.functional.batch_statistic import batch_statistic
 from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.functional.positions import positions
-from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
+from funcpipe._src.modules.buffers import buffer_means, update_buffers
+from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.predict import Prediction
 from funcpipe._src.planning.remat_curve import RematCurve
