@@ -79,7 +79,8 @@ def pack(
     Rows are filled first-fit, longest documents first, up to the smallest capacity that suffices:
     MULTIFIT of Coffman, Garey & Johnson, 1978, https://doi.org/10.1137/0207001.
 
-    >>> batch, leftover, fill = pack([torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])], 4, 2)
+    >>> sequences = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6])]
+    >>> batch, leftover, fill = pack(sequences, max_tokens=4, microbatches=2)
     >>> for name, x in batch.parts[0].items():
     ...     print(name, x.tolist())
     tokens [[1, 2, 3, 0]]
@@ -204,7 +205,8 @@ def _padded_row(
 ) -> dict[str, Tensor]:
     sizes = [len(document.tokens) for document in row]
     missing = shape.tokens - sum(sizes)
-    empty = [shape.tokens] * (shape.documents - len(row))
+    empty_documents = shape.documents - len(row)
+    empty = [shape.tokens] * empty_documents
     ends = [0, *itertools.accumulate(sizes), *empty]
 
     def padded(tensors: Iterable[Tensor | None], padding: Tensor) -> Tensor:

@@ -54,13 +54,15 @@ def statistics(tree_of_leaves: Any) -> Statistics:
 
     Example:
         >>> import optree
-        >>> grads = {"w": torch.tensor([3.0, 0.0, -4.0, 0.0]), "b": torch.tensor([1.0, float("nan")])}
+        >>> weight = torch.tensor([3.0, 0.0, -4.0, 0.0])
+        >>> grads = {"w": weight, "b": torch.tensor([1.0, float("nan")])}
         >>> found = statistics(grads)
         >>> found.norm["w"].item(), found.max_abs["w"].item(), found.zeros["w"].item()
         (5.0, 4.0, 0.5)
         >>> found.max_abs["b"].item(), found.nonfinite["b"].item()
         (1.0, 0.5)
-        >>> optree.tree_map(lambda g, n: g / n, grads, found.norm)["w"]  # a step of length 1 for each leaf
+        >>> unit = optree.tree_map(lambda grad, norm: grad / norm, grads, found.norm)
+        >>> unit["w"]  # a step of length 1 for each leaf
         tensor([ 0.6000,  0.0000, -0.8000,  0.0000])
 
     Reference:
