@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
     """What a manifest says of a leaf.
 
     Args:
-        shape: of the whole tensor; None where the leaf is not a tensor.
+        shape: of the unsharded tensor; None where the leaf is not a tensor.
         dtype: such as ``"float32"``.
         strides: where memory is dense and not in row-major order.
     """

@@ -31,7 +31,7 @@ from funcpipe._src.comm import Communicator
 from funcpipe.errors import CheckpointError
 
 
-class Offer(NamedTuple):
+class LocalPlan(NamedTuple):
     """What a rank could write, and what the leaves are that it holds."""
 
     plan: SavePlan
@@ -63,8 +63,8 @@ def plan(
     with save.held():
         folders = agree(comm, save.what, save.begin)
         save.enter(folders[0])
-        offers = agree(comm, save.what, partial(save.offer, leaves, state))
-        plans = agree(comm, save.what, partial(save.divide, leaves, offers))
+        local_plans = agree(comm, save.what, partial(save.plan_locally, leaves, state))
+        plans = agree(comm, save.what, partial(save.divide, leaves, local_plans))
         save.finish_plan(plans[0][comm.rank])
         if staged:
             agree(comm, save.what, save.stage)
@@ -124,29 +124,29 @@ class Save:
         self.folder = folder
         self.writer = Writer(folder)
 
-    def offer(self, leaves: Leaves, state: Any) -> Offer:
+    def plan_locally(self, leaves: Leaves, state: Any) -> LocalPlan:
         """Every chunk that this rank holds."""
         held = leaves.held(state, self.rank)
         self.saver = Saver(held)
         self.writer.set_up_storage_writer(self.rank == 0)
-        local_plan = self.writer.prepare_local_plan(self.saver.create_local_plan())
+        save_plan = self.writer.prepare_local_plan(self.saver.create_local_plan())
         own_leaves = {}
         for shard, value in held:
             own_leaves[shard.name] = leaf_of(value, shard.leaf.shape or ())
-        return Offer(local_plan, own_leaves)
+        return LocalPlan(save_plan, own_leaves)
 
-    def divide(self, leaves: Leaves, offers: list[Offer]) -> list[SavePlan]:
+    def divide(self, leaves: Leaves, local_plans: list[LocalPlan]) -> list[SavePlan]:
         """For every rank what it is to write."""
         if self.rank:
             return []
         found: dict[str, Leaf] = {}
-        for offer in offers:
-            found.update(offer.leaves)
+        for local_plan in local_plans:
+            found.update(local_plan.leaves)
         self.mesh = dict(leaves.placement.mesh.axes)
         self.leaves = {name: found[name] for name in leaves.names}
         self.metadata: Metadata
-        local_plans = [offer.plan for offer in offers]
-        plans, self.metadata = self.saver.create_global_plan(local_plans)
+        save_plans = [local_plan.plan for local_plan in local_plans]
+        plans, self.metadata = self.saver.create_global_plan(save_plans)
         return self.writer.prepare_global_plan(plans)
 
     def finish_plan(self, plan: SavePlan) -> None:

@@ -1,6 +1,6 @@
 """Statistics of gradients (or params, or moments), leaf by leaf.
 
-In: a tree, of which a rank may hold a part.
+In: a tree, of whose leaves a rank may hold shards.
 Out: trees of 0-d tensors, the same on every rank.
 """
 

@@ -181,7 +181,7 @@ def _actions(
     stages: int,
     microbatches: int,
 ) -> list[Action]:
-    """All actions; about half of the backwards are whole, the others are in two, I and W."""
+    """All actions; about half of the backwards are one B, the others two, I and W."""
     actions = []
     for stage, microbatch in itertools.product(range(stages), range(microbatches)):
         kinds = "FB" if rng.random() < 0.5 else "FIW"
