@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.modules.buffers import buffer_means, update_buffers
 from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe.errors import CutError, ModuleError
