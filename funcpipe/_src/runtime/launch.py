@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcpipe._src.comm.failure_watch import one_line
-from funcpipe._src.runtime.spmd import leave
+from funcpipe._src.runtime.spmd_runner import leave
 from funcpipe.errors import RankError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

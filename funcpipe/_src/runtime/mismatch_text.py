@@ -13,14 +13,27 @@ from typing import Any
 import torch
 
 from funcpipe._src.analysis.outside_ops import Op
+from funcpipe._src.backends.backend import Backend
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.graph.grouped_mm import copied_experts
 from funcpipe._src.graph.unit_code import bytes_text
 from funcpipe._src.runtime.rank import Rank
+from funcpipe._src.spec.transform_spec import ResolvedStep
 
 _SHOWN = 8  # ranks that a text names
 _LOCAL = "rows of its own, of the same shapes as the others', and the same"
 _GLOBAL = "the same global batch and"
+
+
+def about_to_run(resolved: ResolvedStep, mesh: Mesh, backend: Backend, cuda_graph: bool) -> str:
+    """What a rank is about to run, in words that are the same on all ranks."""
+    transforms = ", ".join(record.text for record in resolved.records)
+    return (
+        f"{transforms or 'no transform'} on {mesh!r}, backend={backend.name!r}, "
+        f"sums={backend.sums}, cuda_graph={cuda_graph}"
+        f"{', local batches' if resolved.local else ''}"
+    )
 
 
 def too_large(rank: Rank, state: Any, error: BaseException) -> str:

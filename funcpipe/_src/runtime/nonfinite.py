@@ -35,7 +35,7 @@ from funcpipe._src.program.instructions import Row
 from funcpipe._src.runtime.interpreter import Bound, Slots, execute
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.simulate import Simulation
-from funcpipe._src.runtime.spmd import Spmd
+from funcpipe._src.runtime.spmd_runner import Spmd
 
 _INPUT, _WORK, _RESULT = range(3)  # the order of what happens in a value_and_grad
 _LAST = 1 << 30  # after all units of a microbatch, or after all calls
