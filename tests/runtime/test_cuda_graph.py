@@ -151,11 +151,11 @@ def capture_once(problem: Exception) -> tuple[str, float]:
     captured: Any = Captured(Rank(run.plan(state, x), run._comm), problem)
     said = ""
     try:
-        run._guarded(run._capture, captured, run._home.read(state))
+        run._guarded(run._capture, captured, run._buffers.read(state))
     except fp.errors.FuncpipeError as error:
         said = repr(error)
     state, _ = run(state, x)
-    run._capture(captured, run._home.read(state))
+    run._capture(captured, run._buffers.read(state))
     far = float((run.unplace(state) - step(p, x)[0]).abs().max())
     run.close()
     return said, far

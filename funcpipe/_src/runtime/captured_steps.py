@@ -45,14 +45,14 @@ class CapturedSteps:
         """Bytes of GPU memory that graphs hold for values of their own."""
         return pool_bytes(self.pool) if self.steps else 0
 
-    def step_of(self, rank: Rank, version: Version, home: StateBuffers) -> CapturedStep:
+    def step_of(self, rank: Rank, version: Version, buffers: StateBuffers) -> CapturedStep:
         """The step for what all ranks read from Python now."""
         key = id(rank), version
         if key not in self.steps:
             others = self._keys_of(rank)
             for old in others[: len(others) + 1 - MOST_GRAPHS]:
                 self.drop(old)
-            self.steps[key] = CapturedStep(rank, home, self.pool)
+            self.steps[key] = CapturedStep(rank, buffers, self.pool)
         return self.steps[key]
 
     def _keys_of(self, rank: Rank) -> list[Key]:

@@ -80,7 +80,7 @@ class Spmd(Runner):
         )
         self._bound: dict[int, Rank] = {}
         self._donated: dict[int, DonatedStep] = {}
-        self._home = StateBuffers()
+        self._buffers = StateBuffers()
         self._graphs = CapturedSteps(self._comm, self._new_pool())
         self._feed = feeder(self._comm.device)
         # NCCL waits for graphs that hold its operations, so they go before the process groups do,
@@ -138,7 +138,7 @@ class Spmd(Runner):
         self._rank_of(batch, variants, news)
         with torch.no_grad():
             state = init_state(self._placement.params(given.leaf, self.rank))
-        state = self._home.give(state)
+        state = self._buffers.give(state)
         self._replicas.made(state, self._placement)
         return state
 
@@ -149,7 +149,7 @@ class Spmd(Runner):
         """Forget the steps of an earlier ``init``, and its state."""
         self._bound.clear()
         self._donated.clear()
-        self._home = StateBuffers()
+        self._buffers = StateBuffers()
         self._graphs.release()
         self._graphs.pool = self._new_pool()
 
@@ -186,8 +186,8 @@ class Spmd(Runner):
         given, news = self._agreement.agree(
             {"batch": batch},
             "step",
-            read=lambda: self._home.read(state),
-            meanwhile=self._home.make_next,
+            read=lambda: self._buffers.read(state),
+            meanwhile=self._buffers.make_next,
             news=variants.is_news(everything=self._cuda_graph),
         )
         self._replicas.before_step(given.state, batch, self._made)
@@ -195,7 +195,7 @@ class Spmd(Runner):
             return self._try(given, batch, variants, news)
         except StaleValues as problem:
             self._comm.flush()
-            leaves = (*given.leaves, *self._home.leaves)
+            leaves = (*given.leaves, *self._buffers.leaves)
             if any(map(invalidated, leaves)):
                 raise StateError(problem.midway) from None
         variants.forget()
@@ -227,7 +227,7 @@ class Spmd(Runner):
         if self._donates and not self._cuda_graph:
             key = id(rank)
             if key not in self._donated:
-                self._donated[key] = DonatedStep(rank, self._home)
+                self._donated[key] = DonatedStep(rank, self._buffers)
             return self._donated[key](given, batch)
         result = rank.step(given.state, batch)
         self._comm.flush()
@@ -235,7 +235,7 @@ class Spmd(Runner):
 
     def _run_captured(self, rank: Rank, given: Given, batch: Any, version: Version) -> Result:
         """Replay a step; the first time it runs as it is, the second time it is captured."""
-        step = self._graphs.step_of(rank, version, self._home)
+        step = self._graphs.step_of(rank, version, self._buffers)
         if step.ready:
             self._capture(step, given)
         elif step.graph is None:
@@ -347,14 +347,14 @@ class Spmd(Runner):
         refuse_invalidated("state", full)
         self._replicas.due |= STATE
         own = self._placement.place(full, self.rank)
-        return self._home.give(own)
+        return self._buffers.give(own)
 
     def unplace(self, state: Any) -> Any:
         """The single-device state again, on every rank."""
         return self._guarded(self._unplace, state)
 
     def _unplace(self, state: Any) -> Any:
-        self._agreement.agree({}, "unplace", read=lambda: self._home.read(state))
+        self._agreement.agree({}, "unplace", read=lambda: self._buffers.read(state))
         held: dict[int, Any] = {}
         leaves = self._placement.state_leaves(state, "unplace")
         for number, leaf in enumerate(leaves):
@@ -366,7 +366,7 @@ class Spmd(Runner):
         )
 
     def _check_state(self, state: Any, what: str = "use a state") -> None:
-        read = functools.partial(self._home.read, state)
+        read = functools.partial(self._buffers.read, state)
         self._guarded(self._agreement.agree, {}, what, read)
 
     def _about_to_load(self) -> None:
