@@ -330,6 +330,30 @@ def test_a_graph_does_not_keep_an_old_number() -> None:
         ]
 
 
+class Released(Again):
+    """A step without a graph; what was released is noted."""
+
+    def __init__(self, rank: Any, home: Any, pool: Any) -> None:
+        self.rank = rank
+
+    def release(self) -> None:
+        GIVEN_BACK.append(self)
+
+
+def test_the_oldest_graph_goes_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one plan; those of other plans stay."""
+    monkeypatch.setattr(captured_steps, "CapturedStep", Released)
+    steps = captured_steps.CapturedSteps(comm=None, pool=None)  # type: ignore[arg-type]
+    rank, other, buffers = object(), object(), StateBuffers()
+    steps.step_of(other, (0,), buffers)  # type: ignore[arg-type]
+    for version in range(MOST_GRAPHS + 2):
+        steps.step_of(rank, (version,), buffers)  # type: ignore[arg-type]
+        held = [number for key, (number,) in steps.steps if key == id(rank)]
+        first = max(version + 1 - MOST_GRAPHS, 0)
+        assert held == list(range(first, version + 1))
+    assert (id(other), (0,)) in steps.steps
+
+
 # ---- events of NCCL in graphs
 
 

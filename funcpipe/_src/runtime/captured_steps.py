@@ -50,7 +50,8 @@ class CapturedSteps:
         key = id(rank), version
         if key not in self.steps:
             others = self._keys_of(rank)
-            for old in others[: len(others) + 1 - MOST_GRAPHS]:
+            too_many = max(len(others) + 1 - MOST_GRAPHS, 0)
+            for old in others[:too_many]:
                 self.drop(old)
             self.steps[key] = CapturedStep(rank, buffers, self.pool)
         return self.steps[key]
