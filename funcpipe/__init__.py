@@ -33,7 +33,8 @@ from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.predict import Prediction
 from funcpipe._src.planning.remat_curve import RematCurve
 from funcpipe._src.runtime.launch import launch
-from funcpipe._src.runtime.nonfinite import Nonfinite, find_nonfinite
+from funcpipe._src.runtime.nonfinite import find_nonfinite
+from funcpipe._src.runtime.nonfinite_watch import Nonfinite
 from funcpipe._src.runtime.profile_units import profile_units
 from funcpipe._src.runtime.record import Recording
 from funcpipe._src.runtime.simulate import simulate

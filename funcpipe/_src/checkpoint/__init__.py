@@ -44,7 +44,7 @@ from funcpipe._src.comm.process_group import ProcessGroupCommunicator
 from funcpipe._src.comm.simulated import Ranks
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.runtime.simulate import Simulation
-from funcpipe._src.runtime.spmd import Spmd
+from funcpipe._src.runtime.spmd_runner import Spmd
 from funcpipe._src.runtime.state_buffers import StateBuffers
 from funcpipe.errors import CheckpointError
 

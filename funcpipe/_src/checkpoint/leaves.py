@@ -21,7 +21,7 @@ from funcpipe._src.checkpoint.files import Leaf, leaf_of
 from funcpipe._src.core import pytree
 from funcpipe._src.planning.placement import extent, shard_shape
 from funcpipe._src.runtime.simulate import Simulation
-from funcpipe._src.runtime.spmd import Spmd
+from funcpipe._src.runtime.spmd_runner import Spmd
 from funcpipe.errors import CheckpointError
 
 _INSTEAD = (

@@ -97,7 +97,7 @@ def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units
 class _Cutter:
     def __init__(self, traced: Traced, n: Nodes, split: bool) -> None:
         self.traced, self.n, self.split = traced, n, split
-        self.final = set(n.heads) | {x for partials in n.grads for x in partials}
+        self.final = set(n.outputs) | {x for partials in n.grads for x in partials}
         self.deferred = deferred(n) if split else set()
         self.values: dict[fx.Node, Value] = {}
         self.readers: dict[fx.Node, set[Key]] = {}
@@ -110,7 +110,7 @@ class _Cutter:
         # Last unit first, so that all readers of a value are known before its own unit is built.
         units = {key: self._unit(key) for key in self._keys()}
         grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
-        heads = tuple(map(self._value, self.n.heads))
+        heads = tuple(map(self._value, self.n.outputs))
         folded = {
             v: code_.folded(self.traced.module, x)
             for x, v in self.values.items()
@@ -146,7 +146,7 @@ class _Cutter:
         self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]
     ) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
-        place, body, inputs = self.n.place, [], set()
+        place, body, inputs = self.n.position, [], set()
         seen = set(roots)
         heap = [(-place[x], x) for x in roots]
         heapq.heapify(heap)
