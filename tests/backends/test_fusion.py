@@ -1,4 +1,4 @@
-"""What a compiled backend fuses: products into accumulators, units that run back to back, sums in
+"""What a compiled backend fuses: gradient GEMMs into sums, units that run back to back, sums in
 more bits.
 
 Most tests run the fused units' graphs op by op, without a compiler, so that many cases can be
@@ -24,13 +24,14 @@ from torch._dynamo.utils import counters
 import funcpipe as fp
 from funcpipe._src.backends import grad_mean as divide
 from funcpipe._src.backends.backend import Backend
-from funcpipe._src.backends.fusion import fused
+from funcpipe._src.backends.bind import bind
+from funcpipe._src.backends.fusion import gradient_gemms
 from funcpipe._src.backends.grad_accumulation import Factors, Lookup, form_of, outputs_of
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.buffer_donation import DonationAnalysis
 from funcpipe._src.core.loss_types import averaged
+from funcpipe._src.program import ADD
 from funcpipe._src.runtime import simulate
-from funcpipe._src.runtime.interpreter import bind
 from funcpipe._src.runtime.rank import Rank
 from funcpipe.errors import StackError, TraceError
 from funcpipe.testing import Model, assert_equivalent, meshes, microbatch_counts, models, schedules
@@ -147,33 +148,25 @@ def gradients(
 
 
 def names(plan: Any, backend: Backend) -> set[str]:
-    """The paths of leaves of which nothing but products is added up."""
+    """The paths of leaves of which nothing but gradient GEMMs is added up."""
     found = set()
     for program in plan.calls[0].programs:
-        work, _ = fused(program, backend)
-        for k, w in work.items():
-            for name, slot in zip(
-                program.rows[k].writes, program.instructions[k].writes, strict=True
-            ):
-                made = slot in w.writes and name in _handed(program, backend)
-                found |= {
-                    plan.placement.analysis.paths[row.writes[0][1]]
-                    for row in program.rows
-                    if made and name in row.reads
-                }
+        bound = bind(program, None, backend, (0, 1), "0")  # type: ignore[arg-type]
+        gemms = gradient_gemms(program, backend)
+        made = set()
+        for instruction, one in zip(program.instructions, bound.instructions, strict=True):
+            if instruction.unit is not None:
+                made |= {v for v in instruction.writes if program.slot_of[v] in one.writes}
+        for instruction in program.instructions:
+            if instruction.op == ADD and instruction.reads[0] in gemms & made:
+                found.add(plan.placement.analysis.paths[instruction.writes[0].name.arg])
     return found
-
-
-def _handed(program: Any, backend: Backend) -> set:
-    from funcpipe._src.backends.fusion import _products
-
-    return _products(program, backend)
 
 
 @pytest.mark.parametrize(
     "schedule", [fp.schedules.one_f_one_b(), fp.schedules.zb_h1()], ids=["1f1b", "zb_h1"]
 )
-def test_matrices_and_tables_are_products(schedule: Any) -> None:
+def test_matrices_and_tables_are_gradient_gemms(schedule: Any) -> None:
     backend = Fusing()
     grads, plan = gradients(backend, schedule, torch.float64)
     want, _ = gradients(Backend(), schedule, torch.float64)  # type: ignore[arg-type]
@@ -201,7 +194,8 @@ def test_what_runs_back_to_back_is_one_unit() -> None:
         len({"aten._log_softmax.default", "aten._log_softmax_backward_data.default"} & t) == 1
         for t in targets
     )
-    assert len(bind(program, (0, 1), "0", None, backend)) == len(program.instructions)  # type: ignore[arg-type]
+    bound = bind(program, None, backend, (0, 1), "0")  # type: ignore[arg-type]
+    assert len(bound.instructions) == len(program.instructions)
 
 
 def test_profiles_time_what_is_fused() -> None:
@@ -216,7 +210,7 @@ def test_profiles_time_what_is_fused() -> None:
         for s in range(segments)
     )
     units = {unit.code for unit in run._made.split_cut(run.plan(state, batch()), 0).units.values()}
-    assert any(products for _, products in backend.asked)
+    assert any(gemms for _, gemms in backend.asked)
     assert any(code not in units for code, _ in backend.asked)  # two that are one
 
 
@@ -243,7 +237,7 @@ def test_halves_add_up_in_the_precision_of_the_params() -> None:
     assert all(x.dtype == torch.float32 for x in tree.leaves(grads))
 
 
-# ---- products by themselves
+# ---- gradient GEMMs by themselves
 
 
 def graph_of(fn: Callable, *inputs: torch.Tensor) -> fx.Graph:
@@ -274,9 +268,9 @@ def test_forms(fn: Callable) -> None:
     assert form is not None
     product = form.pack(A, B)
     want = fn(A, B)
-    assert torch.equal(product.first(torch.float32), want.float())
+    assert torch.equal(product.materialize(torch.float32), want.float())
     total = torch.ones(want.shape)
-    assert product.onto(total) is total
+    assert product.accumulate_into(total) is total
     assert torch.allclose(total, want.float() + 1)
 
 
@@ -313,8 +307,8 @@ def test_tables(padding: int, scaled: bool, found: bool) -> None:
     if form is not None:
         product = form.pack(rows, places)
         assert isinstance(product, Lookup)
-        assert torch.allclose(product.first(torch.float32), fn(rows, places))
-        assert torch.allclose(product.onto(torch.ones(7, 4)), fn(rows, places) + 1)
+        assert torch.allclose(product.materialize(torch.float32), fn(rows, places))
+        assert torch.allclose(product.accumulate_into(torch.ones(7, 4)), fn(rows, places) + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -323,16 +317,16 @@ def test_accumulators(dtype: torch.dtype) -> None:
     for made in (torch.float32, torch.bfloat16):
         form = form_of(outputs_of(graph_of(lambda a, b: a @ b, A.to(made), B.to(made)))[0])
         assert form is not None
-        assert form.sums(dtype) == (
+        assert form.adds_to(dtype) == (
             dtype == made or (made, dtype) == (torch.bfloat16, torch.float32)
         )
 
 
 def test_halves_into_float32() -> None:
     product = Factors(A.bfloat16(), B.bfloat16())
-    total = product.first(torch.float32)
+    total = product.materialize(torch.float32)
     assert total.dtype == torch.float32
-    assert torch.allclose(product.onto(total), 2 * A @ B, atol=0.1)
+    assert torch.allclose(product.accumulate_into(total), 2 * A @ B, atol=0.1)
 
 
 # ---- gradients over the weight

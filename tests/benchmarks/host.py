@@ -14,6 +14,7 @@ units, ranks run in lockstep.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import time
@@ -26,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe._src.program import RUN
-from funcpipe._src.runtime import rank as rank_
+from funcpipe._src.runtime.bound_call import BoundCall
 
 ROWS, WIDTH = 1, 8
 
@@ -44,14 +44,15 @@ def step(state: list[torch.Tensor], batch: torch.Tensor) -> tuple:
     return state, {"loss": loss}
 
 
-def emptied(call: rank_._BoundCall) -> None:
+def emptied(call: BoundCall) -> None:
     """Units that compute nothing, so that only the runtime is left."""
-    for n, bound in enumerate(call.bound):
-        if bound.op == RUN:
-            unit = call.program.instructions[n].unit
-            assert unit is not None
-            ready = tuple(torch.zeros(v.shape, dtype=v.dtype) for v in unit.outputs)
-            call.bound[n] = bound._replace(run=lambda args, ready=ready: (args.clear(), ready)[1])
+    emptied = []
+    for written, bound in zip(call.program.instructions, call.bound.instructions, strict=True):
+        if written.unit is not None:
+            ready = tuple(torch.zeros(v.shape, dtype=v.dtype) for v in written.unit.outputs)
+            bound = bound._replace(run=lambda args, ready=ready: (args.clear(), ready)[1])
+        emptied.append(bound)
+    call.bound = dataclasses.replace(call.bound, instructions=tuple(emptied))
 
 
 def ours(run, ranks: int, microbatches: int) -> tuple[Callable[[], object], int]:

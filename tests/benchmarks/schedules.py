@@ -13,6 +13,7 @@ the next without waiting for each other, as captured steps on GPUs do.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import time
@@ -24,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 import funcpipe as fp
-from funcpipe._src.program import RUN
 from funcpipe._src.schedule.catalogue import NAMES, by_name
 
 WIDTH = 64
@@ -45,11 +45,13 @@ def asleep(run: Any, seconds: Callable[[str], float]) -> None:
     """Units that sleep instead of computing."""
     for rank in run._bound.values():
         for call in rank.calls:
-            for n, bound in enumerate(call.bound):
-                if bound.op == RUN:
-                    unit = call.program.instructions[n].unit
-                    ready = tuple(torch.zeros(v.shape, dtype=v.dtype) for v in unit.outputs)
-                    call.bound[n] = bound._replace(run=_Sleeper(seconds(unit.kind), ready))
+            instructions = list(call.bound.instructions)
+            for n, written in enumerate(call.program.instructions):
+                if written.unit is not None:
+                    ready = tuple(torch.zeros(v.shape, dtype=v.dtype) for v in written.unit.outputs)
+                    sleeper = _Sleeper(seconds(written.unit.kind), ready)
+                    instructions[n] = instructions[n]._replace(run=sleeper)
+            call.bound = dataclasses.replace(call.bound, instructions=tuple(instructions))
 
 
 class _Sleeper:

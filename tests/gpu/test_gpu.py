@@ -186,8 +186,8 @@ def test_halves_into_float32_accumulators() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(64, 64, generator=g).bfloat16().cuda() for _ in range(2))
     product, exact = Factors(a, b.t()), a.double() @ b.t().double()
-    sums = product.first(torch.float32)
+    sums = product.materialize(torch.float32)
     assert sums.dtype == torch.float32
     assert (sums - exact).norm() <= 1e-6 * exact.norm()
-    assert product.onto(sums) is sums
+    assert product.accumulate_into(sums) is sums
     assert (sums - 2 * exact).norm() <= 1e-6 * exact.norm()

@@ -10,7 +10,8 @@ import torch
 from support.models import D, batch, body, count, descend, params, pipe, same_bits, start
 
 import funcpipe as fp
-from funcpipe._src.planning.placement import Placement, extent
+from funcpipe._src.planning.placement import Placement
+from funcpipe._src.program.shard_shapes import extent
 
 MESHES = [fp.Mesh(pipe=3), fp.Mesh(pipe=3, data=2), fp.Mesh(data=2, pipe=3)]
 

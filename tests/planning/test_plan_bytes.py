@@ -4,6 +4,7 @@ step runs."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from support.fusing_backend import fusing
 
 import funcpipe as fp
 from funcpipe._src.backends import grad_mean as divide
+from funcpipe._src.backends import weight_buckets as shards
 from funcpipe._src.comm import Done
 from funcpipe._src.comm.simulated import InProcessCommunicator
-from funcpipe._src.runtime import rank
-from funcpipe._src.runtime import weight_buckets as shards
+from funcpipe._src.graph.ids import ValueId
+from funcpipe._src.runtime import bound_call, interpreter
 from funcpipe.testing import Layer, Model, models
 
 BLOCKS, WIDTH, ROWS = 6, 8, 8
@@ -138,7 +140,7 @@ class Gathered:
 
 @contextlib.contextmanager
 def gathers_seen() -> Iterator[Gathered]:
-    seen, whole, start = Gathered(), shards._whole, InProcessCommunicator.start_all_gather
+    seen, whole, start = Gathered(), shards._unsharded, InProcessCommunicator.start_all_gather
     rank_of: dict[int, int] = {}
 
     def starts(self: Any, x: torch.Tensor, axes: Any) -> Any:
@@ -156,7 +158,7 @@ def gathers_seen() -> Iterator[Gathered]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InProcessCommunicator, "start_all_gather", starts)
-        patch.setattr(shards, "_whole", wholes)
+        patch.setattr(shards, "_unsharded", wholes)
         yield seen
 
 
@@ -203,8 +205,9 @@ class Watched(list):
 
     def __init__(self, slots: list[Any], program: Any, peaks: dict[str, int]) -> None:
         super().__init__(slots)
-        brought = {*program.params.values(), *program.batch.values(), *program.constants.values()}
-        taken = {*program.heads.values(), *program.kept.values(), *program.partials.values()}
+        brought = {program.slot_of[value] for value in program.inputs}
+        results = (*program.outputs, *program.partial_grads)
+        taken = {program.slot_of[value] for value in results}
         self.values = {i for i in range(len(slots)) if i not in brought and i not in taken}
         self.taken, self.peaks = taken, peaks
 
@@ -225,13 +228,13 @@ class Watched(list):
 def slots_seen() -> Iterator[dict[int, dict[str, int]]]:
     """By rank the peaks of what slots hold."""
     peaks: dict[int, dict[str, int]] = defaultdict(lambda: {"values": 0, "sums": 0})
-    slots = rank._BoundCall._slots
+    slots = bound_call.BoundCall._slots
 
     def watched(self: Any, *args: Any) -> Watched:
         return Watched(slots(self, *args), self.program, peaks[self.rank.comm.rank])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank._BoundCall, "_slots", watched)
+        patch.setattr(bound_call.BoundCall, "_slots", watched)
         yield peaks
 
 
@@ -326,13 +329,13 @@ class _Slow:
         return self.out
 
 
-def alive(slots: list[Any], names: dict[int, Any]) -> list[torch.Tensor]:
+def alive(slots: list[Any], values: dict[int, ValueId]) -> list[torch.Tensor]:
     """What sums, and reductions under way, hold."""
     out = []
-    for slot, name in names.items():
-        if name[0] in ("grad", "head", "row", "whole", "shard"):
+    for slot, value in values.items():
+        if value.kind in ("sum", "row", "unsharded", "shard"):
             out.append(slots[slot])
-        elif name[0] == "pending" and str(name[1]).startswith("grad"):
+        elif value.kind == "pending" and str(value.name).startswith("reduction"):
             pending = slots[slot].pending
             out += [pending.source, pending.out]
     return out
@@ -343,29 +346,28 @@ def sums_seen() -> Iterator[dict[int, int]]:
     """By rank the peak of what sums hold; a program runs instruction by instruction."""
     peaks: dict[int, int] = defaultdict(int)
     programs: list[tuple[Any, Any]] = []
-    bind, execute, reduce = rank.bind, rank.execute, InProcessCommunicator.start_reduce_scatter
+    bind, run, reduce = bound_call.bind, interpreter.run, InProcessCommunicator.start_reduce_scatter
 
     def binds(program: Any, *args: Any) -> Any:
         programs.append((bound := bind(program, *args), program))
         return bound
 
-    def executes(bound: Any, slots: list[Any], comm: Any) -> None:
+    def runs(bound: Any, slots: list[Any], comm: Any) -> None:
         program = next(p for b, p in programs if b is bound)
-        names: dict[int, Any] = {}
-        for one, i, row in zip(bound, program.instructions, program.rows, strict=True):
+        names: dict[int, ValueId] = {}
+        for one, written in zip(bound.instructions, program.instructions, strict=True):
             before = alive(slots, names)
-            execute([one], slots, comm)
-            names = {slot: name for slot, name in names.items() if slot not in i.frees}
-            names.update(
-                (slot, name)
-                for slot, name in zip(i.writes, row.writes, strict=True)
-                if slot not in i.frees
-            )
+            run(dataclasses.replace(bound, instructions=(one,)), slots, comm)
+            for value in written.frees:
+                names.pop(program.slot_of[value], None)
+            for value in written.writes:
+                if value not in written.frees:
+                    names[program.slot_of[value]] = value
             peaks[comm.rank] = max(peaks[comm.rank], held([*before, *alive(slots, names)]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank, "bind", binds)
-        patch.setattr(rank, "execute", executes)
+        patch.setattr(bound_call, "bind", binds)
+        patch.setattr(interpreter, "run", runs)
         patch.setattr(
             InProcessCommunicator,
             "start_reduce_scatter",
@@ -533,7 +535,7 @@ def test_sums_are_gone_one_by_one_as_they_are_divided() -> None:
     """Beside the gradients that a step gets there is never more than one sum."""
     alive: list[int] = []
     sums: list[weakref.ref] = []
-    averaged, grads = divide.averaged, rank._BoundCall._grads
+    averaged, grads = divide.averaged, bound_call.BoundCall._grads
 
     def made(self: Any, *args: Any) -> Any:
         out = grads(self, *args)
@@ -545,7 +547,7 @@ def test_sums_are_gone_one_by_one_as_they_are_divided() -> None:
         return averaged(g, weight)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank._BoundCall, "_grads", made)
+        patch.setattr(bound_call.BoundCall, "_grads", made)
         patch.setattr(divide, "averaged", divides)
         ran(fp.Mesh(data=1), data, sharded())
     assert alive == list(range(BLOCKS + 1, 0, -1))

@@ -23,6 +23,7 @@ from support.models import (
 
 import funcpipe as fp
 from funcpipe._src.comm.simulated import InProcessCommunicator
+from funcpipe._src.graph.ids import ArgId, OfArg, ValueId
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.program import ADD, RUN, Program
 from funcpipe._src.program.verify import verify
@@ -38,6 +39,7 @@ from funcpipe._src.schedule import (
 from funcpipe._src.schedule.communication import message_of
 from funcpipe.errors import ScheduleError
 
+FIRST_GRAD = ValueId("sum", OfArg(ArgId(0), 0))
 SCHEDULES = {
     "gpipe": gpipe(),
     "1f1b": one_f_one_b(),
@@ -65,15 +67,7 @@ def programs(plan: Plan) -> tuple[Program, ...]:
 
 def planned_slots(program: Program) -> int:
     """The slots of what is made on the way: not those of what a step brings and takes away."""
-    brought = (
-        program.params,
-        program.batch,
-        program.constants,
-        program.heads,
-        program.kept,
-        program.partials,
-    )
-    return program.slots - sum(map(len, brought))
+    return program.slots - sum(map(len, (program.inputs, program.outputs, program.partial_grads)))
 
 
 def test_slots_do_not_grow_with_microbatches_under_1f1b() -> None:
@@ -94,23 +88,18 @@ def test_what_is_freed_is_not_read_again(name: str) -> None:
     plan = planned(SCHEDULES[name])
     for program in programs(plan):
         verify(program)
-        filled = {
-            s
-            for slots in (program.params, program.batch, program.constants)
-            for s in slots.values()
-        }
-        kept = {
-            s for slots in (program.heads, program.kept, program.partials) for s in slots.values()
-        }
+        brought = {program.slot_of[value] for value in program.inputs}
+        results = (*program.outputs, *program.partial_grads)
+        kept = {program.slot_of[value] for value in results}
+        filled = set(brought)
         for i in program.instructions:
-            assert set(i.reads) <= filled, f"{i.action} reads an empty slot"
-            assert not set(i.frees) & kept
-            filled = (filled - set(i.frees)) | (set(i.writes) - set(i.frees))
-        assert filled == kept | {
-            s
-            for slots in (program.params, program.batch, program.constants)
-            for s in slots.values()
-        }
+            reads, writes, frees = (
+                {program.slot_of[value] for value in some} for some in (i.reads, i.writes, i.frees)
+            )
+            assert reads <= filled, f"{i.action} reads an empty slot"
+            assert not frees & kept
+            filled = (filled - frees) | (writes - frees)
+        assert filled == kept | brought
 
 
 def test_the_verifier_sees_a_slot_that_was_freed_too_early_and_a_sum_out_of_turn() -> None:
@@ -122,8 +111,8 @@ def test_the_verifier_sees_a_slot_that_was_freed_too_early_and_a_sum_out_of_turn
         verify(dataclasses.replace(program, instructions=tuple(broken)))
     first, second = (
         k
-        for k, row in enumerate(program.rows)
-        if row.op == ADD and row.writes == (("grad", 0, 0),) and row.turn < 2
+        for k, row in enumerate(rows)
+        if row.op == ADD and row.writes == (FIRST_GRAD,) and row.nth < 2
     )
     order = list(range(len(rows)))
     order[first], order[second] = second, first
@@ -132,7 +121,6 @@ def test_the_verifier_sees_a_slot_that_was_freed_too_early_and_a_sum_out_of_turn
             dataclasses.replace(
                 program,
                 instructions=tuple(rows[k] for k in order),
-                rows=tuple(program.rows[k] for k in order),
             )
         )
 
@@ -191,12 +179,12 @@ def test_sums_are_taken_in_microbatch_order_whatever_the_schedule() -> None:
 
 
 def test_a_sum_waits_for_its_turn() -> None:
-    rows = [
-        r for r in programs(planned(REVERSED))[1].rows if r.op == ADD and r.writes[0][0] == "grad"
-    ]
-    for name in {r.writes[0] for r in rows}:
-        assert [r.turn for r in rows if r.writes[0] == name] == [0, 1, 2, 3]
-        assert [r.reads[0][-1] for r in rows if r.writes[0] == name] == [0, 1, 2, 3]
+    program = programs(planned(REVERSED))[1]
+    assert program.partial_grads
+    for total in program.partial_grads:
+        adds = [i for i in program.instructions if i.op == ADD and i.writes == (total,)]
+        assert [i.nth for i in adds] == [0, 1, 2, 3]
+        assert [i.reads[0].microbatch for i in adds] == [0, 1, 2, 3]
 
 
 def test_a_value_is_sent_once_to_each_place_that_reads_it() -> None:
@@ -212,7 +200,7 @@ def test_a_value_is_sent_once_to_each_place_that_reads_it() -> None:
     )
     plan = run.plan(state, batch())
     sends = [
-        (p.place, i)
+        (p.pipeline_rank, i)
         for p in programs(plan)
         for i in p.instructions
         if i.action.kind in ("SEND_F", "SEND_B")
@@ -232,10 +220,12 @@ def test_sums_go_to_the_other_places_as_soon_as_they_may(name: str, ranks: int) 
     p = programs(plan)[maker]
     told = [(k, i) for k, i in enumerate(p.instructions) if i.action.kind[-2:] == "_H"]
     assert [(i.op, i.peer) for _, i in told] == [("send", q) for q in range(ranks) if q != maker]
-    summed = max(k for k, row in enumerate(p.rows) if row.op == ADD and row.writes[0][0] == "head")
-    between = {row.action for row in p.rows[summed : told[0][0]] if row.op == RUN}
-    assert len(between) == 1 and not any(row.op == "recv" for row in p.rows[summed : told[0][0]])
-    assert all(p.heads.keys() == {0, 1} for p in programs(plan))
+    totals = {ValueId("sum", 0), ValueId("sum", 1)}
+    summed = max(k for k, i in enumerate(p.instructions) if i.op == ADD and i.writes[0] in totals)
+    behind = p.instructions[summed : told[0][0]]
+    assert len({i.action for i in behind if i.op == RUN}) == 1
+    assert not any(i.op == "recv" for i in behind)
+    assert all(set(p.outputs) == totals for p in programs(plan))
 
 
 def run_until(some: tuple[Program, ...], stop: tuple[int, int]) -> list[int]:
@@ -246,8 +236,8 @@ def run_until(some: tuple[Program, ...], stop: tuple[int, int]) -> list[int]:
     while moved:
         moved = False
         for place, program in enumerate(some):
-            while at[place] < len(program.rows) and (place, at[place]) != stop:
-                row = program.rows[at[place]]
+            while at[place] < len(program.instructions) and (place, at[place]) != stop:
+                row = program.instructions[at[place]]
                 if row.op == "send":
                     boxes[place, row.peer, row.action.kind[-1]] += 1
                 elif row.op == "recv":
@@ -265,20 +255,20 @@ def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
     which ranks run."""
     plan = planned(SCHEDULES[name], ranks=ranks, layers=12)
     maker, some = plan.calls[0].schedule.placement[-1], programs(plan)
-    sent = next(k for k, row in enumerate(some[maker].rows) if row.action.kind == "SEND_H")
+    sent = next(k for k, row in enumerate(some[maker].instructions) if row.action.kind == "SEND_H")
     reached = run_until(some, (maker, sent))
     received = {
-        p: [k for k, row in enumerate(some[p].rows) if row.action.kind == "RECV_H"]
+        p: [k for k, row in enumerate(some[p].instructions) if row.action.kind == "RECV_H"]
         for p in range(ranks)
     }
     for p in set(range(ranks)) - {maker}:
         (k,) = received[p]
-        assert reached[p] < k or k == len(some[p].rows) - 1
+        assert reached[p] < k or k == len(some[p].instructions) - 1
     # The place that sends the maker its last activations gets their gradients back, and knows by
     # that.
     neighbour = plan.calls[0].schedule.placement[-2]
     if neighbour != maker:
-        assert received[neighbour][0] < len(some[neighbour].rows) - 1
+        assert received[neighbour][0] < len(some[neighbour].instructions) - 1
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -287,11 +277,11 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
     """By the order of both programs; and no longer: what the other end had not received when it
     sent may still be on its way."""
     plan = planned(SCHEDULES[name], microbatches=6, ranks=ranks, layers=12, rows=12)
-    rows = [[(row.action, row) for row in p.rows] for p in programs(plan)]
+    rows = [[(row.action, row) for row in p.instructions] for p in programs(plan)]
     let_go = 0
     for p in programs(plan):
         held: dict[Any, Action] = {}
-        for row in p.rows:
+        for row in p.instructions:
             if row.op == "send":
                 held |= dict.fromkeys(row.writes, row.action)
             if row.op != "recv" or row.action.kind == "RECV_H":
@@ -300,7 +290,7 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
             there = [
                 a
                 for a, other in rows[peer]
-                if other.op in ("send", "recv") and other.peer == p.place
+                if other.op in ("send", "recv") and other.peer == p.pipeline_rank
             ]
             answer = next(
                 k
@@ -312,7 +302,10 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
             for n in row.reads:
                 del held[n]
                 let_go += 1
-            assert not {message_of(a) for n, a in held.items() if n[3] == peer} & got
+            assert (
+                not {message_of(a) for n, a in held.items() if str(n.name).endswith(f" to {peer}")}
+                & got
+            )
         assert not held
     assert let_go
 

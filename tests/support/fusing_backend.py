@@ -24,9 +24,9 @@ class Fusing(Backend):
         super().__init__("inductor", sums=sums)
         self.asked: list[tuple[Code, tuple[int, ...]]] = []
 
-    def __call__(self, code: Code, products: tuple[int, ...] = ()) -> Any:
-        self.asked.append((code, products))
-        return super().__call__(code, products)
+    def __call__(self, code: Code, gemms: tuple[int, ...] = ()) -> Any:
+        self.asked.append((code, gemms))
+        return super().__call__(code, gemms)
 
     def _inductor(self, module: fx.GraphModule, key: str) -> Any:
         return module.forward

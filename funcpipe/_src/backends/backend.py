@@ -1,8 +1,8 @@
 """Backends: what runs a unit. "eager" runs its graph op by op, bitwise as plain PyTorch; "inductor"
 compiles it.
 
-Equal units share one `Code`, so a model of any depth compiles a handful of them. What was compiled
-is kept on disk by torch's own cache (the FX graph cache of inductor, ``TORCHINDUCTOR_CACHE_DIR``),
+Equal units share one `Code`, so a model of any depth compiles a handful of them. Torch keeps what
+was compiled in its own cache on disk (the FX graph cache of inductor, ``TORCHINDUCTOR_CACHE_DIR``),
 so that the next process finds it.
 
 A compiled backend also *fuses* (see `fusion.py`): it adds gradients up without making them first,
@@ -24,13 +24,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
-from funcpipe._src.backends.grad_accumulation import handing_out
+from funcpipe._src.backends.grad_accumulation import Pack, handing_out
 from funcpipe._src.collectives import names_axes
 from funcpipe._src.graph.ops import viewed
 from funcpipe._src.graph.unit_code import Code
 from funcpipe.errors import TraceError
 
 Run = Callable[[list[Any]], Sequence[Any]]
+Key = tuple[str, tuple[int, ...]]  # of a graph; the outputs that are gradient GEMMs
 NAMES = ("eager", "inductor")
 
 
@@ -53,40 +54,47 @@ class Backend:
         sums: torch.dtype = torch.float32,
         captured: bool = False,
     ) -> None:
-        self.name, self.progress = name, progress or (lambda text: None)
+        self.name, self.progress = name, progress or _silent
         self.sums, self.captured = sums, captured
-        self._made: dict[tuple[str, tuple[int, ...]], Run] = {}
-        self._peaks: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._made: dict[Key, Run] = {}
+        self._peaks: dict[Key, int] = {}
 
     @property
     def fuses(self) -> bool:
         """Whether it may run other kernels than the units' graphs say, and round otherwise."""
         return self.name == "inductor"
 
-    def __call__(self, code: Code, products: tuple[int, ...] = ()) -> Run:
+    def __call__(self, code: Code, gemms: tuple[int, ...] = ()) -> Run:
         """The function of a unit.
 
         Args:
             code: of the unit.
-            products: the places of outputs that it hands out as
-                `funcpipe._src.backends.grad_accumulation.Product`.
+            gemms: the numbers of the outputs that it hands out as
+                `funcpipe._src.backends.grad_accumulation.GradientGemm`.
         """
         if not self.fuses:
-            assert not products
+            assert not gemms
             return code.run
-        key = code.key, products
+        key = code.key, gemms
         if key not in self._made:
-            self._made[key] = self._unit(code, products)
+            self._made[key] = self._unit(code, gemms)
             if not names_axes(code.module.graph):  # the others need all ranks
-                self._peaks[key] = _peak(self._made[key], code)
+                run = self._made[key]
+                self._peaks[key] = _peak(run, code)
         return self._made[key]
 
-    def peak(self, code: Code, products: tuple[int, ...] = ()) -> int:
-        """Bytes that a unit takes for itself at its peak, outputs included: as it was seen to on a
-        GPU, else as its graph says."""
-        return self._peaks.get((code.key, products), code.peak)
+    def peak(self, code: Code, gemms: tuple[int, ...] = ()) -> int:
+        """Bytes that a unit takes for itself at its peak, outputs included: as measured on a GPU,
+        else as its graph says."""
+        key = code.key, gemms
+        return self._peaks.get(key, code.peak)
 
-    def function(self, name: str, fn: Callable[..., torch.Tensor], *like: torch.Tensor) -> Run:
+    def function(
+        self,
+        name: str,
+        fn: Callable[..., torch.Tensor],
+        *like: torch.Tensor,
+    ) -> Run:
         """A function of tensors, compiled.
 
         Args:
@@ -94,42 +102,78 @@ class Backend:
             fn: makes one tensor.
             like: tensors such as it will get.
         """
-        if (name, ()) not in self._made:
-            with _disable_current_modes():
-                with FakeTensorMode():
-                    fakes = [_like(x) for x in like]
-                module = make_fx(lambda *xs: (fn(*xs),), tracing_mode="fake")(*fakes)
-            module.graph.set_codegen(fx.graph._BoxedCodeGen())
-            module.recompile()
-            self._made[name, ()] = self._inductor(module, name)
-        return self._made[name, ()]
+        key = name, ()
+        if key not in self._made:
+            module = _boxed_graph(fn, like)
+            self._made[key] = self._inductor(module, name)
+        return self._made[key]
 
-    def _unit(self, code: Code, products: tuple[int, ...]) -> Run:
-        if not products:
+    def _unit(self, code: Code, gemms: tuple[int, ...]) -> Run:
+        if not gemms:
             return self._inductor(code.module, code.key)
-        module, pack = handing_out(code.module, products)
-        run = self._inductor(module, code.key)
-        return lambda inputs: pack(run(inputs))
+        module, pack = handing_out(code.module, gemms)
+        return _packing(self._inductor(module, code.key), pack)
 
     def _inductor(self, module: fx.GraphModule, key: str) -> Run:
-        if not any(x.op == "call_function" and viewed(x) is None for x in module.graph.nodes):
-            return module.forward  # nothing but views, as what is left of a W unit
+        if all(map(_is_view, module.graph.nodes)):
+            return module.forward  # as what is left of a W unit
         self.progress(f"compiling unit {key} ({len(self._made) + 1})")
         return _inductor(module, key)
+
+
+def _boxed_graph(
+    fn: Callable[..., torch.Tensor],
+    like: Sequence[torch.Tensor],
+) -> fx.GraphModule:
+    """The graph of a function that makes one tensor."""
+
+    def as_tuple(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        return (fn(*inputs),)
+
+    trace = make_fx(as_tuple, tracing_mode="fake")
+    with _disable_current_modes():
+        with FakeTensorMode():
+            fakes = list(map(_empty_like, like))
+        module = trace(*fakes)
+    module.graph.set_codegen(fx.graph._BoxedCodeGen())
+    module.recompile()
+    return module
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _packing(run: Run, pack: Pack) -> Run:
+    def packed(inputs: list[Any]) -> Sequence[Any]:
+        return pack(run(inputs))
+
+    return packed
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node computes nothing."""
+    return node.op != "call_function" or viewed(node) is not None
+
+
+def _inputs_of(module: fx.GraphModule) -> list[torch.Tensor]:
+    """Fakes of what a graph takes in."""
+    fakes = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            fakes.append(node.meta["val"])
+    return fakes
 
 
 def _peak(run: Run, code: Code) -> int:
     """What a compiled unit takes beyond its inputs, on a GPU; elsewhere what its graph says.
     Torch's own record of the peak begins anew."""
-    likes = [n.meta["val"] for n in code.module.graph.nodes if n.op == "placeholder"]
-    device = next((x.device for x in likes if x.device.type == "cuda"), None)
-    if device is None:
+    fakes = _inputs_of(code.module)
+    on_gpu = [fake for fake in fakes if fake.is_cuda]
+    if not on_gpu:
         return code.peak
-    with torch.no_grad(), torch.cuda.device(device):
-        inputs = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_()
-            for x in likes
-        ]
+    with torch.no_grad(), torch.cuda.device(on_gpu[0].device):
+        inputs = [_empty_like(fake).zero_() for fake in fakes]
         run(list(inputs))  # the first run makes what stays
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -143,16 +187,16 @@ def _inductor(module: fx.GraphModule, key: str) -> Run:
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    mode = FakeTensorMode(
-        shape_env=ShapeEnv()
-    )  # inductor looks into its cache on disk only where there is one
-    likes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    def unboxed(*inputs: torch.Tensor) -> Any:
+        return module.forward(list(inputs))
+
+    # Inductor looks into its cache on disk only where there is a ShapeEnv.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
     try:
         with _disable_current_modes(), mode:
-            inputs = [_like(x) for x in likes]
-            flat = make_fx(
-                lambda *xs: module.forward(list(xs)), select_decomp_table(), tracing_mode="fake"
-            )(*inputs)
+            inputs = list(map(_empty_like, _inputs_of(module)))
+            trace = make_fx(unboxed, select_decomp_table(), tracing_mode="fake")
+            flat = trace(*inputs)
         with torch.no_grad(), tracing(TracingContext(mode)):
             return compile_fx_inner(flat, inputs)  # type: ignore[return-value]
     except Exception as error:
@@ -161,5 +205,11 @@ def _inductor(module: fx.GraphModule, key: str) -> Run:
         ) from error
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, memory order, dtype and device."""
+    return torch.empty_strided(
+        tensor.shape,
+        tensor.stride(),
+        dtype=tensor.dtype,
+        device=tensor.device,
+    )

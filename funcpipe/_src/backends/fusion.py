@@ -1,304 +1,262 @@
-"""Fuse: what a compiled backend does with the units of a program beyond running them one after
+"""Fusion: what a compiled backend does with the units of a program beyond running them one after
 another.
 
-- A gradient that is a matrix product (or an embedding's) and that nothing but its accumulator reads
-  is never made: its unit hands out a `Product`, and ADD takes that into the accumulator in one
-  pass. One that is reduced is made in the dtype in which it travels.
-- F and B (or I) of a segment that run back to back, as in the last stage, are compiled as one: what
-  only the second reads of the first is then no value that has to be kept, as the log-probabilities
-  of a cross entropy.
-- Sums of gradients with fewer bits than `Backend.sums` are held in that dtype, until the last
-  summand is in.
+- A gradient that is a matrix product (or an embedding's) and that nothing but its sum reads is
+  never made: its unit hands out a gradient GEMM, and ADD takes that into the sum in one pass
+  (`grad_accumulation.py`). A gradient that is reduced is made in the dtype in which it travels.
+- F and B (or I) of a segment that run back to back, as in the last stage, are compiled as one
+  (`joined_units.py`).
+- Sums of gradients are held in more bits (`accumulate.py`).
 
-In: a program, a backend. Out: for RUN and ADD instructions what runs, in place of the plain
-function of the unit and the plain addition, and what that changes about memory. Instructions keep
-their places and slots.
+In: a program, a backend. Out: which gradients are GEMMs, which units run as one, and what that
+changes about memory. Instructions keep their order and their slots.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import fx
 
-from funcpipe._src.backends.backend import Backend, Run
-from funcpipe._src.backends.grad_accumulation import form_of, outputs_of
-from funcpipe._src.graph.unit_code import Code, compile_unit
-from funcpipe._src.program import ADD, GATHER, REDUCE, RUN, Change, Changes, Program, ended
-from funcpipe._src.program.instructions import Name, Row
-
-# From what an accumulator holds (None at first) and a summand to what it holds then.
-Sum = Callable[[Any, Any], torch.Tensor]
-
-
-class Work(NamedTuple):
-    """What an instruction runs.
-
-    Args:
-        run: a function of what the slots in ``reads`` hold, that makes what goes to ``writes``.
-        reads, writes, frees: slots.
-    """
-
-    run: Callable[..., Any]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    frees: tuple[int, ...]
-
-
-def fused(program: Program, backend: Backend) -> tuple[dict[int, Work], dict[int, Sum]]:
-    """What runs, by the place of the instruction: for every RUN its unit, for every ADD how it
-    adds."""
-    products = _products(program, backend) if backend.fuses else set()
-    work = _joined(program, backend, products) if backend.fuses else {}
-    for k, (row, i) in enumerate(zip(program.rows, program.instructions, strict=True)):
-        if row.op == RUN and k not in work:
-            assert row.unit is not None
-            work[k] = Work(
-                backend(row.unit.code, _at(row.writes, products)), i.reads, i.writes, i.frees
-            )
-    return work, _sums(program, backend, products)
+from funcpipe._src.backends.accumulate import (
+    additions,
+    final_dtype,
+    is_gradient,
+    last_summands,
+    sum_dtype,
+)
+from funcpipe._src.backends.backend import Backend
+from funcpipe._src.backends.grad_accumulation import Form, form_of, outputs_of
+from funcpipe._src.backends.joined_units import Wire, join_units
+from funcpipe._src.graph.ids import ValueId
+from funcpipe._src.graph.unit_code import Code
+from funcpipe._src.program import ADD, GATHER, REDUCE, Change, Changes, Instruction, Program
 
 
 def changes(program: Program, backend: Backend) -> Changes | None:
-    """What that changes about memory; None for nothing."""
+    """What fusion changes about memory; None for nothing."""
     if not backend.fuses:
         return None
-    products = _products(program, backend)
-    last = {row.writes[0]: row.turn for row in program.rows if row.op == ADD}
-    ends = [dead for _, dead in ended(program)]
-    out: dict[int, Change] = {}
-    for k, row in enumerate(program.rows):
-        if row.unit is not None:
-            at = _at(row.writes, products)
-            out[k] = Change(backend.peak(row.unit.code, at), row.writes, tuple(ends[k]))
-        elif row.op == ADD:
-            turns = last[row.writes[0]]
-            dtype, own = _dtype(row, turns, backend), _dtype(row, 0, backend)
-            out[k] = Change(dtype=dtype, last=own if row.turn == turns and dtype != own else None)
-    for k, j, code, kept in _merged(program):
-        first, second = program.rows[k], program.rows[j]
-        writes = (*kept, *second.writes)
-        gone = [n for n in first.writes if n not in kept]
-        early = tuple(n for n in ends[j] if n in second.reads)
-        out[k] = Change(backend.peak(code, _at(writes, products)), writes, (*ends[k], *early))
-        out[j] = Change(0, (), tuple(n for n in ends[j] if n not in (*early, *gone)))
-    return Changes(out, frozenset(products))
+    gemms = gradient_gemms(program, backend)
+    found: dict[int, Change] = {}
+    for number, instruction in enumerate(program.instructions):
+        if instruction.unit is not None:
+            numbers = numbers_of(gemms, instruction.writes)
+            found[number] = Change(
+                peak=backend.peak(instruction.unit.code, numbers),
+                writes=instruction.writes,
+                frees=instruction.frees,
+            )
+    lasts = last_summands(program)
+    for number, add in additions(program):
+        last = lasts[add.writes[0]]
+        dtype = sum_dtype(add, last, backend, program)
+        final = final_dtype(add, last, backend, program)
+        found[number] = Change(dtype=dtype, last_dtype=final)
+    for pair in fused_pairs(program):
+        found.update(_changes_of(pair, program, backend, gemms))
+    return Changes(found, gemms)
 
 
-def _at(names: tuple[Name, ...], products: set[Name]) -> tuple[int, ...]:
-    return tuple(k for k, name in enumerate(names) if name in products)
-
-
-# ---- sums
-
-
-def _sums(program: Program, backend: Backend, products: set[Name]) -> dict[int, Sum]:
-    last = {row.writes[0]: row.turn for row in program.rows if row.op == ADD}
-    out: dict[int, Sum] = {}
-    for k, row in enumerate(program.rows):
-        if row.op == ADD:
-            turns = last[row.writes[0]]
-            dtype = _dtype(row, turns, backend)
-            add = _taken(row.turn, dtype) if row.reads[0] in products else _plain(row.turn, dtype)
-            own = _dtype(row, 0, backend)
-            out[k] = _then(add, own) if row.turn == turns and dtype != own else add
-    return out
-
-
-def _dtype(row: Row, turns: int, backend: Backend) -> torch.dtype | None:
-    """The dtype in which so many summands and one are added up; None for that of the first, as it
-    comes."""
-    value = row.reads[0][1].dtype if row.reads[0][0] == "value" else None
-    own: torch.dtype | None = row.dtype or value
-    gradient = row.writes[0][0] in ("grad", "whole")
-    if own is not None and own.is_floating_point and gradient and turns and backend.fuses:
-        return torch.promote_types(own, backend.sums)
-    return own if row.dtype or backend.fuses else None
-
-
-def _plain(turn: int, dtype: torch.dtype | None) -> Sum:
-    """The second summand makes a new tensor, since the first may be anybody's; after that it is
-    ours."""
-    cast = (lambda x: x) if dtype is None else (lambda x: x.to(dtype))
-    if turn == 0:
-        return lambda sums, x: cast(x)
-    return (lambda sums, x: sums + cast(x)) if turn == 1 else (lambda sums, x: sums.add_(cast(x)))
-
-
-def _taken(turn: int, dtype: torch.dtype | None) -> Sum:
-    assert dtype is not None
-    return (lambda sums, x: x.onto(sums)) if turn else (lambda sums, x: x.first(dtype))
-
-
-def _then(add: Sum, dtype: torch.dtype | None) -> Sum:
-    assert dtype is not None
-    return lambda sums, x: add(sums, x).to(dtype)
-
-
-def _products(program: Program, backend: Backend) -> set[Name]:
-    """The values that are handed out as products: those that a reduction alone reads, or an
-    accumulator, all of whose summands are such."""
-    makers = {
-        name: (row.unit.code, k)
-        for row in program.rows
-        if row.unit
-        for k, name in enumerate(row.writes)
+def _changes_of(
+    pair: FusedPair,
+    program: Program,
+    backend: Backend,
+    gemms: frozenset[ValueId],
+) -> dict[int, Change]:
+    """Both run in place of the first."""
+    first = program.instructions[pair.first]
+    second = program.instructions[pair.second]
+    numbers = numbers_of(gemms, pair.writes)
+    peak = backend.peak(pair.code, numbers)
+    early, late = [], []
+    for value in second.frees:
+        made = value in pair.kept or value not in first.writes
+        if value in second.reads:
+            early.append(value)
+        elif made:
+            late.append(value)
+    return {
+        pair.first: Change(peak, pair.writes, (*first.frees, *early)),
+        pair.second: Change(0, (), tuple(late)),
     }
-    readers = Counter(name for row in program.rows for name in row.reads)
-    rows: dict[Name, list[Row]] = defaultdict(list)
-    for row in program.rows:
-        if row.op == ADD and row.writes[0][0] in ("grad", "whole"):
-            rows[row.writes[0]].append(row)
-    known: dict[tuple[str, int], Any] = {}
 
-    def fits(source: Name, dtype: torch.dtype | None) -> bool:
-        if source not in makers or readers[source] > 1 or dtype is None:
+
+def numbers_of(
+    gemms: frozenset[ValueId],
+    outputs: Sequence[ValueId],
+) -> tuple[int, ...]:
+    """The numbers of the outputs that a unit hands out as gradient GEMMs."""
+    numbers = []
+    for number, value in enumerate(outputs):
+        if value in gemms:
+            numbers.append(number)
+    return tuple(numbers)
+
+
+# ---- gradient GEMMs
+
+
+def gradient_gemms(program: Program, backend: Backend) -> frozenset[ValueId]:
+    """The values that are handed out as gradient GEMMs: those that a reduction alone reads, or a
+    sum, all of whose summands are such."""
+    if not backend.fuses:
+        return frozenset()
+    forms = _Forms(program)
+    found: set[ValueId] = set()
+    for instruction in program.instructions:
+        if instruction.op == REDUCE:
+            found.update(forms.reduced(instruction))
+    sums: dict[ValueId, list[Instruction]] = defaultdict(list)
+    for _, add in additions(program):
+        if is_gradient(add.writes[0]):
+            sums[add.writes[0]].append(add)
+    for adds in sums.values():
+        last = len(adds) - 1
+        summands = [add.reads[0] for add in adds]
+        dtypes = [sum_dtype(add, last, backend, program) for add in adds]
+        if all(map(forms.fits, summands, dtypes)):
+            found.update(summands)
+    return frozenset(found)
+
+
+class _Forms:
+    """How the values of a program are matrix products."""
+
+    def __init__(self, program: Program) -> None:
+        self.made_by: dict[ValueId, tuple[Code, int]] = {}
+        self.readers = _readers(program)
+        self.known: dict[tuple[str, int], Form | None] = {}
+        for instruction in program.instructions:
+            if instruction.unit is not None:
+                for number, value in enumerate(instruction.writes):
+                    self.made_by[value] = instruction.unit.code, number
+
+    def fits(self, value: ValueId, dtype: torch.dtype | None) -> bool:
+        """Whether a value is a matrix product that a sum of a dtype takes in, and nobody else
+        reads it."""
+        if value not in self.made_by or dtype is None:
             return False
-        code, k = makers[source]
-        if (code.key, k) not in known:
-            known[code.key, k] = form_of(outputs_of(code.module.graph)[k])
-        form = known[code.key, k]
-        return form is not None and form.sums(dtype)
+        if self.readers[value] > 1:
+            return False
+        form = self._form(*self.made_by[value])
+        return form is not None and form.adds_to(dtype)
 
-    def adds(row: Row) -> bool:
-        return fits(row.reads[0], _dtype(row, len(rows[row.writes[0]]) - 1, backend))
+    def reduced(self, instruction: Instruction) -> list[ValueId]:
+        """What fits of the gradients that are reduced."""
+        bucket = instruction.bucket
+        assert bucket is not None
+        return [value for value in instruction.reads if self.fits(value, bucket.dtype)]
 
-    reduced = {
-        n
-        for row in program.rows
-        if row.op == REDUCE and row.bucket
-        for n in row.reads
-        if fits(n, row.bucket.dtype)
-    }
-    return reduced | {
-        row.reads[0] for some in rows.values() if all(map(adds, some)) for row in some
-    }
+    def _form(self, code: Code, number: int) -> Form | None:
+        key = (code.key, number)
+        if key not in self.known:
+            outputs = outputs_of(code.module.graph)
+            self.known[key] = form_of(outputs[number])
+        return self.known[key]
 
 
 # ---- units that run back to back
 
 
-def _merged(program: Program) -> Iterator[tuple[int, int, Code, tuple[Name, ...]]]:
-    """The places of two units that are one, its code, and what it keeps of the outputs of the
-    first."""
-    readers = Counter(name for row in program.rows for name in row.reads)
-    codes: dict[str, Code] = {}
-    made: dict[tuple, Code] = {}
-    for k, j in pairs(program):
-        first, second = program.rows[k], program.rows[j]
-        own, reads = set(first.writes), _reads(first, second)
-        kept = tuple(n for n in first.writes if readers[n] > (n in second.reads))
-        assert first.unit is not None and second.unit is not None
-        wires = tuple(
-            (n in own, (first.writes if n in own else reads).index(n)) for n in second.reads
-        )
-        key = first.unit.code, second.unit.code, wires, tuple(map(first.writes.index, kept))
-        if key not in made:
-            made[key] = _join(*key, codes)
-        yield k, j, made[key], kept
-
-
-def _reads(first: Row, second: Row) -> tuple[Name, ...]:
-    """What two units read that are one."""
-    return tuple(dict.fromkeys((*first.reads, *(n for n in second.reads if n not in first.writes))))
-
-
-def _joined(program: Program, backend: Backend, products: set[Name]) -> dict[int, Work]:
-    """Both run in the place of the first; the second only puts down what it made."""
-    out: dict[int, Work] = {}
-    for k, j, code, kept in _merged(program):
-        first, second = program.rows[k], program.rows[j]
-        reads = _reads(first, second)
-        slots: dict[Name, int] = {}
-        for at in (k, j):
-            row, i = program.rows[at], program.instructions[at]
-            slots |= zip((*row.reads, *row.writes), (*i.reads, *i.writes), strict=True)
-        run = backend(code, _at((*kept, *second.writes), products))
-        a, b = program.instructions[k], program.instructions[j]
-        spent = tuple(s for s in b.frees if s in {slots[n] for n in reads})
-        out[k], out[j] = _both(run, len(kept), spent + a.frees, b.frees)
-        out[k] = out[k]._replace(
-            reads=tuple(slots[n] for n in reads), writes=tuple(slots[n] for n in kept)
-        )
-        out[j] = out[j]._replace(writes=b.writes)
-    return out
-
-
-def _both(
-    run: Run, kept: int, first: tuple[int, ...], second: tuple[int, ...]
-) -> tuple[Work, Work]:
-    later: list[Any] = []
-
-    def both(inputs: list[Any]) -> Any:
-        made = run(inputs)
-        later.append(made[kept:])
-        return made[:kept]
-
-    return Work(both, (), (), first), Work(lambda _: later.pop(), (), (), second)
-
-
-def pairs(program: Program) -> Iterator[tuple[int, int]]:
-    """The places of F and B, or I, of one segment and microbatch with nothing between them but
-    sums, and gathers for later units, which then start a little later."""
-    rows = program.rows
-    for k, row in enumerate(rows):
-        j = next((j for j in range(k + 1, len(rows)) if rows[j].op not in (ADD, GATHER)), k)
-        a, b = row.unit, rows[j].unit
-        if a is None or b is None or a.kind != "F" or b.kind not in "BI":
-            continue
-        if a.segment == b.segment and row.action.microbatch == rows[j].action.microbatch:
-            yield k, j
-
-
-def _join(
-    a: Code,
-    b: Code,
-    wires: tuple[tuple[bool, int], ...],
-    kept: tuple[int, ...],
-    codes: dict[str, Code],
-) -> Code:
-    """Two units as one.
+@dataclass(frozen=True)
+class FusedPair:
+    """Two units that run as one, in place of the first.
 
     Args:
-        a, b: the first and the second.
-        wires: for every input of the second, whether the first makes it, and its place among the
-            outputs of that, or among the inputs of both.
-        kept: the places of the outputs of the first that others read; they come before those of the
-            second.
-        codes: by hash, those that are there already.
+        first, second: the numbers of their instructions.
+        code: of both.
+        reads: what they read from outside.
+        kept: the outputs of the first that others than the second read.
+        writes: what the code makes: those, then the outputs of the second.
     """
-    graph, new = fx.Graph(), dict[fx.Node, fx.Node]()
-    inputs: list[fx.Node] = []
 
-    def enter(x: fx.Node) -> fx.Node:
-        inputs.append(graph.placeholder(f"in{len(inputs)}"))
-        inputs[-1].meta["val"] = x.meta["val"]
-        return inputs[-1]
+    first: int
+    second: int
+    code: Code
+    reads: tuple[ValueId, ...]
+    kept: tuple[ValueId, ...]
+    writes: tuple[ValueId, ...]
 
-    def copy(code: Code) -> list[fx.Node]:
-        nodes = [x for x in code.module.graph.nodes if x.op not in ("placeholder", "output")]
-        for x in nodes:
-            new[x] = graph.node_copy(x, lambda y: new[y])
-        return [new[x] for x in outputs_of(code.module.graph)]
 
-    entries = [[x for x in code.module.graph.nodes if x.op == "placeholder"] for code in (a, b)]
-    new.update((x, enter(x)) for x in entries[0])
-    strange = [(x, wire) for x, wire in zip(entries[1], wires, strict=True)]
-    for x, (made, at) in strange:
-        if not made:
-            new[x] = inputs[at] if at < len(inputs) else enter(x)
-    outputs = copy(a)
-    new.update((x, outputs[at]) for x, (made, at) in strange if made)
-    body_outputs = [outputs[at] for at in kept] + copy(b)
-    body = [x for x in graph.nodes if x.op != "placeholder"]
-    root = {
-        x.target: attrgetter(x.target)(c.module)
-        for c in (a, b)
-        for x in c.module.graph.nodes
-        if x.op == "get_attr"
-    }
-    return compile_unit(fx.GraphModule(root, fx.Graph()), body, inputs, body_outputs, codes)
+def fused_pairs(program: Program) -> Iterator[FusedPair]:
+    """The units of a program that run as one."""
+    readers = _readers(program)
+    codes: dict[str, Code] = {}
+    joined: dict[tuple, Code] = {}
+    for numbers in adjacent_units(program):
+        first, second = (program.instructions[number] for number in numbers)
+        assert first.unit is not None and second.unit is not None
+        reads = _outside_reads(first, second)
+        wires = tuple(_wire(value, first, reads) for value in second.reads)
+        kept = []
+        for number, value in enumerate(first.writes):
+            other_readers = readers[value] - (value in second.reads)
+            if other_readers:
+                kept.append(number)
+        key = (first.unit.code, second.unit.code, wires, tuple(kept))
+        if key not in joined:
+            joined[key] = join_units(*key, codes)
+        kept_values = tuple(first.writes[number] for number in kept)
+        yield FusedPair(
+            *numbers,
+            code=joined[key],
+            reads=reads,
+            kept=kept_values,
+            writes=(*kept_values, *second.writes),
+        )
+
+
+def _readers(program: Program) -> Counter[ValueId]:
+    """How often instructions read a value."""
+    readers: Counter[ValueId] = Counter()
+    for instruction in program.instructions:
+        readers.update(instruction.reads)
+    return readers
+
+
+def _outside_reads(first: Instruction, second: Instruction) -> tuple[ValueId, ...]:
+    """What two units read that the first of them does not make."""
+    reads = dict.fromkeys(first.reads)
+    for value in second.reads:
+        if value not in first.writes:
+            reads[value] = None
+    return tuple(reads)
+
+
+def _wire(
+    value: ValueId,
+    first: Instruction,
+    reads: tuple[ValueId, ...],
+) -> Wire:
+    if value in first.writes:
+        return Wire(True, first.writes.index(value))
+    return Wire(False, reads.index(value))
+
+
+def adjacent_units(program: Program) -> Iterator[tuple[int, int]]:
+    """The numbers of F and B, or I, of one segment and microbatch with nothing between them but
+    sums, and gathers for later units, which then start a little later."""
+    instructions = program.instructions
+    for number, first in enumerate(instructions):
+        if first.unit is None or first.unit.kind != "F":
+            continue
+        for behind in range(number + 1, len(instructions)):
+            second = instructions[behind]
+            if second.op in (ADD, GATHER):
+                continue
+            if _is_backward_of(first, second):
+                yield number, behind
+            break
+
+
+def _is_backward_of(first: Instruction, second: Instruction) -> bool:
+    if first.unit is None or second.unit is None:
+        return False
+    if second.unit.kind not in "BI":
+        return False
+    same_segment = first.unit.segment == second.unit.segment
+    same_microbatch = first.action.microbatch == second.action.microbatch
+    return same_segment and same_microbatch

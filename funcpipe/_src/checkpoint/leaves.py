@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.checkpoint.files import Leaf, leaf_of
 from funcpipe._src.core import pytree
-from funcpipe._src.planning.placement import extent, shard_shape
+from funcpipe._src.program.shard_shapes import extent, shard_shape
 from funcpipe._src.runtime.simulate import Simulation
 from funcpipe._src.runtime.spmd_runner import Spmd
 from funcpipe.errors import CheckpointError

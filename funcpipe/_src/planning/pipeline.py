@@ -49,12 +49,12 @@ from funcpipe._src.planning.plan import Plan, PlannedCall, Stages
 from funcpipe._src.planning.predict import as_costs, load_of
 from funcpipe._src.planning.variants import Variants
 from funcpipe._src.program import (
-    Piece,
-    Sharded,
+    BucketEntry,
+    ShardedArg,
     Sharding,
     check_alike,
     check_same_order,
-    lower,
+    lower_rank,
     owners,
     partial_segments,
     stage_edges,
@@ -324,12 +324,12 @@ class Planner:
         schedule = insert_communication(schedule, edges)
         report = check(schedule, edges, [len(s) for s in stages])
         summed = _summed(cuts[0])
-        masters = {i: call.dtypes[i] for i in casts}
+        masters = {arg: call.dtypes[arg] for arg in casts}
         parts = call.batch.parts if isinstance(call.batch, Microbatches) else [call.batch]
         moving = tuple(_tensors(parts[i]) for i in ready)
         moving = moving if len(parts) > 1 else moving * splits.count
         programs = tuple(
-            lower(cuts, stages, schedule, p, summed, sharding, masters)
+            lower_rank(cuts, stages, schedule, p, summed, sharding, masters)
             for p in range(self.resolved.ranks)
         )
         return PlannedCall(
@@ -396,16 +396,13 @@ class Planner:
             axes = r.sharded_over(analysis.paths[i], analysis.shapes[i])
             if axes:
                 parts = r.mesh.axis_size(axes)
-                chunk = -(-torch.Size(analysis.shapes[i]).numel() // parts)
                 summed = tuple(a for a in axes if a in r.split_axes)
-                whole, options = (
-                    self._whole_dtype(call, analysis, k),
-                    r.shard_options(analysis.paths[i]),
-                )
+                whole = self._whole_dtype(call, analysis, k)
+                options = r.shard_options(analysis.paths[i])
                 if r.precision and options.reduce_dtype is None:
                     options = replace(options, reduce_dtype=call.dtypes[k])
-                out[k] = Sharded(
-                    Piece(k, analysis.shapes[i], chunk),
+                out[k] = ShardedArg(
+                    BucketEntry.of(k, analysis.shapes[i], parts),
                     axes,
                     parts,
                     summed,

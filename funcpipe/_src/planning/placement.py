@@ -21,26 +21,11 @@ import torch
 from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.mesh import Axes, Mesh
+from funcpipe._src.program.shard_shapes import extent, shard_shape
 from funcpipe.errors import StateError
 
 if TYPE_CHECKING:
     from funcpipe._src.analysis.rehearsal import Held, Rehearsal
-
-
-def extent(numel: int, parts: int, index: int) -> tuple[int, int]:
-    """Where a shard begins and ends among the elements of its leaf: flat, the last ones may be
-    smaller or empty.
-
-    >>> [extent(5, 3, i) for i in range(3)], extent(1, 3, 2)
-    ([(0, 2), (2, 4), (4, 5)], (1, 1))
-    """
-    chunk = -(-numel // parts)
-    return min(index * chunk, numel), min((index + 1) * chunk, numel)
-
-
-def shard_shape(shape: tuple[int, ...], elements: int) -> tuple[int, ...]:
-    """The shape of a shard: as many dims as its leaf has."""
-    return (elements, *[1] * (len(shape) - 1))
 
 
 def take(x: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
@@ -51,7 +36,7 @@ def take(x: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
 
 def join(shards: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """The whole leaf of all its shards, in order."""
-    return torch.cat([s.reshape(-1) for s in shards]).view(shape)
+    return torch.cat([shard.reshape(-1) for shard in shards]).view(shape)
 
 
 @dataclass(frozen=True)

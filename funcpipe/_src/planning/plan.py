@@ -19,8 +19,8 @@ import torch
 from funcpipe._src.analysis.state import PrimitiveCall
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.functional.sequence_layout import SequenceLayout
+from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.graph.partition import Units
-from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning import plan_text as reading
 from funcpipe._src.planning.batch_split import BatchSplit
@@ -97,9 +97,11 @@ class PlannedCall:
         )
         return [(place, list(partials)) for place, partials in runs]
 
-    def constant(self, v: Value) -> torch.Tensor:
+    def constant(self, constant: ValueId) -> torch.Tensor:
         """A folded constant, computed on this rank."""
-        return next(c.constants[v] for c in self.cuts if v in c.constants)()
+        assert constant.microbatch is not None
+        constants = self.cuts[constant.microbatch].constants
+        return next(run for value, run in constants.items() if value.name == constant.name)()
 
 
 @dataclass(frozen=True, eq=False)

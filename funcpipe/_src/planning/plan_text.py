@@ -51,7 +51,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         out[f"the constants of {name}"] = [x.key for x in folded]
         for p, program in enumerate(c.programs):
             out[f"the program of {name} on rank {p} of the pipeline"] = [
-                i.text for i in program.instructions
+                str(i) for i in program.instructions
             ]
     return out
 

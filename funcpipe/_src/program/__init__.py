@@ -1,27 +1,33 @@
 """Programs: the units of a loss and a schedule, lowered to what one rank does.
 
-Terms. An *instruction* is an action with its inputs, outputs and peers filled in: run a unit, send
-or receive a message, gather the shards of params, reduce gradients to shards, add to an
-accumulator. It reads and writes *slots*, the numbered places of one list. The first slots hold what
-a step brings (params, constants, the batch); the others are planned: a slot is free again after the
-last instruction that reads it, so there are as many as values live at once, not one per microbatch.
-An *accumulator* is a slot that holds a sum over microbatches: of the total, the weight, a partial
-gradient.
-Sums are taken in microbatch order, whatever the schedule: a value that comes early waits.
+An instruction is an action of the schedule with its inputs, outputs and peers filled in: run a
+unit, send or receive a message, gather the shards of params, reduce gradients to shards, add to a
+sum. It reads and writes values, which are named by ids. Every value lies in one slot of a list as
+long as it is needed; then another value may take the slot, so there are as many slots as values
+that are needed at once, not one per microbatch. Sums are taken in microbatch order, whatever the
+schedule: a summand that comes early waits.
 
-In: for every microbatch its `Cut`, the segments of every stage, a checked schedule with its sends
-and receives, which leaves are sharded, and a place on the pipe axis. Out: `Program`.
+In: for every microbatch its `Units`, the segments of every stage, a checked schedule with its sends
+and receives, which args are sharded, and a pipeline rank. Out: `Program`.
 
 - `instructions.py`: the data.
-- `lowering.py`: units and schedule to *rows*, instructions that name values instead of slots.
-- `output_broadcast.py`: the sums that every rank needs travel there, with no rank waiting for
-  another to end.
-- `weight_sharding.py`: the gathers and reductions of sharded leaves, put between those rows.
-- `slots.py`: names become slots; predicted memory.
+- `lowering.py`: `lower_rank`, from units and schedule to a program.
+- `output_broadcast.py`: the messages that bring loss and aux to all ranks.
+- `weight_sharding.py`: the gathers and reductions of sharded args.
+- `slots.py`: a slot for every value.
 - `memory.py`: the bytes that a program takes.
-- `verify.py`: runs a program on names alone: every slot holds what its reader expects.
+- `verify.py`: follows a program slot by slot: every slot holds what its reader expects.
+- `dependencies.py`: what stages and params need of one another.
+- `shard_shapes.py`: which elements of a leaf a rank holds.
 """
 
+from funcpipe._src.program.dependencies import (
+    check_alike,
+    check_same_order,
+    owners,
+    partial_segments,
+    stage_edges,
+)
 from funcpipe._src.program.instructions import (
     ADD,
     GATHER,
@@ -31,21 +37,14 @@ from funcpipe._src.program.instructions import (
     SEND,
     WAIT,
     Bucket,
+    BucketEntry,
     Instruction,
-    Piece,
     Program,
     Usage,
 )
-from funcpipe._src.program.lowering import (
-    check_alike,
-    check_same_order,
-    lower,
-    owners,
-    partial_segments,
-    stage_edges,
-)
-from funcpipe._src.program.memory import Change, Changes, ended, usage
-from funcpipe._src.program.weight_sharding import Sharded, Sharding
+from funcpipe._src.program.lowering import lower_rank
+from funcpipe._src.program.memory import Change, Changes, usage
+from funcpipe._src.program.weight_sharding import ShardedArg, Sharding
 
 __all__ = [
     "ADD",
@@ -56,18 +55,17 @@ __all__ = [
     "SEND",
     "WAIT",
     "Bucket",
+    "BucketEntry",
     "Change",
     "Changes",
     "Instruction",
-    "Piece",
     "Program",
-    "Sharded",
+    "ShardedArg",
     "Sharding",
     "Usage",
     "check_alike",
     "check_same_order",
-    "ended",
-    "lower",
+    "lower_rank",
     "owners",
     "partial_segments",
     "stage_edges",

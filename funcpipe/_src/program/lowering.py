@@ -1,154 +1,56 @@
-"""Lower: units and a schedule become rows, then slots."""
+"""Lowering: from the units of a loss and a schedule to the program of one rank.
+
+In: for every microbatch its `Units`, the segments of every stage, a checked schedule with its sends
+and receives, which args are sharded, and a pipeline rank. Out: `Program`, verified.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from funcpipe._src.collectives import collectives_of
-from funcpipe._src.graph.partition import Unit, Units
+from funcpipe._src.graph.ids import ArgId, OfArg, ValueId
+from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.unit_code import Value
-from funcpipe._src.program.instructions import (
-    ADD,
-    GATHER,
-    RECV,
-    REDUCE,
-    RUN,
-    SEND,
-    Name,
-    Program,
-    Row,
-)
-from funcpipe._src.program.output_broadcast import Head, messages
-from funcpipe._src.program.slots import allocate
+from funcpipe._src.program.dependencies import Stages, half_of, makers_of, stage_of_segments
+from funcpipe._src.program.instructions import ADD, RECV, RUN, SEND, Instruction, Program
+from funcpipe._src.program.output_broadcast import Output, broadcasts
+from funcpipe._src.program.slots import allocate_slots
 from funcpipe._src.program.verify import verify
-from funcpipe._src.program.weight_sharding import Sharding, shard
-from funcpipe._src.schedule.actions import Action, Edge, Schedule
+from funcpipe._src.program.weight_sharding import Sharding, insert_collectives
+from funcpipe._src.schedule.actions import Action, Schedule
 from funcpipe._src.schedule.communication import arrivals
-from funcpipe.errors import CutError
 
 
-def stage_edges(cuts: Sequence[Units], stages: Sequence[Sequence[int]]) -> frozenset[Edge]:
-    """What depends on what between stages, read off the values that units exchange."""
-    stage_of = {segment: s for s, segments in enumerate(stages) for segment in segments}
-    edges: set[Edge] = set()
-    for cut in set(cuts):
-        made = {v: (_half(u), stage_of[u.segment]) for u in cut.units.values() for v in u.outputs}
-        for u in cut.units.values():
-            here = (_half(u), stage_of[u.segment])
-            edges |= {(made[v], here) for v in u.inputs if v in made and made[v][1] != here[1]}
-    return frozenset(edges)
-
-
-def _half(unit: Unit) -> str:
-    return "F" if unit.kind == "F" else "B"
-
-
-def owners(cut: Units, stages: Sequence[Sequence[int]], placement: Sequence[int]) -> list[set[int]]:
-    """For every leaf of params the places on the pipe axis whose units read it or make a partial
-    gradient of it."""
-    out: list[set[int]] = [set() for _ in cut.grads]
-    stage_of = {segment: s for s, segments in enumerate(stages) for segment in segments}
-    partial = {v: i for i, partials in enumerate(cut.grads) for v in partials}
-    for u in cut.units.values():
-        place = placement[stage_of[u.segment]]
-        for v in u.inputs:
-            if v.kind == "param":
-                out[v.index].add(place)
-        for v in u.outputs:
-            if v in partial:
-                out[partial[v]].add(place)
-    for i, partials in enumerate(cut.grads):  # one value may be the gradient of several leaves
-        for v in partials:
-            out[i] |= out[partial[v]] if v in partial else set()
-    return out
-
-
-def partial_segments(cut: Units) -> tuple[tuple[int, ...], ...]:
-    """For every leaf of params the segments that make its partial gradients."""
-    made = {v: u.segment for u in cut.units.values() for v in u.outputs}
-    return tuple(tuple(made[v] for v in partials) for partials in cut.grads)
-
-
-def check_alike(cuts: Sequence[Units]) -> None:
-    """Microbatches of different shapes must have the same segments, partial gradients and aux.
-
-    Raises:
-        CutError: they do not.
-    """
-    first = cuts[0]
-    for m, cut in enumerate(cuts):
-        same = cut.segments == first.segments and partial_segments(cut) == partial_segments(first)
-        if not same or len(cut.heads) != len(first.heads):
-            raise CutError(
-                f"microbatch {m} takes another way through the loss function than microbatch 0: it "
-                f"has {cut.segments} segments instead of {first.segments}, or its segments use "
-                "other params. Shapes may differ between microbatches, the path may not"
-            )
-
-
-def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
-    """Ranks that hold other numbers of positions communicate in the same order, so that none waits
-    for another.
-
-    Args:
-        programs: for every such kind of rank, for every place on the pipe axis.
-
-    Raises:
-        CutError: they do not.
-    """
-    first, *others = [[_communication(p) for p in some] for some in programs]
-    for other in others:
-        for place, (a, b) in enumerate(zip(first, other, strict=True)):
-            for x, y in itertools.zip_longest(a, b, fillvalue="nothing more"):
-                if x != y:
-                    raise CutError(
-                        "ranks whose slices of the sequence differ in length take other ways "
-                        f"through the loss function: at place {place} of the pipeline one does "
-                        f"{x!r} where another does {y!r}. What the loss function does must not "
-                        "depend on the number of positions"
-                    )
-
-
-def _communication(program: Program) -> list[str]:
-    out = []
-    for i in program.instructions:
-        if i.op == RUN:
-            assert i.unit is not None
-            out += [f"{i.action} {x}" for x in collectives_of(i.unit.code.module.graph)]
-        elif i.op in (GATHER, REDUCE):
-            out.append(f"{i.action} {i.op} {i.bucket}")
-    return out
-
-
-def lower(
+def lower_rank(
     cuts: Sequence[Units],
-    stages: Sequence[Sequence[int]],
+    stages: Stages,
     schedule: Schedule,
-    place: int,
+    pipeline_rank: int,
     summed: frozenset[int],
     sharding: Sharding,
-    dtypes: Mapping[int, torch.dtype] | None = None,
+    accumulate_dtypes: Mapping[int, torch.dtype] | None = None,
 ) -> Program:
-    """The program of the ranks at one place on the pipe axis.
+    """The program of a pipeline rank.
 
     Args:
-        cuts: for every microbatch.
+        cuts: the units of every microbatch.
         stages: for every stage its segments, in order.
         schedule: checked, with its sends and receives.
-        place: on the pipe axis.
-        summed: the numbers of the heads that are summed over microbatches; the others are kept as
+        pipeline_rank: the rank on the pipe axis.
+        summed: the numbers of the outputs that are summed over microbatches; the others are kept as
             rows.
-        sharding: the leaves that are sharded.
-        dtypes: for other leaves, the dtype in which their gradients are added up where that is not
-            the units' own.
+        sharding: the args that are sharded.
+        accumulate_dtypes: for other args, the dtype in which their gradients are added up where
+            that is not the units' own.
     """
-    rows = _Lowering(cuts, stages, schedule, place, summed, dtypes or {}).lower()
-    program = allocate(place, shard(rows, sharding))
+    dtypes = accumulate_dtypes or {}
+    lowering = _Lowering(cuts, stages, schedule, pipeline_rank, summed, dtypes)
+    instructions = insert_collectives(lowering.instructions_in_order(), sharding)
+    program = allocate_slots(pipeline_rank, instructions)
     verify(program)
     return program
 
@@ -156,144 +58,216 @@ def lower(
 @dataclass
 class _Lowering:
     cuts: Sequence[Units]
-    stages: Sequence[Sequence[int]]
+    stages: Stages
     schedule: Schedule
-    place: int
+    pipeline_rank: int
     summed: frozenset[int]
-    dtypes: Mapping[int, torch.dtype]
-    rows: list[Row] = field(default_factory=list)
-    turns: dict[Name, int] = field(default_factory=lambda: defaultdict(int))
-    early: dict[Name, dict[int, tuple[Name, Action]]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )
-    moved: dict[tuple, tuple[Value, ...]] = field(default_factory=dict)
+    accumulate_dtypes: Mapping[int, torch.dtype]
 
-    def lower(self) -> list[Row]:
-        self.stage_of = {
-            segment: s for s, segments in enumerate(self.stages) for segment in segments
-        }
-        made = {id(cut): {v: u for u in cut.units.values() for v in u.outputs} for cut in self.cuts}
-        self.made = [made[id(cut)] for cut in self.cuts]
-        finals = {id(cut): _finals(cut) for cut in self.cuts}
-        self.finals = [finals[id(cut)] for cut in self.cuts]
-        self.arrivals = arrivals(self.schedule, self.place)
-        self.told = {send for sends in self.arrivals.values() for send in sends}
-        actions = self.schedule.ranks[self.place]
-        told = messages(self.schedule, self.place, self._heads())
-        for k, action in enumerate(actions):
-            self.rows += told.get(k, ())
-            if action.kind.startswith(("SEND", "RECV")):
-                self._move(action)
+    def __post_init__(self) -> None:
+        self.instructions: list[Instruction] = []
+        self.stage_of = stage_of_segments(self.stages)
+        self.makers = {units: makers_of(units) for units in self.cuts}
+        self.results = {units: _results_of(units) for units in self.cuts}
+        self.first_with: dict[Units, int] = {}  # the first microbatch that has these units
+        for microbatch, units in enumerate(self.cuts):
+            self.first_with.setdefault(units, microbatch)
+        self.arrivals = arrivals(self.schedule, self.pipeline_rank)
+        self.confirmed: set[Action] = set()  # sends that are known to have arrived later
+        self.confirmed.update(*self.arrivals.values())
+        # Of every sum the next summand; summands that came too early, by microbatch.
+        self.next_summand: dict[ValueId, int] = defaultdict(int)
+        self.early: dict[ValueId, dict[int, Instruction]] = defaultdict(dict)
+        self.messages: dict[tuple, tuple[Value, ...]] = {}
+
+    def instructions_in_order(self) -> list[Instruction]:
+        actions = self.schedule.ranks[self.pipeline_rank]
+        broadcast = self._outputs()
+        outputs = broadcasts(self.schedule, self.pipeline_rank, broadcast)
+        for number, action in enumerate(actions):
+            self.instructions += outputs.get(number, ())
+            if action.kind.startswith("SEND"):
+                self._send(action)
+            elif action.kind.startswith("RECV"):
+                self._receive(action)
             else:
                 self._run(action)
-        return [*self.rows, *told.get(len(actions), ())]
+        self.instructions += outputs.get(len(actions), ())
+        return self.instructions
 
-    def _heads(self) -> dict[Name, Head]:
+    def _outputs(self) -> dict[ValueId, Output]:
         """What all ranks need: sums over microbatches, and rows of each."""
-        out: dict[Name, Head] = {}
-        for m, cut in enumerate(self.cuts):
-            for h, v in enumerate(cut.heads):
-                stage = self.stage_of[self.made[m][v].segment]
-                out[("head", h) if h in self.summed else ("row", h, m)] = Head(stage, v)
-        return out
+        found: dict[ValueId, Output] = {}
+        for microbatch, units in enumerate(self.cuts):
+            makers = self.makers[units]
+            for number, value in enumerate(units.heads):
+                stage = self.stage_of[makers[value].segment]
+                name = self._output_id(number, microbatch)
+                found[name] = Output(stage, value)
+        return found
+
+    def _output_id(self, number: int, microbatch: int) -> ValueId:
+        if number in self.summed:
+            return ValueId("sum", number)
+        return ValueId("row", number, microbatch)
+
+    # ---- units and sums
 
     def _run(self, action: Action) -> None:
-        cut, m = self.cuts[action.microbatch], action.microbatch
+        units, microbatch = self.cuts[action.microbatch], action.microbatch
         segments = self.stages[action.stage]
         if action.segment is not None:
             segments = [segments[action.segment]]
         for segment in segments if action.kind == "F" else reversed(segments):
-            unit = cut.units[action.kind, segment]
-            reads = tuple(_name(v, m) for v in unit.inputs)
-            writes = tuple(("value", v, m) for v in unit.outputs)
-            self.rows.append(Row(RUN, action, reads, writes, unit=unit))
-            for v in unit.outputs:
-                for name in self.finals[m].get(v, ()):
-                    self._final(name, v, action)
+            unit = units.units[action.kind, segment]
+            reads = tuple(self._id(value, microbatch) for value in unit.inputs)
+            writes = tuple(_made(value, microbatch) for value in unit.outputs)
+            run = Instruction(RUN, action, reads, writes, unit=unit)
+            self.instructions.append(run)
+            results = self.results[units]
+            for value in unit.outputs:
+                for name in results.get(value, ()):
+                    self._add(name, value, action)
 
-    def _final(self, name: Name, value: Value, action: Action) -> None:
-        m = action.microbatch
-        if name[0] == "head" and name[1] not in self.summed:
-            self.rows.append(Row(ADD, action, (("value", value, m),), (("row", name[1], m),)))
+    def _add(
+        self,
+        name: int | OfArg,
+        value: Value,
+        action: Action,
+    ) -> None:
+        """Add a value to the sum of an output or of a partial gradient, in microbatch order."""
+        microbatch = action.microbatch
+        summand = _made(value, microbatch)
+        dtype = None
+        if isinstance(name, OfArg):
+            dtype = self.accumulate_dtypes.get(name.arg)
+        elif name not in self.summed:
+            row = ValueId("row", name, microbatch)
+            only = Instruction(ADD, action, (summand,), (row,))
+            self.instructions.append(only)
             return
-        self.early[name][m] = (("value", value, m), action)
-        while self.turns[name] in self.early[name]:  # in microbatch order
-            source, origin = self.early[name].pop(self.turns[name])
-            dtype = self.dtypes.get(name[1]) if name[0] == "grad" else None
-            self.rows.append(
-                Row(ADD, origin, (source,), (name,), turn=self.turns[name], dtype=dtype)
-            )
-            self.turns[name] += 1
+        total = ValueId("sum", name)
+        early = self.early[total]
+        early[microbatch] = Instruction(
+            ADD,
+            action,
+            reads=(summand,),
+            writes=(total,),
+            nth=microbatch,
+            dtype=dtype,
+        )
+        while self.next_summand[total] in early:
+            nth = self.next_summand[total]
+            self.instructions.append(early.pop(nth))
+            self.next_summand[total] += 1
 
-    def _move(self, action: Action) -> None:
+    def _id(self, value: Value, microbatch: int) -> ValueId:
+        if value.kind == "param":
+            return ValueId("param", value.index)
+        if value.kind == "batch":
+            return ValueId("batch", value.index, microbatch)
+        if value.kind == "const":
+            first = self.first_with[self.cuts[microbatch]]
+            return ValueId("const", value.name, first)
+        return _made(value, microbatch)
+
+    # ---- messages between stages
+
+    def _send(self, action: Action) -> None:
+        values, peer = self._sent_values(action)
+        self.instructions.append(
+            Instruction(
+                SEND,
+                action,
+                reads=tuple(_made(value, action.microbatch) for value in values),
+                writes=self._sent(action) if action in self.confirmed else (),
+                values=values,
+                peer=peer,
+            )
+        )
+
+    def _receive(self, action: Action) -> None:
         assert action.peer is not None
-        m, peer = action.microbatch, self.schedule.placement[action.peer]
-        if action.kind.startswith("SEND"):
-            values = self._message(action.kind[-1], action.stage, peer, m)
-            kept = self._sent(action) if action in self.told else ()
-            self.rows.append(
-                Row(
-                    SEND,
-                    action,
-                    tuple(("value", v, m) for v in values),
-                    kept,
-                    values=values,
-                    peer=peer,
-                )
+        half, microbatch = action.kind[-1], action.microbatch
+        values = self._message(half, action.peer, self.pipeline_rank, microbatch)
+        arrived: list[ValueId] = []
+        for send in self.arrivals[action]:
+            arrived += self._sent(send)
+        self.instructions.append(
+            Instruction(
+                RECV,
+                action,
+                reads=tuple(arrived),
+                writes=tuple(_made(value, microbatch) for value in values),
+                values=values,
+                peer=self.schedule.placement[action.peer],
             )
-        else:
-            values = self._message(action.kind[-1], action.peer, self.place, m)
-            arrived = tuple(name for send in self.arrivals[action] for name in self._sent(send))
-            self.rows.append(
-                Row(
-                    RECV,
-                    action,
-                    arrived,
-                    tuple(("value", v, m) for v in values),
-                    values=values,
-                    peer=peer,
-                )
-            )
+        )
 
-    def _sent(self, send: Action) -> tuple[Name, ...]:
+    def _sent(self, send: Action) -> tuple[ValueId, ...]:
         """What holds the values of a message until it has arrived."""
+        values, peer = self._sent_values(send)
+        names = (f"{value.name} to {peer}" for value in values)
+        return tuple(ValueId("sent", name, send.microbatch) for name in names)
+
+    def _sent_values(self, send: Action) -> tuple[tuple[Value, ...], int]:
+        """The values of a message, and the pipeline rank that gets them."""
         assert send.peer is not None
         peer = self.schedule.placement[send.peer]
-        values = self._message(send.kind[-1], send.stage, peer, send.microbatch)
-        return tuple(("sent", v, send.microbatch, peer) for v in values)
+        half = send.kind[-1]
+        values = self._message(half, send.stage, peer, send.microbatch)
+        return values, peer
 
-    def _message(self, half: str, source: int, target: int, m: int) -> tuple[Value, ...]:
-        """What a stage makes that any stage at a place reads: the same on both ends, in the same
-        order."""
-        key = (id(self.cuts[m]), half, source, target)
-        if key not in self.moved:
-            values: dict[Value, None] = {}
-            for u in self.cuts[m].units.values():
-                if self.schedule.placement[self.stage_of[u.segment]] == target:
-                    values.update(
-                        (v, None) for v in u.inputs if self._made_by(v, m) == (half, source)
-                    )
-            self.moved[key] = tuple(values)
-        return self.moved[key]
+    def _message(
+        self,
+        half: str,
+        stage: int,
+        reader: int,
+        microbatch: int,
+    ) -> tuple[Value, ...]:
+        """What a stage makes that any stage of a pipeline rank reads: the same at both ends, in the
+        same order."""
+        units = self.cuts[microbatch]
+        key = (units, half, stage, reader)
+        if key not in self.messages:
+            read = self._read_on(units, reader)
+            made = [value for value in read if self._is_made_by(units, value, half, stage)]
+            self.messages[key] = tuple(made)
+        return self.messages[key]
 
-    def _made_by(self, v: Value, m: int) -> tuple[str, int] | None:
-        maker = self.made[m].get(v)
-        return None if maker is None else (_half(maker), self.stage_of[maker.segment])
+    def _read_on(self, units: Units, pipeline_rank: int) -> dict[Value, None]:
+        """What the units of a pipeline rank read, in order."""
+        read: dict[Value, None] = {}
+        for unit in units.units.values():
+            stage = self.stage_of[unit.segment]
+            if self.schedule.placement[stage] == pipeline_rank:
+                read.update(dict.fromkeys(unit.inputs))
+        return read
+
+    def _is_made_by(
+        self,
+        units: Units,
+        value: Value,
+        half: str,
+        stage: int,
+    ) -> bool:
+        maker = self.makers[units].get(value)
+        if maker is None:
+            return False
+        return half_of(maker) == half and self.stage_of[maker.segment] == stage
 
 
-def _name(v: Value, m: int) -> Name:
-    if v.kind == "param":
-        return ("param", v.index)
-    if v.kind == "batch":
-        return ("batch", m, v.index)
-    return ("const", v) if v.kind == "const" else ("value", v, m)
+def _made(value: Value, microbatch: int) -> ValueId:
+    return ValueId("value", value.name, microbatch)
 
 
-def _finals(cut: Units) -> dict[Value, list[Name]]:
-    out: dict[Value, list[Name]] = {}
-    for h, v in enumerate(cut.heads):
-        out.setdefault(v, []).append(("head", h))
-    for i, partials in enumerate(cut.grads):
-        for k, v in enumerate(partials):
-            out.setdefault(v, []).append(("grad", i, k))
-    return out
+def _results_of(units: Units) -> dict[Value, list[int | OfArg]]:
+    """For every value the outputs and the partial gradients that it is."""
+    found: dict[Value, list[int | OfArg]] = defaultdict(list)
+    for number, value in enumerate(units.heads):
+        found[value].append(number)
+    for arg, partials in enumerate(units.grads):
+        for nth, value in enumerate(partials):
+            name = OfArg(ArgId(arg), nth)
+            found[value].append(name)
+    return found

@@ -1,19 +1,19 @@
 """Memory: the bytes that a program holds, instruction by instruction, as
 `funcpipe._src.runtime.interpreter` holds them.
 
-In: the rows of a program with the names that end at each; perhaps what a backend changes. Out:
-`Usage`, or a curve.
+In: instructions with what each frees; perhaps what a backend changes. Out: `Usage`, or a curve.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.program.instructions import (
     ADD,
     GATHER,
@@ -21,185 +21,223 @@ from funcpipe._src.program.instructions import (
     REDUCE,
     WAIT,
     Bucket,
-    Name,
-    Row,
+    Instruction,
+    Program,
     Usage,
+    tensors_of,
 )
-
-if TYPE_CHECKING:
-    from funcpipe._src.program.instructions import Program
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a backend does otherwise than a row says.
+    """How a backend runs an instruction otherwise than it is written.
 
     Args:
         peak: bytes that the unit takes for itself at its peak.
-        writes, dead: the names that hold something after it, and those that do no more.
+        writes, frees: the values that hold something after it, and those that do no more.
         dtype: in which a sum is held.
-        last: that in which it is left, by its last summand, where that is another one.
+        last_dtype: in which its last summand leaves it, where that is another one.
     """
 
     peak: int = 0
-    writes: tuple[Name, ...] = ()
-    dead: tuple[Name, ...] = ()
+    writes: tuple[ValueId, ...] = ()
+    frees: tuple[ValueId, ...] = ()
     dtype: torch.dtype | None = None
-    last: torch.dtype | None = None
+    last_dtype: torch.dtype | None = None
 
 
 class Changes(NamedTuple):
-    """All that a backend does otherwise: by row; and the values that it never makes
-    (`funcpipe._src.backends.fusion`)."""
+    """All that a backend does otherwise (`funcpipe._src.backends.fusion`).
 
-    rows: Mapping[int, Change]
-    products: frozenset[Name]
+    Args:
+        of_instruction: by the number of the instruction.
+        gradient_gemms: the gradients that are added to their sums without being made first.
+    """
+
+    of_instruction: Mapping[int, Change]
+    gradient_gemms: frozenset[ValueId]
 
 
-def usage(rows: Iterable[tuple[Row, Iterable[Name]]], changes: Changes | None = None) -> Usage:
+def usage(instructions: Sequence[Instruction], changes: Changes | None = None) -> Usage:
     """What a program takes.
 
     Args:
-        rows: each with the names that no later one reads.
+        instructions: with what each frees.
         changes: those of a backend.
     """
-    memory = _Memory(changes.products if changes else frozenset())
-    for k, (row, dead) in enumerate(rows):
-        memory.step(row, dead, changes.rows.get(k) if changes else None)
-    return Usage(memory.peak, memory.kept, memory.gathered.peak, memory.sums.peak, memory.step_peak)
-
-
-def ended(program: Program) -> Iterator[tuple[Row, list[Name]]]:
-    """The rows of a program, each with the names that no later one reads."""
-    for row, i in zip(program.rows, program.instructions, strict=True):
-        names = dict(zip((*row.reads, *row.writes), (*i.reads, *i.writes), strict=True))
-        yield row, [n for n, slot in names.items() if slot in i.frees]
+    memory = _Memory(instructions, changes.gradient_gemms if changes else frozenset())
+    for number, instruction in enumerate(instructions):
+        memory.step(instruction, changes.of_instruction.get(number) if changes else None)
+    return Usage(
+        activations=memory.peak,
+        residuals=memory.residuals,
+        gathered=memory.gathered.peak,
+        gradients=memory.sums.peak,
+        step=memory.step_peak,
+    )
 
 
 def held(program: Program) -> Iterator[tuple[int, int]]:
     """For every instruction the bytes of activations and residuals while it runs, and after it."""
-    memory = _Memory()
-    for row, dead in ended(program):
+    memory = _Memory(program.instructions)
+    for instruction in program.instructions:
         memory.peak = memory.values.now
-        memory.step(row, dead)
+        memory.step(instruction)
         yield memory.peak, memory.values.now
 
 
 class _Live:
-    """Bytes of what some names hold. Names may share memory, which counts once."""
+    """Bytes that some values hold. Values may share memory, which counts once."""
 
     def __init__(self) -> None:
         self.users: dict[Hashable, int] = defaultdict(int)
-        self.held: dict[Name, tuple[Hashable, int]] = {}
+        self.held: dict[ValueId, tuple[Hashable, int]] = {}
         self.now = self.peak = 0
 
-    def hold(self, name: Name, memory: Hashable, nbytes: int) -> None:
-        before = self.held.get(name)
-        self.held[name] = memory, nbytes
-        self.now += nbytes if not self.users[memory] else 0
+    def hold(
+        self,
+        value: ValueId,
+        memory: Hashable,
+        nbytes: int,
+    ) -> None:
+        before = self.held.get(value)
+        self.held[value] = memory, nbytes
+        if not self.users[memory]:
+            self.now += nbytes
         self.users[memory] += 1
         self.peak = max(self.peak, self.now)
         if before is not None:
             self._release(*before)
 
-    def drop(self, name: Name) -> None:
-        if name in self.held:
-            self._release(*self.held.pop(name))
+    def drop(self, value: ValueId) -> None:
+        if value in self.held:
+            self._release(*self.held.pop(value))
 
     def _release(self, memory: Hashable, nbytes: int) -> None:
         self.users[memory] -= 1
-        self.now -= nbytes if not self.users[memory] else 0
+        if not self.users[memory]:
+            self.now -= nbytes
 
 
 class _Memory:
     """What a program holds, as `funcpipe._src.runtime.interpreter` holds it."""
 
-    def __init__(self, products: frozenset[Name] = frozenset()) -> None:
-        self.products = products
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        gradient_gemms: frozenset[ValueId] = frozenset(),
+    ) -> None:
+        self.tensors, self.gradient_gemms = tensors_of(instructions), gradient_gemms
         self.values, self.gathered, self.sums = _Live(), _Live(), _Live()
-        self.elements: dict[Name, tuple[int, torch.dtype]] = {}
-        self.peak = self.kept = self.step_peak = 0
+        self.shards: dict[ValueId, tuple[int, torch.dtype]] = {}  # elements and dtype, sums too
+        self.peak = self.residuals = self.step_peak = 0
 
-    def step(self, row: Row, dead: Iterable[Name], change: Change | None = None) -> None:
-        """Go on by an instruction, after which some names hold nothing any more."""
-        if row.unit is not None:
-            own = row.unit.code.peak if change is None else change.peak
+    def step(self, instruction: Instruction, change: Change | None = None) -> None:
+        """Follow one instruction."""
+        writes, frees = instruction.writes, instruction.frees
+        if instruction.unit is not None:
+            own = instruction.unit.code.peak
+            if change is not None:
+                own, writes, frees = change.peak, change.writes, change.frees
             self.peak = max(self.peak, self.values.now + own)
-            self._all(own)
-        for n in row.writes if change is None or row.unit is None else change.writes:
-            self._write(row, n, change)
-        self._all()
-        if row.op == RECV:  # what arrives lies beside what has left until it is here
-            self._between()
-        for n in dead if change is None or row.unit is None else change.dead:
+            self._note_step_peak(own)
+        for value in writes:
+            self._write(instruction, value, change)
+        self._note_step_peak()
+        if instruction.op == RECV:  # until it is here, what was sent before is still held
+            self._note_residuals()
+        for value in frees:
             for live in (self.values, self.gathered, self.sums):
-                live.drop(n)
-        self._between()
+                live.drop(value)
+        self._note_residuals()
 
-    def _between(self) -> None:
+    def _note_residuals(self) -> None:
         """What is held between two units."""
-        self.kept = max(self.kept, self.values.now)
+        self.residuals = max(self.residuals, self.values.now)
         self.peak = max(self.peak, self.values.now)
 
-    def _all(self, own: int = 0) -> None:
-        """The peak of all at once, while a unit takes so much for itself."""
-        self.step_peak = max(
-            self.step_peak, self.values.now + own + self.gathered.now + self.sums.now
-        )
+    def _note_step_peak(self, own: int = 0) -> None:
+        """The peak of all at once, while a unit takes ``own`` bytes for itself."""
+        now = self.values.now + own + self.gathered.now + self.sums.now
+        self.step_peak = max(self.step_peak, now)
 
-    def _write(self, row: Row, n: Name, change: Change | None) -> None:
-        if n[0] == "value":
-            self.values.hold(n, (n[1].storage, n[2]), 0 if n in self.products else n[1].nbytes)
-        elif n[0] == "sent":
-            self.values.hold(n, (n[1].storage, n[2]), n[1].nbytes)
-        elif row.op == ADD:
-            self._add(row, n, change)
-        elif row.bucket is not None:
-            self._travel(row, n, row.bucket)
-        else:  # a sum that another place made
-            self.sums.hold(n, n, row.values[row.writes.index(n)].nbytes)
+    def _write(
+        self,
+        instruction: Instruction,
+        value: ValueId,
+        change: Change | None,
+    ) -> None:
+        if value.kind in ("value", "sent"):
+            tensor = self.tensors[value]
+            nbytes = 0 if value in self.gradient_gemms else tensor.nbytes
+            self.values.hold(value, (tensor.storage, value.microbatch), nbytes)
+        elif instruction.op == ADD:
+            self._add(instruction, change)
+        elif instruction.bucket is not None:
+            self._travel(instruction, value, instruction.bucket)
+        else:  # a sum that another rank made
+            self.sums.hold(value, value, self.tensors[value].nbytes)
 
-    def _add(self, row: Row, n: Name, change: Change | None) -> None:
-        """The first summand is the sum; the second makes a new one, to which the others are added.
-        A product is added to a sum that is there; and the last sum may be cast."""
-        source = row.reads[0]
-        product = source in self.products
-        if change is not None and change.last is not None:
-            self.sums.hold(n, (n, "last"), self.elements[n][0] * change.last.itemsize)
+    def _add(self, instruction: Instruction, change: Change | None) -> None:
+        """The first summand is the sum; the second makes a new tensor, to which the others are
+        added. A gradient GEMM adds to a sum that is there; and the last sum may be cast."""
+        (total,) = instruction.writes
+        (summand,) = instruction.reads
+        gemm = summand in self.gradient_gemms
+        if change is not None and change.last_dtype is not None:
+            elements, _ = self.shards[total]
+            self.sums.hold(total, (total, "last"), elements * change.last_dtype.itemsize)
             return
-        if row.turn > (0 if product else 1):
+        if instruction.nth > (0 if gemm else 1):
             return
-        memory: Hashable
-        if source[0] == "value":
-            value = source[1]
-            held, dtype = value.nbytes, value.dtype
-            memory = (value.storage, source[2])
-            elements = torch.Size(value.shape).numel()
+        memory, nbytes, elements, dtype = self._summand(summand)
+        held_dtype = (change and change.dtype) or instruction.dtype or dtype
+        self.shards[total] = elements, held_dtype
+        if instruction.nth == 0 and held_dtype == dtype and not gemm:
+            self.sums.hold(total, memory, nbytes)
         else:
-            memory, held = self.sums.held[source]
-            elements, dtype = self.elements[source]
-        wanted = (change and change.dtype) or row.dtype or dtype
-        self.elements[n] = elements, wanted
-        if row.turn == 0 and wanted == dtype and not product:
-            self.sums.hold(n, memory, held)
-        else:
-            self.sums.hold(n, (n, row.turn), elements * wanted.itemsize)
+            self.sums.hold(total, (total, instruction.nth), elements * held_dtype.itemsize)
 
-    def _travel(self, row: Row, n: Name, bucket: Bucket) -> None:
-        """What is under way takes a bucket on all ranks, and in a reduction the shards that arrive;
-        a whole leaf is a part of its bucket, or a copy."""
-        whole, piece = bucket.parts * bucket.nbytes, bucket.pieces[row.writes.index(n)]
-        arriving = ("arriving", *row.reads[0]) if row.op == WAIT else ("arriving", *n)
-        if row.op == GATHER:
-            self.gathered.hold(n, n, whole)
-        elif row.op == REDUCE:
-            self.sums.hold(n, n, whole)
+    def _summand(self, summand: ValueId) -> tuple[Hashable, int, int, torch.dtype]:
+        """Memory, bytes, elements and dtype."""
+        if summand.kind == "value":
+            tensor = self.tensors[summand]
+            memory = (tensor.storage, summand.microbatch)
+            return memory, tensor.nbytes, torch.Size(tensor.shape).numel(), tensor.dtype
+        return *self.sums.held[summand], *self.shards[summand]
+
+    def _travel(
+        self,
+        instruction: Instruction,
+        value: ValueId,
+        bucket: Bucket,
+    ) -> None:
+        """A collective under way takes a bucket of all ranks, and in a reduction the shards that
+        arrive; a gathered arg is a part of its bucket, or a copy."""
+        of_all_ranks = bucket.parts * bucket.nbytes
+        if instruction.op == GATHER:
+            self.gathered.hold(value, value, of_all_ranks)
+            return
+        if instruction.op == REDUCE:
+            self.sums.hold(value, value, of_all_ranks)
+            arriving = _arriving(value)
             self.sums.hold(arriving, arriving, bucket.nbytes)
-        elif n[0] == "full":
-            copied = bucket.parts * piece.chunk * bucket.dtype.itemsize
-            self.gathered.hold(n, *((n, copied) if bucket.copied else (row.reads[0], whole)))
-        else:
-            self.elements[n] = piece.chunk, bucket.dtype
-            self.sums.hold(n, arriving, bucket.nbytes)
-            if n == row.writes[-1]:
-                self.sums.drop(arriving)
+            return
+        assert instruction.op == WAIT
+        (pending,) = instruction.reads
+        entry = bucket.entries[instruction.writes.index(value)]
+        if value.kind == "gathered":
+            copied = bucket.parts * entry.shard_elements * bucket.dtype.itemsize
+            own, shared = (value, copied), (pending, of_all_ranks)
+            self.gathered.hold(value, *(own if bucket.copied else shared))
+            return
+        arriving = _arriving(pending)
+        self.shards[value] = entry.shard_elements, bucket.dtype
+        self.sums.hold(value, arriving, bucket.nbytes)
+        if value == instruction.writes[-1]:
+            self.sums.drop(arriving)
+
+
+def _arriving(pending: ValueId) -> ValueId:
+    """What a reduction under way fills."""
+    return pending._replace(name=f"{pending.name}, arriving")

@@ -1,16 +1,16 @@
-"""Heads: what one place on the pipe axis makes of a loss and all ranks need: total and weight,
-averages and rows in aux.
+"""Output broadcast: sends the loss, its weight and aux values from the pipeline rank that computes
+them to all others.
 
-They travel as messages, sent soon after the last summand, and received where what a place receives
-anyway tells that they have been sent; at the end of its program where nothing does. So no rank
-waits for another to end: one that is done goes on to its optimizer and to the next step while
-others still work on this one. Where steps follow one another, what a rank idles at the end of one
-and at the beginning of the next is then filled, unless all idle there (`Timeline.period`).
+The messages are sent soon after the last summand. A rank receives them where a message that it
+receives anyway tells that they have been sent, or else at the end of its program. So no rank waits
+for another to end: one that is done goes on to its optimizer and to the next step while others
+still work on this one. Where steps follow one another, the idle time at the end of one and at the
+beginning of the next is then filled, unless all ranks idle there (`Timeline.period`).
 
 Their actions, ``SEND_H`` and ``RECV_H``, stand in programs alone: no schedule has them.
 
-In: a schedule, and which stage makes which head. Out: rows, and where among the actions of a place
-they stand.
+In: a schedule, and which stage makes which output. Out: instructions, and where among the actions
+of a rank they stand.
 """
 
 from __future__ import annotations
@@ -19,76 +19,105 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
+from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.graph.unit_code import Value
-from funcpipe._src.program.instructions import RECV, SEND, Name, Row
+from funcpipe._src.program.instructions import RECV, SEND, Instruction
 from funcpipe._src.schedule.actions import COMPUTE, Action, Schedule
 from funcpipe._src.schedule.communication import message_of
 from funcpipe._src.schedule.simulate_transfers import walk
 
 
-class Head(NamedTuple):
-    """What travels: the stage that makes it, and what it looks like."""
+class Output(NamedTuple):
+    """The stage that makes an output, and its shape and dtype."""
 
     stage: int
     value: Value
 
 
-def messages(schedule: Schedule, place: int, heads: Mapping[Name, Head]) -> dict[int, list[Row]]:
-    """The rows of a place that bring every head to every place, by the number of the action before
-    which they stand.
+Outputs = Mapping[ValueId, Output]
+
+
+def broadcasts(
+    schedule: Schedule,
+    pipeline_rank: int,
+    outputs: Outputs,
+) -> dict[int, list[Instruction]]:
+    """The instructions of a rank that bring every output to every rank, by the number of the action
+    before which they stand.
 
     Args:
         schedule: with its sends and receives.
-        place: on the pipe axis.
-        heads: by name: ``("head", number)`` or ``("row", number, microbatch)``; in the same order
-            on all ranks.
+        pipeline_rank: the rank.
+        outputs: sums, and rows of every microbatch; in the same order on all ranks.
     """
-    made: dict[int, dict[Name, Head]] = defaultdict(dict)
-    for name, head in heads.items():
-        made[schedule.placement[head.stage]][name] = head
-    out: dict[int, list[Row]] = defaultdict(list)
-    for maker, some in sorted(made.items()):
-        at = _ready(schedule.ranks[maker], {head.stage for head in some.values()})
-        if maker == place:
-            others = [p for p in range(len(schedule.ranks)) if p != place]
-            out[at] += [_message(SEND, schedule, place, other, some) for other in others]
-        else:
-            out[_known(schedule, maker, at)[place]].append(
-                _message(RECV, schedule, place, maker, some)
-            )
-    return out
+    made_by: dict[int, dict[ValueId, Output]] = defaultdict(dict)
+    for value, output in outputs.items():
+        made_by[schedule.placement[output.stage]][value] = output
+    found: dict[int, list[Instruction]] = defaultdict(list)
+    for maker, own in sorted(made_by.items()):
+        sent_at = _ready(schedule.ranks[maker], {output.stage for output in own.values()})
+        if maker != pipeline_rank:
+            received_at = _told(schedule, maker, sent_at)[pipeline_rank]
+            found[received_at].append(_message(RECV, schedule, pipeline_rank, maker, own))
+            continue
+        for other in range(len(schedule.ranks)):
+            if other != maker:
+                found[sent_at].append(_message(SEND, schedule, maker, other, own))
+    return found
 
 
 def _message(
-    op: str, schedule: Schedule, place: int, other: int, heads: Mapping[Name, Head]
-) -> Row:
-    here, there = (schedule.placement.index(p) for p in (place, other))
-    reads, writes = (tuple(heads), ()) if op == SEND else ((), tuple(heads))
-    action = Action(f"{op.upper()}_H", here, 0, peer=there)
-    return Row(op, action, reads, writes, values=tuple(h.value for h in heads.values()), peer=other)
+    op: str,
+    schedule: Schedule,
+    here: int,
+    peer: int,
+    outputs: Outputs,
+) -> Instruction:
+    stage, peer_stage = schedule.placement.index(here), schedule.placement.index(peer)
+    names = tuple(outputs)
+    return Instruction(
+        op,
+        Action(f"{op.upper()}_H", stage, 0, peer=peer_stage),
+        reads=names if op == SEND else (),
+        writes=names if op == RECV else (),
+        values=tuple(output.value for output in outputs.values()),
+        peer=peer,
+    )
 
 
-def _ready(row: Sequence[Action], stages: Set[int]) -> int:
+def _ready(actions: Sequence[Action], stages: Set[int]) -> int:
     """Behind the action that follows the last forward of these stages: F and B of the last segment
     stay back to back, and may be one unit."""
-    done = max(k for k, a in enumerate(row) if a.kind == "F" and a.stage in stages)
-    for k in range(done + 1, len(row)):
-        if row[k].kind in COMPUTE or row[k].kind.startswith("RECV"):
-            return k + (row[k].kind in COMPUTE)
-    return len(row)
+    forwards = (
+        number
+        for number, action in enumerate(actions)
+        if action.kind == "F" and action.stage in stages
+    )
+    for number in range(max(forwards) + 1, len(actions)):
+        if actions[number].kind in COMPUTE:
+            return number + 1
+        if actions[number].kind.startswith("RECV"):
+            return number
+    return len(actions)
 
 
-def _known(schedule: Schedule, maker: int, at: int) -> list[int]:
-    """For every place the number of actions after which it knows that a place has come to its
-    action ``at``."""
-    out = [len(row) for row in schedule.ranks]
-    known, carried = [False] * len(out), {}
-    for place, k in walk(schedule).order:
-        action = schedule.ranks[place][k]
-        if place == maker:
-            known[place] = k >= at
+def _told(
+    schedule: Schedule,
+    maker: int,
+    sent_at: int,
+) -> list[int]:
+    """For every rank the number of actions after which it knows that ``maker`` has come to its
+    action ``sent_at``."""
+    found = [len(actions) for actions in schedule.ranks]
+    knows = [False] * len(found)
+    carries = {}
+    for rank, number in walk(schedule).order:
+        action = schedule.ranks[rank][number]
+        if rank == maker:
+            knows[rank] = number >= sent_at
         if action.kind.startswith("SEND"):
-            carried[message_of(action)] = known[place]
-        elif action.kind.startswith("RECV") and carried[message_of(action)] and not known[place]:
-            known[place], out[place] = True, k + 1
-    return out
+            carries[message_of(action)] = knows[rank]
+        elif action.kind.startswith("RECV") and carries[message_of(action)] and not knows[rank]:
+            knows[rank] = True
+            found[rank] = number + 1
+    return found

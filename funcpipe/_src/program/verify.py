@@ -1,52 +1,79 @@
-"""Verify: run a program on names alone, before it runs on tensors.
+"""Verify: follows a program slot by slot, before it runs on tensors.
 
-Proves that every slot that an instruction reads holds what its row says, that nothing is read after
-it was freed, that every gather and reduction is waited for once, and that every sum gets its
-summands in order.
+Proves that every slot that an instruction reads holds the value it names, that nothing is read
+after it was freed, that every collective is waited for once, and that every sum gets its summands
+in order.
+
+In: a `Program`. Out: nothing, or `ScheduleError`.
 """
 
 from __future__ import annotations
 
-from funcpipe._src.program.instructions import ADD, GATHER, REDUCE, WAIT, Name, Program
-from funcpipe._src.program.slots import FIXED
+from collections import defaultdict
+
+from funcpipe._src.graph.ids import ValueId
+from funcpipe._src.program.instructions import (
+    ADD,
+    GATHER,
+    INPUTS,
+    REDUCE,
+    WAIT,
+    Instruction,
+    Program,
+)
 from funcpipe.errors import ScheduleError
 
 
 def verify(program: Program) -> None:
-    """ScheduleError when a program would read what is not there; such a program is a mistake of
-    funcpipe's own."""
-    held: dict[int, Name] = {}
-    turns: dict[Name, int] = {}
-    pending: set[Name] = set()
-    for place, (row, i) in enumerate(zip(program.rows, program.instructions, strict=True)):
-        for name, slot in zip(row.reads, i.reads, strict=True):
-            if name[0] not in FIXED and held.get(slot) != name:
-                raise _wrong(
-                    program, place, f"reads {name} from slot {slot}, which holds {held.get(slot)}"
-                )
-        if row.op == ADD:
-            if turns.get(row.writes[0], 0) != row.turn:
-                raise _wrong(
-                    program, place, f"adds summand {row.turn} to {row.writes[0]} out of turn"
-                )
-            turns[row.writes[0]] = row.turn + 1
-        if row.op in (GATHER, REDUCE):
-            pending.update(row.writes)
-        if row.op == WAIT:
-            pending.difference_update(row.reads)
-        for slot in i.frees:
-            held.pop(slot, None)
-        held.update(
-            (slot, name)
-            for name, slot in zip(row.writes, i.writes, strict=True)
-            if slot not in i.frees
-        )
+    """Check a program.
+
+    Raises:
+        ScheduleError: it would read what is not there; such a program is a mistake of funcpipe.
+    """
+    held: dict[int, ValueId] = {}
+    summands: dict[ValueId, int] = defaultdict(int)
+    pending: set[ValueId] = set()
+    for number, instruction in enumerate(program.instructions):
+        for value in instruction.reads:
+            slot = program.slot_of[value]
+            if value.kind not in INPUTS and held.get(slot) != value:
+                fault = f"reads {value} from slot {slot}, which holds {held.get(slot)}"
+                raise _wrong(program, number, fault)
+        if instruction.op == ADD:
+            (total,) = instruction.writes
+            if summands[total] != instruction.nth:
+                raise _wrong(program, number, f"adds summand {instruction.nth} to {total} too soon")
+            summands[total] += 1
+        if instruction.op in (GATHER, REDUCE):
+            pending.update(instruction.writes)
+        if instruction.op == WAIT:
+            pending.difference_update(instruction.reads)
+        _hold(program, instruction, held)
     if pending:
-        raise _wrong(program, len(program.rows), f"never waits for {sorted(pending)}")
+        names = ", ".join(sorted(map(str, pending)))
+        raise _wrong(program, len(program.instructions), f"never waits for {names}")
 
 
-def _wrong(program: Program, place: int, what: str) -> ScheduleError:
-    action = program.rows[place].action if place < len(program.rows) else "the end"
+def _hold(
+    program: Program,
+    instruction: Instruction,
+    held: dict[int, ValueId],
+) -> None:
+    """Note what slots hold after an instruction."""
+    for value in instruction.frees:
+        held.pop(program.slot_of[value], None)
+    for value in instruction.writes:
+        if value not in instruction.frees:
+            held[program.slot_of[value]] = value
+
+
+def _wrong(
+    program: Program,
+    number: int,
+    fault: str,
+) -> ScheduleError:
+    instructions = program.instructions
+    action = instructions[number].action if number < len(instructions) else "the end"
     return ScheduleError(
-        f"rank {program.place} of the pipeline, instruction {place} ({action}): {what}"
+        f"rank {program.pipeline_rank} of the pipeline, instruction {number} ({action}): {fault}"
     )

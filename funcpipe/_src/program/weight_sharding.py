@@ -1,26 +1,29 @@
-"""Shards: the gathers and reductions of sharded leaves, put between the rows of a program.
+"""Weight sharding: puts the gathers and reductions of sharded args into a rank's instructions.
 
-Terms. A leaf that is sharded over axes S is held in flat *shards* of ``ceil(numel / n)`` elements
-(the last ones may be smaller, or empty). A unit reads whole leaves: a GATHER starts as many units
-before it as *prefetch* says, a WAIT stands right before it, and the whole leaf is dropped after it
-unless *regather* says to hold it. What a unit makes of a leaf's
-gradient is whole too: a REDUCE starts as soon as it is final, and turns it into this rank's shard
-of the sum. All leaves that a unit needs travel in one *bucket*, at most ``bucket_bytes`` each.
+A sharded arg is held in flat shards of ``ceil(numel / parts)`` elements (the last ones may be
+smaller, or empty). A unit reads it unsharded: GATHER starts as many units ahead as *prefetch* says,
+WAIT stands right before the unit, and what was gathered is dropped behind it unless *regather* says
+to hold it. A unit also makes the gradient of the unsharded arg: REDUCE starts as soon as it is
+final, and turns it into this rank's shard of the sum. All args that a unit needs travel in one
+bucket, at most ``bucket_bytes`` each.
 
-In: rows in which units read ("param", leaf) and add to ("grad", leaf, partial). Out: rows with
-GATHER, REDUCE and WAIT, in which ("param", leaf) of a sharded leaf is the shard and ("grad", leaf,
-partial) a sum of shards.
+In: instructions in which units read args, and partial gradients are added up. Out: the same with
+GATHER, REDUCE and WAIT, in which a sharded arg is the shard, and the sum of its partial gradients a
+sum of shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 
 from funcpipe._src.core.mesh import Axes
+from funcpipe._src.graph.ids import ArgId, OfArg, ValueId
 from funcpipe._src.program.instructions import (
     ADD,
     GATHER,
@@ -28,243 +31,345 @@ from funcpipe._src.program.instructions import (
     RUN,
     WAIT,
     Bucket,
-    Name,
-    Piece,
-    Row,
+    BucketEntry,
+    Instruction,
+    tensors_of,
 )
 from funcpipe._src.spec.transform_spec import Shard
 
 
 @dataclass(frozen=True)
-class Sharded:
-    """A sharded leaf.
+class ShardedArg:
+    """How an arg is sharded.
 
     Args:
-        piece: its place in buckets.
+        entry: what it is in a bucket.
         axes: what it is sharded over, in mesh order.
         parts: the number of ranks on them.
         summed: those of its axes that split the batch.
-        grad: the dtype of its gradient shards (the parameter's own).
-        whole: the dtype in which it is gathered.
-        options: when it is whole, and how it travels: those of `sharded_weights`.
+        grad_dtype: of its gradient shards (the parameter's own).
+        gathered_dtype: in which it is gathered.
+        options: when it is gathered, and how it travels: those of `sharded_weights`.
     """
 
-    piece: Piece
+    entry: BucketEntry
     axes: Axes
     parts: int
     summed: Axes
-    grad: torch.dtype
-    whole: torch.dtype
+    grad_dtype: torch.dtype
+    gathered_dtype: torch.dtype
     options: Shard
 
 
-Sharding = Mapping[int, Sharded]  # by the leaf's number; the others are held whole
+Sharding = Mapping[int, ShardedArg]  # by arg; the others are held unsharded
 
 
-def shard(rows: Sequence[Row], s: Sharding) -> list[Row]:
-    """The rows with their gathers and reductions."""
-    return _reduced(_gathered(rows, s), s)
+def insert_collectives(
+    instructions: Sequence[Instruction], sharding: Sharding
+) -> list[Instruction]:
+    """The instructions with their gathers and reductions."""
+    gathered = _Gathers(instructions, sharding).inserted()
+    return _Reductions(gathered, sharding).inserted()
+
+
+def _buckets(
+    dtypes: Mapping[int, torch.dtype],
+    sharding: Sharding,
+    of_grads: bool = False,
+) -> Iterator[Bucket]:
+    """Args with the dtype in which they travel, in the collectives in which they travel."""
+
+    def together(arg: int) -> tuple:
+        leaf = sharding[arg]
+        summed = leaf.summed if of_grads else ()
+        return (
+            leaf.axes,
+            leaf.parts,
+            summed,
+            str(dtypes[arg]),
+            leaf.options.bucket_bytes or 0,
+            leaf.options.prefetch,
+        )
+
+    for (axes, parts, summed, _, most_bytes, _), args in groupby(
+        sorted(dtypes, key=together), together
+    ):
+        entries: list[BucketEntry] = []
+        for arg in args:
+            dtype = dtypes[arg]
+            entry = sharding[arg].entry
+            numel = entry.numel + sum(other.numel for other in entries)
+            nbytes = numel * dtype.itemsize
+            if entries and most_bytes and nbytes > most_bytes:
+                yield Bucket(axes, parts, tuple(entries), dtype, summed)
+                entries = []
+            entries.append(entry)
+        yield Bucket(axes, parts, tuple(entries), dtype, summed)
 
 
 # ---- gathers
 
 
-def _gathered(rows: Sequence[Row], s: Sharding) -> list[Row]:
-    runs = [i for i, row in enumerate(rows) if row.op == RUN]
-    needs = {
-        i: [n[1] for n in dict.fromkeys(rows[i].reads) if n[0] == "param" and n[1] in s]
-        for i in runs
-    }
-    held = _held(rows, runs, needs, s)
-    fresh = count()
-    live: dict[int, Name] = {}  # leaf -> the name under which it is whole
-    starts: dict[int, list[Row]] = {}
-    waits: dict[int, list[Row]] = {}
-    names: dict[int, dict[Name, Name]] = {}
-    for k, i in enumerate(runs):
-        new = {leaf: s[leaf].whole for leaf in needs[i] if leaf not in live}
-        for bucket in _buckets(new, s):
-            token = ("pending", next(fresh))
-            leaves = [p.leaf for p in bucket.pieces]
-            live.update((leaf, ("full", leaf, token[1])) for leaf in leaves)
-            at = runs[max(k - s[leaves[0]].options.prefetch, 0)]
-            shards = tuple(("param", leaf) for leaf in leaves)
-            starts.setdefault(at, []).append(
-                Row(GATHER, rows[i].action, shards, (token,), bucket=bucket)
-            )
-            whole = tuple(live[leaf] for leaf in leaves)
-            waits.setdefault(i, []).append(
-                Row(WAIT, rows[i].action, (token,), whole, bucket=bucket)
-            )
-        names[i] = {("param", leaf): live[leaf] for leaf in needs[i]}
-        for leaf in [x for x in live if not held(x, k)]:
-            del live[leaf]
-    out: list[Row] = []
-    for i, row in enumerate(rows):
-        out += [*starts.get(i, ()), *waits.get(i, ())]
-        swap = names.get(i, {})
-        out.append(replace(row, reads=tuple(swap.get(n, n) for n in row.reads)) if swap else row)
-    return out
+@dataclass
+class _Gathers:
+    """Gathers the sharded args that units read."""
 
+    instructions: Sequence[Instruction]
+    sharding: Sharding
 
-def _held(
-    rows: Sequence[Row], runs: list[int], needs: dict[int, list[int]], s: Sharding
-) -> Callable[[int, int], bool]:
-    """Whether a whole leaf is held after the ``k``-th unit: is its next use near enough?"""
-    uses: dict[int, list[int]] = {}
-    for k, i in enumerate(runs):
-        for leaf in needs[i]:
-            uses.setdefault(leaf, []).append(k)
-    after = {(leaf, a): b for leaf, ks in uses.items() for a, b in pairwise(ks)}
-    last: dict[int, int] = {}
+    def __post_init__(self) -> None:
+        self.runs: list[int] = []
+        for number, instruction in enumerate(self.instructions):
+            if instruction.op == RUN:
+                self.runs.append(number)
+        self.needs = [self._sharded_args(number) for number in self.runs]
+        self.next_use = self._next_uses()
+        self.gathers = count()
+        self.live: dict[int, ValueId] = {}  # by arg, what it is gathered as
+        self.last_use: dict[int, int] = {}  # by arg
+        self.ahead: dict[int, list[Instruction]] = defaultdict(
+            list
+        )  # gathers, by what they precede
+        self.waits: dict[int, list[Instruction]] = defaultdict(list)
 
-    def held(leaf: int, k: int) -> bool:
-        if k in uses[leaf]:
-            last[leaf] = k
-        following = after.get((leaf, last[leaf]))
+    def inserted(self) -> list[Instruction]:
+        read: dict[int, dict[ValueId, ValueId]] = {}
+        for use, number in enumerate(self.runs):
+            self._gather(use)
+            read[number] = {}
+            for arg in self.needs[use]:
+                self.last_use[arg] = use
+                read[number][ValueId("param", arg)] = self.live[arg]
+            for arg in list(self.live):
+                if not self._is_kept(arg, use):
+                    del self.live[arg]
+        out: list[Instruction] = []
+        for number, instruction in enumerate(self.instructions):
+            out += self.ahead[number]
+            out += self.waits[number]
+            gathered = read.get(number)
+            if gathered:
+                reads = [gathered.get(value, value) for value in instruction.reads]
+                instruction = replace(instruction, reads=tuple(reads))
+            out.append(instruction)
+        return out
+
+    def _sharded_args(self, number: int) -> list[int]:
+        args: dict[int, None] = {}
+        for value in self.instructions[number].reads:
+            if value.kind == "param" and value.name in self.sharding:
+                assert isinstance(value.name, int)
+                args[value.name] = None
+        return list(args)
+
+    def _next_uses(self) -> dict[tuple[int, int], int]:
+        """For every arg and use, which unit uses it next."""
+        uses: dict[int, list[int]] = defaultdict(list)
+        for use, args in enumerate(self.needs):
+            for arg in args:
+                uses[arg].append(use)
+        following = {}
+        for arg, of_arg in uses.items():
+            for use, next_use in pairwise(of_arg):
+                following[arg, use] = next_use
+        return following
+
+    def _gather(self, use: int) -> None:
+        """Gather what a unit needs and what is not there."""
+        number = self.runs[use]
+        action = self.instructions[number].action
+        dtypes = {}
+        for arg in self.needs[use]:
+            if arg not in self.live:
+                dtypes[arg] = self.sharding[arg].gathered_dtype
+        for bucket in _buckets(dtypes, self.sharding):
+            nth = next(self.gathers)
+            args = [entry.arg for entry in bucket.entries]
+            shards = tuple(ValueId("param", arg) for arg in args)
+            pending = (ValueId("pending", f"gather {nth}"),)
+            gathered = tuple(ValueId("gathered", OfArg(arg, nth)) for arg in args)
+            self.live.update(zip(args, gathered, strict=True))
+            prefetch = self.sharding[args[0]].options.prefetch
+            start = self.runs[max(use - prefetch, 0)]
+            gather = Instruction(GATHER, action, shards, pending, bucket=bucket)
+            self.ahead[start].append(gather)
+            wait = Instruction(WAIT, action, pending, gathered, bucket=bucket)
+            self.waits[number].append(wait)
+
+    def _is_kept(self, arg: int, use: int) -> bool:
+        """Whether a gathered arg is held behind a unit: is its next use near enough?"""
+        last = self.last_use[arg]
+        following = self.next_use.get((arg, last))
         if following is None:
             return False
-        options = s[leaf].options
-        if (
-            options.regather == "step" or following - k <= 1 + options.prefetch
-        ):  # gathered again, it would be under way
+        options = self.sharding[arg].options
+        if options.regather == "step":
+            return True
+        if following - use <= 1 + options.prefetch:  # gathered again, it would be under way
             return True
         if options.regather == "microbatch":
             return False
-        a, b = (
-            rows[runs[x]].action.microbatch // int(options.regather)
-            for x in (last[leaf], following)
-        )
-        return a == b
+        group = int(options.regather)
+        return self._microbatch(last) // group == self._microbatch(following) // group
 
-    return held
-
-
-def _buckets(
-    dtypes: Mapping[int, torch.dtype], s: Sharding, sums: bool = False
-) -> Iterator[Bucket]:
-    """Leaves with their dtype on the wire, in the collectives in which they travel; ``sums``: as
-    gradients."""
-
-    def key(leaf: int) -> tuple:
-        options = s[leaf].options
-        summed = s[leaf].summed if sums else ()
-        return (
-            s[leaf].axes,
-            s[leaf].parts,
-            summed,
-            str(dtypes[leaf]),
-            options.bucket_bytes or 0,
-            options.prefetch,
-        )
-
-    for (axes, parts, summed, _, most, _), alike in groupby(sorted(dtypes, key=key), key):
-        some: list[int] = []
-        for leaf in alike:
-            size = sum(s[i].piece.numel for i in (*some, leaf)) * dtypes[leaf].itemsize
-            if some and most and size > most:
-                yield Bucket(axes, parts, tuple(s[i].piece for i in some), dtypes[leaf], summed)
-                some = []
-            some.append(leaf)
-        yield Bucket(axes, parts, tuple(s[i].piece for i in some), dtypes[some[0]], summed)
+    def _microbatch(self, use: int) -> int:
+        number = self.runs[use]
+        return self.instructions[number].action.microbatch
 
 
 # ---- reductions
 
 
-def _reduced(rows: Sequence[Row], s: Sharding) -> list[Row]:
-    """Reductions start right after the unit that made a gradient final; they are waited for before
-    the next unit but one reduces, and at the end."""
-    out: list[Row] = []
-    waiting: list[list[Row]] = []
-    fresh = count()
-    final = _last_turns(rows)
-    i = 0
-    while i < len(rows):
-        if not _is_grad(rows[i], s):
-            out.append(rows[i])
-            i += 1
-            continue
-        j = i
-        while j < len(rows) and rows[j].op == ADD:
-            j += 1
-        grads = [row for row in rows[i:j] if _is_grad(row, s)]
-        out += [row for row in rows[i:j] if not _is_grad(row, s)]
-        starts, ends = _reduce(grads, s, final, fresh, out)
-        if starts and len(waiting) > 1:
-            out += waiting.pop(0)
-        out += starts
-        waiting += [ends] if ends else []
-        i = j
-    return out + [row for ends in waiting for row in ends]
+class _Final(NamedTuple):
+    """A gradient that is to be reduced, and the addition of what comes of it to its sum."""
+
+    add: Instruction
+    source: ValueId
 
 
-def _reduce(
-    grads: list[Row], s: Sharding, final: dict[Name, int], fresh: Iterator[int], out: list[Row]
-) -> tuple[list[Row], list[Row]]:
-    """The reductions that a unit's gradients start, and what ends them; whole sums are put out at
-    once."""
-    ready: dict[int, list[tuple[Row, Name]]] = {}
-    for row in grads:
-        name, source = row.writes[0], row.reads[0]
-        if _late(row, s):
-            whole = ("whole", *name[1:])
-            out.append(replace(row, writes=(whole,), dtype=_wire_dtype(row, s)))
-            if row.turn < final[name]:
+@dataclass
+class _Reductions:
+    """Reduces the gradients of sharded args. A reduction starts right behind the unit that made a
+    gradient final; it is waited for before the next unit but one reduces, and at the end."""
+
+    instructions: Sequence[Instruction]
+    sharding: Sharding
+    out: list[Instruction] = field(default_factory=list)
+    waiting: list[list[Instruction]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reductions = count()
+        self.tensors = tensors_of(self.instructions)
+        self.last_nth: dict[ValueId, int] = {}
+        for instruction in self.instructions:
+            if instruction.op == ADD:
+                self.last_nth[instruction.writes[0]] = instruction.nth
+
+    def inserted(self) -> list[Instruction]:
+        adds: list[Instruction] = []  # from the first of a unit's sharded gradients on
+        for instruction in self.instructions:
+            if instruction.op == ADD and (adds or self._is_sharded_grad(instruction)):
+                adds.append(instruction)
                 continue
-            source = whole
-        ready.setdefault(name[1], []).append((row, source))
-    starts, ends = [], []
-    while ready:  # a leaf may have several partial gradients in one unit: one bucket each
-        some = {leaf: rows.pop(0) for leaf, rows in ready.items()}
-        ready = {leaf: rows for leaf, rows in ready.items() if rows}
-        for bucket in _buckets(
-            {leaf: _wire_dtype(row, s) for leaf, (row, _) in some.items()}, s, sums=True
-        ):
-            token = ("pending", f"grad {next(fresh)}")
-            chosen = [some[p.leaf] for p in bucket.pieces]
-            starts.append(
-                Row(
-                    REDUCE,
-                    chosen[0][0].action,
-                    tuple(x for _, x in chosen),
-                    (token,),
-                    bucket=bucket,
-                )
+            if adds:
+                self._reduce_all(adds)
+                adds = []
+            self.out.append(instruction)
+        self._reduce_all(adds)
+        for ends in self.waiting:
+            self.out += ends
+        return self.out
+
+    def _reduce_all(self, adds: Sequence[Instruction]) -> None:
+        """What one unit makes: sums of other values stay, sharded gradients are reduced."""
+        grads: list[Instruction] = []
+        for add in adds:
+            if self._is_sharded_grad(add):
+                grads.append(add)
+            else:
+                self.out.append(add)
+        final = self._final(grads)
+        starts, ends = self._reduce(final)
+        if starts and len(self.waiting) > 1:
+            self.out += self.waiting.pop(0)
+        self.out += starts
+        if ends:
+            self.waiting.append(ends)
+
+    def _final(self, grads: Sequence[Instruction]) -> dict[int, list[_Final]]:
+        """By arg, what is final and can be reduced. An arg whose sum over microbatches is reduced
+        gets its summands here, and is final with the last one."""
+        found: dict[int, list[_Final]] = defaultdict(list)
+        for add in grads:
+            (source,) = add.reads
+            (total,) = add.writes
+            if self._is_late(add):
+                source = total._replace(kind="unsharded")
+                dtype = self._travel_dtype(add)
+                to_unsharded = replace(add, writes=(source,), dtype=dtype)
+                self.out.append(to_unsharded)
+                if add.nth < self.last_nth[total]:
+                    continue
+            arg = _arg_of(add)
+            found[arg].append(_Final(add, source))
+        return found
+
+    def _reduce(
+        self, final: dict[int, list[_Final]]
+    ) -> tuple[list[Instruction], list[Instruction]]:
+        """What starts the reductions, and what ends them."""
+        starts: list[Instruction] = []
+        ends: list[Instruction] = []
+        while final:  # an arg may have several partial gradients in one unit: one bucket each
+            first = {arg: grads[0] for arg, grads in final.items()}
+            later = {arg: grads[1:] for arg, grads in final.items()}
+            final = {arg: grads for arg, grads in later.items() if grads}
+            dtypes = {}
+            for arg, grad in first.items():
+                dtypes[arg] = self._travel_dtype(grad.add)
+            for bucket in _buckets(dtypes, self.sharding, of_grads=True):
+                nth = next(self.reductions)
+                pending = (ValueId("pending", f"reduction {nth}"),)
+                grads = [first[entry.arg] for entry in bucket.entries]
+                sources = tuple(grad.source for grad in grads)
+                action = grads[0].add.action
+                start = Instruction(REDUCE, action, sources, pending, bucket=bucket)
+                starts.append(start)
+                adds = [grad.add for grad in grads]
+                ends += self._finish(adds, pending, bucket)
+        return starts, ends
+
+    def _finish(
+        self,
+        adds: Sequence[Instruction],
+        pending: tuple[ValueId],
+        bucket: Bucket,
+    ) -> list[Instruction]:
+        """Wait for a reduction, and add its shards up."""
+        shards = []
+        for add in adds:
+            (total,) = add.writes
+            microbatch = add.action.microbatch
+            shards.append(ValueId("shard", total.name, microbatch))
+        action = adds[0].action
+        out = [Instruction(WAIT, action, pending, tuple(shards), bucket=bucket)]
+        for add, shard in zip(adds, shards, strict=True):
+            leaf = self.sharding[_arg_of(add)]
+            of_shard = replace(
+                add,
+                reads=(shard,),
+                nth=0 if self._is_late(add) else add.nth,
+                dtype=leaf.grad_dtype,
             )
-            ends += _finish(chosen, token, bucket, s)
-    return starts, ends
+            out.append(of_shard)
+        return out
+
+    def _is_sharded_grad(self, instruction: Instruction) -> bool:
+        if instruction.op != ADD:
+            return False
+        name = instruction.writes[0].name
+        return isinstance(name, OfArg) and name.arg in self.sharding
+
+    def _is_late(self, add: Instruction) -> bool:
+        """Whether gradients are added up over microbatches before they are reduced."""
+        return self.sharding[_arg_of(add)].options.reduce == "last"
+
+    def _travel_dtype(self, add: Instruction) -> torch.dtype:
+        """In which dtype a gradient travels: as its unit makes it, or as it was added up.
+        Unsharded gradients add up in the parameter's own precision, or the unit's where that is
+        higher."""
+        leaf = self.sharding[_arg_of(add)]
+        if leaf.options.reduce_dtype is not None:
+            return leaf.options.reduce_dtype
+        (summand,) = add.reads
+        made = self.tensors[summand].dtype
+        if self._is_late(add):
+            return torch.promote_types(made, leaf.grad_dtype)
+        return made
 
 
-def _finish(chosen: list[tuple[Row, Name]], token: Name, bucket: Bucket, s: Sharding) -> list[Row]:
-    action = chosen[0][0].action
-    shards = tuple(("shard", *row.writes[0][1:], row.action.microbatch) for row, _ in chosen)
-    out = [Row(WAIT, action, (token,), shards, bucket=bucket)]
-    for (row, _), name in zip(chosen, shards, strict=True):
-        turn = 0 if _late(row, s) else row.turn
-        out.append(
-            Row(ADD, row.action, (name,), row.writes, turn=turn, dtype=s[row.writes[0][1]].grad)
-        )
-    return out
-
-
-def _is_grad(row: Row, s: Sharding) -> bool:
-    return row.op == ADD and row.writes[0][0] == "grad" and row.writes[0][1] in s
-
-
-def _late(row: Row, s: Sharding) -> bool:
-    """Whether a leaf's gradients are added up whole."""
-    return s[row.writes[0][1]].options.reduce == "last"
-
-
-def _last_turns(rows: Sequence[Row]) -> dict[Name, int]:
-    return {row.writes[0]: row.turn for row in rows if row.op == ADD}
-
-
-def _wire_dtype(row: Row, s: Sharding) -> torch.dtype:
-    """In which dtype a gradient travels: as its unit makes it, or as it was added up. Whole
-    gradients add up in the parameter's own precision, or the unit's where that is higher."""
-    leaf, made = s[row.writes[0][1]], row.reads[0][1].dtype
-    if leaf.options.reduce_dtype is not None:
-        return leaf.options.reduce_dtype
-    return torch.promote_types(made, leaf.grad) if _late(row, s) else made
+def _arg_of(add: Instruction) -> ArgId:
+    """The arg whose gradient an addition takes in."""
+    name = add.writes[0].name
+    assert isinstance(name, OfArg)
+    return name.arg

@@ -4,9 +4,10 @@ Read in this order:
 
 - `runner.py`: what both runners have in common. `simulate.py`: every rank of a mesh in this
   process. `spmd.py`, `spmd_options.py`, `spmd_runner.py`: the rank that this process is.
-- `rank.py`: one rank's step under a plan. `interpreter.py`: the loop over a program.
-  `weight_buckets.py`: gathers and reductions of sharded weights. `metrics.py`: metrics that some
-  ranks lack.
+- `rank.py`: one rank's step under a plan. `bound_call.py`: one ``value_and_grad`` of it.
+  `interpreter.py`: the loop over a program. `tied_grads.py`, `grad_reduction.py`,
+  `step_outputs.py`: gradients, loss and aux over all ranks. `metrics.py`: metrics that some ranks
+  lack.
 - `state_buffers.py`: states that a step writes in place. `captured_steps.py`, `cuda_graph.py`,
   `cuda_graph_memsets.py`: a whole step in one CUDA graph.
 - `agreement.py`, `replicas.py`, `replica_watch.py`, `mismatch_text.py`: what ranks compare before

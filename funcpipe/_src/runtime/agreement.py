@@ -167,7 +167,7 @@ class Agreement:
     def by_pipeline_rank(self, rank: Rank, mine: Any) -> dict[int, list[Any]]:
         """What all ranks have of something, by pipeline rank."""
         found: dict[int, list[Any]] = {}
-        all_ranks = self.comm.exchange((rank.place, mine))
+        all_ranks = self.comm.exchange((rank.pipeline_rank, mine))
         for pipeline_rank, theirs in all_ranks:
             found.setdefault(pipeline_rank, []).append(theirs)
         return found

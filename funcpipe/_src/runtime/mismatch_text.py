@@ -41,7 +41,7 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
     comm = rank.comm
     tensors = [leaf for leaf in tree.leaves(state) if isinstance(leaf, torch.Tensor)]
     held = sum(tensor.nbytes for tensor in tensors)
-    predicted = rank.plan.memory[rank.place]
+    predicted = rank.plan.memory[rank.pipeline_rank]
     return (
         f"rank {comm.rank} is out of memory on {comm.device}: beside its state of "
         f"{bytes_text(held)} the plan predicts {bytes_text(predicted['activations'])} of "

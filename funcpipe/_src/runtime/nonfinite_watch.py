@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from funcpipe._src.backends.bind import BoundProgram
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.loss_types import Microbatches
+from funcpipe._src.graph.ids import OfArg, ValueId
 from funcpipe._src.planning.plan import PlannedCall
-from funcpipe._src.program import ADD, RUN, WAIT
-from funcpipe._src.program.instructions import Row
-from funcpipe._src.runtime.interpreter import Bound, Slots, execute
+from funcpipe._src.program import ADD, RUN, WAIT, Instruction
+from funcpipe._src.program.slots import is_output
+from funcpipe._src.runtime.interpreter import Slots, run_instructions
 from funcpipe._src.runtime.nonfinite_ops import Origin, Origins, fault_of, run_with_origins
 from funcpipe._src.runtime.rank import Rank
 
@@ -94,8 +96,8 @@ class Watch:
     rank: Rank
     events: list[Event] = field(default_factory=list)
 
-    def program(self, bound: list[Bound], slots: Slots, comm: Communicator) -> None:
-        """Run a program, as `execute` does, and look at all that it makes."""
+    def program(self, bound: BoundProgram, slots: Slots, comm: Communicator) -> None:
+        """Run a program, as the interpreter does, and look at all that it makes."""
         for number, call in enumerate(self.rank.calls):
             if call.bound is bound:
                 CallWatch(self, number).run(bound, slots, comm)
@@ -154,20 +156,22 @@ class CallWatch:
         call = watch.rank.calls[number]
         self.program = call.program
         self.planned = call.planned
+        self.param_slots, self.batch_slots = call.param_slots, call.batch_slots
         paths = watch.rank.plan.placement.analysis.paths
         params = self.planned.call.params
         self.paths = [paths[param] for param in params]
 
-    def run(self, bound: list[Bound], slots: Slots, comm: Communicator) -> None:
+    def run(self, bound: BoundProgram, slots: Slots, comm: Communicator) -> None:
         """Run the program, and look at all that it makes."""
         self._inputs(slots)
-        for instruction, row in zip(bound, self.program.rows, strict=True):
+        both = zip(bound.instructions, self.program.instructions, strict=True)
+        for instruction, row in both:
             origins: Origins = []
             if row.op == RUN:
                 assert row.unit is not None
                 run = partial(run_with_origins, row.unit.code.module, origins)
                 instruction = instruction._replace(run=run)
-            execute([instruction], slots, comm)
+            run_instructions([instruction], slots, comm)
             if row.op in (RUN, ADD, WAIT):
                 made = [slots[slot] for slot in instruction.writes]
                 self._made(row, made, origins)
@@ -185,11 +189,11 @@ class CallWatch:
 
     def _inputs(self, slots: Slots) -> None:
         """Look at the params and microbatches that the program begins with."""
-        for param, slot in self.program.params.items():
+        for param, slot, _ in self.param_slots:
             where = self._where(_INPUT, -1, param)
             self.watch.note(where, f"params{self.paths[param]}", slots[slot])
         paths = _batch_paths(self.planned)
-        for (microbatch, number), slot in self.program.batch.items():
+        for microbatch, number, slot in self.batch_slots:
             moving = self.planned.moving[microbatch]
             what = "the loss scale"
             if number < len(moving):
@@ -200,7 +204,7 @@ class CallWatch:
 
     def _made(
         self,
-        row: Row,
+        row: Instruction,
         made: list[Any],
         origins: Origins,
     ) -> None:
@@ -209,14 +213,14 @@ class CallWatch:
         microbatch = row.action.microbatch
         position = self._position(row)
         for number, name in enumerate(row.writes):
-            kind = _INPUT if name[0] == "full" else _WORK
+            kind = _INPUT if name.kind == "gathered" else _WORK
             order = (self.number, kind, microbatch, position, number)
             where = Where(order, self.number, unit, microbatch)
             what = self._name(name, row)
             origin = origins[number] if origins else None
             self.watch.note(where, what, made[number], origin)
 
-    def _position(self, row: Row) -> int:
+    def _position(self, row: Instruction) -> int:
         """Where the unit of an instruction stands in the order of one microbatch."""
         if row.unit is None:
             return _LAST
@@ -224,24 +228,27 @@ class CallWatch:
         key = row.unit.kind, row.unit.segment
         return list(units).index(key)
 
-    def _name(self, name: tuple, row: Row) -> str:
-        """What a name of the program holds, in words."""
-        kind, which = name[:2]
-        if kind in ("head", "row"):
-            return f"{_output_name(self.planned, which)}, summed so far"
-        if kind == "full":
-            return f"params{self.paths[which]}, gathered"
-        if kind != "value":
-            return f"the gradient of params{self.paths[which]}, summed so far"
-        units = self.planned.cuts[name[2]]
-        if which in units.heads:
-            return _output_name(self.planned, units.heads.index(which))
+    def _name(self, value: ValueId, row: Instruction) -> str:
+        """What a value of the program is, in words."""
+        if is_output(value):
+            assert isinstance(value.name, int)
+            return f"{_output_name(self.planned, value.name)}, summed so far"
+        if isinstance(value.name, OfArg):
+            path = self.paths[value.name.arg]
+            if value.kind == "gathered":
+                return f"params{path}, gathered"
+            return f"the gradient of params{path}, summed so far"
+        assert value.microbatch is not None
+        units = self.planned.cuts[value.microbatch]
+        for number, output in enumerate(units.heads):
+            if output.name == value.name:
+                return _output_name(self.planned, number)
         for param, partials in enumerate(units.grads):
-            if which in partials:
+            if any(partial.name == value.name for partial in partials):
                 return f"the gradient of params{self.paths[param]}"
         forward = row.unit is not None and row.unit.kind == "F"
         half = "forward" if forward else "backward"
-        return f"a value of the {half} pass ({which.name})"
+        return f"a value of the {half} pass ({value.name})"
 
 
 def _output_name(planned: PlannedCall, number: int) -> str:

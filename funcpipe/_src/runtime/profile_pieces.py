@@ -15,13 +15,14 @@ from typing import NamedTuple
 import torch
 
 from funcpipe._src.backends.backend import Backend
-from funcpipe._src.backends.fusion import pairs
+from funcpipe._src.backends.bind import BoundInstruction, bind
+from funcpipe._src.backends.fusion import adjacent_units
 from funcpipe._src.comm import Communicator
+from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.graph.partition import Key
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program import ADD, RUN, Program
-from funcpipe._src.program.instructions import Name
-from funcpipe._src.runtime.interpreter import Bound, Slots, bind, execute
+from funcpipe._src.runtime.interpreter import Slots, run_instructions
 
 # The third of four microbatches is timed: its gradients are neither the first nor the last ones of
 # their sums.
@@ -49,8 +50,8 @@ class Piece(NamedTuple):
 
 def pieces_of(program: Program, backend: Backend) -> Iterator[Piece]:
     """The pieces of the microbatch that is timed."""
-    rows = program.rows
-    joined = dict(pairs(program)) if backend.fuses else {}
+    rows = program.instructions
+    joined = dict(adjacent_units(program)) if backend.fuses else {}
     end = 0
     while end < len(rows):
         start = end
@@ -65,12 +66,12 @@ def pieces_of(program: Program, backend: Backend) -> Iterator[Piece]:
 
 def _piece(program: Program, start: int, end: int) -> Piece:
     units, codes, sums = [], [], []
-    for row in program.rows[start:end]:
+    for row in program.instructions[start:end]:
         if row.unit is not None:
             units.append((row.unit.kind, row.unit.segment))
             codes.append((row.unit.kind, row.unit.code.key))
         if row.op == ADD:
-            sums.append((row.turn, row.dtype))
+            sums.append((row.nth, row.dtype))
     key = (*codes, tuple(sums))
     return Piece(start, end, tuple(units), key)
 
@@ -79,7 +80,7 @@ def ready_pieces(
     programs: Iterable[Program],
     comm: Communicator,
     backend: Backend,
-    known: dict[Name, torch.Tensor],
+    known: dict[ValueId, torch.Tensor],
     sets: int,
 ) -> list[list[Run]]:
     """For every distinct piece, functions that run it, each on a set of tensors of its own.
@@ -111,21 +112,22 @@ class Bench:
         program: Program,
         comm: Communicator,
         backend: Backend,
-        known: dict[Name, torch.Tensor],
+        known: dict[ValueId, torch.Tensor],
         tensors: Tensors,
     ) -> None:
         self.program = program
         self.comm = comm
         self.known = known
         self.tensors = tensors
-        self.bound = bind(program, (comm.rank,), "profile", comm, backend)
-        self.values: dict[Name, Value] = {}
-        self.first_sums: dict[Name, Bound] = {}
-        for row, instruction in zip(program.rows, self.bound, strict=True):
+        bound = bind(program, comm, backend, (comm.rank,), "profile")
+        self.bound = bound.instructions
+        self.values: dict[ValueId, Value] = {}
+        self.first_sums: dict[ValueId, BoundInstruction] = {}
+        for row, instruction in zip(program.instructions, self.bound, strict=True):
             if row.unit is not None:
                 inputs = row.unit.inputs
                 self.values.update(zip(row.reads, inputs, strict=True))
-            if row.op == ADD and row.turn == 0:
+            if row.op == ADD and row.nth == 0:
                 (total,) = row.writes
                 self.first_sums[total] = instruction
 
@@ -138,7 +140,7 @@ class Bench:
         """A function that runs a piece; ``used``: how many tensors of each kind others use."""
         slots = self._inputs(piece, used)
         part = self.bound[piece.start : piece.end]
-        rows = self.program.rows[piece.start : piece.end]
+        rows = self.program.instructions[piece.start : piece.end]
         after = list(slots)
         for row, instruction in zip(rows, part, strict=True):
             if row.op == ADD:  # the sum so far: of this gradient alone
@@ -147,36 +149,32 @@ class Bench:
                     reads=instruction.reads,
                     frees=instruction.frees,
                 )
-            execute([instruction], after, self.comm)
+            run_instructions([instruction], after, self.comm)
         for instruction in part:
             if instruction.op == ADD:
                 total = instruction.writes[0]
                 slots[total] = after[total]
 
         def run() -> None:
-            execute(part, list(slots), self.comm)
+            run_instructions(part, list(slots), self.comm)
 
         return run
 
     def _inputs(self, piece: Piece, used: Used) -> Slots:
         """Slots with what the units of a piece read and do not make."""
         slots: Slots = [None] * self.program.slots
-        made: set[Name] = set()
-        for position in range(piece.start, piece.end):
-            row = self.program.rows[position]
-            instruction = self.program.instructions[position]
-            reads = zip(row.reads, instruction.reads, strict=True)
-            for name, slot in reads if row.op == RUN else ():
+        made: set[ValueId] = set()
+        for row in self.program.instructions[piece.start : piece.end]:
+            for name in row.reads if row.op == RUN else ():
                 if name not in made:
+                    slot = self.program.slot_of[name]
                     slots[slot] = self._input(name, used)
             made.update(row.writes)
         return slots
 
-    def _input(self, name: Name, used: Used) -> torch.Tensor:
-        key = name
-        if name[0] == "batch":  # the same in every microbatch
-            key = ("batch", name[2])
-        known = self.known.get(key)
+    def _input(self, name: ValueId, used: Used) -> torch.Tensor:
+        in_any = name._replace(microbatch=None)  # leaves are the same in every microbatch
+        known = self.known.get(in_any)
         value = self.values[name]
         return _input(value, known, self.comm.device, self.tensors, used)
 

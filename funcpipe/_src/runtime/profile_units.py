@@ -23,9 +23,9 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core.batch_leaves import read_batch
+from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.graph.partition import Key, Units
-from funcpipe._src.program import Program, lower
-from funcpipe._src.program.instructions import Name
+from funcpipe._src.program import Program, lower_rank
 from funcpipe._src.runtime.profile_pieces import MICROBATCHES, Piece, pieces_of, ready_pieces
 from funcpipe._src.runtime.profile_timing import median_times, replayed_times
 from funcpipe._src.schedule.costs import Costs
@@ -123,15 +123,15 @@ def _known_inputs(
     planned: PlannedCall,
     units: Units,
     batch: Any,
-) -> dict[Name, torch.Tensor]:
+) -> dict[ValueId, torch.Tensor]:
     """The inputs whose content is known: the batch and constants. Numbers of rows decide what
     looking them up costs."""
-    known: dict[Name, torch.Tensor] = {}
+    known: dict[ValueId, torch.Tensor] = {}
     leaves = planned.splits.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
     for number, leaf in enumerate(planned.moving[0]):
-        known["batch", number] = leaves[leaf]
+        known[ValueId("batch", number)] = leaves[leaf]
     for value, compute in units.constants.items():
-        known["const", value] = compute()
+        known[ValueId("const", value.name)] = compute()
     return known
 
 
@@ -140,7 +140,7 @@ def _alone(units: Units, call: PlannedCall, schedule: Callable) -> Program:
     table = schedule(1, MICROBATCHES)
     stages = (tuple(range(units.segments)),)
     cuts = (units,) * MICROBATCHES
-    return lower(cuts, stages, table, 0, call.summed, {})
+    return lower_rank(cuts, stages, table, 0, call.summed, {})
 
 
 def _share(

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from funcpipe._src.backends.bind import BoundProgram
 from funcpipe._src.comm import Communicator
 from funcpipe._src.graph.partition import Key
 from funcpipe._src.planning.predict import Prediction, predict
-from funcpipe._src.program import RECV, RUN, SEND, Program
-from funcpipe._src.program.instructions import Instruction
-from funcpipe._src.runtime.interpreter import Bound, Slots, execute
+from funcpipe._src.program import RECV, RUN, SEND, Instruction, Program
+from funcpipe._src.runtime.interpreter import Slots, run_instructions
 from funcpipe._src.schedule.actions import Action
 from funcpipe._src.schedule.costs import Costs
 from funcpipe._src.schedule.timeline import Span, Timeline
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]  # start and end of an instruction
 Times = list[list[Interval]]  # of the instructions of every value_and_grad
-Observer = Callable[[list[Bound], Slots, Communicator], None]
+Observer = Callable[[BoundProgram, Slots, Communicator], None]
 
 
 class Recording:
@@ -75,12 +75,12 @@ class Recording:
         self._times[rank.comm.rank] = times
         bound = [call.bound for call in rank.calls]
 
-        def run(program: list[Bound], slots: Slots, comm: Communicator) -> None:
+        def run(program: BoundProgram, slots: Slots, comm: Communicator) -> None:
             call = next(number for number, other in enumerate(bound) if other is program)
             times[call].clear()
-            for instruction in program:
+            for instruction in program.instructions:
                 start = self._now(comm.device)
-                execute([instruction], slots, comm)
+                run_instructions([instruction], slots, comm)
                 end = self._now(comm.device)
                 times[call].append((start, end))
 
