@@ -191,23 +191,23 @@ def test_a_rank_that_cannot_capture_stops_no_other(
 class Again(CapturedStep):
     """Its own graph: a replay runs the step, on the graph's batch."""
 
-    def __init__(self, rank: Rank, home: StateBuffers, pool: Any) -> None:
-        self.rank, self.home = rank, home
+    def __init__(self, rank: Rank, buffers: StateBuffers, pool: Any) -> None:
+        self.rank, self.buffers = rank, buffers
         self.free = rank.plan.placement.free(rank.comm.rank)
         self.batch: Any = None
         self.graph: Any = None
 
     def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        self.home.enter(given)
+        self.buffers.load(given)
         self.batch = tree.map_tensors(torch.clone, batch)
         self.replay()
-        return self.home.leave(), self.metrics
+        return self.buffers.release(), self.metrics
 
     def capture(self) -> None:
         self.graph = self
 
     def replay(self) -> None:
-        self.metrics = update(self.rank, self.home, self.batch, self.free)
+        self.metrics = update(self.rank, self.buffers, self.batch, self.free)
 
     def reset(self) -> None:
         GIVEN_BACK.append(self)

@@ -31,18 +31,18 @@ class State(NamedTuple):
 
 
 class Steps:
-    """Steps on one rank, with their home."""
+    """Steps on one rank, with their buffers."""
 
     def __init__(self, step: Callable, init_state: Callable, params: Any, batch: Any) -> None:
         run = fp.simulate(fp.accumulated(step, microbatches=2), fp.Mesh())
         self.first = StateBuffers.give(run.init(init_state, params, batch)[0])
         self.rank = Rank(run.plan(None, batch), run._ranks.communicators[0])
-        self.home = StateBuffers()
+        self.buffers = StateBuffers()
         self.free = self.rank.plan.placement.free(0)
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         with torch.no_grad():
-            return self.run(self.home.read(state), batch)
+            return self.run(self.buffers.read(state), batch)
 
     def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -52,17 +52,17 @@ class Again(Steps):
     """A captured step whose replay runs the step again."""
 
     def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        self.home.enter(given)
-        with self.home.kept():
-            metrics = tree.map(torch.clone, update(self.rank, self.home, batch, self.free))
-        return self.home.leave(), metrics
+        self.buffers.load(given)
+        with self.buffers.kept():
+            metrics = tree.map(torch.clone, update(self.rank, self.buffers, batch, self.free))
+        return self.buffers.release(), metrics
 
 
 class Moving(Steps):
     """A step that is not captured."""
 
     def run(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        return DonatedStep(self.rank, self.home)(given, batch)
+        return DonatedStep(self.rank, self.buffers)(given, batch)
 
 
 def params() -> dict[str, torch.Tensor]:
@@ -185,8 +185,8 @@ def test_a_state_that_was_taken_apart_and_put_together_is_the_last_one() -> None
     copied."""
     steps, want = Again(plain, init_state, params(), batch()), init_state(params())
     state, _ = steps(steps.first, batch())
-    assert steps.home.read(State(dict(reversed(state.params.items())), state.opt)).last
-    assert not steps.home.read(
+    assert steps.buffers.read(State(dict(reversed(state.params.items())), state.opt)).last
+    assert not steps.buffers.read(
         state._replace(params=state.params | {"a": state.params["a"].clone()})
     ).last
     with pytest.raises(StateError, match="another structure than when the step was captured"):
@@ -255,7 +255,7 @@ def test_an_old_state_is_refused_where_the_home_moves() -> None:
         with pytest.raises(StateError, match=OLD):
             moving(old, batch())
         with pytest.raises(StateError, match=OLD):
-            moving.home.read(old)
+            moving.buffers.read(old)
     other = StateBuffers.give(init_state(params()))  # as after a checkpoint was loaded
     moving(moving(other, batch())[0], batch())
     with pytest.raises(StateError, match=OLD):
@@ -291,71 +291,71 @@ def test_a_state_lives_on_where_the_step_fails() -> None:
 
 
 def test_an_old_state_is_refused_where_it_is_only_read() -> None:
-    home = StateBuffers()
-    home.read({"x": torch.ones(2)})  # nothing was captured
-    home.enter(home.read({"x": torch.ones(2)}))
-    first = home.leave()
-    home.read(first)
-    home.leave()
+    buffers = StateBuffers()
+    buffers.read({"x": torch.ones(2)})  # nothing was captured
+    buffers.load(buffers.read({"x": torch.ones(2)}))
+    first = buffers.release()
+    buffers.read(first)
+    buffers.release()
     with pytest.raises(StateError, match="updated it in place"):
-        home.read(first)
+        buffers.read(first)
 
 
 def test_names_that_are_made_ahead_of_a_step() -> None:
-    home = StateBuffers()
-    home.make_next()  # nothing was captured
-    home.enter(home.read({"x": torch.ones(2)}))
-    first = home.leave()
-    home.make_next()
-    home.read(first)  # no step has run since
-    home.leaves[0].add_(1)
-    second = home.leave()
+    buffers = StateBuffers()
+    buffers.make_next()  # nothing was captured
+    buffers.load(buffers.read({"x": torch.ones(2)}))
+    first = buffers.release()
+    buffers.make_next()
+    buffers.read(first)  # no step has run since
+    buffers.leaves[0].add_(1)
+    second = buffers.release()
     assert second["x"].tolist() == [2, 2]
-    home.read(second)
+    buffers.read(second)
     with pytest.raises(StateError, match="updated it in place"):
-        home.read(first)
+        buffers.read(first)
 
 
 @given(replaced=st.sets(st.sampled_from(["a", "b", "c"])))
 def test_new_leaves_are_taken_in(replaced: set[str]) -> None:
-    home = StateBuffers()
-    home.enter(home.read({k: v.clone() for k, v in params().items()}))
-    state = home.leave()
+    buffers = StateBuffers()
+    buffers.load(buffers.read({k: v.clone() for k, v in params().items()}))
+    state = buffers.release()
     new = {k: torch.full_like(v, 7.0) if k in replaced else v for k, v in state.items()}
-    home.enter(home.read(new))
-    for k, v in home.state.items():
+    buffers.load(buffers.read(new))
+    for k, v in buffers.state.items():
         assert torch.equal(v, torch.full_like(v, 7.0) if k in replaced else params()[k])
 
 
 def test_leaves_that_change_places_between_steps() -> None:
-    home = StateBuffers()
-    home.enter(home.read([torch.zeros(2), torch.ones(2)]))
-    a, b = home.leave()
-    home.enter(home.read([b, a]))
-    assert [x.tolist() for x in home.state] == [[1, 1], [0, 0]]
+    buffers = StateBuffers()
+    buffers.load(buffers.read([torch.zeros(2), torch.ones(2)]))
+    a, b = buffers.release()
+    buffers.load(buffers.read([b, a]))
+    assert [x.tolist() for x in buffers.state] == [[1, 1], [0, 0]]
 
 
 def test_a_tensor_that_a_state_holds_twice() -> None:
-    home, x = StateBuffers(), torch.ones(2)
-    home.enter(home.read({"params": x, "ema": x, "wide": torch.ones(1).expand(3)}))
-    assert len({memory(x) for x in home.leaves}) == 3
-    home.leaves[2].add_(1)
-    assert home.state["ema"].tolist() == [1, 1]
+    buffers, x = StateBuffers(), torch.ones(2)
+    buffers.load(buffers.read({"params": x, "ema": x, "wide": torch.ones(1).expand(3)}))
+    assert len({memory(x) for x in buffers.leaves}) == 3
+    buffers.leaves[2].add_(1)
+    assert buffers.state["ema"].tolist() == [1, 1]
 
 
 def test_another_structure_is_refused() -> None:
-    home = StateBuffers()
-    home.enter(home.read({"x": torch.ones(2)}))
-    home.leave()
+    buffers = StateBuffers()
+    buffers.load(buffers.read({"x": torch.ones(2)}))
+    buffers.release()
     with pytest.raises(StateError, match="another structure than when the step was captured"):
-        home.enter(home.read({"y": torch.ones(2)}))
+        buffers.load(buffers.read({"y": torch.ones(2)}))
     with pytest.raises(
         StateError,
         match=r"state\['x'\] is a tensor of shape \(3,\).*captured with a tensor of shape \(2,\)",
     ):
-        home.enter(home.read({"x": torch.ones(3)}))
+        buffers.load(buffers.read({"x": torch.ones(3)}))
     with pytest.raises(StateError, match=r"state\['x'\] is a float"):
-        home.enter(home.read({"x": 1.0}))
+        buffers.load(buffers.read({"x": 1.0}))
 
 
 # ---- which leaves are overwritable
@@ -448,7 +448,7 @@ class Failing:
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
     """By the same runner and by a new one, also as params and as a single-device state. What was
-    not written to stays; a home whose leaves stay where they are does not know, once a step has
+    not written to stays; a buffers whose leaves stay where they are does not know, once a step has
     been run."""
     fail = Failing()
     steps = kind(two_optimizers(fail), init_two, params(), batch())
@@ -463,7 +463,7 @@ def test_half_a_state_is_refused(kind: type[Steps], at: int) -> None:
     other = kind(two_optimizers(fail), init_two, params(), batch())
     for again in (steps, other):
         if kept:
-            assert again.home.read(state) is not None
+            assert again.buffers.read(state) is not None
             continue
         with pytest.raises(StateError, match=OLD + "|used up"):
             again(state, batch())

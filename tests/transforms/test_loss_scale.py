@@ -245,14 +245,14 @@ def test_a_captured_step_updates_the_scale_in_place() -> None:
     full, metrics = ran(step, fp.Mesh(), init_state, params, batches)
     run = fp.simulate(step, fp.Mesh())
     state = run.init(init_state, params, batches[0])[0]
-    rank, home = Rank(run.plan(None, batches[0]), run._ranks.communicators[0]), StateBuffers()
+    rank, buffers = Rank(run.plan(None, batches[0]), run._ranks.communicators[0]), StateBuffers()
     with torch.no_grad():
         for batch, told in zip(batches, metrics, strict=True):
-            home.enter(home.read(state))
+            buffers.load(buffers.read(state))
             assert same_bits(
-                readable(update(rank, home, batch, rank.plan.placement.free(0))), readable(told)
+                readable(update(rank, buffers, batch, rank.plan.placement.free(0))), readable(told)
             )
-            state = home.leave()
+            state = buffers.release()
     assert same_bits(state, full)
 
 

@@ -1,22 +1,22 @@
-"""Capture: a rank's whole step in one CUDA graph, optimizer, messages and collectives included.
+"""CUDA graphs: a rank's whole step in one graph, optimizer, messages and collectives included.
 
-Terms. The graph works on tensors of its own: the *home* of the state (`state_buffers.py`), which it
-updates in place, and a copy of the batch. Graphs for other shapes of batch share the home and one
-pool of memory.
+The graph works on tensors of its own: the state buffers (`state_buffers.py`), which it updates in
+place, and a copy of the batch. Graphs for other shapes of batch share the buffers and one pool of
+memory.
 
 In: a rank, its state and a batch on the GPU. Out: `CapturedStep`, called like the rank's step.
 
-NCCL adds an event and an edge to a graph for every operation, so that others of the same
-communicator outside the graph may run beside it. 229 of them, those of a sharded step, took the
-host 0.7 ms at every launch. A runner turns that off (`MIXING`), and waits for its graphs before it
-runs a step that is not captured. Where NCCL was started earlier, all is right, and the launch as
-slow.
+NCCL adds an event and an edge to a graph for every operation, so that other operations of the same
+communicator may run beside the graph. 229 of them, those of a sharded step, took the host 0.7 ms at
+every launch. A runner turns that off (`MIXING`), and waits for its graphs before it runs a step
+that is not captured. Where NCCL was started earlier, the results are right, and the launch is as
+slow as before.
 
-How a capture fails. Nothing runs on the GPU while a step is captured, so one that fails has lost
-nothing: ranks tell each other, and all of them are where they were. Nobody gives up a communicator
-for that: NCCL was seen to hang in it, after a capture with its operations that CUDA had given up
-half-way. So that a capture ends as a valid one, an op that needs the host is refused before it runs
-(`HostOps`), and what is on its way is joined first (``comm.flush``).
+How a capture fails. Nothing runs on the GPU while a step is captured, so a capture that fails has
+lost nothing: ranks tell each other, and all of them are where they were. No rank gives up a
+communicator for that: NCCL was seen to hang in it, after CUDA had given up a capture with NCCL's
+operations half-way. So that a capture ends as a valid one, an op that needs the host is refused
+before it runs (`HostOps`), and collectives under way are joined first (``comm.flush``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.buffer_donation import invalidate, memory
+from funcpipe._src.core.buffer_donation import invalidate
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.runtime.cuda_graph_memsets import as_kernels
 from funcpipe._src.runtime.rank import Rank
@@ -39,8 +39,12 @@ from funcpipe.errors import TraceError
 
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"  # in the environment, which NCCL reads once
 _ATEN = torch.ops.aten
-_SHAPED_BY_DATA = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-_COPIES = (_ATEN._to_copy.default, _ATEN.copy_.default, _ATEN._foreach_copy_.default)
+_SHAPED_BY_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_COPIES = (
+    _ATEN._to_copy.default,
+    _ATEN.copy_.default,
+    _ATEN._foreach_copy_.default,
+)
 
 
 class CapturedStep:
@@ -49,13 +53,20 @@ class CapturedStep:
 
     Args:
         rank: what runs it.
-        home: of the state, shared by the steps of a rank.
+        buffers: of the state, shared by the steps of a rank.
         pool: the memory pool of the rank's graphs.
     """
 
-    def __init__(self, rank: Rank, home: StateBuffers, pool: Any) -> None:
-        self.rank, self.home, self.pool = rank, home, pool
-        self.free = rank.plan.placement.free(rank.comm.rank)
+    def __init__(
+        self,
+        rank: Rank,
+        buffers: StateBuffers,
+        pool: Any,
+    ) -> None:
+        self.rank, self.buffers = rank, buffers
+        self.pool = pool
+        placement = rank.plan.placement
+        self.free = placement.free(rank.comm.rank)
         self.stream = torch.cuda.Stream()
         self.batch: Any = None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -75,24 +86,29 @@ class CapturedStep:
         if self.batch is None:
             return self._first(given, batch)
         assert self.graph is not None
-        self.home.enter(given)
+        self.buffers.load(given)
         write(tree.leaves(self.batch), tree.leaves(batch))
         self.graph.replay()
-        return self.home.leave(), tree.map_tensors(torch.clone, self.metrics)
+        state = self.buffers.release()
+        return state, tree.map_tensors(torch.clone, self.metrics)
 
     def _first(self, given: Given, batch: Any) -> tuple[Any, Any]:
-        self.rank.plan.placement.state_leaves(given.state, "step")  # refuses another structure
+        placement = self.rank.plan.placement
+        placement.state_leaves(given.state, "step")  # refuses another structure
         check_on_gpu("state", given.state)
         check_on_gpu("batch", batch)
-        self.home.enter(given)
+        self.buffers.load(given)
         self.batch = tree.map_tensors(torch.clone, batch)
         now = torch.cuda.current_stream()
         self.stream.wait_stream(now)
-        with torch.cuda.stream(self.stream), self.home.kept():
-            metrics = update(self.rank, self.home, self.batch, self.free)
+        with torch.cuda.stream(self.stream), self.buffers.kept():
+            metrics = self._update()
         now.wait_stream(self.stream)
-        tree.map_tensors(lambda x: x.record_stream(now), metrics)
-        return self.home.leave(), metrics
+        _record_stream(metrics, now)
+        return self.buffers.release(), metrics
+
+    def _update(self) -> Any:
+        return update(self.rank, self.buffers, self.batch, self.free)
 
     def capture(self) -> None:
         """Capture the step that ran first.
@@ -114,29 +130,34 @@ class CapturedStep:
             # The watchdog of NCCL queries events on a thread of its own, which only this mode
             # allows.
             with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                graph,
+                pool=self.pool,
+                stream=self.stream,
+                capture_error_mode="thread_local",
             ):
                 try:
                     with HostOps("cuda"):
-                        self.metrics = update(self.rank, self.home, self.batch, self.free)
+                        self.metrics = self._update()
                 except BaseException:
                     self.rank.comm.flush()
                     raise
         except (TraceError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            raise TraceError(
-                cannot_capture(str(error).strip().splitlines()[0].rstrip("."), _UNSEEN)
-            ) from error
+            first_line, *_ = str(error).strip().splitlines()
+            said = cannot_capture(first_line.rstrip("."), _UNSEEN)
+            raise TraceError(said) from error
         as_kernels(graph)
         graph.instantiate()
 
     def release(self) -> None:
         """Give back the graph, also where the GPU says that its work was ended, as after another
         rank's failure."""
-        for end in (torch.cuda.synchronize, *([self.graph.reset] if self.graph else [])):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        if self.graph is not None:
             with contextlib.suppress(RuntimeError):
-                end()
+                self.graph.reset()
         self.graph = None
 
 
@@ -154,7 +175,13 @@ class HostOps(TorchDispatchMode):
         super().__init__()
         self.device = device
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         kwargs = kwargs or {}
         why = self._why_host(func, args, kwargs)
         if why is not None:
@@ -163,26 +190,40 @@ class HostOps(TorchDispatchMode):
 
     def _why_host(self, func: Any, args: Any, kwargs: Any) -> str | None:
         """Why an op with these arguments needs the host, if it does."""
-        used = [x for x in tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        # Elsewhere a number on the CPU becomes an argument of a kernel.
-        devices = {x.device.type for x in used if func in _COPIES or x.dim() or not x.is_cpu}
-        if func in _COPIES and kwargs.get("device") is not None:
-            devices.add(torch.device(kwargs["device"]).type)
+        tensors = _tensors((args, kwargs))
+        copies = func in _COPIES
+        devices = set()
+        for tensor in tensors:
+            # Elsewhere a number on the CPU becomes an argument of a kernel.
+            number = tensor.is_cpu and not tensor.dim()
+            if copies or not number:
+                devices.add(tensor.device.type)
+        if copies and kwargs.get("device") is not None:
+            target = torch.device(kwargs["device"])
+            devices.add(target.type)
         if len(devices) > 1 and self.device in devices:
             return f"copies between {' and '.join(sorted(devices))}"
-        if any(x.device.type == self.device for x in used) and _reads(func, args, kwargs):
+        on_device = any(tensor.device.type == self.device for tensor in tensors)
+        if on_device and _reads(func, args, kwargs):
             return "waits for a value that the host reads"
         return None
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree.leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def _reads(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an op reads what its arguments hold before it is done: a number, or how large its
     result is."""
     if func is _ATEN.index.Tensor:
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        masks = (torch.bool, torch.uint8)
+        return any(index is not None and index.dtype in masks for index in args[1])
     if func is _ATEN.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
-    return func is _ATEN.equal.default or any(tag in func.tags for tag in _SHAPED_BY_DATA)
+    if func is _ATEN.equal.default:
+        return True
+    return not _SHAPED_BY_DATA.isdisjoint(func.tags)
 
 
 _REMEDY = (
@@ -202,61 +243,82 @@ def cannot_capture(what: str, why: str = "") -> str:
     >>> cannot_capture("aten.equal.default at train.py:7 waits for a value that the host reads")[:47]
     'the step cannot be captured into a CUDA graph: '
     """
-    reasons = filter(None, (f"the step cannot be captured into a CUDA graph: {what}", why, _REMEDY))
+    fault = f"the step cannot be captured into a CUDA graph: {what}"
+    reasons = filter(None, (fault, why, _REMEDY))
     return ". ".join(reasons) + "; or use cuda_graph=False"
 
 
-def update(rank: Rank, home: StateBuffers, batch: Any, free: Iterable[int]) -> Any:
+def update(
+    rank: Rank,
+    buffers: StateBuffers,
+    batch: Any,
+    free: Iterable[int],
+) -> Any:
     """Run a step that leaves the new state where the old one was; returns the metrics.
 
     Args:
-        free: the places of the leaves that optimizers may write to.
+        free: the numbers of the leaves that optimizers may write to.
     """
-    new, metrics = rank.step(home.state, batch, [home.leaves[k] for k in free])
+    overwritable = [buffers.leaves[number] for number in free]
+    new, metrics = rank.step(buffers.state, batch, overwritable)
     rank.comm.flush()
-    mine = {memory(x) for x in home.leaves}
-    moved = [(x, y) for x, y in zip(home.leaves, tree.leaves(new), strict=True) if x is not y]
-    invalidate(x for x, _ in moved)
-    # What lies in the memory of another leaf is read before that is written.
-    write([x for x, _ in moved], [y.clone() if memory(y) in mine else y for _, y in moved])
+    moved = []
+    for buffer, leaf in zip(buffers.leaves, tree.leaves(new), strict=True):
+        if buffer is not leaf:
+            moved.append((buffer, leaf))
+    invalidate(buffer for buffer, _ in moved)
+    buffers.overwrite(moved)
     return metrics
 
 
 def new_pool() -> Any:
     """A memory pool for graphs, where there are GPUs."""
-    return torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.graph_pool_handle()
 
 
 def pool_bytes(pool: Any) -> int:
     """Bytes of the memory that the graphs of a pool hold."""
-    return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool))
+    segments = torch.cuda.memory_snapshot(pool)
+    return sum(segment["total_size"] for segment in segments)
 
 
 def feeder(device: torch.device) -> Callable[[Any], Any]:
     """A function that reads a batch, and moves it to a GPU on a stream of its own, beside the step
     that runs there; what lies there already stays. Pinned memory does not make the host wait."""
-    stream: list[torch.cuda.Stream] = []
+    if device.type != "cuda":
+        return read_batch
+    stream: torch.cuda.Stream | None = None  # made when the first batch comes from the CPU
+
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
 
     def move(batch: Any) -> Any:
+        nonlocal stream
         batch = read_batch(batch)
-        if not any(
-            isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree.leaves(batch)
-        ):
+        if not any(tensor.is_cpu for tensor in _tensors(batch)):
             return batch
-        stream[:] = stream or [torch.cuda.Stream(device)]
+        stream = stream or torch.cuda.Stream(device)
         now = torch.cuda.current_stream(device)
-        with torch.cuda.stream(stream[0]):
-            out = tree.map_tensors(lambda x: x.to(device, non_blocking=True), batch)
-        now.wait_stream(stream[0])
-        tree.map_tensors(lambda x: x.record_stream(now), out)
-        return out
+        with torch.cuda.stream(stream):
+            moved = tree.map_tensors(to_device, batch)
+        now.wait_stream(stream)
+        _record_stream(moved, now)
+        return moved
 
-    return move if device.type == "cuda" else read_batch
+    return move
 
 
-def check_on_gpu(name: str, x: Any) -> None:
+def _record_stream(values: Any, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of tensors until a stream has used them."""
+    for tensor in _tensors(values):
+        tensor.record_stream(stream)
+
+
+def check_on_gpu(name: str, values: Any) -> None:
     """TraceError where a leaf is not a tensor on the GPU."""
-    for path, leaf in zip(tree.paths(x), tree.leaves(x), strict=True):
+    for path, leaf in zip(tree.paths(values), tree.leaves(values), strict=True):
         if not isinstance(leaf, torch.Tensor):
             raise TraceError(
                 f"{name}{path} is a {type(leaf).__name__}: a CUDA graph would repeat its value for "

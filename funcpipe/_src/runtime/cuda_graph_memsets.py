@@ -1,10 +1,10 @@
-"""Small memsets of a captured graph become kernels.
+"""Memsets in CUDA graphs: small memsets of a captured graph become kernels.
 
 cuBLAS and cuDNN clear a counter of 4 bytes ahead of some of their kernels, which a CUDA graph holds
-as a memset node. One of up to 4 KiB costs the host 2 us at every launch (CUDA 13, H200: 0.6 ms for
-270 of them, beside 0.05 for 4,500 kernels); from about a thousand on, the launch waits for the GPU.
-A larger one, which the driver runs as a kernel, costs nothing that shows; nor does a kernel that
-clears the same bytes. So that is what takes their place.
+as a memset node. A memset of up to 4 KiB costs the host 2 us at every launch (CUDA 13, H200: 0.6 ms
+for 270 of them, beside 0.05 for 4,500 kernels); from about a thousand on, the launch waits for the
+GPU. The driver runs a larger memset as a kernel, which costs nothing that shows; nor does a kernel
+that clears the same bytes. So kernels take the place of small memsets.
 
 In: a graph that was captured and is not instantiated. Out: the same graph, which computes the same.
 """
@@ -31,34 +31,40 @@ def as_kernels(graph: torch.cuda.CUDAGraph) -> int:
     driver = _driver()
     if driver is None:
         return 0
-    whole = driver.CUgraph(init_value=graph.raw_cuda_graph())
-    found = [
-        (node, x)
-        for node in _listed(driver.cuGraphGetNodes, whole)
-        if (x := _cleared(driver, node)) is not None
-    ]
-    if found:
-        fills = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.stream(torch.cuda.Stream()):
-            fills.capture_begin(capture_error_mode="thread_local")
-            for _, x in found:
-                x.fill_(0)
-            fills.capture_end()
-        chain = _chain(driver, driver.CUgraph(init_value=fills.raw_cuda_graph()))
-        for (node, _), fill in zip(found, chain, strict=True):
-            _replace(driver, whole, node, fill)
+    captured = driver.CUgraph(init_value=graph.raw_cuda_graph())
+    memsets: list[tuple[Any, torch.Tensor]] = []
+    for node in _listed(driver.cuGraphGetNodes, captured):
+        cleared = _cleared(driver, node)
+        if cleared is not None:
+            memsets.append((node, cleared))
+    if memsets:
+        fills = _captured_fills([cleared for _, cleared in memsets])
+        graph_of_fills = driver.CUgraph(init_value=fills.raw_cuda_graph())
+        kernels = _chain(driver, graph_of_fills)
+        for (node, _), kernel in zip(memsets, kernels, strict=True):
+            _replace(driver, captured, node, kernel)
         fills.reset()
-    return len(found)
+    return len(memsets)
+
+
+def _captured_fills(tensors: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
+    """A graph of kernels that set tensors to zero, one after another."""
+    fills = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        fills.capture_begin(capture_error_mode="thread_local")
+        for tensor in tensors:
+            tensor.fill_(0)
+        fills.capture_end()
+    return fills
 
 
 def _driver() -> Any:
     try:
         bindings = importlib.import_module("cuda.bindings")
-        return (
-            importlib.import_module("cuda.bindings.driver")
-            if int(bindings.__version__.split(".")[0]) >= 13
-            else None
-        )
+        major, _, _ = bindings.__version__.partition(".")
+        if int(major) < 13:
+            return None
+        return importlib.import_module("cuda.bindings.driver")
     except ImportError:
         return None
 
@@ -67,11 +73,11 @@ def _cleared(driver: Any, node: Any) -> torch.Tensor | None:
     """The bytes that a node sets to zero, if it is a small memset that does."""
     if _asked(driver.cuGraphNodeGetType(node)) != driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMSET:
         return None
-    p = _asked(driver.cuGraphMemsetNodeGetParams(node))
-    nbytes = p.elementSize * p.width
-    if p.value or p.height != 1 or nbytes > _SMALL:
+    memset = _asked(driver.cuGraphMemsetNodeGetParams(node))
+    nbytes = memset.elementSize * memset.width
+    if memset.value or memset.height != 1 or nbytes > _SMALL:
         return None
-    return torch.as_tensor(_Bytes(int(p.dst), nbytes), device="cuda")
+    return torch.as_tensor(_Bytes(int(memset.dst), nbytes), device="cuda")
 
 
 class _Bytes:

@@ -1,11 +1,11 @@
-"""Home: the state that steps take over, and how an old one is known when it is used again.
+"""State buffers: the memory of the newest state, over which steps write the next one.
 
-Terms. A state that a step has used up is *donated*: what it held is gone, its memory is that of the
-new state. The *home* is the newest state of a runner. A step returns the home's tensors under new
-names (tensor objects), so an old state is known by its names.
+A step may use up the state that it is given: the state is invalidated, its memory is that of the
+new state. Each step returns new tensor objects over the same buffers. An outdated state is
+recognised by object identity.
 
-In: states. Out: `StateBuffers`, and the steps of a rank that donate without a CUDA graph, `DonatedStep`;
-those with one are in `cuda_graph.py`.
+In: states. Out: `StateBuffers`, and the steps of a rank that donate without a CUDA graph,
+`DonatedStep`; those with one are in `cuda_graph.py`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Given(NamedTuple):
 
 
 class StateBuffers:
-    """The newest state of a runner. Where no graph has taken it in, only names are kept, not what
-    they name."""
+    """The newest state of a runner. Where no graph has taken it in, weak references to its tensors
+    are kept, and no memory."""
 
     def __init__(self) -> None:
-        self.leaves: list[torch.Tensor] = []  # what a graph has taken in
+        self.leaves: list[torch.Tensor] = []  # the buffers that a graph works on
         self._spec: Any = None
         self._failed = False  # whether the step that was run last has failed
-        # The leaves as the last step returned them; weak references, unless what they name is the
-        # home's own.
-        self._names: list[Any] = []
-        # Names for the leaves as the next step leaves them, and its state.
+        # The leaves as the last step returned them; weak references, unless their memory is that of
+        # the buffers.
+        self._references: list[Any] = []
+        # The leaves that the next step returns, and the state of them.
         self._next: tuple[list[torch.Tensor], Any] | None = None
 
     @property
@@ -61,19 +61,15 @@ class StateBuffers:
         return tree.unflatten(self._spec, self.leaves)
 
     @property
-    def _named(self) -> list[Any]:
-        return (
-            self._names
-            if self.leaves
-            else [x() if isinstance(x, weakref.ref) else x for x in self._names]
-        )
+    def _returned(self) -> list[Any]:
+        """The leaves as the last step returned them; None for those that are gone."""
+        if self.leaves:
+            return self._references
+        return list(map(_dereferenced, self._references))
 
-    @_named.setter
-    def _named(self, leaves: list[Any]) -> None:
-        weak = not self.leaves
-        self._names = [
-            weakref.ref(x) if weak and isinstance(x, torch.Tensor) else x for x in leaves
-        ]
+    @_returned.setter
+    def _returned(self, leaves: list[Any]) -> None:
+        self._references = leaves if self.leaves else list(map(_referenced, leaves))
 
     def read(self, state: Any) -> Given:
         """A state that a step may use.
@@ -86,57 +82,60 @@ class StateBuffers:
             leaves, spec = tree.flatten(state)
             given = Given(state, leaves, spec, self._is_last(leaves))
         if not given.last:
-            self._check_names(given)
+            self._check_valid(given)
             if self.leaves:
                 self._check_alike(given)
         return given
 
     def _read_last(self, state: Any) -> Given | None:
-        """A state that is what the last captured step returned: to look where its leaves were takes
-        an eighth of flattening."""
+        """A state that is what the last captured step returned: looking where its leaves were takes
+        an eighth of the time of flattening."""
         if self._spec is None:
             return None
         try:
             leaves = self._spec.flatten_up_to(state)
         except ValueError:
             return None
-        return Given(state, leaves, self._spec, last=True) if self._is_last(leaves) else None
+        if not self._is_last(leaves):
+            return None
+        return Given(state, leaves, self._spec, last=True)
 
-    def _check_names(self, given: Given) -> None:
-        named = [x for x in self._named if isinstance(x, torch.Tensor)]
-        valid, mine = set(map(id, named)), {memory(x) for x in (self.leaves or named)} - {0}
-        for k, x in enumerate(given.leaves):
-            if not isinstance(x, torch.Tensor):
+    def _check_valid(self, given: Given) -> None:
+        """Refuse leaves that were invalidated, and views of the buffers that no step returned."""
+        returned = [leaf for leaf in self._returned if isinstance(leaf, torch.Tensor)]
+        valid = set(map(id, returned))
+        own = _memories(self.leaves or returned)
+        for number, leaf in enumerate(given.leaves):
+            if not isinstance(leaf, torch.Tensor):
                 continue
-            gone = invalidated(x)
-            view = id(x) not in valid and (gone is None or bool(self.leaves)) and memory(x) in mine
+            gone = invalidated(leaf)
+            from_outside = gone is None or bool(self.leaves)
+            view = from_outside and id(leaf) not in valid and memory(leaf) in own
             if gone or view:
-                raise StateError(INVALIDATED_LEAF.format(path=f"state{tree.paths(given.state)[k]}"))
+                path = tree.paths(given.state)[number]
+                raise StateError(INVALIDATED_LEAF.format(path=f"state{path}"))
 
     def _check_alike(self, given: Given) -> None:
+        """Refuse a state that does not fit the buffers."""
         if given.spec != self._spec:
             raise StateError(
                 f"the state has another structure than when the step was captured: {given.spec}, "
                 f"not {self._spec}"
             )
-        for k, (x, home) in enumerate(zip(given.leaves, self.leaves, strict=True)):
-            if not isinstance(x, torch.Tensor) or (x.shape, x.dtype, x.device) != (
-                home.shape,
-                home.dtype,
-                home.device,
-            ):
+        pairs = zip(given.leaves, self.leaves, strict=True)
+        for number, (leaf, buffer) in enumerate(pairs):
+            if not _fits(leaf, buffer):
+                path = tree.paths(given.state)[number]
                 raise StateError(
-                    f"state{tree.paths(given.state)[k]} is {describe(x)}, but the step was "
-                    f"captured with {describe(home)} on the {home.device}"
+                    f"state{path} is {describe(leaf)}, but the step was "
+                    f"captured with {describe(buffer)} on the {buffer.device}"
                 )
 
     def _is_last(self, leaves: list[Any]) -> bool:
         """Whether these are what the last step returned, all of them."""
-        return (
-            not self._failed
-            and len(leaves) == len(self._names)
-            and all(map(is_, leaves, self._named))
-        )
+        if self._failed or len(leaves) != len(self._references):
+            return False
+        return all(map(is_, leaves, self._returned))
 
     @staticmethod
     def give(state: Any) -> Any:
@@ -147,76 +146,113 @@ class StateBuffers:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, a step writes over the newest state. Where it fails after it has begun to, that
-        state is not to be used; nor, where leaves stay where they are, if an earlier one has."""
+        """Inside, a step writes over the newest state. A step that fails after it has begun to
+        invalidates that state; so does any failure once buffers were invalidated."""
         try:
             yield
         except BaseException:
             if any(map(invalidated, self.leaves)):
-                invalidate(self._named)
+                invalidate(self._returned)
             self._failed = True
             raise
 
-    # ---- a home whose leaves move
+    # ---- buffers that move: steps without a graph
 
     def lent(self, leaves: list[Any], free: frozenset[int]) -> list[torch.Tensor]:
-        """Of leaves at some places, those that the runner has made, and whose memory no other leaf
-        has."""
-        users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
-        ours = [x for x in (leaves[k] for k in free) if invalidated(x) is False]
-        return [x for x in ours if users[memory(x)] == 1 and memory(x) and is_dense(x)]
+        """Of the leaves with some numbers, those that the runner has made, and whose memory no
+        other leaf has."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        users = Counter(map(memory, tensors))
+        found = []
+        for number in free:
+            leaf = leaves[number]
+            own = invalidated(leaf) is False
+            if own and users[memory(leaf)] == 1 and memory(leaf) and is_dense(leaf):
+                found.append(leaf)
+        return found
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
-        """The state that a step made of leaves of which it has written to some: under names of its
-        own where it has."""
-        new, spec = tree.flatten(state)
-        used = {memory(x) for x in lent}
+        """The state that a step made of leaves of which it has written to some: new tensor objects
+        where it has."""
+        leaves, spec = tree.flatten(state)
+        written = set(map(memory, lent))
         invalidate(lent)
-        new = [x.detach() if isinstance(x, torch.Tensor) and memory(x) in used else x for x in new]
-        self._named, self._failed = new, False
-        return self.give(tree.unflatten(spec, new))
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and memory(leaf) in written:
+                leaves[number] = leaf.detach()
+        self._returned, self._failed = leaves, False
+        return self.give(tree.unflatten(spec, leaves))
 
-    # ---- a home whose leaves stay where they are
+    # ---- buffers that stay: captured steps
 
-    def enter(self, given: Given) -> None:
-        """Take in the values of a state. The first one's memory is the home's; a tensor that shares
-        memory with another leaf, or has elements that do, is copied."""
-        leaves = given.leaves
+    def load(self, given: Given) -> None:
+        """Take in the values of a state. The first one's memory becomes the buffers; a tensor that
+        shares memory with another leaf, or has elements that do, is copied."""
         if not self.leaves:
-            self.leaves, self._spec, self._named = unshared(leaves), given.spec, leaves
-        elif not given.last:
-            mine = {memory(x) for x in self.leaves} - {0}
-            moved = [
-                (a, b)
-                for a, b, named in zip(self.leaves, leaves, self._named, strict=True)
-                if b is not named
-            ]
-            write([a for a, _ in moved], [b.clone() if memory(b) in mine else b for _, b in moved])
+            self.leaves, self._spec = unshared(given.leaves), given.spec
+            self._returned = given.leaves
+            return
+        if given.last:
+            return
+        moved = []
+        for buffer, leaf, returned in zip(self.leaves, given.leaves, self._returned, strict=True):
+            if leaf is not returned:
+                moved.append((buffer, leaf))
+        self.overwrite(moved)
+
+    def overwrite(self, moved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write tensors to buffers. What lies in a buffer is read before that is written."""
+        own = _memories(self.leaves)
+        sources = []
+        for _, source in moved:
+            sources.append(source.clone() if memory(source) in own else source)
+        write([buffer for buffer, _ in moved], sources)
 
     def make_next(self) -> None:
-        """Make the state after the next step ahead of time, as far as it is the names of leaves
-        that stay where they are."""
+        """Make the state after the next step ahead of time, as far as it is new tensor objects over
+        buffers that stay."""
         if self._spec is not None and self._next is None:
-            names = [
-                x.data for x in self.leaves
-            ]  # shares no version, which takes half the time of detach
-            self._next = names, tree.unflatten(self._spec, names)
+            # `data` shares no version counter, and takes half the time of `detach`.
+            leaves = [buffer.data for buffer in self.leaves]
+            self._next = leaves, tree.unflatten(self._spec, leaves)
 
-    def leave(self) -> Any:
-        """The state after a step, under names of its own."""
+    def release(self) -> Any:
+        """The state after a step, of new tensor objects."""
         self.make_next()
         assert self._next is not None
-        (self._named, state), self._next, self._failed = self._next, None, False
+        self._returned, state = self._next
+        self._next, self._failed = None, False
         return state
+
+
+def _referenced(leaf: Any) -> Any:
+    return weakref.ref(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _dereferenced(leaf: Any) -> Any:
+    return leaf() if isinstance(leaf, weakref.ref) else leaf
+
+
+def _memories(tensors: list[torch.Tensor]) -> set[int]:
+    """Where the memory of tensors begins, of those that have any."""
+    return set(map(memory, tensors)) - {0}
+
+
+def _fits(leaf: Any, buffer: torch.Tensor) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return False
+    same_kind = leaf.shape == buffer.shape and leaf.dtype == buffer.dtype
+    return same_kind and leaf.device == buffer.device
 
 
 class DonatedStep:
     """A rank's step that writes the new state where the old one was, as far as nobody reads the old
     one any more, and where it is one that the runner has made."""
 
-    def __init__(self, rank: Rank, home: StateBuffers) -> None:
-        self.rank, self.home = rank, home
-        self._free = rank.plan.placement.free(rank.comm.rank)
+    def __init__(self, rank: Rank, buffers: StateBuffers) -> None:
+        self.rank, self.buffers = rank, buffers
+        placement = rank.plan.placement
+        self._free = placement.free(rank.comm.rank)
         self._spec: Any = None  # of states that were seen to be such as init_state makes
 
     def __call__(self, given: Given, batch: Any) -> tuple[Any, Any]:
@@ -224,25 +260,25 @@ class DonatedStep:
         if given.spec != self._spec:
             self.rank.plan.placement.state_leaves(given.state, "step")
             self._spec = given.spec
-        leaves = self.home.lent(given.leaves, self._free)
-        with self.home.kept():
+        leaves = self.buffers.lent(given.leaves, self._free)
+        with self.buffers.kept():
             new, metrics = self.rank.step(given.state, batch, leaves)
             self.rank.comm.flush()
-        return self.home.put(
-            new, leaves
-        ), metrics  # a metric is no leaf of the state: `analysis/state.py` sees to that
+        # A metric is no leaf of the state: `analysis/state.py` sees to that.
+        return self.buffers.put(new, leaves), metrics
 
 
 def unshared(leaves: list[Any]) -> list[Any]:
     """Leaves of which no two share memory, nor two elements of one: those that do are copied."""
     seen: set[int] = set()
-    out = []
-    for x in leaves:
-        if isinstance(x, torch.Tensor):
-            x = x if is_dense(x) and memory(x) not in seen else x.clone()
-            seen.add(memory(x))
-        out.append(x)
-    return out
+    found = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            if memory(leaf) in seen or not is_dense(leaf):
+                leaf = leaf.clone()
+            seen.add(memory(leaf))
+        found.append(leaf)
+    return found
 
 
 def write(old: list[torch.Tensor], new: list[torch.Tensor]) -> None:
