@@ -19,7 +19,7 @@ from funcpipe._src.backends.fusion import changes
 from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core.buffer_donation import Overwritable
-from funcpipe._src.core.context import Join, PlainContext, bind_context
+from funcpipe._src.core.context import Join, Local, PlainContext, bind_context
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.core.reductions import join_shown
 from funcpipe._src.graph.partition import Units
@@ -154,7 +154,13 @@ class RunContext(PlainContext):
         self.rank, self.calls, self.sums = rank, 0, 0
         self.overwritable = Overwritable(overwritable)
 
-    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
+    def value_and_grad(
+        self,
+        loss_fn: Callable,
+        has_aux: bool,
+        params: Any,
+        batch: Any,
+    ) -> Any:
         if self.calls >= len(self.rank.calls):
             raise StateError(
                 "the step calls value_and_grad more often than when it was planned: it does the "
@@ -166,29 +172,31 @@ class RunContext(PlainContext):
         return call(params, batch)
 
     def reduce(
-        self, leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str
+        self,
+        leaves: Any,
+        local: Local,
+        op: str,
     ) -> tuple[Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
-        if self.sums >= len(placement.analysis.sums):
+        number = self.sums
+        if number >= len(placement.analysis.sums):
             raise StateError(
                 "the step takes more global sums than when it was planned: it does the same every "
                 "time"
             )
-        known = placement.analysis.sums[self.sums]
+        known = placement.analysis.sums[number]
         self.sums += 1
-        leaves = known.spec.flatten_up_to(leaves)
-        counted = [
-            x if x is not None and placement.counts(comm.rank, i) else None
-            for i, x in zip(known.params, leaves, strict=True)
-        ]
-        with (
-            comm.device
-        ):  # where a rank that counts nothing makes its zeros: no copy in a captured step
-            out = local(counted).to(device=comm.device, dtype=known.dtype)
-        apart = self.sums - 1 in placement.apart
-        shown = [
-            x is not None or i is None or not apart
-            for i, x in zip(known.params, leaves, strict=True)
-        ]
-        out = comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out
-        return functools.partial(join_shown, known.spec, shown), out
+        apart = number in placement.apart
+        counted: list[torch.Tensor | None] = []
+        shown: list[bool] = []
+        held = known.spec.flatten_up_to(leaves)
+        for param, leaf in zip(known.params, held, strict=True):
+            counts = leaf is not None and placement.counts(comm.rank, param)
+            counted.append(leaf if counts else None)
+            shown.append(leaf is not None or param is None or not apart)
+        # A rank that counts nothing makes its zeros there: no copy in a captured step.
+        with comm.device:
+            total = local(counted).to(device=comm.device, dtype=known.dtype)
+        if comm.mesh.size > 1:
+            total = comm.all_reduce(total, tuple(comm.mesh.axes), op)
+        return functools.partial(join_shown, known.spec, shown), total
