@@ -349,6 +349,15 @@ def test_a_plan_reads_as_text_and_tells_its_memory() -> None:
         assert memory["graph"] == 0  # nothing was captured
 
 
+def test_a_program_reads_as_text() -> None:
+    title, *lines = str(programs(planned(one_f_one_b(), 2))[0]).splitlines()
+    assert title.startswith("program of rank 0 of the pipeline: 17 instructions, 18 slots, at most")
+    assert lines[0] == "  0F0 run F0 (batch 0@0, param 0) -> (value tanh@0, value add@0)"
+    assert "  0B1 add summand 1 (value mm_8@1) -> (sum 1#0) frees (value mm_8@1)" in lines
+    (sent,) = (line for line in lines if line.startswith("  0SEND_F1>1"))
+    assert sent.endswith("(value add_1@1) -> (sent add_1 to 1@1) frees (value add_1@1)")
+
+
 def test_equal_plans_have_equal_digests() -> None:
     assert planned(one_f_one_b()).digest() == planned(one_f_one_b()).digest()
     assert len({planned(s).digest() for s in SCHEDULES.values()}) == len(SCHEDULES)

@@ -29,14 +29,14 @@ class OfArg(NamedTuple):
     """One of several values that belong to an arg: its nth partial gradient, or its nth gather.
 
     >>> str(OfArg(ArgId(3), 1))
-    '3.1'
+    '3#1'
     """
 
     arg: ArgId
     nth: int
 
     def __str__(self) -> str:
-        return f"{self.arg}.{self.nth}"
+        return f"{self.arg}#{self.nth}"
 
 
 class ValueId(NamedTuple):

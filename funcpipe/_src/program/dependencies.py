@@ -125,7 +125,7 @@ def check_same_order(programs: Sequence[Sequence[Program]]) -> None:
                 if here != there:
                     raise CutError(
                         "ranks whose slices of the sequence differ in length take other ways "
-                        f"through the loss function: at place {rank} of the pipeline one does "
+                        f"through the loss function: on rank {rank} of the pipeline one does "
                         f"{here!r} where another does {there!r}. What the loss function does must "
                         "not depend on the number of positions"
                     )
