@@ -397,8 +397,10 @@ class Planner:
             if axes:
                 parts = r.mesh.axis_size(axes)
                 summed = tuple(a for a in axes if a in r.split_axes)
-                whole = self._whole_dtype(call, analysis, k)
-                options = r.shard_options(analysis.paths[i])
+                whole, options = (
+                    self._whole_dtype(call, analysis, k),
+                    r.shard_options(analysis.paths[i]),
+                )
                 if r.precision and options.reduce_dtype is None:
                     options = replace(options, reduce_dtype=call.dtypes[k])
                 out[k] = ShardedArg(
