@@ -338,7 +338,7 @@ def test_ranks_of_unequal_slices_communicate_in_one_order() -> None:
     with refused(
         CutError,
         "slices of the sequence differ in length",
-        "place 0",
+        "on rank 0 of the pipeline",
         "psum_start.default over data",
     ):
         check_same_order(programs)
