@@ -85,7 +85,7 @@ class Placement:
 
     Args:
         mesh: the mesh; pipe_axis: the axis along which ranks hold different leaves.
-        dyed: which leaf is which.
+        analysis: which leaf is which.
         layouts: of every parameter.
         present: for every place on the pipe axis, which leaves of the state its ranks hold.
         apart: the global sums whose trees have, on a rank, entries of the leaves that it holds.

@@ -43,7 +43,7 @@ class PlannedCall:
     """One ``value_and_grad`` of a step, planned.
 
     Args:
-        call: as the dyed run saw it.
+        call: as it was noted when the step was analysed.
         splits: of its batch.
         cuts: for every microbatch; microbatches of equal shapes share one.
         moving: for every microbatch, which leaves of its batch are tensors.
