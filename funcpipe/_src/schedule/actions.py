@@ -9,7 +9,7 @@ People write schedules without sends and receives; `communication.py` adds those
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain as concatenate
 from typing import NamedTuple
@@ -87,6 +87,10 @@ class Action(NamedTuple):
         )
 
 
+# Where an action stands: (rank, position among the rank's actions, counted from 0).
+Cell = tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """For every rank of the pipe axis the order of its actions; ``str()`` shows a line a rank.
@@ -118,6 +122,12 @@ class Schedule:
     def communicates(self) -> bool:
         """Whether the table names its sends and receives."""
         return any(action.kind in COMMUNICATE for action in concatenate.from_iterable(self.ranks))
+
+    def cells(self) -> Iterator[tuple[Cell, Action]]:
+        """Every action with where it stands, rank by rank."""
+        for rank, actions in enumerate(self.ranks):
+            for position, action in enumerate(actions):
+                yield (rank, position), action
 
 
 # (ranks of the pipe axis, microbatches) -> Schedule
