@@ -24,7 +24,16 @@ from funcpipe._src.collectives.axis_scope import (
     is_free,
     operand,
 )
-from funcpipe._src.collectives.over_spans import Spans
+from funcpipe._src.collectives.over_spans import (
+    Spans,
+    axes_of_spans,
+    check_pairs,
+    counted,
+    dim_of,
+    joined,
+    ranks_on,
+    shards_of,
+)
 from funcpipe._src.core import pytree as tree
 from funcpipe.errors import AxisError
 
@@ -64,7 +73,7 @@ def pmean(x: Any, axis: Axis) -> Any:
     """
 
     def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
-        ranks = over_spans.ranks_on(spans)
+        ranks = ranks_on(spans)
         if ranks == 1 and tensor.is_floating_point():
             return tensor
         return over_spans.psum(tensor, spans) / ranks
@@ -93,7 +102,7 @@ def pmax(x: Any, axis: Axis) -> Any:
             raise AxisError(
                 f"pmax: complex numbers ({tensor.dtype}) have no maximum; take it of x.abs()"
             )
-        for name in reversed(over_spans.axes_of_spans(spans)):
+        for name in reversed(axes_of_spans(spans)):
             (span,) = axis_spans(name, "pmax")
             tensor = rules.pmax(tensor, span)
         return tensor
@@ -101,7 +110,12 @@ def pmax(x: Any, axis: Axis) -> Any:
     return _map("pmax", leaf, x, axis)
 
 
-def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
+def all_gather(
+    x: Any,
+    axis: Axis,
+    dim: int = 0,
+    tiled: bool = True,
+) -> Any:
     """What all ranks of an axis hold, in rank order, on each of them.
 
     Its transpose is `psum_scatter`.
@@ -120,14 +134,19 @@ def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
     """
 
     def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
-        where = over_spans.dim_of("all_gather", tensor, dim, extra=not tiled)
+        where = dim_of("all_gather", tensor, dim, extra=not tiled)
         gathered = over_spans.all_gather(tensor, spans)
-        return over_spans.joined(gathered, where) if tiled else gathered.movedim(0, where)
+        return joined(gathered, where) if tiled else gathered.movedim(0, where)
 
     return _map("all_gather", leaf, x, axis, dim=dim, tiled=tiled)
 
 
-def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
+def psum_scatter(
+    x: Any,
+    axis: Axis,
+    dim: int = 0,
+    tiled: bool = True,
+) -> Any:
     """The sum over all ranks of an axis, of which each rank gets its shard.
 
     Its transpose is `all_gather`.
@@ -148,10 +167,8 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
     """
 
     def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
-        where = over_spans.dim_of("psum_scatter", tensor, dim)
-        summed = over_spans.shards_of(
-            "psum_scatter", over_spans.counted(tensor), where, spans, tiled
-        )
+        where = dim_of("psum_scatter", tensor, dim)
+        summed = shards_of("psum_scatter", counted(tensor), where, spans, tiled)
         summed = summed.unflatten(0, over_spans.sizes(spans))
         if not spans:
             return summed[0]
@@ -162,7 +179,13 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
     return _map("psum_scatter", leaf, x, axis, dim=dim, tiled=tiled)
 
 
-def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool = True) -> Any:
+def all_to_all(
+    x: Any,
+    axis: Axis,
+    split_dim: int,
+    concat_dim: int,
+    tiled: bool = True,
+) -> Any:
     """Every rank of an axis gets a shard of what every rank holds.
 
     Its transpose is itself, with the dims swapped.
@@ -191,17 +214,21 @@ def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool 
     """
 
     def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
-        split = over_spans.dim_of("all_to_all", tensor, split_dim)
-        concat = over_spans.dim_of("all_to_all", tensor, concat_dim)
-        shards = over_spans.shards_of("all_to_all", tensor, split, spans, tiled)
+        split = dim_of("all_to_all", tensor, split_dim)
+        concat = dim_of("all_to_all", tensor, concat_dim)
+        shards = shards_of("all_to_all", tensor, split, spans, tiled)
         received = over_spans.all_to_all(shards, spans)
-        return over_spans.joined(received, concat) if tiled else received.movedim(0, concat)
+        return joined(received, concat) if tiled else received.movedim(0, concat)
 
     options = {"split_dim": split_dim, "concat_dim": concat_dim, "tiled": tiled}
     return _map("all_to_all", leaf, x, axis, **options)
 
 
-def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
+def ppermute(
+    x: Any,
+    axis: Axis,
+    perm: Iterable[tuple[int, int]],
+) -> Any:
     """Every rank of an axis sends what it holds to at most one other.
 
     Its transpose turns the pairs around.
@@ -226,7 +253,8 @@ def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
     spans = axis_spans(axis, "ppermute")
     pairs = tuple((int(source), int(destination)) for source, destination in perm)
     # Where no axis is bound, every pair stands for the one rank.
-    over_spans.check_pairs(pairs, None if is_free(axis) else over_spans.ranks_on(spans))
+    ranks = None if is_free(axis) else ranks_on(spans)
+    check_pairs(pairs, ranks)
 
     def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
         if not spans:
@@ -264,7 +292,13 @@ def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Te
 # ---- leaves
 
 
-def _map(caller: str, of_leaf: OfLeaf, x: Any, axis: Axis, **options: Any) -> Any:
+def _map(
+    caller: str,
+    of_leaf: OfLeaf,
+    x: Any,
+    axis: Axis,
+    **options: Any,
+) -> Any:
     """What a collective makes of every leaf; ``options``: with what else it was called."""
     axis = axis if isinstance(axis, str) else tuple(axis)
     interceptor = current_interceptor()

@@ -67,23 +67,43 @@ def _axes(text: str) -> Axes:
 # ---- on a rank
 
 
-def _psum(comm: Communicator, operand: torch.Tensor, axes: Axes) -> Pending:
+def _psum(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
     return Done(comm.all_reduce(operand, axes))
 
 
-def _pmax(comm: Communicator, operand: torch.Tensor, axes: Axes) -> Pending:
+def _pmax(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
     return Done(comm.all_reduce(operand, axes, "max"))
 
 
-def _all_gather(comm: Communicator, operand: torch.Tensor, axes: Axes) -> Pending:
+def _all_gather(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
     return comm.start_all_gather(operand, axes)
 
 
-def _psum_scatter(comm: Communicator, operand: torch.Tensor, axes: Axes) -> Pending:
+def _psum_scatter(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
     return comm.start_reduce_scatter(operand, axes)
 
 
-def _all_to_all(comm: Communicator, operand: torch.Tensor, axes: Axes) -> Pending:
+def _all_to_all(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
     return Done(comm.all_to_all(operand, axes))
 
 
@@ -115,7 +135,11 @@ def _pairs(perm: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(perm[::2], perm[1::2], strict=True))
 
 
-def _wait(token: torch.Tensor, operand: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _wait(
+    token: torch.Tensor,
+    operand: torch.Tensor,
+    shape: Sequence[int],
+) -> torch.Tensor:
     result = token.pending.wait()  # type: ignore[attr-defined]
     token.pending = Done(result)  # type: ignore[attr-defined]
     return result
@@ -133,7 +157,11 @@ def _axis_index(axes: str, device: torch.device) -> torch.Tensor:
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
 
 
-def _op(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+def _op(
+    schema: str,
+    run: Callable,
+    fake: Callable,
+) -> torch._ops.OpOverload:
     name = schema.split("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, run, "CompositeExplicitAutograd")
@@ -156,7 +184,11 @@ def _start(begin: Callable[..., Pending], extra: str = "") -> torch._ops.OpOverl
     return _op(f"{name}(Tensor x, str axes{extra}) -> Tensor", run, fake)
 
 
-def _fake_wait(token: torch.Tensor, operand: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _fake_wait(
+    token: torch.Tensor,
+    operand: torch.Tensor,
+    shape: Sequence[int],
+) -> torch.Tensor:
     return token.new_empty(shape)
 
 

@@ -71,7 +71,11 @@ def axis_index(spans: Spans, device: torch.device) -> torch.Tensor:
     return index
 
 
-def permute(tensor: torch.Tensor, spans: Spans, pairs: rules.Pairs) -> torch.Tensor:
+def permute(
+    tensor: torch.Tensor,
+    spans: Spans,
+    pairs: rules.Pairs,
+) -> torch.Tensor:
     """A permutation over several spans, which none of them can do alone.
 
     Every rank sends shards to all ranks, of which at most one is not zero.
@@ -120,7 +124,12 @@ def joined(shards: torch.Tensor, dim: int) -> torch.Tensor:
     return shards.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def dim_of(caller: str, tensor: torch.Tensor, dim: int, extra: bool = False) -> int:
+def dim_of(
+    caller: str,
+    tensor: torch.Tensor,
+    dim: int,
+    extra: bool = False,
+) -> int:
     """The dim, counted from 0; ``extra``: the result has one dim more."""
     dims = tensor.dim() + extra
     if not -dims <= dim < dims:

@@ -152,7 +152,11 @@ def reduce_scatter(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
     return reduced
 
 
-def all_reduce(tensor: torch.Tensor, op: str, group: AxesGroup) -> torch.Tensor:
+def all_reduce(
+    tensor: torch.Tensor,
+    op: str,
+    group: AxesGroup,
+) -> torch.Tensor:
     """The sum or maximum over ranks."""
     size = len(group.ranks)
     if _moves_nothing(tensor, group):

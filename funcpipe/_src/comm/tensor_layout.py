@@ -145,7 +145,12 @@ def check_op(op: str) -> None:
         raise ValueError(f"all_reduce takes op='sum' or op='max', not {op!r}")
 
 
-def check_shards(kind: str, tensor: torch.Tensor, axes: Axes, ranks: int) -> None:
+def check_shards(
+    kind: str,
+    tensor: torch.Tensor,
+    axes: Axes,
+    ranks: int,
+) -> None:
     """ValueError unless a tensor has one shard for every rank along dim 0."""
     if tensor.dim() == 0 or tensor.shape[0] != ranks:
         found = spec(tensor.shape, tensor.dtype)

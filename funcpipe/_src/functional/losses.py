@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from funcpipe._src.collectives import api, over_spans
+from funcpipe._src.collectives import all_gather, axis_index, over_spans
 from funcpipe._src.collectives import batching_rules as rules
 from funcpipe._src.collectives.axis_scope import AxisSpan, axis_spans
 from funcpipe._src.core.loss_types import Mean
@@ -122,8 +122,8 @@ def compute(
     pad = _padding(options, ranks, held)
     rows = _padded(x.reshape(held, x.shape[-1]), pad)
     everyone, place = (
-        api.all_gather(_padded(labels, pad), axis, tiled=False),
-        api.axis_index(axis, x.device),
+        all_gather(_padded(labels, pad), axis, tiled=False),
+        axis_index(axis, x.device),
     )
     how = _How(
         tuple(replace(run, index=None) for run in found),

@@ -12,8 +12,8 @@ Public as ``funcpipe.schedules``. Read in this order:
 6. `stage_assignment.py`: which segments make up each stage. `search.py`: the fastest schedule, with
    the greedy tables of `greedy.py` and `search_drafts.py`.
 
-A new schedule: a function in `library.py` that returns a ``(ranks, microbatches) -> Schedule``, with
-the formulas of its bubble and memory in the docstring; its name in `catalogue.py`; then
+A new schedule: a function ``(ranks, microbatches) -> Schedule`` that a function in `library.py`
+returns, with the formulas of its bubble and memory in the docstring; a line in `catalogue.py`; then
 ``pytest tests/schedule``, which checks it for many sizes.
 """
 

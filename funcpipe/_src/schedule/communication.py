@@ -52,7 +52,9 @@ def unit_of(action: Action) -> Unit | None:
     (('B', 2, 5), None)
     """
     kind = _UNIT_KINDS.get(action.kind)
-    return None if kind is None else (kind, action.stage, action.microbatch)
+    if kind is None:
+        return None
+    return kind, action.stage, action.microbatch
 
 
 def message_of(action: Action) -> Message:
@@ -61,11 +63,12 @@ def message_of(action: Action) -> Message:
     >>> message_of(Action("SEND_F", 0, 3, peer=1)) == message_of(Action("RECV_F", 1, 3, peer=0))
     True
     """
-    kind = action.kind[-1]
-    assert action.peer is not None  # the checker refuses a transfer without a peer before
-    if action.kind.startswith("SEND"):
-        return Message((kind, action.stage, action.microbatch), action.peer)
-    return Message((kind, action.peer, action.microbatch), action.stage)
+    source, target = action.stage, action.peer
+    assert target is not None  # the checker refuses a transfer without a peer before
+    if action.kind.startswith("RECV"):
+        source, target = target, source
+    unit = (action.kind[-1], source, action.microbatch)
+    return Message(unit, target)
 
 
 def send_of(message: Message) -> Action:
@@ -95,7 +98,9 @@ def channel_of(message: Message, placement: Sequence[int]) -> Channel:
     Channel(source=1, target=0, kind='B')
     """
     kind, stage, _ = message.unit
-    return Channel(placement[stage], placement[message.target], kind)
+    source = placement[stage]
+    target = placement[message.target]
+    return Channel(source, target, kind)
 
 
 def readers(edges: Iterable[Edge]) -> Links:
@@ -152,7 +157,8 @@ def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
         actions = ranks[cell[0]]
         actions += receives.get(cell, ())
         actions.append(action)
-        actions += [send_of(transfer.message) for transfer in transfers.get(cell, ())]
+        for transfer in transfers.get(cell, ()):
+            actions.append(send_of(transfer.message))
     return replace(schedule, ranks=tuple(map(tuple, ranks)))
 
 
@@ -174,23 +180,28 @@ def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
     received: dict[int, list[Message]] = defaultdict(list)  # by another rank from this, in order
     count_at: dict[Message, int] = {}  # of those, how many it had when it sent a message here
     for (other, _), action in schedule.cells():
-        if action.peer is None or schedule.placement[action.peer] != rank or other == rank:
+        if action.peer is None or other == rank:
+            continue
+        if schedule.placement[action.peer] != rank:
             continue
         message = message_of(action)
+        received_so_far = received[other]
         if action.kind.startswith("RECV"):
-            received[other].append(message)
+            received_so_far.append(message)
         else:
-            count_at[message] = len(received[other])
+            count_at[message] = len(received_so_far)
     arrived: dict[int, int] = defaultdict(int)  # how many a receive before has proven
     proven: dict[Action, tuple[Action, ...]] = {}
     for action in schedule.ranks[rank]:
         if not action.kind.startswith("RECV"):
             continue
         message = message_of(action)
-        other = schedule.placement[message.unit[1]]
+        source_stage = message.unit[1]
+        other = schedule.placement[source_stage]
         count = count_at[message]
         newly = received[other][arrived[other] : count]
-        proven[action] = tuple(map(send_of, newly))
+        sends = map(send_of, newly)
+        proven[action] = tuple(sends)
         arrived[other] = max(arrived[other], count)
     return proven
 
@@ -219,12 +230,13 @@ def _transfers(
             reader = computed_at.get((reader_kind, reader_stage, microbatch))
             if reader is None or reader[0] == cell[0]:
                 continue
+            target = reader[0]
             candidate = (reader, reader_stage)
-            first[reader[0]] = min(first.get(reader[0], candidate), candidate)
+            first[target] = min(first.get(target, candidate), candidate)
         if first:
             transfers[cell] = [
-                _Transfer(Message(unit, target), reader)
-                for _, (reader, target) in sorted(first.items())
+                _Transfer(Message(unit, target_stage), reader)
+                for _, (reader, target_stage) in sorted(first.items())
             ]
     return transfers
 
@@ -237,7 +249,8 @@ def _receives(
     channels: dict[Channel, list[_Transfer]] = defaultdict(list)
     for _, sent in sorted(transfers.items()):
         for transfer in sent:
-            channels[channel_of(transfer.message, schedule.placement)].append(transfer)
+            channel = channel_of(transfer.message, schedule.placement)
+            channels[channel].append(transfer)
     receives: dict[Cell, list[Action]] = defaultdict(list)
     for channel, queue in sorted(channels.items()):
         # A message is received when it, or any message behind it on its channel, is first read.

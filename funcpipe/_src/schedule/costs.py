@@ -20,8 +20,10 @@ from funcpipe._src.schedule.communication import arrivals
 from funcpipe.errors import PlanError
 
 Stages = Sequence[Sequence[int]]
-# ("F" | "B", segment) made it, ("F" | "B", segment) reads it.
-Flow = tuple[tuple[str, int], tuple[str, int]]
+# The forward or backward of a segment: ("F" | "B", segment).
+HalfSegment = tuple[str, int]
+# What passes between segments: (the half that makes values, the half that reads them).
+Flow = tuple[HalfSegment, HalfSegment]
 TimeOf = Callable[[Action], float]
 # What a half of a stage hands on: ("F" | "B", stage that makes it, stage that reads it).
 StageLink = tuple[str, int, int]
@@ -64,7 +66,9 @@ class Costs:
         time = given[kind]
         if time is not None:
             return time
-        backward, input_grad, weight_grad = given["B"], given["I"], given["W"]
+        backward = given["B"]
+        input_grad = given["I"]
+        weight_grad = given["W"]
         if kind == "B" and input_grad is not None and weight_grad is not None:
             return input_grad + weight_grad
         if kind in "IW" and backward is not None:
@@ -77,7 +81,8 @@ class Costs:
 
     def _given(self, kind: str, segment: int) -> float | None:
         assert not callable(self.units)
-        time = self.units.get((kind, segment), self.units.get(kind))
+        of_kind = self.units.get(kind)
+        time = self.units.get((kind, segment), of_kind)
         return None if time is None else float(time)
 
     def message(self, nbytes: float) -> float:
@@ -119,8 +124,12 @@ class Load:
 
     def cost(self, stages: Stages) -> TimeOf:
         """The time of every compute action."""
-        times = {"F": self.F, "B": self.B, "I": self.I, "W": self.W}
-        of_stage = {kind: per_stage(times[kind], stages) for kind in "FBIW"}
+        of_stage = {
+            "F": per_stage(self.F, stages),
+            "B": per_stage(self.B, stages),
+            "I": per_stage(self.I, stages),
+            "W": per_stage(self.W, stages),
+        }
 
         def cost(action: Action) -> float:
             kind, stage, _, nth, _ = action
@@ -138,7 +147,8 @@ class Load:
         """The time in which the message of a ``SEND`` moves, with all that its target reads."""
         times = {}
         for link, by_stage in self.sent(stages, placement).items():
-            times[link] = self.link(sum(by_stage.values()))
+            nbytes = sum(by_stage.values())
+            times[link] = self.link(nbytes)
         empty = self.link(0.0)
 
         def transfer(send: Action) -> float:
@@ -178,7 +188,12 @@ class Load:
                 by_edge[edge] = by_edge.get(edge, 0.0) + nbytes
         return by_edge
 
-    def memory(self, schedule: Schedule, rank: int, stages: Stages) -> float:
+    def memory(
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: Stages,
+    ) -> float:
         """The most bytes that a rank holds.
 
         What a stage hands to another one of its rank is held until that one reads it. Where the
@@ -216,7 +231,8 @@ class _Ledger:
         self.sent = load.sent(stages, schedule.placement)
         self.message_bytes = {link: sum(some.values()) for link, some in self.sent.items()}
         self.arrived_with = arrivals(schedule, rank)
-        self.proven = set(chain.from_iterable(self.arrived_with.values()))
+        sends = chain.from_iterable(self.arrived_with.values())
+        self.proven = set(sends)
         # What was handed to a stage of this rank and is not read yet, by its reader. The reader
         # counts it among its own work.
         self.unread: dict[tuple[str, int, int], float] = defaultdict(float)
@@ -238,25 +254,33 @@ class _Ledger:
             self._read("B", action)
             self._hand_on("B", stage, action.microbatch)
             kept = self.waiting[stage] if kind == "I" else 0.0
-            self.now += kept - self.held[stage]
+            change = kept - self.held[stage]
+            self.now += change
         elif kind == "W":
             self.now -= self._released_by(action)
         elif action in self.proven:
             self.now += self._bytes_of(action)
-        self.peak = max(self.peak, self.now + sum(self.unread.values()))
+        held = self.now + sum(self.unread.values())
+        self.peak = max(self.peak, held)
         self.most_work = max(self.most_work, self.work[stage])
 
     def _receive(self, action: Action) -> None:
         """Free what has arrived elsewhere, and keep what has come."""
         arrived = self.arrived_with[action]
-        self.now -= sum(map(self._bytes_of, arrived))
+        freed = sum(map(self._bytes_of, arrived))
+        self.now -= freed
         assert action.peer is not None
         self._hand_on(action.kind[-1], action.peer, action.microbatch)
 
     def _read(self, kind: str, action: Action) -> None:
         self.unread.pop((kind, action.stage, action.microbatch), None)
 
-    def _hand_on(self, kind: str, maker: int, microbatch: int) -> None:
+    def _hand_on(
+        self,
+        kind: str,
+        maker: int,
+        microbatch: int,
+    ) -> None:
         """Keep what a stage made for the stages of this rank."""
         link = (kind, maker, self.rank)
         for reader, nbytes in self.sent.get(link, {}).items():
@@ -311,7 +335,8 @@ def even_load(
     share = ranks / segments
 
     def each(of_rank: float) -> tuple[float, ...]:
-        return (of_rank * share,) * segments
+        of_segment = of_rank * share
+        return (of_segment,) * segments
 
     return Load(
         F=each(forward),

@@ -280,7 +280,12 @@ class _Run:
         apart = self.policy.apart
         return apart is None or microbatch >= self.microbatches - apart[stage]
 
-    def _do(self, rank: _Rank, now: float, action: Action) -> None:
+    def _do(
+        self,
+        rank: _Rank,
+        now: float,
+        action: Action,
+    ) -> None:
         """Run an action, and announce what can run next."""
         kind, stage, microbatch, nth, _ = action
         costs = self.costs
@@ -318,7 +323,12 @@ class _Run:
         if stage in self.costs.entry:
             rank.in_flight -= 1
 
-    def _hand_on(self, rank: _Rank, half: HalfStage, microbatch: int) -> None:
+    def _hand_on(
+        self,
+        rank: _Rank,
+        half: HalfStage,
+        microbatch: int,
+    ) -> None:
         """Send what was made, and announce the units whose last input it is."""
         costs = self.costs
         kind, stage = half

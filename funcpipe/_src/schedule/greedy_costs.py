@@ -60,7 +60,11 @@ class StageCosts:
     entry: dict[int, float]
 
 
-def stage_costs(load: Load, stages: Stages, placement: Sequence[int]) -> StageCosts:
+def stage_costs(
+    load: Load,
+    stages: Stages,
+    placement: Sequence[int],
+) -> StageCosts:
     """The costs of stages.
 
     >>> from funcpipe._src.schedule.costs import even_load
@@ -68,12 +72,10 @@ def stage_costs(load: Load, stages: Stages, placement: Sequence[int]) -> StageCo
     >>> costs.needs["B", 0]
     [('F', 0), ('B', 1)]
     """
-    sent_away: dict[StageLink, float] = {}
-    for link, nbytes in load.messages(stages).items():
-        _, maker, reader = link
-        if placement[maker] != placement[reader]:
-            sent_away[link] = nbytes
-    segment_waiting = [list(map(load.waiting.__getitem__, segments)) for segments in stages]
+    sent_away = _sent_away(load, stages, placement)
+    segment_waiting = []
+    for segments in stages:
+        segment_waiting.append([load.waiting[segment] for segment in segments])
     held = _held(load, stages, sent_away)
     needs = _needs(load, stages, placement)
     sends = _sends(load, stages, placement, needs)
@@ -95,17 +97,40 @@ def stage_costs(load: Load, stages: Stages, placement: Sequence[int]) -> StageCo
     )
 
 
-def _held(load: Load, stages: Stages, sent_away: dict[StageLink, float]) -> list[float]:
+def _sent_away(
+    load: Load,
+    stages: Stages,
+    placement: Sequence[int],
+) -> dict[StageLink, float]:
+    """The bytes that stages hand to stages of other ranks."""
+    sent_away = {}
+    for link, nbytes in load.messages(stages).items():
+        _, maker, reader = link
+        if placement[maker] != placement[reader]:
+            sent_away[link] = nbytes
+    return sent_away
+
+
+def _held(
+    load: Load,
+    stages: Stages,
+    sent_away: dict[StageLink, float],
+) -> list[float]:
     """What stages hold, with what F sends: it has arrived when its gradient comes back."""
     sent = [0.0] * len(stages)
     for (kind, maker, _), nbytes in sent_away.items():
         if kind == "F":
             sent[maker] += nbytes
-    own = per_stage(load.held, stages)
-    return [bytes_held + bytes_sent for bytes_held, bytes_sent in zip(own, sent, strict=True)]
+    kept = per_stage(load.held, stages)
+    both = zip(kept, sent, strict=True)
+    return list(map(sum, both))
 
 
-def _needs(load: Load, stages: Stages, placement: Sequence[int]) -> Links:
+def _needs(
+    load: Load,
+    stages: Stages,
+    placement: Sequence[int],
+) -> Links:
     reads = sources(load.edges(stages))
 
     def by_rank(half: HalfStage) -> tuple[int, HalfStage]:
@@ -158,9 +183,11 @@ def _work(
     sent_away: dict[StageLink, float],
 ) -> float:
     """The most that a unit of a rank's stages takes, and the largest gradient that they send."""
-    units = [max(map(load.work.__getitem__, stages[stage]), default=0.0) for stage in mine]
-    gradients = [0.0]
+    units = 0.0
+    for stage in mine:
+        units = max(units, *map(load.work.__getitem__, stages[stage]))
+    gradients = 0.0
     for (kind, maker, _), nbytes in sent_away.items():
         if kind == "B" and maker in mine:
-            gradients.append(nbytes)
-    return max(units, default=0.0) + max(gradients)
+            gradients = max(gradients, nbytes)
+    return units + gradients

@@ -85,7 +85,8 @@ def interleaved_1f1b(v: int) -> ScheduleFn:
         rounds = rounds_of(microbatches, ranks)
         forwards = in_turn("F", stages, rounds)
         backwards = in_turn("B", stages[::-1], rounds)
-        warmup = (v - 1) * len(rounds[0]) + 2 * (ranks - rank - 1)
+        ranks_behind = ranks - rank - 1
+        warmup = (v - 1) * len(rounds[0]) + 2 * ranks_behind
         return alternate(forwards, backwards, warmup)
 
     name = f"interleaved_1f1b(v={v})"
@@ -170,7 +171,8 @@ def zb_v() -> ScheduleFn:
         ]
         return from_phases(phases, _vee_stages(rank, ranks))
 
-    return _or_delayed_w(by_rank("zb_v", actions_of, vee()), lambda ranks: 2 * ranks - 1)
+    table = by_rank("zb_v", actions_of, vee())
+    return _or_delayed_w(table, lambda ranks: 2 * ranks - 1)
 
 
 def dual_pipe_v() -> ScheduleFn:
@@ -191,7 +193,8 @@ def dual_pipe_v() -> ScheduleFn:
         beyond = max(microbatches - 2 * ranks, 0)
         backwards = ["B1", "B0"] * (rank + 1)
         whole = backwards[: rank + 1]
-        split = [word.replace("B", "I") for word in backwards[rank + 1 :]]
+        later = backwards[rank + 1 :]
+        split = [word.replace("B", "I") for word in later]
         phases = [
             (2 * below, "F0"),
             (rank + 1, "F0 F1"),
@@ -204,7 +207,8 @@ def dual_pipe_v() -> ScheduleFn:
         ]
         return from_phases(phases, _vee_stages(rank, ranks))
 
-    return _or_delayed_w(by_rank("dual_pipe_v", actions_of, vee()), lambda ranks: 2 * ranks)
+    table = by_rank("dual_pipe_v", actions_of, vee())
+    return _or_delayed_w(table, lambda ranks: 2 * ranks)
 
 
 def forward_only(v: int = 1) -> ScheduleFn:
@@ -225,7 +229,11 @@ def forward_only(v: int = 1) -> ScheduleFn:
     return by_rank(name, actions_of, loop(v))
 
 
-def _looped(v: int, rank: int, ranks: int) -> range:
+def _looped(
+    v: int,
+    rank: int,
+    ranks: int,
+) -> range:
     """The stages of a rank where v stages a rank go round the ranks."""
     return range(rank, v * ranks, ranks)
 

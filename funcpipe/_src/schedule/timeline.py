@@ -172,12 +172,13 @@ def unit_costs(
     of_stage = {"F": float(F), "I": float(I), "W": float(W), "B": float(I + W)}
 
     def cost(action: Action) -> float:
+        time = of_stage[action.kind]
         if action.segment is None:
-            return of_stage[action.kind]
+            return time
         if segments is None:
             raise ScheduleError(
                 f"{action} is one segment of a stage: unit_costs needs segments= to price it"
             )
-        return of_stage[action.kind] / segments[action.stage]
+        return time / segments[action.stage]
 
     return cost
