@@ -11,7 +11,7 @@ from support.models import refused
 from support.worlds import make_step, names, rand, same, schedules, setup
 
 import funcpipe as fp
-from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
+from funcpipe._src.collectives import axes_of, bind_rank, channels_of
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe.errors import BatchError
 from funcpipe.testing import assert_equivalent
@@ -155,10 +155,15 @@ def test_one_graph_serves_all_ranks():
         assert all([str(u.target) for u in n.users] == ["funcpipe.wait.default"] for n in starts)
         assert all(n.args[1] == "data" for n in starts)
     assert set().union(*(axes_of(u.code.module.graph) for u in units.values())) == {("data",)}
-    lanes = set().union(
-        *(lanes_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values())
+    channels = set().union(
+        *(channels_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values())
     )
-    assert lanes == {(0, 1, "ppermute"), (2, 3, "ppermute"), (1, 0, "ppermute"), (3, 2, "ppermute")}
+    assert channels == {
+        (0, 1, "ppermute"),
+        (2, 3, "ppermute"),
+        (1, 0, "ppermute"),
+        (3, 2, "ppermute"),
+    }
 
 
 def test_the_place_of_a_rank_is_a_constant_of_the_rank():

@@ -23,7 +23,7 @@ from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program.instructions import RECV, SEND, Name, Row
 from funcpipe._src.schedule.actions import COMPUTE, Action, Schedule
 from funcpipe._src.schedule.communication import message_of
-from funcpipe._src.schedule.simulate_transfers import walk
+from funcpipe._src.schedule.simulate_transfers import simulate_transfers
 
 
 class Head(NamedTuple):
@@ -83,7 +83,7 @@ def _known(schedule: Schedule, maker: int, at: int) -> list[int]:
     action ``at``."""
     out = [len(row) for row in schedule.ranks]
     known, carried = [False] * len(out), {}
-    for place, k in walk(schedule).order:
+    for place, k in simulate_transfers(schedule).order:
         action = schedule.ranks[place][k]
         if place == maker:
             known[place] = k >= at

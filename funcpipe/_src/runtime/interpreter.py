@@ -17,7 +17,7 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.backends.fusion import Work, fused
 from funcpipe._src.backends.grad_accumulation import made
 from funcpipe._src.comm import Communicator
-from funcpipe._src.comm.tensor_layout import is_dense, wire_strides
+from funcpipe._src.comm.tensor_layout import is_dense, message_strides
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program import ADD, GATHER, RECV, REDUCE, SEND, Instruction, Program
 from funcpipe._src.runtime import weight_buckets as shards
@@ -91,7 +91,7 @@ class _Wire:
         )
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
-        if x.stride() == self.strides or wire_strides(x) == wire_strides(self.like):
+        if x.stride() == self.strides or message_strides(x) == message_strides(self.like):
             return x
         return self.empty().copy_(x)
 

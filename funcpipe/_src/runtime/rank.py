@@ -17,7 +17,7 @@ import torch
 from funcpipe._src.backends.backend import Backend
 from funcpipe._src.backends.fusion import changes
 from funcpipe._src.backends.grad_mean import divide
-from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
+from funcpipe._src.collectives import axes_of, bind_rank, channels_of
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.buffer_donation import Overwritable
@@ -99,7 +99,7 @@ class Rank:
         graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
         used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
-        lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
+        lanes = self._lanes().union(*(channels_of(g, self.comm.mesh) for g in graphs))
         self.comm.prepare(sorted(a for a in used if a), sorted(lanes))
 
     def _lanes(self) -> set[tuple[int, int, str]]:
