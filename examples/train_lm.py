@@ -217,8 +217,8 @@ def report(
     call = plan.calls[0]
     table = Table("rank on pipe", "stages", "segments", "peak activations", "parameters")
     for place, memory in enumerate(plan.memory):
-        stages = [s for s, at in enumerate(call.schedule.placement) if at == place]
-        segments = [segment for s in stages for segment in call.stages[s]]
+        stages = [s for s, at in enumerate(call.schedule.table.placement) if at == place]
+        segments = [segment for s in stages for segment in call.schedule.stages[s]]
         megabytes = [f"{memory[what] / 2**20:.1f} MiB" for what in ("activations", "params")]
         table.add_row(str(place), *(", ".join(map(str, x)) for x in (stages, segments)), *megabytes)
     console.print(table)

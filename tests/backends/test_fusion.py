@@ -215,7 +215,9 @@ def test_profiles_time_what_is_fused() -> None:
         costs.of("F", s) > 0 and costs.of("I", s) > 0 and costs.of("W", s) > 0
         for s in range(segments)
     )
-    units = {unit.code for unit in run._made.split_cut(run.plan(state, batch()), 0).units.values()}
+    units = {
+        unit.code for unit in run._made.separate_units(run.plan(state, batch()), 0).units.values()
+    }
     assert any(products for _, products in backend.asked)
     assert any(code not in units for code, _ in backend.asked)  # two that are one
 

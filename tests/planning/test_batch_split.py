@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.models import refused
 
 import funcpipe as fp
-from funcpipe._src.planning.batch_split import BatchSplit, plan_splits, signature
+from funcpipe._src.planning.batch_split import BatchSplit, signature, split_batch
 from funcpipe._src.spec.transform_spec import resolve
 from funcpipe.errors import BatchError
 
@@ -26,7 +26,7 @@ def splits_of(
         step = fp.pipelined(step, axis="pipe", microbatches=microbatches, dims=dims)
     else:
         step = fp.accumulated(step, microbatches=microbatches, dims=dims)
-    return plan_splits(resolve(step, mesh), batch)
+    return split_batch(resolve(step, mesh), batch)
 
 
 @st.composite

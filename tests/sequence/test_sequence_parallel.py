@@ -179,7 +179,7 @@ def planned(model: Transformer, step: Callable, mesh: fp.Mesh) -> fp.Plan:
 def exchanges(plan: fp.Plan, kind: str) -> dict[str, int]:
     """How many collectives of a kind the units of one microbatch hold, by kind of unit."""
     out: dict[str, int] = {}
-    for unit in plan.calls[0].cuts[0].units.values():
+    for unit in plan.calls[0].units.units.values():
         found = [x for x in collectives_of(unit.code.module.graph) if x.startswith(kind)]
         out[unit.kind] = out.get(unit.kind, 0) + len(found)
     return out

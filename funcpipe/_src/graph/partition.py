@@ -22,17 +22,21 @@ are alike.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from funcpipe._src.graph import unit_code as code_
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
 from funcpipe._src.graph.ops import is_carried, is_heavy
-from funcpipe._src.graph.remat import Saved
+from funcpipe._src.graph.remat import Saved, rematerialise
 from funcpipe._src.graph.trace import Traced
 from funcpipe._src.graph.unit_code import Code, Value
+
+if TYPE_CHECKING:
+    from funcpipe._src.spec.transform_spec import Remat
 
 Key = tuple[str, int]  # kind and segment of a unit
 
@@ -83,14 +87,26 @@ class Units:
     saved: tuple[Saved, ...] = ()
 
 
-def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
-    """Cut a joint graph into units.
+def partition_graph(
+    joint: Traced, labels: Nodes, remats: Sequence[Remat] = (), separate_w: bool = True
+) -> Units:
+    """Cut a joint graph at its boundaries into units.
 
     Args:
-        traced: its graph is used up.
-        nodes: what ``read_nodes`` said of it, if that is known already.
-        split: whether to make I and W units beside B.
+        joint: its graph is used up.
+        labels: what ``read_nodes`` made of it.
+        remats: what transforms ask to be computed again.
+        separate_w: whether to make I and W units beside B.
+
+    Raises:
+        StackError: two of ``remats`` choose for one segment.
     """
+    saved = rematerialise(labels, remats)
+    return replace(cut(joint, labels, separate_w), saved=saved)
+
+
+def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
+    """Cut a joint graph as it is."""
     return _Cutter(traced, nodes or read_nodes(traced), split).cut()
 
 

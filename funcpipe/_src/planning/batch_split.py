@@ -186,7 +186,7 @@ def _dense(x: Any) -> Any:
     return x.contiguous() if isinstance(x, torch.Tensor) else x
 
 
-def plan_splits(resolved: ResolvedStep, batch: Any, origins: Any = None) -> BatchSplit:
+def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> BatchSplit:
     """How a batch is split.
 
     Args:

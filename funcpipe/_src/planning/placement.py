@@ -12,7 +12,7 @@ In: `StepAnalysis` (which leaf of the state is which parameter) and the owners o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ import torch
 from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.mesh import Axes, Mesh
-from funcpipe.errors import StateError
+from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe.errors import CutError, StateError
 
 if TYPE_CHECKING:
     from funcpipe._src.analysis.rehearsal import Held, Rehearsal
@@ -224,20 +225,80 @@ def own(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
 
 
+def place(
+    resolved: ResolvedStep,
+    analysis: StepAnalysis,
+    rehearsal: Rehearsal,
+    users: Sequence[Set[int]],
+    earlier: Placement | None,
+) -> Placement:
+    """Where every leaf of the state lies: a param on the pipeline ranks that use it.
+
+    Args:
+        users: for every param the pipeline ranks that read it or make gradients of it.
+        earlier: a placement that is kept, if there is one.
+
+    Raises:
+        CutError: with this shape of batch, another rank uses a param than those that hold it.
+        StateError: a rank cannot run ``init_state`` or the step with the leaves that it holds.
+    """
+    placement = earlier
+    if placement is None:
+        axes = list(map(resolved.sharded_over, analysis.paths, analysis.shapes))
+        layouts = _layouts(analysis, users, axes)
+        placement = place_params(resolved.mesh, resolved.pipe_axis, analysis, rehearsal, layouts)
+    for path, ranks, layout in zip(analysis.paths, users, placement.layouts, strict=True):
+        if not ranks <= set(layout.owners):
+            raise CutError(
+                f"with a batch of this shape, params{path} is used by a stage that does not hold it"
+            )
+    return placement
+
+
+def place_again(
+    known: Placement, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
+) -> Placement:
+    """A known placement, for a step that may do other things outside its calls.
+
+    Args:
+        changed: whether Python values have changed, so that what ranks do is to be rehearsed
+            again.
+
+    Raises:
+        StateError: ``init_state`` makes another state than before.
+    """
+    before = known.analysis
+    if (before.state_spec, before.state) != (analysis.state_spec, analysis.state):
+        raise StateError(
+            f"init_state makes another state than at run.init: {analysis.state_spec}, not "
+            f"{before.state_spec}. A Python value that it reads has changed: call "
+            "run.init again, or keep the value"
+        )
+    alike = (before.sums, before.free) == (analysis.sums, analysis.free)
+    metrics_spec = tree.flatten(rehearsal.first.metrics)[1]
+    if alike and not changed and metrics_spec == known.metrics_spec:
+        return known
+    return place_params(known.mesh, known.pipe_axis, analysis, rehearsal, known.layouts)
+
+
+def _layouts(
+    analysis: StepAnalysis, users: Sequence[Iterable[int]], axes: Sequence[Axes]
+) -> tuple[Layout, ...]:
+    """A param that nobody uses lies on pipeline rank 0."""
+    return tuple(
+        Layout(tuple(sorted(ranks)) or (0,), shape, own_axes)
+        for ranks, shape, own_axes in zip(users, analysis.shapes, axes, strict=True)
+    )
+
+
 def place_params(
     mesh: Mesh,
     pipe_axis: str | None,
     analysis: StepAnalysis,
     rehearsal: Rehearsal,
-    owners: Sequence[Iterable[int]],
-    axes: Sequence[Axes],
+    layouts: tuple[Layout, ...],
 ) -> Placement:
-    """The placement that follows from the owners of every parameter and the axes it is sharded
-    over."""
-    layouts = tuple(
-        Layout(tuple(sorted(set(o))) or (0,), shape, a)
-        for o, shape, a in zip(owners, analysis.shapes, axes, strict=True)
-    )
+    """The placement that follows from the layout of every param."""
     rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
     apart, held = _rehearsed(rehearsal, layouts, places)

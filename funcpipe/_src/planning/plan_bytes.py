@@ -17,7 +17,8 @@ from funcpipe._src.core.mesh import Axes
 from funcpipe._src.program import GATHER, RECV, REDUCE, RUN, Usage
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import Plan, PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
+    from funcpipe._src.planning.plan import Plan
 
 
 def memory(plan: Plan, place: int) -> dict[str, int]:
@@ -29,7 +30,7 @@ def memory(plan: Plan, place: int) -> dict[str, int]:
     copies = [
         sum(
             _shard_bytes(plan, c.call.params[k], d)
-            for k, d in c.casts.items()
+            for k, d in c.weights.casts.items()
             if c.call.params[k] in held
         )
         for c in plan.calls

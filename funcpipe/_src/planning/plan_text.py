@@ -5,17 +5,18 @@ In: a `Plan`. Out: lines of text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from funcpipe._src.graph.unit_code import bytes_text
 from funcpipe._src.planning import remat_curve as tradeoff
+from funcpipe._src.planning.scheduling import span
 from funcpipe._src.program import GATHER, RECV, REDUCE, RUN, SEND, Program
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import Plan, PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
+    from funcpipe._src.planning.plan import Plan
 
 
 def sections(plan: Plan) -> dict[str, list[str]]:
@@ -40,12 +41,12 @@ def sections(plan: Plan) -> dict[str, list[str]]:
     }
     for k, c in enumerate(plan.calls):
         name = f"value_and_grad {k}"
-        out[f"the stages of {name}"] = [str(s) for s in c.stages]
-        out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
+        out[f"the stages of {name}"] = [str(s) for s in c.schedule.stages]
+        out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.table.ranks]
         out[f"the splits of the batch of {name}"] = [
-            str(leaf) for part in c.splits.cuttings for leaf in part
+            str(leaf) for part in c.split.cuttings for leaf in part
         ]
-        cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.cuts)
+        cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.microbatch_units)
         out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
         folded = [x for m in cuts for x in m.constants.values()]
         out[f"the constants of {name}"] = [x.key for x in folded]
@@ -91,17 +92,17 @@ def text(plan: Plan) -> list[str]:
     moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
     out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
     for k, c in enumerate(plan.calls):
-        s = c.schedule
+        s = c.schedule.table
         out.append(
-            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, "
+            f"value_and_grad {k}: {c.units.segments} segments in {len(c.schedule.stages)} stages, "
             f"{s.microbatches} microbatches, {s.name}, bubble {plan.timeline(k).bubble:.1%} by "
             f"FLOPs, {len(_codes(c))} distinct units"
         )
-        out += tradeoff.lines(c.cuts[0].saved)
+        out += tradeoff.lines(c.units.saved)
         for place, program in enumerate(c.programs):
             held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory[place].items())
             stages = ", ".join(
-                f"stage {i} = segments {_span(c.stages[i])}"
+                f"stage {i} = segments {span(c.schedule.stages[i])}"
                 for i, p in enumerate(s.placement)
                 if p == place
             )
@@ -111,11 +112,7 @@ def text(plan: Plan) -> list[str]:
 
 
 def _codes(c: PlannedCall) -> set[str]:
-    return {u.code.key for m in set(c.cuts) for u in m.units.values()}
-
-
-def _span(segments: Sequence[int]) -> str:
-    return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
+    return {u.code.key for m in set(c.microbatch_units) for u in m.units.values()}
 
 
 def _program_text(c: PlannedCall, program: Program) -> list[str]:
@@ -128,7 +125,7 @@ def _program_text(c: PlannedCall, program: Program) -> list[str]:
             )
             size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
             if i.unit.kind == "F":
-                kept = c.cuts[i.action.microbatch].saved[i.unit.segment].outcome.nbytes
+                kept = c.microbatch_units[i.action.microbatch].saved[i.unit.segment].outcome.nbytes
                 size += f", {bytes_text(kept)} saved"
             out.append(
                 f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: "

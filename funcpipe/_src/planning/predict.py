@@ -25,7 +25,7 @@ from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
 
 Curve = tuple[tuple[float, int], ...]
 Given = Costs | Mapping[Any, float] | Callable[[str, int], float] | None
@@ -102,7 +102,7 @@ def predict(c: PlannedCall, costs: Given = None) -> Prediction:
         costs: `Costs`, what they are made of (a dict or a function of kind and segment), or None
             for FLOPs.
     """
-    costs = as_costs(costs, c.cuts[0])
+    costs = as_costs(costs, c.units)
     nbytes = {
         i.action: sum(v.nbytes for v in i.values)
         for p in c.programs
@@ -111,12 +111,12 @@ def predict(c: PlannedCall, costs: Given = None) -> Prediction:
     }
 
     def cost(action: Action) -> float:
-        segments = c.stages[action.stage]
+        segments = c.schedule.stages[action.stage]
         some = segments if action.segment is None else [segments[action.segment]]
         return sum(costs.of(action.kind, s) for s in some)
 
     # The transfers of a plan are settled: stages that exchange nothing get none here either.
-    line = timeline(c.schedule, cost, lambda send: costs.message(nbytes[send]), edges=())
+    line = timeline(c.schedule.table, cost, lambda send: costs.message(nbytes[send]), edges=())
     curves = (_curve(p, spans, costs) for p, spans in zip(c.programs, line.spans, strict=True))
     return Prediction(line, tuple(curves), costs.unit)
 

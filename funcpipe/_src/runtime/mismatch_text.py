@@ -39,7 +39,7 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
 
 def _experts(rank: Rank) -> str:
     """What to say of experts whose weights are copied for every token."""
-    traced = [cut.traced for call in rank.plan.calls for cut in call.cuts[:1]]
+    traced = [call.joint for call in rank.plan.calls]
     copied = sum(copied_experts(t.module.graph, t.params) for t in traced)
     if not copied:
         return ""

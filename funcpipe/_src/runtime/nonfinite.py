@@ -27,7 +27,8 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core import step as step_
 from funcpipe._src.core.batch_leaves import read_batch
 from funcpipe._src.core.step import Microbatches, describe
-from funcpipe._src.planning.plan import Plan, PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
+from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.variants import StaleValues
 from funcpipe._src.program import ADD, RUN, WAIT
 from funcpipe._src.program.instructions import Row
@@ -181,7 +182,7 @@ class _Watch:
         call = next(k for k, c in enumerate(self.rank.calls) if c.bound is bound)
         planned, program = self.rank.calls[call].planned, self.rank.calls[call].program
         self._inputs(call, slots)
-        orders = [{key: n for n, key in enumerate(cut.units)} for cut in planned.cuts]
+        orders = [{key: n for n, key in enumerate(cut.units)} for cut in planned.microbatch_units]
         for b, row in zip(bound, program.rows, strict=True):
             origins: list[_Origin | None] = []
             if row.op == RUN:
@@ -230,7 +231,7 @@ class _Watch:
                 if name[0] == "full"
                 else f"the gradient of params{path}, summed so far"
             )
-        cut = planned.cuts[name[2]]
+        cut = planned.microbatch_units[name[2]]
         if name[1] in cut.heads:
             return _head(planned, cut.heads.index(name[1]))
         leaf = next((k for k, partials in enumerate(cut.grads) if name[1] in partials), None)
@@ -277,7 +278,7 @@ class _Watch:
 
 def _head(planned: PlannedCall, h: int) -> str:
     """What a head of a loss function is called."""
-    names = ["Mean.total", "Mean.weight"] if planned.cuts[0].traced.has_weight else ["the loss"]
+    names = ["Mean.total", "Mean.weight"] if planned.joint.has_weight else ["the loss"]
     return names[h] if h < len(names) else "an aux value"
 
 
@@ -287,7 +288,7 @@ def _param_paths(plan: Plan, planned: PlannedCall) -> list[str]:
 
 def _batch_paths(planned: PlannedCall) -> Iterator[list[str]]:
     """The paths of the leaves of every microbatch."""
-    batch, count = planned.call.batch, len(planned.cuts)
+    batch, count = planned.call.batch, len(planned.losses)
     parts = (
         [batch.parts[i] for i in planned.ready]
         if isinstance(batch, Microbatches)

@@ -38,7 +38,7 @@ from funcpipe._src.schedule.library import one_f_one_b, zb_h1
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
     from funcpipe._src.runtime.runner import Runner
 
 _REPEATS = 9  # of a piece in one graph, so that it is timed as it runs among others
@@ -89,7 +89,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         raise PlanError(
             f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0"
         )
-    cut = run._made.split_cut(plan, call)
+    cut = run._made.separate_units(plan, call)
     programs = [_alone(cut, plan.calls[call], schedule) for schedule in (zb_h1(), one_f_one_b())]
     together = any(names_axes(unit.code.module.graph) for unit in cut.units.values())
 
@@ -97,7 +97,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what
         looking them up costs."""
         planned = plan.calls[call]
-        leaves = planned.splits.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
+        leaves = planned.split.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
         moving = [leaves[i] for i in planned.moving[0]]
         return {("batch", i): x for i, x in enumerate(moving)} | {
             ("const", v): fn() for v, fn in cut.constants.items()

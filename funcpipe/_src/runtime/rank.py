@@ -27,8 +27,9 @@ from funcpipe._src.core.step import Mean, Microbatches, Rows, is_summary
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
 from funcpipe._src.planning.batch_split import signature
+from funcpipe._src.planning.lowered import PlannedCall
 from funcpipe._src.planning.placement import Layout
-from funcpipe._src.planning.plan import Plan, PlannedCall
+from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_bytes import most
 from funcpipe._src.planning.variants import stale
 from funcpipe._src.program import SEND, Usage, ended, usage
@@ -82,7 +83,12 @@ class Rank:
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
-        cuts = {m for c in self.plan.calls for variant in c.variants.values() for m in variant.cuts}
+        cuts = {
+            m
+            for c in self.plan.calls
+            for variant in c.variants.values()
+            for m in variant.microbatch_units
+        }
         graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
         used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
@@ -129,7 +135,7 @@ class _BoundCall:
         slots = self._slots(leaves, batch)
         (self.rank.observer or execute)(self.bound, slots, self.rank.comm)
         heads = self._heads(slots)
-        weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
+        weight = heads[1] if self.planned.joint.has_weight else None
         grads = self._grads(leaves, slots)
         divisor = self._divisor(weight)
         if divisor is not None:
@@ -205,11 +211,11 @@ class _BoundCall:
             )
         slots: Slots = [None] * program.slots
         for i, slot in program.params.items():
-            x, dtype = leaves[i], planned.casts.get(i)
+            x, dtype = leaves[i], planned.weights.casts.get(i)
             slots[slot] = x if x is None or dtype is None else x.to(dtype)
         for slot, x in self.constants.items():
             slots[slot] = x
-        micro = planned.splits.microbatches(batch, self.rank.comm.rank)
+        micro = planned.split.microbatches(batch, self.rank.comm.rank)
         for (m, i), slot in program.batch.items():
             moving = planned.moving[m]
             scaled = scaling.current() if i == len(moving) else None
@@ -238,7 +244,7 @@ class _BoundCall:
         return out
 
     def _aux(self, heads: dict[int, torch.Tensor], slots: Slots) -> Any:
-        traced = self.planned.cuts[0].traced
+        traced = self.planned.joint
         first = 1 + traced.has_weight
 
         def finish(x: Any) -> Any:
@@ -254,11 +260,11 @@ class _BoundCall:
         """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches
         one after the other."""
         comm = self.rank.comm
-        pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
+        pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.losses))]
         out = (
             pieces[0].clone() if dim is None else torch.cat(pieces, dim)
         )  # a message must not change
-        resolved, splits = self.rank.plan.resolved, self.planned.splits
+        resolved, splits = self.rank.plan.resolved, self.planned.split
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
         if not resolved.row_axes or dim is None:
@@ -277,7 +283,9 @@ class _BoundCall:
         mesh, row_axes = self.rank.comm.mesh, self.rank.plan.resolved.row_axes
         call = self.rank.plan.calls[int(self.name)]
         alike = [call.of_rank(rank) for rank in mesh.group(self.rank.comm.rank, row_axes)]
-        return [sum(cut.heads[h].shape[dim] for cut in planned.cuts) for planned in alike]
+        return [
+            sum(cut.heads[h].shape[dim] for cut in planned.microbatch_units) for planned in alike
+        ]
 
     # ---- gradients
 

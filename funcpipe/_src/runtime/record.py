@@ -29,7 +29,8 @@ from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import Plan, PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
+    from funcpipe._src.planning.plan import Plan
     from funcpipe._src.runtime.rank import Rank
     from funcpipe._src.runtime.runner import Runner
 
@@ -106,7 +107,7 @@ class Recording:
         first = min((start for row in times for start, _ in row), default=0.0)
         rows = []
         for program, actions, row in zip(
-            planned.programs, planned.schedule.ranks, times, strict=True
+            planned.programs, planned.schedule.table.ranks, times, strict=True
         ):
             ends: dict[Any, list[float]] = defaultdict(list)
             for i, span in zip(program.instructions, row, strict=True):
@@ -119,7 +120,7 @@ class Recording:
                     if a in ends
                 )
             )
-        return Timeline(planned.schedule, tuple(rows))
+        return Timeline(planned.schedule.table, tuple(rows))
 
     def costs(self, call: int = 0) -> Costs:
         """What units took: the median over microbatches. Kinds that the schedule does not run are

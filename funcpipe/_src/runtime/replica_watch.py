@@ -14,8 +14,8 @@ from funcpipe._src.analysis.outside_ops import Op
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import text_sum
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.mismatch_text import majority, other_step
 from funcpipe._src.spec.transform_spec import ResolvedStep

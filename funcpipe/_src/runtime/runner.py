@@ -26,9 +26,9 @@ from funcpipe._src.core.mixed_precision import scaled_init
 from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.functional import random
 from funcpipe._src.planning.lazy_init import LazyParams
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.placement import Placement
 from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime.profile_units import profile_units
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.record import Recording

@@ -18,7 +18,7 @@ from funcpipe._src.core.batch_leaves import read_batch
 from funcpipe._src.core.buffer_donation import refuse_spent
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.step import describe, refuse_inference_mode
-from funcpipe._src.planning.pipeline import Planner
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.rank import Rank

@@ -30,9 +30,9 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning.batch_split import signature
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_text import values
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues, Variants
 from funcpipe._src.runtime.cuda_graph import MIXING, CapturedStep, feeder, new_pool, pool_bytes
 from funcpipe._src.runtime.mismatch_text import (

@@ -1,0 +1,192 @@
+"""Batch proof: the parts of a split batch together compute what one device does.
+
+First that rows do not meet, by propagating splits through the loss function. Where the weights may
+not be exact, or the proof fails, the weights of all parts are also compared as numbers with the
+weight of the whole batch: that is the clearer error.
+
+In: a call, its split, its graphs. Out: nothing, or a BatchError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from funcpipe._src.analysis import loss_checks
+from funcpipe._src.analysis.call_results import MADE_UP, with_values
+from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
+from funcpipe._src.collectives import bind_rank, names_axes
+from funcpipe._src.comm import Communicator
+from funcpipe._src.comm.simulated import run_ranks
+from funcpipe._src.core import pytree
+from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.core.mixed_precision import ROUNDED
+from funcpipe._src.core.step import Microbatches
+from funcpipe._src.planning.batch_split import BatchSplit, signature
+from funcpipe._src.planning.compile_inputs import CompileInputs, CompileMemory
+from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
+from funcpipe._src.planning.weight_layout import loss_params
+from funcpipe._src.proof.loss_runs import Subject
+from funcpipe._src.proof.rows import prove_rows
+from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe.errors import BatchError
+
+Weights = Mapping[int, GraphModule | None]  # by split rank: a function of a microbatch
+
+
+def prove_batch(
+    inputs: CompileInputs,
+    analysis: StepAnalysis,
+    number: int,
+    call: PrimitiveCall,
+    split: BatchSplit,
+    weights: Weights,
+    memory: CompileMemory,
+) -> None:
+    """Prove that the parts of a batch compute what one device does.
+
+    Args:
+        number: of the call, whose loss function is as it is traced.
+        weights: by split rank, the function that computes the weight of a microbatch.
+
+    Raises:
+        BatchError: it cannot be proven.
+    """
+    resolved = inputs.resolved
+    if not (resolved.splits or split.count > 1 or resolved.precision):
+        return
+    as_written = analysis.calls[number]
+    try:
+        exact = [
+            _prove_rows(inputs, analysis, number, call, split, ready, memory)
+            for ready in range(len(ready_microbatches(call.batch)))
+        ]
+    except BatchError:
+        _check_weights(inputs, analysis, as_written, split, weights)  # it says more of a weight
+        raise
+    if not all(exact) or resolved.precision or split.parts:
+        _check_weights(inputs, analysis, as_written, split, weights)
+
+
+def _prove_rows(
+    inputs: CompileInputs,
+    analysis: StepAnalysis,
+    number: int,
+    call: PrimitiveCall,
+    split: BatchSplit,
+    ready: int,
+    memory: CompileMemory,
+) -> bool:
+    """The rows of the batch do not meet; returns whether weights add up to the last bits, too."""
+    resolved = inputs.resolved
+    whole, spec = pytree.flatten(ready_microbatches(call.batch)[ready])
+    local = []
+    for leaf_number, leaf in enumerate(whole):
+        if isinstance(leaf, torch.Tensor):
+            shape = split.row_shape(ready, leaf_number, tuple(leaf.shape))
+            leaf = inputs.fake_like(leaf, shape)
+        local.append(leaf)
+    values = None if call.reading is None else call.reading.values
+    key = (number, signature(pytree.unflatten(spec, local)), split.rows[ready], values)
+    if key in memory.rows_exact:
+        return memory.rows_exact[key]
+    params = pytree.unflatten(call.params_spec, loss_params(inputs, analysis, call))
+    subject = Subject(call.loss_fn, call.has_aux, params, spec, inputs.mode, resolved.split_axes)
+    brings_ready = isinstance(call.batch, Microbatches)
+    mesh = _mesh_of_rows(resolved)
+    exact = prove_rows(subject, local, split.rows[ready], mesh, brings_ready, split.dealt)
+    memory.rows_exact[key] = exact
+    return exact
+
+
+def _mesh_of_rows(resolved: ResolvedStep) -> Mesh:
+    """The mesh, with one rank on the axes that split positions."""
+    positions = set(resolved.split_axes) - set(resolved.row_axes)
+    axes = resolved.mesh.axes.items()
+    return Mesh(**{axis: 1 if axis in positions else size for axis, size in axes})
+
+
+def _check_weights(
+    inputs: CompileInputs,
+    analysis: StepAnalysis,
+    call: PrimitiveCall,
+    split: BatchSplit,
+    weights: Weights,
+) -> None:
+    """The weights of all parts of the batch add up to what the loss function, as written, makes of
+    the whole."""
+    if isinstance(call.batch, Microbatches) or None in weights.values():
+        return  # ready microbatches: there is no whole batch to compare with
+    resolved = inputs.resolved
+    known = {rank: weight for rank, weight in weights.items() if weight is not None}
+    batch, made_up = with_values(call.batch, _leaves_read(call.batch, known))
+    parts = _weights_of_parts(resolved, batch, split, known)
+    if parts is None:
+        return
+    (times,) = {loss_checks.written_for(weight, resolved.mesh) for weight in known.values()} or {1}
+    # As written, the loss function sees masters.
+    dtypes = call.dtypes if resolved.precision else None
+    params = loss_params(inputs, analysis, call, dtypes)
+    loss_checks.check_additive(
+        call.loss_fn,
+        call.has_aux,
+        pytree.unflatten(call.params_spec, params),
+        split.own_rows(batch),
+        parts,
+        inputs.mode,
+        _notes(resolved, made_up),
+        times,
+    )
+
+
+def _leaves_read(batch: Any, weights: Mapping[int, GraphModule]) -> set[int]:
+    """The leaves of a batch that the weight is computed from."""
+    tensors = tensor_leaves(batch)
+    found: set[int] = set()
+    for weight in weights.values():
+        found |= {tensors[i] for i in loss_checks.batch_read(weight, len(tensors))}
+    return found
+
+
+def _weights_of_parts(
+    resolved: ResolvedStep, batch: Any, split: BatchSplit, weights: Mapping[int, GraphModule]
+) -> list[torch.Tensor] | None:
+    """The weight of every microbatch of every rank; None where other ranks' rows are not here."""
+    tensors = tensor_leaves(batch)
+    dynamic = resolved.precision is not None and resolved.precision.dynamic
+    scale = [None] if dynamic else []  # an input of the graph, but not of the weight
+
+    def of_rank(rank: int) -> list[torch.Tensor]:
+        weight = weights[split.member(rank)]
+        microbatches = split.microbatches(batch, rank)
+        return [weight(*(leaves[i] for i in tensors), *scale) for leaves in microbatches]
+
+    own_rows = resolved.row_axes if resolved.local else ()
+    axes = tuple(axis for axis in resolved.split_axes if axis not in own_rows)
+    ranks = resolved.mesh.group(0, axes) if axes else (0,)
+    if not any(names_axes(weight.graph) for weight in weights.values()):
+        found = [of_rank(rank) for rank in ranks]
+    elif resolved.local:
+        return None
+    else:
+        mesh = Mesh(**{axis: resolved.mesh.axes[axis] for axis in resolved.split_axes})
+        found = run_ranks(mesh, lambda comm: _as_rank(comm, of_rank, ranks))
+    return [weight for weights_of_rank in found for weight in weights_of_rank]
+
+
+def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:
+    with bind_rank(comm):
+        return of_rank(ranks[comm.rank])
+
+
+def _notes(resolved: ResolvedStep, made_up: str) -> str:
+    """What else the error says."""
+    notes = ""
+    if resolved.precision:
+        notes += f" {ROUNDED.format(dtype=resolved.precision.compute)}"
+    if made_up:
+        notes += f" {MADE_UP.format(paths=made_up)}"
+    return notes

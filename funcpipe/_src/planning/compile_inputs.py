@@ -1,0 +1,75 @@
+"""Compile inputs: what all plans of a step are made from, and what later plans keep of earlier ones.
+
+In: a resolved step, ``init_state``, params. Out: `CompileInputs`, which never change, and
+`CompileMemory`, which the stages of `pipeline.py` read and fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from funcpipe._src.core import pytree
+from funcpipe._src.graph.fake_tensors import fake
+from funcpipe._src.spec.transform_spec import ResolvedStep
+
+if TYPE_CHECKING:
+    from funcpipe._src.planning.lowered import LossVariant
+    from funcpipe._src.planning.placement import Placement
+    from funcpipe._src.planning.scheduling import ChosenSchedule
+
+
+@dataclass(frozen=True)
+class CompileInputs:
+    """What all plans of a step are made from.
+
+    Args:
+        resolved: the step and its transforms on a mesh.
+        init_state: makes the state of params.
+        params: the full tree, of fakes of ``mode``.
+        mode: of all fakes that graphs are traced with.
+    """
+
+    resolved: ResolvedStep
+    init_state: Callable
+    params: Any
+    mode: FakeTensorMode
+
+    def fake_like(self, leaf: Any, shape: tuple[int, ...] | None = None) -> Any:
+        """A fake of a tensor, perhaps of another shape; anything else as it is."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return fake(leaf.shape if shape is None else shape, leaf, self.mode)
+
+
+@dataclass
+class CompileMemory:
+    """What later plans of a step keep of earlier ones.
+
+    Args:
+        losses: loss functions that are traced and cut, by all that this depends on.
+        rows_exact: by what the proof of rows depends on, whether weights are exact.
+        schedules: by number of a call its schedule; stages stay as the first plan has them.
+        placement: of the state, which stays as the first plan has it.
+    """
+
+    losses: dict[tuple, LossVariant] = field(default_factory=dict)
+    rows_exact: dict[tuple, bool] = field(default_factory=dict)
+    schedules: dict[int, ChosenSchedule] = field(default_factory=dict)
+    placement: Placement | None = None
+
+    def forget_schedules(self) -> None:
+        """Let the next plan choose schedules, stages and placement anew; what was traced is kept."""
+        self.schedules.clear()
+        self.placement = None
+
+
+def compile_inputs(resolved: ResolvedStep, init_state: Callable, params: Any) -> CompileInputs:
+    """The inputs of a step whose params have these shapes."""
+    mode = FakeTensorMode()
+    fakes = pytree.map_tensors(lambda leaf: fake(leaf.shape, leaf, mode), params)
+    return CompileInputs(resolved, init_state, fakes, mode)

@@ -1,0 +1,127 @@
+"""Planner: the plans of a step, one for every shape of batch and what its losses read from Python.
+
+All plans have the same stages and placement. `variants.py` says which plan is taken.
+
+In: compile inputs, then batches. Out: the `Plan` for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from funcpipe._src.analysis.outside_ops import Op
+from funcpipe._src.analysis.rehearsal import Rehearsal
+from funcpipe._src.analysis.state import StepAnalysis
+from funcpipe._src.core import pytree
+from funcpipe._src.graph.partition import Units
+from funcpipe._src.planning.batch_split import signature
+from funcpipe._src.planning.compile_inputs import CompileMemory, compile_inputs
+from funcpipe._src.planning.pipeline import compile_step, separate_units
+from funcpipe._src.planning.placement import Placement, place_again
+from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.step_analysis import analyse_step
+from funcpipe._src.planning.variants import Variants
+from funcpipe._src.schedule.costs import Costs
+from funcpipe._src.spec.transform_spec import ResolvedStep
+
+
+class Planner:
+    """Makes and keeps the plans of a step.
+
+    Raises, while planning: every error of ``funcpipe.errors`` that can be known before a step runs.
+    """
+
+    def __init__(self, resolved: ResolvedStep, init_state: Callable, params: Any) -> None:
+        self.inputs = compile_inputs(resolved, init_state, params)
+        self.memory = CompileMemory()
+        self.variants: dict[tuple, Variants] = {}  # by shapes of a batch
+        self.ops: tuple[Op, ...] = ()  # outside the calls, when a step was analysed last
+        self._written: set[str] = set()  # what losses were seen to write
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the state lies; None before the first plan."""
+        return self.memory.placement
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Those that are kept."""
+        return [plan for variants in self.variants.values() for plan in variants.plans]
+
+    def plan(self, batch: Any) -> Plan:
+        """The plan for batches like this one, and for what the losses read from Python now."""
+        variants = self.of(batch)
+        variants.known()
+        return self.chosen(batch, variants)
+
+    def chosen(self, batch: Any, variants: Variants) -> Plan:
+        """The plan that was known when it was asked for last; a new one where there was none."""
+        return variants.chosen or self._made(batch, variants)
+
+    def of(self, batch: Any) -> Variants:
+        """The plans for batches like this one."""
+        key = signature(batch)
+        if key not in self.variants:
+            self.variants[key] = Variants(self.inputs.resolved.step, self._written)
+        return self.variants[key]
+
+    def outside(self, batch: Any) -> tuple[Op, ...]:
+        """What the step now computes outside its calls."""
+        return analyse_step(self.inputs, batch)[0].outside
+
+    def retime(self, costs: Costs) -> None:
+        """Choose schedule and stages again, for measured costs; what was traced is kept."""
+        resolved = self.inputs.resolved
+        assert resolved.pipe is not None
+        schedule: Any = replace(resolved.pipe.schedule, costs=costs)  # type: ignore[type-var]
+        pipe = replace(resolved.pipe, schedule=schedule)
+        self.inputs = replace(self.inputs, resolved=replace(resolved, pipe=pipe))
+        self.variants.clear()
+        self.memory.forget_schedules()
+
+    def separate_units(self, plan: Plan, call: int) -> Units:
+        """The units of a call with I and W beside B, whatever its schedule runs."""
+        return separate_units(self.inputs, plan.lowered, call, self.memory)
+
+    def _made(self, batch: Any, variants: Variants) -> Plan:
+        """The plan for what is read now: one that was made before, or a new one."""
+        of_step, _ = variants.read()
+        analysis, rehearsal = analyse_step(self.inputs, batch, variants.follower)
+        self.ops = analysis.outside
+        placement = self._placement_now(analysis, rehearsal, changed=bool(variants.plans))
+        plan = variants.of_calls(_reads(analysis, placement))
+        if plan is None:
+            lowered = compile_step(self.inputs, analysis, rehearsal, placement, self.memory)
+            plan = Plan(lowered)
+            variants.keep(_reads(lowered.analysis, lowered.placement), plan)
+        for call in analysis.calls:
+            assert call.reading is not None
+            call.reading.done()
+        variants.remember(of_step, plan)
+        return plan
+
+    def _placement_now(
+        self, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
+    ) -> Placement | None:
+        """The placement of earlier plans, for what the step now does outside its calls."""
+        if self.memory.placement is None:
+            return None
+        return place_again(self.memory.placement, analysis, rehearsal, changed)
+
+
+def _reads(analysis: StepAnalysis, placement: Placement | None) -> tuple:
+    """What makes plans for one shape of batch differ: what losses read from Python, and what the
+    step does beside them."""
+    calls = []
+    for call in analysis.calls:
+        values = call.reading and call.reading.values
+        params = call.params, call.dtypes, call.params_spec
+        batch = signature(call.batch), tuple(pytree.leaves(call.origins))
+        calls.append((values, call.has_aux, params, batch))
+    if placement is None:
+        return tuple(calls), None
+    metrics = tuple((metric.number, metric.place) for metric in placement.leaf_metrics)
+    outside = analysis.sums, analysis.free, placement.apart, placement.metrics_spec, metrics
+    return tuple(calls), outside
