@@ -34,6 +34,8 @@ from funcpipe._src.functional.batch_statistic import batch_statistic
 from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.functional.positions import positions
 from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
+from funcpipe._src.planning.lower import lower
+from funcpipe._src.planning.lowered import Lowered
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.predict import Prediction
 from funcpipe._src.planning.remat_curve import RematCurve
@@ -64,6 +66,7 @@ except ModuleNotFoundError as error:  # they lie beside the package in a checkou
     ) from error
 
 __all__ = [
+    "Lowered",
     "Mean",
     "Mesh",
     "Microbatches",
@@ -95,6 +98,7 @@ __all__ = [
     "global_sum",
     "launch",
     "losses",
+    "lower",
     "mixed_precision",
     "optim",
     "pipelined",

@@ -118,6 +118,21 @@ class StepAnalysis:
     free: frozenset[int]
     outside: tuple[Op, ...] = ()
 
+    def __str__(self) -> str:
+        counts = (
+            f"params: {len(self.paths)}, leaves of the state: {len(self.state)}, "
+            f"overwritable: {len(self.free)}, value_and_grad: {len(self.calls)}, "
+            f"global sums: {len(self.sums)}"
+        )
+        lines = [counts]
+        for path, shape, dtype in zip(self.paths, self.shapes, self.dtypes, strict=True):
+            lines.append(f"  params{path}: {dtype} {shape}")
+        for number, (path, param) in enumerate(zip(self.state_paths, self.state, strict=True)):
+            what = "replicated" if param is None else f"of params{self.paths[param]}"
+            may = ", overwritable" if number in self.free else ""
+            lines.append(f"  state{path}: {what}{may}")
+        return "\n".join(lines)
+
 
 class _Feeds(BaseException):
     """A step uses results in a later batch: it is run again, with losses whose dtype is known."""

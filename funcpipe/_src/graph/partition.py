@@ -86,6 +86,13 @@ class Units:
     traced: Traced
     saved: tuple[Saved, ...] = ()
 
+    def __str__(self) -> str:
+        lines = []
+        for unit in self.units.values():
+            inputs, outputs = (", ".join(map(str, v)) for v in (unit.inputs, unit.outputs))
+            lines.append(f"{unit}: ({inputs}) -> ({outputs}), {unit.code.flops} FLOP")
+        return "\n".join(lines)
+
 
 def partition_graph(
     joint: Traced, labels: Nodes, remats: Sequence[Remat] = (), separate_w: bool = True

@@ -4,12 +4,13 @@ First that rows do not meet, by propagating splits through the loss function. Wh
 not be exact, or the proof fails, the weights of all parts are also compared as numbers with the
 weight of the whole batch: that is the clearer error.
 
-In: a call, its split, its graphs. Out: nothing, or a BatchError.
+In: a call, its split, its graphs. Out: `SplitProof`, or a BatchError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +32,36 @@ from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
 from funcpipe._src.planning.weight_layout import loss_params
 from funcpipe._src.proof.loss_runs import Subject
 from funcpipe._src.proof.rows import prove_rows
+from funcpipe._src.proof.verify import Findings
 from funcpipe._src.spec.transform_spec import ResolvedStep
 from funcpipe.errors import BatchError
+
+
+@dataclass(frozen=True)
+class SplitProof:
+    """What is proven of a split batch.
+
+    Args:
+        dims: what is split: "rows", "positions".
+        exact: whether the weights of parts add up to the last bit; else they were compared as
+            numbers.
+        positions: how the operands of attention and the like are split; None where positions are
+            not.
+    """
+
+    dims: frozenset[str]
+    exact: bool
+    positions: Findings | None
+
+    def __str__(self) -> str:
+        lines = [f"split and proven: {', '.join(sorted(self.dims)) or 'nothing'}"]
+        if "rows" in self.dims:
+            how = "exact by proof" if self.exact else "compared as numbers, unless rows came ready"
+            lines.append(f"  sums of weights: {how}")
+        for signature_of_call, layout in self.positions.calls.items() if self.positions else ():
+            lines.append(f"  {signature_of_call[0]}: {layout}")
+        return "\n".join(lines)
+
 
 Weights = Mapping[int, GraphModule | None]  # by split rank: a function of a microbatch
 
@@ -45,19 +74,22 @@ def prove_batch(
     split: BatchSplit,
     weights: Weights,
     memory: CompileMemory,
-) -> None:
+) -> bool:
     """Prove that the parts of a batch compute what one device does.
 
     Args:
         number: of the call, whose loss function is as it is traced.
         weights: by split rank, the function that computes the weight of a microbatch.
 
+    Returns:
+        whether the proof alone says that weights add up to the last bit.
+
     Raises:
         BatchError: it cannot be proven.
     """
     resolved = inputs.resolved
     if not (resolved.splits or split.count > 1 or resolved.precision):
-        return
+        return True
     as_written = analysis.calls[number]
     try:
         exact = [
@@ -67,8 +99,20 @@ def prove_batch(
     except BatchError:
         _check_weights(inputs, analysis, as_written, split, weights)  # it says more of a weight
         raise
-    if not all(exact) or resolved.precision or split.parts:
+    proven = all(exact) and not resolved.precision and not split.parts
+    if not proven:
         _check_weights(inputs, analysis, as_written, split, weights)
+    return proven
+
+
+def split_proof(split: BatchSplit, positions: Findings | None, exact: bool) -> SplitProof:
+    """The record of what was proven of a split."""
+    dims = set()
+    if split.count > 1 or any(cut.axes and not cut.part for cut in split.all_cuts):
+        dims.add("rows")
+    if positions is not None:
+        dims.add("positions")
+    return SplitProof(frozenset(dims), exact, positions)
 
 
 def _prove_rows(

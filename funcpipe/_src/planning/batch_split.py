@@ -13,6 +13,7 @@ BatchError with the path of the leaf that cannot be split.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,30 @@ class BatchSplit:
     kinds: tuple[Any, ...] = ()
     local: bool = False
     rows: tuple[tuple[tuple[LeafCut, ...], ...], ...] = ()
+
+    @property
+    def all_cuts(self) -> list[LeafCut]:
+        """The splits of all leaves."""
+        leaves = itertools.chain.from_iterable(self.cuttings)
+        return list(itertools.chain.from_iterable(leaves))
+
+    @property
+    def counts(self) -> str:
+        """How much is split, in one line."""
+        leaves = sum(bool(cuts) for part in self.cuttings for cuts in part)
+        ready = f", {len(self.specs)} of them ready" if len(self.specs) > 1 else ""
+        sizes = f"sequence ranks: {self.slices}"
+        return f"microbatches of a rank: {self.count}{ready}, leaves split: {leaves}, {sizes}"
+
+    def __str__(self) -> str:
+        lines = [self.counts]
+        for number, (spec, part) in enumerate(zip(self.specs, self.cuttings, strict=True)):
+            paths = tree.paths(tree.unflatten(spec, range(len(part))))
+            name = f"batch.parts[{number}]" if len(self.specs) > 1 else "batch"
+            for path, cuts in zip(paths, part, strict=True):
+                ways = ", then ".join(map(_cut_text, cuts)) or "whole"
+                lines.append(f"  {name}{path}: {ways}")
+        return "\n".join(lines)
 
     def shape(
         self, part: int, leaf: int, shape: tuple[int, ...], member: int = 0
@@ -175,6 +200,12 @@ class BatchSplit:
             else:
                 pieces = list(torch.chunk(pieces[0], c.pieces, c.dim))
         return [_dense(x) for x in pieces]
+
+
+def _cut_text(cut: LeafCut) -> str:
+    over = f"over {', '.join(cut.axes)}" if cut.axes else "into microbatches"
+    what = "positions" if cut.part else "rows"
+    return f"{what} along dim {cut.dim} by {cut.pieces} {over}"
 
 
 def _ranges(x: torch.Tensor, dim: int, ranges: Iterable[tuple[int, int]]) -> torch.Tensor:

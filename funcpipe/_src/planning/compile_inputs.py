@@ -1,12 +1,14 @@
 """Compile inputs: what all plans of a step are made from, and what later plans keep of earlier ones.
 
-In: a resolved step, ``init_state``, params. Out: `CompileInputs`, which never change, and
+In: a resolved step, ``init_state``, params. Out: `CompileInputs`, which never change;
 `CompileMemory`, which the stages of `pipeline.py` read and fill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,23 +49,44 @@ class CompileInputs:
 
 
 @dataclass
+class StageClock:
+    """How long each stage of one plan took.
+
+    Args:
+        seconds: by stage; a stage that runs several times adds up.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Count what runs inside for a stage."""
+        start = time.perf_counter()
+        yield
+        took = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+
+
+@dataclass
 class CompileMemory:
     """What later plans of a step keep of earlier ones.
 
     Args:
-        losses: loss functions that are traced and cut, by all that this depends on.
+        losses: loss functions that are traced and cut, by what this depends on.
         rows_exact: by what the proof of rows depends on, whether weights are exact.
         schedules: by number of a call its schedule; stages stay as the first plan has them.
         placement: of the state, which stays as the first plan has it.
+        clock: of the plan that is being made.
     """
 
     losses: dict[tuple, LossVariant] = field(default_factory=dict)
     rows_exact: dict[tuple, bool] = field(default_factory=dict)
     schedules: dict[int, ChosenSchedule] = field(default_factory=dict)
     placement: Placement | None = None
+    clock: StageClock = field(default_factory=StageClock)
 
     def forget_schedules(self) -> None:
-        """Let the next plan choose schedules, stages and placement anew; what was traced is kept."""
+        """Let the next plan choose schedules, stages and placement; what was traced is kept."""
         self.schedules.clear()
         self.placement = None
 

@@ -14,10 +14,28 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.buffer_donation import refuse_spent
 from funcpipe._src.core.checksum import checksums, text_sum
+from funcpipe._src.core.containers import check_containers
+from funcpipe._src.functional import random
 from funcpipe._src.graph.ops import extract, is_seeded
 from funcpipe._src.graph.unit_code import without_device_numbers
 from funcpipe.errors import StateError
+
+
+def read_params(params: Any, key: torch.Tensor | int) -> tuple[Any, LazyParams | None]:
+    """A tree with the shapes of params, and what makes them where they are given as a function.
+
+    Raises:
+        StateError: params are a module, or were donated.
+    """
+    if isinstance(params, torch.nn.Module):
+        check_containers("params", params)  # it is callable, but makes no params
+    if not callable(params):
+        refuse_spent("params", params)
+        return params, None
+    lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
+    return lazy.fakes, lazy
 
 
 class LazyParams:

@@ -20,7 +20,7 @@ from funcpipe._src.core.step import SCALAR_LOSS
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
 from funcpipe._src.graph.partition import Units, partition_graph
 from funcpipe._src.graph.trace import Traced, trace
-from funcpipe._src.planning.compile_inputs import CompileInputs
+from funcpipe._src.planning.compile_inputs import CompileInputs, StageClock
 from funcpipe._src.planning.local_batch import LocalBatch
 from funcpipe._src.planning.loss_outputs import check_aux
 from funcpipe._src.planning.weight_layout import loss_params
@@ -78,6 +78,7 @@ def compile_loss(
     call: PrimitiveCall,
     local: LocalBatch,
     separate_w: bool,
+    clock: StageClock,
 ) -> LossVariant:
     """Prove, trace, check and cut a loss function.
 
@@ -88,10 +89,14 @@ def compile_loss(
         SequenceError, BatchError, TraceError, CutError: a stage refuses it.
     """
     params = loss_params(inputs, analysis, call)
-    proof = _prove(inputs, call, params, local)
-    joint = _trace(inputs, call, params, local, proof)
-    checked = _check(inputs.resolved, joint, local)
-    units = partition_graph(joint, checked.labels, inputs.resolved.remats, separate_w)
+    with clock.time("prove"):
+        proof = _prove(inputs, call, params, local)
+    with clock.time("trace"):
+        joint = _trace(inputs, call, params, local, proof)
+    with clock.time("check"):
+        checked = _check(inputs.resolved, joint, local)
+    with clock.time("partition"):
+        units = partition_graph(joint, checked.labels, inputs.resolved.remats, separate_w)
     return LossVariant(proof, checked, units)
 
 

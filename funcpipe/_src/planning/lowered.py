@@ -18,16 +18,18 @@ from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.trace import Traced
 from funcpipe._src.graph.unit_code import Value
+from funcpipe._src.planning.batch_proof import SplitProof
 from funcpipe._src.planning.batch_split import BatchSplit, signature
 from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
 from funcpipe._src.planning.loss_outputs import row_layouts, summed_outputs
 from funcpipe._src.planning.loss_variant import CheckedLoss, LossVariant
 from funcpipe._src.planning.placement import Placement
 from funcpipe._src.planning.scheduling import CheckedSchedule
+from funcpipe._src.planning.stage_text import stage_lines
 from funcpipe._src.planning.weight_layout import WeightLayout
 from funcpipe._src.program import Program, partial_segments
-from funcpipe._src.proof.verify import Findings
 from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe.errors import PlanError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class PlannedCall:
         call: as the analysis saw it, with the loss function that was traced.
         split: of its batch.
         ready: which ready microbatches of the batch these ranks have; 0 where it brings none.
+        proof: that the parts of the batch compute what one device does.
         losses: the loss function for every microbatch; those of equal shapes share one.
         weights: how a rank holds its params.
         schedule: stages, and actions with sends and receives.
@@ -50,16 +53,12 @@ class PlannedCall:
     call: PrimitiveCall
     split: BatchSplit
     ready: tuple[int, ...]
+    proof: SplitProof
     losses: tuple[LossVariant, ...]
     weights: WeightLayout
     schedule: CheckedSchedule
     programs: tuple[Program, ...]
     variants: Mapping[int, PlannedCall] = field(default_factory=dict)
-
-    @property
-    def proof(self) -> Findings | None:
-        """How attention's operands and the like are split, of the first microbatch."""
-        return self.losses[0].proof
 
     @property
     def joint(self) -> Traced:
@@ -102,7 +101,7 @@ class PlannedCall:
     @cached_property
     def rows(self) -> dict[int, tuple[int, SequenceLayout]]:
         """By output, how `Rows` are split by positions: along which dim, and how."""
-        return row_layouts(self.joint, self.proof)
+        return row_layouts(self.joint, self.proof.positions)
 
     @cached_property
     def signature(self) -> tuple:
@@ -152,3 +151,36 @@ class Lowered:
     placement: Placement
     calls: tuple[PlannedCall, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Traced:
+        """The joint graph of the first ``value_and_grad``."""
+        return self._first.joint
+
+    @property
+    def units(self) -> Units:
+        """The units of the first ``value_and_grad``."""
+        return self._first.units
+
+    @property
+    def schedule(self) -> CheckedSchedule:
+        """The schedule of the first ``value_and_grad``."""
+        return self._first.schedule
+
+    @property
+    def program(self) -> Program:
+        """The program of the first pipeline rank for the first ``value_and_grad``."""
+        return self._first.programs[0]
+
+    @property
+    def _first(self) -> PlannedCall:
+        if not self.calls:
+            raise PlanError("the step calls no fp.value_and_grad: nothing was traced")
+        return self.calls[0]
+
+    def text(self, seconds: bool = True) -> str:
+        """One line per stage, perhaps without the seconds that it took."""
+        return "\n".join(stage_lines(self, seconds))
+
+    def __str__(self) -> str:
+        return self.text()

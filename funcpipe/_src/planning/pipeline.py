@@ -19,9 +19,9 @@ from funcpipe._src.analysis.rehearsal import Rehearsal
 from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.remat import check_used
-from funcpipe._src.planning.batch_proof import prove_batch
+from funcpipe._src.planning.batch_proof import prove_batch, split_proof
 from funcpipe._src.planning.batch_split import BatchSplit, split_batch
-from funcpipe._src.planning.compile_inputs import CompileInputs, CompileMemory
+from funcpipe._src.planning.compile_inputs import CompileInputs, CompileMemory, StageClock
 from funcpipe._src.planning.local_batch import local_batch
 from funcpipe._src.planning.loss_outputs import summed_outputs
 from funcpipe._src.planning.loss_variant import LossVariant, compile_loss
@@ -70,9 +70,10 @@ def compile_step(
     )
     check_used(resolved.remats, [call.units.saved for call in calls])
     users = _users(analysis, calls)
-    placement = place(resolved, analysis, rehearsal, users, placement)
+    with memory.clock.time("place"):
+        placement = place(resolved, analysis, rehearsal, users, placement)
     memory.placement = memory.placement or placement
-    return Lowered(resolved, analysis, placement, calls)
+    return Lowered(resolved, analysis, placement, calls, memory.clock.seconds)
 
 
 def compile_call(
@@ -90,22 +91,26 @@ def _compile_call(
 ) -> PlannedCall:
     resolved = inputs.resolved
     call = with_precision(resolved, analysis.calls[number])
-    split = split_batch(resolved, call.batch, call.origins)
+    with memory.clock.time("split"):
+        split = split_batch(resolved, call.batch, call.origins)
     table = lay_out_schedule(resolved, split.count)
     losses = _compile_losses(inputs, analysis, number, call, split, separates_w(table), memory)
     first_alike = split.variants()
     computes_weight = {rank: losses[first][0].checked.weight for rank, first in first_alike.items()}
-    prove_batch(inputs, analysis, number, call, split, computes_weight, memory)
-    costs = _costs(analysis, losses[0][0].units)
-    earlier = memory.schedules.get(number)
-    chosen = choose_schedule(resolved, table, costs, split.count, earlier)
-    memory.schedules[number] = chosen
+    with memory.clock.time("prove"):
+        exact = prove_batch(inputs, analysis, number, call, split, computes_weight, memory)
+    with memory.clock.time("schedule"):
+        costs = _costs(analysis, losses[0][0].units)
+        earlier = memory.schedules.get(number)
+        chosen = choose_schedule(resolved, table, costs, split.count, earlier)
+        memory.schedules[number] = chosen
     weights = lay_out_weights(resolved, analysis, call)
-    planned = {
-        rank: _lower_variant(resolved.ranks, call, split, losses, rank, chosen, weights)
-        for rank in losses
-    }
-    check_same_order([variant.programs for variant in planned.values()])
+    with memory.clock.time("lower"):
+        planned = {
+            rank: _lower_variant(resolved.ranks, call, split, losses, rank, exact, chosen, weights)
+            for rank in losses
+        }
+        check_same_order([variant.programs for variant in planned.values()])
     variants = {rank: planned[first] for rank, first in first_alike.items()}
     return replace(planned[0], variants=variants)
 
@@ -127,7 +132,9 @@ def _compile_losses(
         local = local_batch(inputs, split, call.batch, ready, sequence_rank)
         key = (number, separate_w, local.key, values)
         if key not in memory.losses:
-            memory.losses[key] = compile_loss(inputs, analysis, call, local, separate_w)
+            memory.losses[key] = compile_loss(
+                inputs, analysis, call, local, separate_w, memory.clock
+            )
         return memory.losses[key]
 
     found = {}
@@ -169,6 +176,7 @@ def _lower_variant(
     split: BatchSplit,
     losses: Losses,
     split_rank: int,
+    exact: bool,
     chosen: ChosenSchedule,
     weights: WeightLayout,
 ) -> PlannedCall:
@@ -197,7 +205,8 @@ def _lower_variant(
         for pipeline_rank in range(pipeline_ranks)
     )
     ready = tuple(split.ready_of(split_rank))
-    return PlannedCall(call, split, ready, own, weights, schedule, programs)
+    proof = split_proof(split, own[0].proof, exact)
+    return PlannedCall(call, split, ready, proof, own, weights, schedule, programs)
 
 
 def separate_units(
@@ -209,5 +218,6 @@ def separate_units(
     values = None if call.call.reading is None else call.call.reading.values
     key = (number, True, local.key, values)
     if key not in memory.losses:
-        memory.losses[key] = compile_loss(inputs, lowered.analysis, call.call, local, True)
+        analysis, clock = lowered.analysis, StageClock()
+        memory.losses[key] = compile_loss(inputs, analysis, call.call, local, True, clock)
     return memory.losses[key].units

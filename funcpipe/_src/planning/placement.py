@@ -103,6 +103,17 @@ class Placement:
     metrics_spec: Any = None
     leaf_metrics: tuple[LeafMetric, ...] = ()
 
+    def __str__(self) -> str:
+        analysis, lines = self.analysis, []
+        for path, layout in zip(analysis.paths, self.layouts, strict=True):
+            over = f", sharded over {', '.join(layout.axes)}" if layout.axes else ""
+            ranks = ", ".join(map(str, layout.owners))
+            lines.append(f"params{path} {layout.shape} on pipeline ranks {ranks}{over}")
+        for pipeline_rank, present in enumerate(self.present):
+            held = f"{sum(present)} of {len(present)} leaves of the state"
+            lines.append(f"pipeline rank {pipeline_rank} holds {held}")
+        return "\n".join(lines)
+
     def stage_rank(self, rank: int) -> int:
         """The place of a rank on the pipe axis."""
         return self.mesh.coords(rank)[self.pipe_axis] if self.pipe_axis else 0

@@ -17,7 +17,7 @@ from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.planning.batch_split import signature
-from funcpipe._src.planning.compile_inputs import CompileMemory, compile_inputs
+from funcpipe._src.planning.compile_inputs import CompileMemory, StageClock, compile_inputs
 from funcpipe._src.planning.pipeline import compile_step, separate_units
 from funcpipe._src.planning.placement import Placement, place_again
 from funcpipe._src.planning.plan import Plan
@@ -88,7 +88,9 @@ class Planner:
     def _made(self, batch: Any, variants: Variants) -> Plan:
         """The plan for what is read now: one that was made before, or a new one."""
         of_step, _ = variants.read()
-        analysis, rehearsal = analyse_step(self.inputs, batch, variants.follower)
+        clock = self.memory.clock = StageClock()
+        with clock.time("analyse"):
+            analysis, rehearsal = analyse_step(self.inputs, batch, variants.follower)
         self.ops = analysis.outside
         placement = self._placement_now(analysis, rehearsal, changed=bool(variants.plans))
         plan = variants.of_calls(_reads(analysis, placement))

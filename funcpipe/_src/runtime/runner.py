@@ -18,14 +18,11 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.buffer_donation import refuse_spent
 from funcpipe._src.core.checksum import checksums
-from funcpipe._src.core.containers import check_containers
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
 from funcpipe._src.core.step import refuse_inference_mode
-from funcpipe._src.functional import random
-from funcpipe._src.planning.lazy_init import LazyParams
+from funcpipe._src.planning.lazy_init import read_params
 from funcpipe._src.planning.placement import Placement
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.planner import Planner
@@ -81,14 +78,11 @@ class Runner(abc.ABC):
         """Params for their shapes, a function that fetches a leaf, and one that gives a checksum
         for every leaf."""
         refuse_inference_mode("run.init")
-        if isinstance(params, torch.nn.Module):
-            check_containers("params", params)  # it is callable, but makes no params
-        if not callable(params):
-            refuse_spent("params", params)
-            leaves = tree.leaves(params)
-            return params, leaves.__getitem__, lambda: checksums(leaves)
-        lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
-        return lazy.fakes, lambda i: lazy.leaf(i).to(self.device), lazy.digests
+        shapes, lazy = read_params(params, key)
+        if lazy is not None:
+            return shapes, lambda i: lazy.leaf(i).to(self.device), lazy.digests
+        leaves = tree.leaves(params)
+        return shapes, leaves.__getitem__, lambda: checksums(leaves)
 
     @abc.abstractmethod
     def _about_to_load(self) -> None:

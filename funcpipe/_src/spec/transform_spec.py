@@ -223,6 +223,13 @@ class ResolvedStep:
     records: tuple[TransformSpec, ...]
     local: bool = False  # whether the batch that a rank gets is its own rows already
 
+    def __str__(self) -> str:
+        count = "as the batch brings" if self.micro and self.micro.count is None else 1
+        if self.micro and self.micro.count is not None:
+            count = self.micro.count
+        lines = [f"{self.mesh!r}, transforms: {len(self.records)}, microbatches: {count}"]
+        return "\n".join([*lines, *(f"  {spec.text}" for spec in self.records)])
+
     def sharded_over(self, path: str, shape: tuple[int, ...]) -> Axes:
         """S: the axes that a parameter is sharded over; a 0-d parameter stays whole.
 
