@@ -12,7 +12,7 @@ from support.models import refused
 
 import funcpipe as fp
 from funcpipe._src.planning.batch_split import BatchSplit, signature, split_batch
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import BatchError
 
 

@@ -36,7 +36,7 @@ from funcpipe._src.graph.trace import Traced
 from funcpipe._src.graph.unit_code import Code, Value
 
 if TYPE_CHECKING:
-    from funcpipe._src.spec.transform_spec import Remat
+    from funcpipe._src.spec.requests import Remat
 
 Key = tuple[str, int]  # kind and segment of a unit
 

@@ -33,7 +33,7 @@ from funcpipe._src.planning.weight_layout import loss_params
 from funcpipe._src.proof.loss_runs import Subject
 from funcpipe._src.proof.rows import prove_rows
 from funcpipe._src.proof.verify import Findings
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import BatchError
 
 
@@ -141,7 +141,8 @@ def _prove_rows(
     subject = Subject(call.loss_fn, call.has_aux, params, spec, inputs.mode, resolved.split_axes)
     brings_ready = isinstance(call.batch, Microbatches)
     mesh = _mesh_of_rows(resolved)
-    exact = prove_rows(subject, local, split.rows[ready], mesh, brings_ready, split.dealt)
+    with resolved.contexts():
+        exact = prove_rows(subject, local, split.rows[ready], mesh, brings_ready, split.dealt)
     memory.rows_exact[key] = exact
     return exact
 

@@ -27,7 +27,8 @@ from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.step import Microbatches, check_microbatches
 from funcpipe._src.functional.leaf_cut import LeafCut
 from funcpipe._src.functional.sequence_layout import SequenceLayout
-from funcpipe._src.spec.transform_spec import ResolvedStep, TransformSpec
+from funcpipe._src.spec.resolve import ResolvedStep
+from funcpipe._src.spec.transform_spec import TransformSpec
 from funcpipe.errors import BatchError
 
 _DEAL = (
@@ -230,17 +231,19 @@ def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> Batc
             split and have no rows.
     """
     ready = isinstance(batch, Microbatches)
-    count = resolved.micro.count if resolved.micro else 1
+    asked = resolved.microbatch_split
+    count = asked.count if asked else 1
+    who = resolved.microbatch_spec.name if resolved.microbatch_spec else ""
     if ready:
         check_microbatches(batch)
-    if ready and count not in (None, len(batch.parts)) and resolved.micro:
+    if ready and count not in (None, len(batch.parts)) and asked:
         raise BatchError(
-            f"{resolved.micro_name} asks for {count} microbatches, but the batch brings "
+            f"{who} asks for {count} microbatches, but the batch brings "
             f"{len(batch.parts)}; pass microbatches=None to take what the batch brings"
         )
     if count is None and not ready:
         raise BatchError(
-            f"{resolved.micro_name}(microbatches=None) takes ready microbatches, but the batch is "
+            f"{who}(microbatches=None) takes ready microbatches, but the batch is "
             f"a {type(batch).__name__}; pass fp.Microbatches([...]) or say how many"
         )
     parts = list(batch.parts) if ready else [batch]
@@ -270,18 +273,24 @@ def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> Batc
     )
 
 
+def _row_wishes(resolved: ResolvedStep) -> list[tuple[str, Axes, int, Any]]:
+    """Who splits rows, over which axes, into how many pieces, along which dims."""
+    wishes = []
+    for spec in resolved.row_specs:
+        split = spec.split_rows()
+        assert split is not None
+        wishes.append((spec.name, spec.axes, resolved.mesh.axis_size(spec.axes), split.dims))
+    return wishes
+
+
 def _row_cuttings(
     resolved: ResolvedStep, batch: Any, origins: list[Origin], microbatches: int, dealt: Axes
 ) -> list[tuple[LeafCut, ...]]:
     """How the rows of every leaf are split, whoever does it."""
-    wanted = [
-        (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
-        for r in resolved.row_splits
-        if r.split and not dealt
-    ]
-    wanted.append(
-        (resolved.micro_name, (), microbatches, resolved.micro.dims if resolved.micro else 0)
-    )
+    wanted = [] if dealt else _row_wishes(resolved)
+    spec, asked = resolved.microbatch_spec, resolved.microbatch_split
+    name, dims = spec.name if spec else "", asked.dims if asked else 0
+    wanted.append((name, (), microbatches, dims))
     leaves = tree.leaves(batch)
     out: list[list[LeafCut]] = [[] for _ in leaves]
     for name, axes, pieces, dims in wanted:
@@ -311,12 +320,10 @@ def _rows_divide(resolved: ResolvedStep, part: Any) -> bool:
         dict.fromkeys(range(-x.dim(), x.dim()), 1) if isinstance(x, torch.Tensor) else {}
         for x in leaves
     ]
-    for r in resolved.row_splits:
-        for x, cut, dim in zip(
-            leaves, pieces, _dims(r.name, r.split.dims if r.split else 0, part), strict=True
-        ):
+    for name, _, parts, dims in _row_wishes(resolved):
+        for x, cut, dim in zip(leaves, pieces, _dims(name, dims, part), strict=True):
             if dim in cut:
-                cut[dim % x.dim()] *= resolved.mesh.axis_size(r.axes)
+                cut[dim % x.dim()] *= parts
     return all(
         x.shape[dim] % n == 0
         for x, cut in zip(leaves, pieces, strict=True)
@@ -327,13 +334,11 @@ def _rows_divide(resolved: ResolvedStep, part: Any) -> bool:
 def _leaf_cuttings(
     resolved: ResolvedStep, batch: Any, origins: list[Origin], ready: bool, dealt: Axes
 ) -> list[tuple[LeafCut, ...]]:
-    wanted = [
-        (r.name, r.axes, resolved.mesh.axis_size(r.axes), r.split.dims)
-        for r in resolved.row_splits
-        if r.split and not dealt and (not resolved.local or any(Origin.ROWS in o for o in origins))
-    ]
-    if resolved.micro and not ready:
-        wanted.append((resolved.micro_name, (), resolved.micro.count or 1, resolved.micro.dims))
+    has_all_rows = not resolved.local or any(Origin.ROWS in o for o in origins)
+    wanted = _row_wishes(resolved) if has_all_rows and not dealt else []
+    spec, asked = resolved.microbatch_spec, resolved.microbatch_split
+    if spec and asked and not ready:
+        wanted.append((spec.name, (), asked.count or 1, asked.dims))
     leaves = list(zip(tree.paths(batch), tree.leaves(batch), strict=True))
     out: list[list[LeafCut]] = [[] for _ in leaves]
     sizes = [list(x.shape) if isinstance(x, torch.Tensor) else [] for _, x in leaves]
@@ -393,10 +398,11 @@ def _cut_sequences(
     out: list[list[LeafCut]],
 ) -> None:
     """Add how positions are split: by all records that do so together."""
-    records = resolved.sequence_splits
+    records = resolved.sequence_specs
     if not records:
         return
-    found = [_dims(r.name, r.split.dims, batch) for r in records if r.split]
+    asked = [(spec.name, spec.split_positions()) for spec in records]
+    found = [_dims(name, split.dims, batch) for name, split in asked if split]
     for i, ((path, x), *dims) in enumerate(zip(leaves, *found, strict=True)):
         if not isinstance(x, torch.Tensor) or x.dim() == 0:
             continue
@@ -420,11 +426,15 @@ def _cut_sequences(
 
 
 def _part(records: tuple[TransformSpec, ...], mesh: Mesh, size: int) -> SequenceLayout:
-    ring, heads = (
-        tuple(a for r in records if r.split and r.split.what == what for a in r.axes)
-        for what in ("ring", "heads")
-    )
-    zigzag = mesh.axis_size(ring) > 1 and any(r.split.zigzag for r in records if r.split)
+    axes: dict[str, list[str]] = {"ring": [], "heads": []}
+    zigzag = False
+    for spec in records:
+        split = spec.split_positions()
+        assert split is not None
+        axes[split.attention] += spec.axes
+        zigzag = zigzag or split.zigzag
+    ring, heads = tuple(axes["ring"]), tuple(axes["heads"])
+    zigzag = zigzag and mesh.axis_size(ring) > 1
     return SequenceLayout(size, ring, heads, mesh.axis_size(ring), mesh.axis_size(heads), zigzag)
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.core import pytree
 from funcpipe._src.graph.fake_tensors import fake
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 
 if TYPE_CHECKING:
     from funcpipe._src.planning.lowered import LossVariant

@@ -7,7 +7,8 @@ In: a call, a microbatch as a rank sees it. Out: `LossVariant`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from funcpipe._src.planning.loss_outputs import check_aux
 from funcpipe._src.planning.weight_layout import loss_params
 from funcpipe._src.proof.verify import Findings, examine
 from funcpipe._src.sequence.rewrite import rewriting
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import BatchError
 
 
@@ -89,7 +90,8 @@ def compile_loss(
         SequenceError, BatchError, TraceError, CutError: a stage refuses it.
     """
     params = loss_params(inputs, analysis, call)
-    with clock.time("prove"):
+    contexts = inputs.resolved.contexts
+    with clock.time("prove"), contexts():
         proof = _prove(inputs, call, params, local)
     with clock.time("trace"):
         joint = _trace(inputs, call, params, local, proof)
@@ -132,6 +134,12 @@ def _trace(
     proof: Findings | None,
 ) -> Traced:
     resolved = inputs.resolved
+
+    @contextlib.contextmanager
+    def as_rank() -> Iterator[None]:
+        with resolved.contexts(), rewriting(proof, local.sequence_rank, local.is_part):
+            yield
+
     return trace(
         call.loss_fn,
         call.has_aux,
@@ -140,7 +148,7 @@ def _trace(
         inputs.mode,
         resolved.mesh,
         resolved.split_axes,
-        rewriting(proof, local.sequence_rank, local.is_part),
+        as_rank(),
         _loss_scale(inputs),
         local.is_part,
     )
@@ -173,6 +181,6 @@ def _check(resolved: ResolvedStep, joint: Traced, local: LocalBatch) -> CheckedL
 def _splitters(resolved: ResolvedStep) -> str:
     """The transforms that split the batch."""
     names = [spec.name for spec in resolved.splits]
-    if resolved.micro:
-        names.append(resolved.micro_name)
+    if resolved.microbatch_spec:
+        names.append(resolved.microbatch_spec.name)
     return " and ".join(names)

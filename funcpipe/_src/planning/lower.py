@@ -18,7 +18,7 @@ from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning.lazy_init import read_params
 from funcpipe._src.planning.lowered import Lowered
 from funcpipe._src.planning.planner import Planner
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 
 
 def lower(

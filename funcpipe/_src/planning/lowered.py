@@ -28,7 +28,7 @@ from funcpipe._src.planning.scheduling import CheckedSchedule
 from funcpipe._src.planning.stage_text import stage_lines
 from funcpipe._src.planning.weight_layout import WeightLayout
 from funcpipe._src.program import Program, partial_segments
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import PlanError
 
 

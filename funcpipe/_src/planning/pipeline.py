@@ -36,7 +36,7 @@ from funcpipe._src.planning.scheduling import (
     lay_out_schedule,
     separates_w,
 )
-from funcpipe._src.planning.step_analysis import with_own_fakes, with_precision
+from funcpipe._src.planning.step_analysis import with_own_fakes, with_traced_loss
 from funcpipe._src.planning.weight_layout import WeightLayout, lay_out_weights
 from funcpipe._src.program import (
     check_alike,
@@ -90,7 +90,7 @@ def _compile_call(
     inputs: CompileInputs, analysis: StepAnalysis, number: int, memory: CompileMemory
 ) -> PlannedCall:
     resolved = inputs.resolved
-    call = with_precision(resolved, analysis.calls[number])
+    call = with_traced_loss(resolved, analysis.calls[number])
     with memory.clock.time("split"):
         split = split_batch(resolved, call.batch, call.origins)
     table = lay_out_schedule(resolved, split.count)

@@ -21,7 +21,7 @@ import torch
 from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.mesh import Axes, Mesh
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import CutError, StateError
 
 if TYPE_CHECKING:

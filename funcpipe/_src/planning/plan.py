@@ -22,7 +22,7 @@ from funcpipe._src.planning.predict import Given, Prediction, predict
 from funcpipe._src.planning.remat_curve import BUDGETS, RematCurve, remat_curve
 from funcpipe._src.program import Usage
 from funcpipe._src.schedule.timeline import Timeline
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 

@@ -25,7 +25,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
     out = {
         "the mesh": [repr(plan.resolved.mesh)],
         "the transforms": [
-            f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records
+            f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.specs
         ],
         "where params lie": [
             f"params{p}: {x}" for p, x in zip(analysis.paths, plan.placement.layouts, strict=True)

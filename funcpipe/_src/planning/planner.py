@@ -24,7 +24,7 @@ from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.step_analysis import analyse_step
 from funcpipe._src.planning.variants import Variants
 from funcpipe._src.schedule.costs import Costs
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 
 
 class Planner:
@@ -73,11 +73,8 @@ class Planner:
 
     def retime(self, costs: Costs) -> None:
         """Choose schedule and stages again, for measured costs; what was traced is kept."""
-        resolved = self.inputs.resolved
-        assert resolved.pipe is not None
-        schedule: Any = replace(resolved.pipe.schedule, costs=costs)  # type: ignore[type-var]
-        pipe = replace(resolved.pipe, schedule=schedule)
-        self.inputs = replace(self.inputs, resolved=replace(resolved, pipe=pipe))
+        resolved = replace(self.inputs.resolved, measured=costs)
+        self.inputs = replace(self.inputs, resolved=resolved)
         self.variants.clear()
         self.memory.forget_schedules()
 

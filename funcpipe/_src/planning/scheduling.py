@@ -20,7 +20,7 @@ from funcpipe._src.schedule.costs import Costs, Load
 from funcpipe._src.schedule.library import one_f_one_b
 from funcpipe._src.schedule.search import Auto
 from funcpipe._src.schedule.stage_assignment import group
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import ScheduleError
 
 Stages = tuple[tuple[int, ...], ...]  # for every stage its segments
@@ -86,7 +86,7 @@ def lay_out_schedule(resolved: ResolvedStep, microbatches: int) -> Schedule | No
     Raises:
         ScheduleError: the function returns no table, or one that does not fit.
     """
-    schedule_fn = resolved.pipe.schedule if resolved.pipe else one_f_one_b()
+    schedule_fn = resolved.pipeline.schedule if resolved.pipeline else one_f_one_b()
     if isinstance(schedule_fn, Auto):
         return None
     table = schedule_fn(resolved.ranks, microbatches)
@@ -135,17 +135,17 @@ def choose_schedule(
         CutError: fewer segments than stages.
         ScheduleError: a search finds nothing within its memory limit.
     """
-    grouping = resolved.pipe.stages if resolved.pipe else "even"
+    grouping = resolved.pipeline.stages if resolved.pipeline else "even"
     if table is not None:
         stages = earlier.stages if earlier else group(costs.flops, table.stages, grouping)
         return ChosenSchedule(table, stages)
-    assert resolved.pipe is not None
-    search = resolved.pipe.schedule
+    assert resolved.pipeline is not None
+    search = resolved.pipeline.schedule
     assert isinstance(search, Auto)
     placement = None
     if earlier is not None:
         grouping, placement = tuple(map(len, earlier.stages)), earlier.table.placement
-    load = costs.load(search.costs)
+    load = costs.load(resolved.measured or search.costs)
     found = search.fit(resolved.ranks, microbatches, load, grouping, placement, costs.waits)
     return ChosenSchedule(found.schedule, found.stages)
 

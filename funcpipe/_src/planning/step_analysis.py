@@ -17,12 +17,11 @@ from funcpipe._src.analysis.rehearsal import Rehearsal
 from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis, analyse
 from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree
-from funcpipe._src.core.mixed_precision import computed
 from funcpipe._src.core.step import without_inference
 from funcpipe._src.planning.batch_split import split_batch
 from funcpipe._src.planning.compile_inputs import CompileInputs
 from funcpipe._src.planning.weight_layout import loss_dtypes
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 
 
 def analyse_step(
@@ -43,7 +42,7 @@ def analyse_step(
         split = split_batch(resolved, call.batch, call.origins)
         dtypes = loss_dtypes(resolved, tags, call)
         own_rows = split.own_rows(call.batch)
-        return replace(with_precision(resolved, call), dtypes=dtypes, batch=own_rows)
+        return replace(with_traced_loss(resolved, call), dtypes=dtypes, batch=own_rows)
 
     return analyse(
         resolved.step,
@@ -57,12 +56,9 @@ def analyse_step(
     )
 
 
-def with_precision(resolved: ResolvedStep, call: PrimitiveCall) -> PrimitiveCall:
+def with_traced_loss(resolved: ResolvedStep, call: PrimitiveCall) -> PrimitiveCall:
     """A call with the loss function that is traced: under `mixed_precision` it casts its batch."""
-    precision = resolved.precision
-    if precision is None:
-        return call
-    return replace(call, loss_fn=computed(call.loss_fn, call.has_aux, precision))
+    return replace(call, loss_fn=resolved.loss(call.loss_fn, call.has_aux))
 
 
 def with_own_fakes(inputs: CompileInputs, analysis: StepAnalysis) -> StepAnalysis:

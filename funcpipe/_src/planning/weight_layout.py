@@ -18,7 +18,7 @@ from funcpipe._src.core import pytree
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.planning.compile_inputs import CompileInputs
 from funcpipe._src.program import Piece, Sharded
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 
 
 class _Params(Protocol):
@@ -71,7 +71,7 @@ def _sharded(
     path, shape = analysis.paths[call.params[arg]], analysis.shapes[call.params[arg]]
     axes = resolved.sharded_over(path, shape)
     shards = resolved.mesh.axis_size(axes)
-    options = resolved.shard_options(path)
+    options = resolved.shard_options(path, shape)
     if resolved.precision and options.reduce_dtype is None:
         options = replace(options, reduce_dtype=call.dtypes[arg])
     return Sharded(
@@ -88,15 +88,15 @@ def _sharded(
 def loss_dtype(
     resolved: ResolvedStep, params: _Params, call: PrimitiveCall, arg: int
 ) -> torch.dtype:
-    """The dtype in which a loss function sees a leaf: what `sharded_weights` says of it, else
-    `mixed_precision`."""
+    """The dtype in which a loss function sees a leaf: the dtype in which a sharded
+    leaf is gathered, else what transforms ask for."""
     param, dtype = call.params[arg], call.dtypes[arg]
-    path = params.paths[param]
-    if resolved.sharded_over(path, params.shapes[param]) and dtype.is_floating_point:
-        gathered = resolved.shard_options(path).param_dtype
+    path, shape = params.paths[param], params.shapes[param]
+    if dtype.is_floating_point and resolved.sharded_over(path, shape):
+        gathered = resolved.shard_options(path, shape).param_dtype
         if gathered is not None:
             return gathered
-    return resolved.precision.of_param(path, dtype) if resolved.precision else dtype
+    return resolved.dtype_of(path, dtype)
 
 
 def loss_dtypes(

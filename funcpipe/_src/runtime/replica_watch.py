@@ -18,7 +18,7 @@ from funcpipe._src.planning.placement import Placement
 from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.mismatch_text import majority, other_step
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import MismatchError
 
 BATCH, STATE, STEP = 1, 2, 4  # what is due

@@ -29,7 +29,7 @@ from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime.profile_units import profile_units
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.record import Recording
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import StateError
 
 
@@ -67,7 +67,7 @@ class Runner(abc.ABC):
     def _plan_first(self, batch: Any) -> None:
         """The first plan; if the schedule is to be chosen for measured costs, those are measured
         now."""
-        plan, pipe = self._made.plan(batch), self._resolved.pipe
+        plan, pipe = self._made.plan(batch), self._resolved.pipeline
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)

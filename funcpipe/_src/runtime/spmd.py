@@ -179,7 +179,7 @@ class Spmd(Runner):
 
     @property
     def _what(self) -> str:
-        records = ", ".join(r.text for r in self._resolved.records)
+        records = ", ".join(spec.text for spec in self._resolved.specs)
         how = (
             f"backend={self._backend.name!r}, sums={self._backend.sums}, "
             f"cuda_graph={self._cuda_graph}"
