@@ -449,6 +449,7 @@ def test_a_captured_step_donates() -> None:
 def test_sums_are_for_compiled_units() -> None:
     for backend, sums in (("eager", torch.float32), ("inductor", torch.int64)):
         with pytest.raises(
-            StackError, match=r"sums=torch.*give a floating-point dtype, with backend='inductor'"
+            StackError,
+            match=r"accumulate_dtype=torch.*give a floating-point dtype, with backend='inductor'",
         ):
-            fp.spmd(step_of(loss_fn), fp.Mesh(), backend=backend, sums=sums)
+            fp.spmd(step_of(loss_fn), fp.Mesh(), backend=backend, accumulate_dtype=sums)

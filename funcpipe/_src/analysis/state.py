@@ -3,14 +3,12 @@
 
 A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may
 touch leaves only elementwise, or through `global_norm` and its kin. Both questions are answered by
-running ``init_state`` and the step
-once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that
-nothing else has, so moments, masters and averages are known by their size, and an op that is not
-elementwise is caught in the act. `rehearsal` runs both again as ranks do.
+running ``init_state`` and the step once on *dyed* fakes and the real batch: every leaf of params
+gets a first dim of a size that nothing else has, so moments, masters and averages are known by
+their size, and an op that is not elementwise is caught in the act. `rehearsal` runs both again.
 
-In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the
-parameter it belongs to (or
-None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
+In: `Resolved`, ``init_state``, params and batch. Out: `StepAnalysis`: for every leaf of the state
+its parameter (or None: replicated), and every ``value_and_grad`` and global sum, in order.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from funcpipe._src.analysis.analysis_text import analysis_text
 from funcpipe._src.analysis.call_results import Origin, hand_on, loss_and_aux, origin
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe._src.analysis.host_values import Follower, Reading
@@ -117,21 +116,7 @@ class StepAnalysis:
     sums: tuple[Reduction, ...]
     free: frozenset[int]
     outside: tuple[Op, ...] = ()
-
-    def __str__(self) -> str:
-        counts = (
-            f"params: {len(self.paths)}, leaves of the state: {len(self.state)}, "
-            f"overwritable: {len(self.free)}, value_and_grad: {len(self.calls)}, "
-            f"global sums: {len(self.sums)}"
-        )
-        lines = [counts]
-        for path, shape, dtype in zip(self.paths, self.shapes, self.dtypes, strict=True):
-            lines.append(f"  params{path}: {dtype} {shape}")
-        for number, (path, param) in enumerate(zip(self.state_paths, self.state, strict=True)):
-            what = "replicated" if param is None else f"of params{self.paths[param]}"
-            may = ", overwritable" if number in self.free else ""
-            lines.append(f"  state{path}: {what}{may}")
-        return "\n".join(lines)
+    __str__ = analysis_text
 
 
 class _Feeds(BaseException):

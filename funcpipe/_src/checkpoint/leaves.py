@@ -70,7 +70,8 @@ class Leaves:
         planner, self.placement = run._made, run._placement
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             like = lambda x: torch.empty(x.shape, dtype=x.dtype, device=run.device)  # noqa: E731
-            state = planner.inputs.init_state(tree.map_tensors(like, planner.inputs.params))
+            inputs = planner.inputs
+            state = inputs.init_state(tree.map_tensors(like, inputs.params))
         self.found = tree.leaves(state)
         self.names = [f"state{path}" for path in self.placement.analysis.state_paths]
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in self.found]

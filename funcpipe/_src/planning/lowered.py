@@ -81,6 +81,14 @@ class PlannedCall:
         return tuple(loss.units for loss in self.losses)
 
     @cached_property
+    def distinct_units(self) -> tuple[Units, ...]:
+        """The units of all ranks, each set once."""
+        found: dict[Units, None] = {}
+        for variant in self.variants.values():
+            found |= dict.fromkeys(variant.microbatch_units)
+        return tuple(found)
+
+    @cached_property
     def moving(self) -> tuple[tuple[int, ...], ...]:
         """For every microbatch, which leaves of its batch are tensors."""
         parts = ready_microbatches(self.call.batch)
@@ -111,6 +119,10 @@ class PlannedCall:
     def of_rank(self, rank: int) -> PlannedCall:
         """The call as a rank runs it."""
         return self.variants[self.split.member(rank)]
+
+    def output_size(self, output: int, dim: int) -> int:
+        """The size of an output along a dim, over all microbatches of a rank."""
+        return sum(units.heads[output].shape[dim] for units in self.microbatch_units)
 
     def pipeline_rank_of(self, segment: int) -> int:
         """The pipeline rank that holds a segment."""

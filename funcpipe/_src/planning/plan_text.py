@@ -46,7 +46,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         out[f"the splits of the batch of {name}"] = [
             str(leaf) for part in c.split.cuttings for leaf in part
         ]
-        cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.microbatch_units)
+        cuts = c.distinct_units
         out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
         folded = [x for m in cuts for x in m.constants.values()]
         out[f"the constants of {name}"] = [x.key for x in folded]

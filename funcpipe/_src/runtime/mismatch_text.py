@@ -40,7 +40,7 @@ def too_large(rank: Rank, state: Any, error: BaseException) -> str:
 def _experts(rank: Rank) -> str:
     """What to say of experts whose weights are copied for every token."""
     traced = [call.joint for call in rank.plan.calls]
-    copied = sum(copied_experts(t.module.graph, t.params) for t in traced)
+    copied = sum(copied_experts(joint.module.graph, joint.params) for joint in traced)
     if not copied:
         return ""
     return (

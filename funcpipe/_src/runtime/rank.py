@@ -83,13 +83,8 @@ class Rank:
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
-        cuts = {
-            m
-            for c in self.plan.calls
-            for variant in c.variants.values()
-            for m in variant.microbatch_units
-        }
-        graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
+        cuts = {units for call in self.plan.calls for units in call.distinct_units}
+        graphs = [unit.code.module.graph for cut in cuts for unit in cut.units.values()]
         used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
         lanes = self._lanes().union(*(lanes_of(g, self.comm.mesh) for g in graphs))
@@ -261,9 +256,8 @@ class _BoundCall:
         one after the other."""
         comm = self.rank.comm
         pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.losses))]
-        out = (
-            pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-        )  # a message must not change
+        # A message must not change, so that a single piece is copied.
+        out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
         resolved, splits = self.rank.plan.resolved, self.planned.split
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
@@ -283,9 +277,7 @@ class _BoundCall:
         mesh, row_axes = self.rank.comm.mesh, self.rank.plan.resolved.row_axes
         call = self.rank.plan.calls[int(self.name)]
         alike = [call.of_rank(rank) for rank in mesh.group(self.rank.comm.rank, row_axes)]
-        return [
-            sum(cut.heads[h].shape[dim] for cut in planned.microbatch_units) for planned in alike
-        ]
+        return [planned.output_size(h, dim) for planned in alike]
 
     # ---- gradients
 

@@ -106,9 +106,9 @@ class Recording:
         planned, times = self._call(call)
         first = min((start for row in times for start, _ in row), default=0.0)
         rows = []
-        for program, actions, row in zip(
-            planned.programs, planned.schedule.table.ranks, times, strict=True
-        ):
+        table = planned.schedule.table
+        by_rank = zip(planned.programs, table.ranks, times, strict=True)
+        for program, actions, row in by_rank:
             ends: dict[Any, list[float]] = defaultdict(list)
             for i, span in zip(program.instructions, row, strict=True):
                 if i.op in (RUN, SEND, RECV):
@@ -120,7 +120,7 @@ class Recording:
                     if a in ends
                 )
             )
-        return Timeline(planned.schedule.table, tuple(rows))
+        return Timeline(table, tuple(rows))
 
     def costs(self, call: int = 0) -> Costs:
         """What units took: the median over microbatches. Kinds that the schedule does not run are

@@ -79,7 +79,7 @@ class Spmd(Runner):
         timeout: float | None,
         batch: str,
         backend: str,
-        sums: torch.dtype | None,
+        accumulate: torch.dtype | None,
         cuda_graph: bool,
         donate: bool,
         check_every: int | None,
@@ -91,9 +91,10 @@ class Spmd(Runner):
             )
         if batch not in ("global", "local"):
             raise StackError(f"spmd: batch={batch!r}; write 'global' or 'local'")
-        if sums is not None and (backend == "eager" or not sums.is_floating_point):
+        if accumulate is not None and (backend == "eager" or not accumulate.is_floating_point):
             raise StackError(
-                f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'"
+                f"spmd: accumulate_dtype={accumulate!r}; give a floating-point dtype, with "
+                "backend='inductor'"
             )
         if cuda_graph and not donate:
             raise StackError(
@@ -116,10 +117,9 @@ class Spmd(Runner):
                 "spmd: cuda_graph=True needs a GPU, but this rank computes on the "
                 f"{self._comm.device}"
             )
-        self._backend, self._cuda_graph = (
-            Backend(backend, self._report, sums or torch.float32, cuda_graph),
-            cuda_graph,
-        )
+        dtype = accumulate or torch.float32
+        self._backend = Backend(backend, self._report, dtype, cuda_graph)
+        self._cuda_graph = cuda_graph
         self._donate = donate
         self._bound: dict[int, Rank] = {}
         self._captured: dict[tuple, CapturedStep] = {}
@@ -180,10 +180,9 @@ class Spmd(Runner):
     @property
     def _what(self) -> str:
         records = ", ".join(spec.text for spec in self._resolved.specs)
-        how = (
-            f"backend={self._backend.name!r}, sums={self._backend.sums}, "
-            f"cuda_graph={self._cuda_graph}"
-        )
+        backend = self._backend
+        how = f"backend={backend.name!r}, accumulate_dtype={backend.accumulate_dtype}"
+        how += f", cuda_graph={self._cuda_graph}"
         return (
             f"{records or 'no transform'} on {self.mesh!r}, {how}"
             + ", local batches" * self._resolved.local
@@ -510,7 +509,7 @@ def spmd(
     timeout: float | None = None,
     batch: str = "global",
     backend: str = "eager",
-    sums: torch.dtype | None = None,
+    accumulate_dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
     donate: bool = True,
     check_every: int | None = None,
@@ -527,9 +526,9 @@ def spmd(
             of one sequence) then pass the same rows, with all positions.
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles
             each distinct unit.
-        sums: with "inductor", the dtype in which gradients with fewer bits are added up over
-            microbatches: by default ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16
-            params up as plain PyTorch does, in half the memory.
+        accumulate_dtype: with "inductor", the dtype in which gradients with fewer bits are added
+            up over microbatches: by default ``torch.float32``; ``torch.bfloat16`` adds those of
+            bfloat16 params up as plain PyTorch does, in half the memory.
         cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
             The first step with a batch of some shapes runs as it is; the second one is captured.
             ``NCCL_GRAPH_MIXING_SUPPORT`` is set to 0 in the environment unless it is set: graphs of
@@ -553,4 +552,5 @@ def spmd(
         RankError, on every rank: another one failed; says which, and with what.
         MismatchError, on every rank, later: ranks differ; names leaves and ranks.
     """
-    return Spmd(step, mesh, device, timeout, batch, backend, sums, cuda_graph, donate, check_every)
+    options = (batch, backend, accumulate_dtype, cuda_graph, donate, check_every)
+    return Spmd(step, mesh, device, timeout, *options)

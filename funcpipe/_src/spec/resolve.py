@@ -167,7 +167,7 @@ class ResolvedStep:
         return next(filter(None, (spec.precision() for spec in self.specs)), None)
 
     def dtype_of(self, path: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the loss function sees a param: the first that a transform asks for."""
+        """The dtype in which the loss function sees a param: the first one asked for."""
         wanted = (spec.dtype_of(path, dtype) for spec in self.specs)
         return next((found for found in wanted if found is not None), dtype)
 
