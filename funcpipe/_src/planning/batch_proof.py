@@ -9,6 +9,7 @@ In: a call, its split, its graphs. Out: `SplitProof`, or a BatchError.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from torch.fx import GraphModule
 
 from funcpipe._src.analysis import loss_checks
 from funcpipe._src.analysis.call_results import MADE_UP, with_values
-from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
@@ -27,9 +27,9 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import ROUNDED
 from funcpipe._src.core.step import Microbatches
 from funcpipe._src.planning.batch_split import BatchSplit, signature
-from funcpipe._src.planning.compile_inputs import CompileInputs, CompileMemory
+from funcpipe._src.planning.compile_inputs import CallInputs, CompileMemory
 from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
-from funcpipe._src.planning.weight_layout import loss_params
+from funcpipe._src.planning.weight_layout import traced_params
 from funcpipe._src.proof.loss_runs import Subject
 from funcpipe._src.proof.rows import prove_rows
 from funcpipe._src.proof.verify import Findings
@@ -58,7 +58,8 @@ class SplitProof:
         if "rows" in self.dims:
             how = "exact by proof" if self.exact else "compared as numbers, unless rows came ready"
             lines.append(f"  sums of weights: {how}")
-        for signature_of_call, layout in self.positions.calls.items() if self.positions else ():
+        calls = self.positions.calls if self.positions else {}
+        for signature_of_call, layout in calls.items():
             lines.append(f"  {signature_of_call[0]}: {layout}")
         return "\n".join(lines)
 
@@ -67,18 +68,11 @@ Weights = Mapping[int, GraphModule | None]  # by split rank: a function of a mic
 
 
 def prove_batch(
-    inputs: CompileInputs,
-    analysis: StepAnalysis,
-    number: int,
-    call: PrimitiveCall,
-    split: BatchSplit,
-    weights: Weights,
-    memory: CompileMemory,
+    inputs: CallInputs, split: BatchSplit, weights: Weights, memory: CompileMemory
 ) -> bool:
     """Prove that the parts of a batch compute what one device does.
 
     Args:
-        number: of the call, whose loss function is as it is traced.
         weights: by split rank, the function that computes the weight of a microbatch.
 
     Returns:
@@ -90,18 +84,18 @@ def prove_batch(
     resolved = inputs.resolved
     if not (resolved.splits or split.count > 1 or resolved.precision):
         return True
-    as_written = analysis.calls[number]
+    microbatches = ready_microbatches(inputs.call.batch)
     try:
         exact = [
-            _prove_rows(inputs, analysis, number, call, split, ready, memory)
-            for ready in range(len(ready_microbatches(call.batch)))
+            _prove_rows(inputs, split, ready, microbatch, memory)
+            for ready, microbatch in enumerate(microbatches)
         ]
     except BatchError:
-        _check_weights(inputs, analysis, as_written, split, weights)  # it says more of a weight
+        _check_weights(inputs, split, weights)  # it says more of a weight
         raise
     proven = all(exact) and not resolved.precision and not split.parts
     if not proven:
-        _check_weights(inputs, analysis, as_written, split, weights)
+        _check_weights(inputs, split, weights)
     return proven
 
 
@@ -116,28 +110,22 @@ def split_proof(split: BatchSplit, positions: Findings | None, exact: bool) -> S
 
 
 def _prove_rows(
-    inputs: CompileInputs,
-    analysis: StepAnalysis,
-    number: int,
-    call: PrimitiveCall,
-    split: BatchSplit,
-    ready: int,
-    memory: CompileMemory,
+    inputs: CallInputs, split: BatchSplit, ready: int, microbatch: Any, memory: CompileMemory
 ) -> bool:
     """The rows of the batch do not meet; returns whether weights add up to the last bits, too."""
-    resolved = inputs.resolved
-    whole, spec = pytree.flatten(ready_microbatches(call.batch)[ready])
+    call, resolved = inputs.call, inputs.resolved
+    whole, spec = pytree.flatten(microbatch)
     local = []
     for leaf_number, leaf in enumerate(whole):
         if isinstance(leaf, torch.Tensor):
             shape = split.row_shape(ready, leaf_number, tuple(leaf.shape))
-            leaf = inputs.fake_like(leaf, shape)
+            leaf = inputs.step.fake_like(leaf, shape)
         local.append(leaf)
-    values = None if call.reading is None else call.reading.values
-    key = (number, signature(pytree.unflatten(spec, local)), split.rows[ready], values)
+    shapes = signature(pytree.unflatten(spec, local))
+    key = (inputs.number, shapes, split.rows[ready], inputs.read_values)
     if key in memory.rows_exact:
         return memory.rows_exact[key]
-    params = pytree.unflatten(call.params_spec, loss_params(inputs, analysis, call))
+    params = pytree.unflatten(call.params_spec, traced_params(inputs))
     subject = Subject(call.loss_fn, call.has_aux, params, spec, inputs.mode, resolved.split_axes)
     brings_ready = isinstance(call.batch, Microbatches)
     mesh = _mesh_of_rows(resolved)
@@ -154,15 +142,10 @@ def _mesh_of_rows(resolved: ResolvedStep) -> Mesh:
     return Mesh(**{axis: 1 if axis in positions else size for axis, size in axes})
 
 
-def _check_weights(
-    inputs: CompileInputs,
-    analysis: StepAnalysis,
-    call: PrimitiveCall,
-    split: BatchSplit,
-    weights: Weights,
-) -> None:
+def _check_weights(inputs: CallInputs, split: BatchSplit, weights: Weights) -> None:
     """The weights of all parts of the batch add up to what the loss function, as written, makes of
     the whole."""
+    call = inputs.analysis.calls[inputs.number]  # as written: it sees masters
     if isinstance(call.batch, Microbatches) or None in weights.values():
         return  # ready microbatches: there is no whole batch to compare with
     resolved = inputs.resolved
@@ -172,9 +155,7 @@ def _check_weights(
     if parts is None:
         return
     (times,) = {loss_checks.written_for(weight, resolved.mesh) for weight in known.values()} or {1}
-    # As written, the loss function sees masters.
-    dtypes = call.dtypes if resolved.precision else None
-    params = loss_params(inputs, analysis, call, dtypes)
+    params = inputs.params(call.dtypes) if resolved.precision else traced_params(inputs)
     loss_checks.check_additive(
         call.loss_fn,
         call.has_aux,
@@ -206,8 +187,11 @@ def _weights_of_parts(
 
     def of_rank(rank: int) -> list[torch.Tensor]:
         weight = weights[split.member(rank)]
-        microbatches = split.microbatches(batch, rank)
-        return [weight(*(leaves[i] for i in tensors), *scale) for leaves in microbatches]
+        found = []
+        for leaves in split.microbatches(batch, rank):
+            inputs = [leaves[number] for number in tensors]
+            found.append(weight(*inputs, *scale))
+        return found
 
     own_rows = resolved.row_axes if resolved.local else ()
     axes = tuple(axis for axis in resolved.split_axes if axis not in own_rows)
@@ -219,7 +203,7 @@ def _weights_of_parts(
     else:
         mesh = Mesh(**{axis: resolved.mesh.axes[axis] for axis in resolved.split_axes})
         found = run_ranks(mesh, lambda comm: _as_rank(comm, of_rank, ranks))
-    return [weight for weights_of_rank in found for weight in weights_of_rank]
+    return list(itertools.chain.from_iterable(found))
 
 
 def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:

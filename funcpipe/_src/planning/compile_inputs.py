@@ -1,4 +1,4 @@
-"""Compile inputs: what all plans of a step are made from, and what later plans keep of earlier ones.
+"""Compile inputs: what all plans of a step are made from, and what they keep of earlier ones.
 
 In: a resolved step, ``init_state``, params. Out: `CompileInputs`, which never change;
 `CompileMemory`, which the stages of `pipeline.py` read and fill.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.core import pytree
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.spec.resolve import ResolvedStep
@@ -46,6 +47,48 @@ class CompileInputs:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         return fake(leaf.shape if shape is None else shape, leaf, self.mode)
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """What a ``value_and_grad`` is compiled from.
+
+    Args:
+        step: the inputs of all plans.
+        analysis: of the step; its calls are as written.
+        number: of the call.
+        call: with the loss function that is traced.
+    """
+
+    step: CompileInputs
+    analysis: StepAnalysis
+    number: int
+    call: PrimitiveCall
+
+    @property
+    def resolved(self) -> ResolvedStep:
+        """The step and its transforms on a mesh."""
+        return self.step.resolved
+
+    @property
+    def mode(self) -> FakeTensorMode:
+        """The mode of all fakes that graphs are traced with."""
+        return self.step.mode
+
+    @property
+    def read_values(self) -> Hashable:
+        """What the loss function reads from Python."""
+        reading = self.call.reading
+        return None if reading is None else reading.values
+
+    def params(self, dtypes: Iterable[torch.dtype]) -> list[torch.Tensor]:
+        """Fakes of the call's params."""
+        like = pytree.leaves(self.step.params)
+        fakes = []
+        for param, dtype in zip(self.call.params, dtypes, strict=True):
+            shape = self.analysis.shapes[param]
+            fakes.append(fake(shape, like[param], self.mode, dtype))
+        return fakes
 
 
 @dataclass

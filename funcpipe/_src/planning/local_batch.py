@@ -15,7 +15,7 @@ from funcpipe._src.core import pytree
 from funcpipe._src.core.step import Microbatches
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.planning.batch_split import BatchSplit, signature
-from funcpipe._src.planning.compile_inputs import CompileInputs
+from funcpipe._src.planning.compile_inputs import CallInputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,31 +46,44 @@ class LocalBatch:
     @property
     def splits_positions(self) -> bool:
         """Whether some leaf holds a part of its positions only."""
-        return any(found is not None and found[1].members > 1 for found in self.sequences)
+        layouts = [found[1] for found in self.sequences if found is not None]
+        return any(layout.members > 1 for layout in layouts)
 
 
 def local_batch(
-    inputs: CompileInputs, split: BatchSplit, batch: Any, ready: int, sequence_rank: int
+    inputs: CallInputs, split: BatchSplit, ready: int, sequence_rank: int
 ) -> LocalBatch:
     """A rank's share of a ready microbatch (of the batch, if it brings none)."""
-    whole, spec = pytree.flatten(ready_microbatches(batch)[ready])
-    leaves = []
+    microbatch = ready_microbatches(inputs.call.batch)[ready]
+    whole, spec = pytree.flatten(microbatch)
+    leaves, sequences = [], []
     for number, leaf in enumerate(whole):
+        sequences.append(split.sequence(ready, number))
         if isinstance(leaf, torch.Tensor):
             shape = split.shape(ready, number, tuple(leaf.shape), sequence_rank)
-            leaf = inputs.fake_like(leaf, shape)
+            leaf = inputs.step.fake_like(leaf, shape)
         leaves.append(leaf)
-    sequences = tuple(split.sequence(ready, number) for number in range(len(whole)))
-    is_part = bool(inputs.resolved.splits) or split.count > 1
-    return LocalBatch(leaves, spec, sequences, sequence_rank, is_part)
+    is_split = bool(inputs.resolved.splits)
+    return LocalBatch(
+        leaves=leaves,
+        spec=spec,
+        sequences=tuple(sequences),
+        sequence_rank=sequence_rank,
+        is_part=is_split or split.count > 1,
+    )
 
 
 def ready_microbatches(batch: Any) -> list[Any]:
     """The microbatches that a batch brings; the batch alone where it brings none."""
-    return list(batch.parts) if isinstance(batch, Microbatches) else [batch]
+    if isinstance(batch, Microbatches):
+        return list(batch.parts)
+    return [batch]
 
 
 def tensor_leaves(batch: Any) -> tuple[int, ...]:
     """The numbers of the leaves that are tensors."""
-    leaves = pytree.leaves(batch)
-    return tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    found = []
+    for number, leaf in enumerate(pytree.leaves(batch)):
+        if isinstance(leaf, torch.Tensor):
+            found.append(number)
+    return tuple(found)

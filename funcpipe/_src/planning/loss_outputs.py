@@ -24,7 +24,8 @@ def summed_outputs(joint: Traced) -> frozenset[int]:
     found = set(range(first_of_aux))
     for node in _aux_nodes(joint.aux):
         if isinstance(node, Mean):
-            found |= {first_of_aux + int(node.total), first_of_aux + int(node.weight)}
+            numbers = int(node.total), int(node.weight)
+            found.update(first_of_aux + number for number in numbers)
     return frozenset(found)
 
 
@@ -33,12 +34,16 @@ def row_layouts(joint: Traced, proof: Findings | None) -> dict[int, tuple[int, S
     if proof is None:
         return {}
     first_of_aux = 1 + joint.has_weight
-    rows = [node for node in _aux_nodes(joint.aux) if isinstance(node, Rows)]
-    return {
-        first_of_aux + int(node.x): layout
-        for node, layout in zip(rows, proof.rows, strict=True)
-        if layout is not None
-    }
+    layouts = iter(proof.rows)
+    found = {}
+    for node in _aux_nodes(joint.aux):
+        if not isinstance(node, Rows):
+            continue
+        layout = next(layouts)
+        if layout is not None:
+            output = first_of_aux + int(node.x)
+            found[output] = layout
+    return found
 
 
 def check_aux(aux: Any) -> None:
@@ -47,8 +52,10 @@ def check_aux(aux: Any) -> None:
     Raises:
         BatchError: a leaf is a plain value.
     """
-    paths = pytree.paths(pytree.map(lambda _: 0, aux, is_leaf=is_summary))
-    for path, node in zip(paths, _aux_nodes(aux), strict=True):
+    nodes = _aux_nodes(aux)
+    summaries = pytree.map(lambda _: 0, aux, is_leaf=is_summary)
+    paths = pytree.paths(summaries)
+    for path, node in zip(paths, nodes, strict=True):
         if not is_summary(node):
             raise BatchError(AUX_LEAF.format(path=path))
 

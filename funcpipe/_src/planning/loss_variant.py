@@ -15,16 +15,15 @@ import torch
 from torch import fx
 
 from funcpipe._src.analysis import loss_checks
-from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.core import pytree
 from funcpipe._src.core.step import SCALAR_LOSS
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
 from funcpipe._src.graph.partition import Units, partition_graph
 from funcpipe._src.graph.trace import Traced, trace
-from funcpipe._src.planning.compile_inputs import CompileInputs, StageClock
+from funcpipe._src.planning.compile_inputs import CallInputs, CompileInputs, StageClock
 from funcpipe._src.planning.local_batch import LocalBatch
 from funcpipe._src.planning.loss_outputs import check_aux
-from funcpipe._src.planning.weight_layout import loss_params
+from funcpipe._src.planning.weight_layout import traced_params
 from funcpipe._src.proof.verify import Findings, examine
 from funcpipe._src.sequence.rewrite import rewriting
 from funcpipe._src.spec.resolve import ResolvedStep
@@ -74,12 +73,7 @@ class LossVariant:
 
 
 def compile_loss(
-    inputs: CompileInputs,
-    analysis: StepAnalysis,
-    call: PrimitiveCall,
-    local: LocalBatch,
-    separate_w: bool,
-    clock: StageClock,
+    inputs: CallInputs, local: LocalBatch, separate_w: bool, clock: StageClock
 ) -> LossVariant:
     """Prove, trace, check and cut a loss function.
 
@@ -89,12 +83,12 @@ def compile_loss(
     Raises:
         SequenceError, BatchError, TraceError, CutError: a stage refuses it.
     """
-    params = loss_params(inputs, analysis, call)
+    params = traced_params(inputs)
     contexts = inputs.resolved.contexts
     with clock.time("prove"), contexts():
-        proof = _prove(inputs, call, params, local)
+        proof = _prove(inputs, params, local)
     with clock.time("trace"):
-        joint = _trace(inputs, call, params, local, proof)
+        joint = _trace(inputs, params, local, proof)
     with clock.time("check"):
         checked = _check(inputs.resolved, joint, local)
     with clock.time("partition"):
@@ -103,15 +97,12 @@ def compile_loss(
 
 
 def _prove(
-    inputs: CompileInputs,
-    call: PrimitiveCall,
-    params: Sequence[torch.Tensor],
-    local: LocalBatch,
+    inputs: CallInputs, params: Sequence[torch.Tensor], local: LocalBatch
 ) -> Findings | None:
     """That ranks with a part of the positions compute what one device does."""
     if not local.splits_positions:
         return None
-    resolved = inputs.resolved
+    call, resolved = inputs.call, inputs.resolved
     return examine(
         call.loss_fn,
         call.has_aux,
@@ -127,13 +118,12 @@ def _prove(
 
 
 def _trace(
-    inputs: CompileInputs,
-    call: PrimitiveCall,
+    inputs: CallInputs,
     params: list[torch.Tensor],
     local: LocalBatch,
     proof: Findings | None,
 ) -> Traced:
-    resolved = inputs.resolved
+    call, resolved = inputs.call, inputs.resolved
 
     @contextlib.contextmanager
     def as_rank() -> Iterator[None]:
@@ -149,7 +139,7 @@ def _trace(
         resolved.mesh,
         resolved.split_axes,
         as_rank(),
-        _loss_scale(inputs),
+        _loss_scale(inputs.step),
         local.is_part,
     )
 

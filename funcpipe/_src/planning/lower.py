@@ -70,11 +70,14 @@ def lower(
     precision = resolved.precision
     if precision is not None and precision.dynamic:
         init_state = scaled_init(init_state, _device_of(shapes))
-    return Planner(resolved, init_state, shapes).plan(read_batch(batch)).lowered
+    planner = Planner(resolved, init_state, shapes)
+    plan = planner.plan(read_batch(batch))
+    return plan.lowered
 
 
 def _device_of(params: Any) -> torch.device:
     """Where the params are; the CPU where there are none."""
-    tensors = (leaf for leaf in pytree.leaves(params) if isinstance(leaf, torch.Tensor))
-    first = next(tensors, None)
-    return torch.device("cpu") if first is None else first.device
+    for leaf in pytree.leaves(params):
+        if isinstance(leaf, torch.Tensor):
+            return leaf.device
+    return torch.device("cpu")

@@ -12,16 +12,19 @@ can be known before a step runs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from torch.fx import GraphModule
+
 from funcpipe._src.analysis.rehearsal import Rehearsal
-from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
+from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.remat import check_used
 from funcpipe._src.planning.batch_proof import prove_batch, split_proof
 from funcpipe._src.planning.batch_split import BatchSplit, split_batch
-from funcpipe._src.planning.compile_inputs import CompileInputs, CompileMemory, StageClock
+from funcpipe._src.planning.compile_inputs import CallInputs, CompileInputs, CompileMemory
 from funcpipe._src.planning.local_batch import local_batch
 from funcpipe._src.planning.loss_outputs import summed_outputs
 from funcpipe._src.planning.loss_variant import LossVariant, compile_loss
@@ -37,7 +40,7 @@ from funcpipe._src.planning.scheduling import (
     separates_w,
 )
 from funcpipe._src.planning.step_analysis import with_own_fakes, with_traced_loss
-from funcpipe._src.planning.weight_layout import WeightLayout, lay_out_weights
+from funcpipe._src.planning.weight_layout import lay_out_weights
 from funcpipe._src.program import (
     check_alike,
     check_same_order,
@@ -63,84 +66,86 @@ def compile_step(
         placement: of earlier plans, if there are any.
         memory: what earlier plans left, to which this one adds.
     """
-    resolved = inputs.resolved
+    resolved, clock = inputs.resolved, memory.clock
     analysis = with_own_fakes(inputs, analysis)
-    calls = tuple(
-        compile_call(inputs, analysis, number, memory) for number in range(len(analysis.calls))
-    )
+    calls = []
+    for number, call in enumerate(analysis.calls):
+        traced = with_traced_loss(resolved, call)
+        calls.append(compile_call(CallInputs(inputs, analysis, number, traced), memory))
     check_used(resolved.remats, [call.units.saved for call in calls])
-    users = _users(analysis, calls)
-    with memory.clock.time("place"):
+    with clock.time("place"):
+        users = _users(analysis, calls)
         placement = place(resolved, analysis, rehearsal, users, placement)
     memory.placement = memory.placement or placement
-    return Lowered(resolved, analysis, placement, calls, memory.clock.seconds)
+    return Lowered(resolved, analysis, placement, tuple(calls), clock.seconds)
 
 
-def compile_call(
-    inputs: CompileInputs, analysis: StepAnalysis, number: int, memory: CompileMemory
-) -> PlannedCall:
+def compile_call(inputs: CallInputs, memory: CompileMemory) -> PlannedCall:
     """Compile a ``value_and_grad`` while its loss reads from Python what it read at the call."""
-    reading = analysis.calls[number].reading
+    reading = inputs.call.reading
     assert reading is not None
     with reading.restored(), reading.running():
-        return _compile_call(inputs, analysis, number, memory)
+        return _compile_call(inputs, memory)
 
 
-def _compile_call(
-    inputs: CompileInputs, analysis: StepAnalysis, number: int, memory: CompileMemory
-) -> PlannedCall:
-    resolved = inputs.resolved
-    call = with_traced_loss(resolved, analysis.calls[number])
-    with memory.clock.time("split"):
-        split = split_batch(resolved, call.batch, call.origins)
+def _compile_call(inputs: CallInputs, memory: CompileMemory) -> PlannedCall:
+    resolved, clock = inputs.resolved, memory.clock
+    with clock.time("split"):
+        split = split_batch(resolved, inputs.call.batch, inputs.call.origins)
     table = lay_out_schedule(resolved, split.count)
-    losses = _compile_losses(inputs, analysis, number, call, split, separates_w(table), memory)
-    first_alike = split.variants()
-    computes_weight = {rank: losses[first][0].checked.weight for rank, first in first_alike.items()}
-    with memory.clock.time("prove"):
-        exact = prove_batch(inputs, analysis, number, call, split, computes_weight, memory)
-    with memory.clock.time("schedule"):
-        costs = _costs(analysis, losses[0][0].units)
-        earlier = memory.schedules.get(number)
+    losses = _compile_losses(inputs, split, separates_w(table), memory)
+    with clock.time("prove"):
+        exact = prove_batch(inputs, split, _weights(split, losses), memory)
+    with clock.time("schedule"):
+        costs = _costs(inputs.analysis, losses[0][0].units)
+        earlier = memory.schedules.get(inputs.number)
         chosen = choose_schedule(resolved, table, costs, split.count, earlier)
-        memory.schedules[number] = chosen
-    weights = lay_out_weights(resolved, analysis, call)
-    with memory.clock.time("lower"):
+        memory.schedules[inputs.number] = chosen
+    with clock.time("lower"):
         planned = {
-            rank: _lower_variant(resolved.ranks, call, split, losses, rank, exact, chosen, weights)
-            for rank in losses
+            rank: _lower_variant(inputs, split, losses, rank, exact, chosen) for rank in losses
         }
         check_same_order([variant.programs for variant in planned.values()])
-    variants = {rank: planned[first] for rank, first in first_alike.items()}
+    variants = {rank: planned[first] for rank, first in split.variants().items()}
     return replace(planned[0], variants=variants)
 
 
 def _compile_losses(
-    inputs: CompileInputs,
-    analysis: StepAnalysis,
-    number: int,
-    call: PrimitiveCall,
-    split: BatchSplit,
-    separate_w: bool,
-    memory: CompileMemory,
+    inputs: CallInputs, split: BatchSplit, separate_w: bool, memory: CompileMemory
 ) -> Losses:
-    """The loss function for every set of local shapes; what memory has is not made again."""
-    values = None if call.reading is None else call.reading.values
-
-    def compiled(ready: int, split_rank: int) -> LossVariant:
-        sequence_rank = split.slice_of(split_rank)
-        local = local_batch(inputs, split, call.batch, ready, sequence_rank)
-        key = (number, separate_w, local.key, values)
-        if key not in memory.losses:
-            memory.losses[key] = compile_loss(
-                inputs, analysis, call, local, separate_w, memory.clock
-            )
-        return memory.losses[key]
-
+    """The loss function for every set of local shapes: prove, trace, check and partition."""
     found = {}
     for split_rank in sorted(set(split.variants().values())):
-        numbers = split.ready_of(split_rank)
-        found[split_rank] = tuple(compiled(ready, split_rank) for ready in numbers)
+        sequence_rank = split.slice_of(split_rank)
+        found[split_rank] = tuple(
+            _compile_loss(inputs, split, ready, sequence_rank, separate_w, memory)
+            for ready in split.ready_of(split_rank)
+        )
+    return found
+
+
+def _compile_loss(
+    inputs: CallInputs,
+    split: BatchSplit,
+    ready: int,
+    sequence_rank: int,
+    separate_w: bool,
+    memory: CompileMemory,
+) -> LossVariant:
+    """What memory has is not made again."""
+    local = local_batch(inputs, split, ready, sequence_rank)
+    key = (inputs.number, separate_w, local.key, inputs.read_values)
+    if key not in memory.losses:
+        memory.losses[key] = compile_loss(inputs, local, separate_w, memory.clock)
+    return memory.losses[key]
+
+
+def _weights(split: BatchSplit, losses: Losses) -> dict[int, GraphModule | None]:
+    """By split rank, what computes the weight of a microbatch."""
+    found = {}
+    for split_rank, first_alike in split.variants().items():
+        loss = losses[first_alike][0]
+        found[split_rank] = loss.checked.weight
     return found
 
 
@@ -160,8 +165,10 @@ def _costs(analysis: StepAnalysis, units: Units) -> LossCosts:
     """What scheduling may know of a loss. Ranks wait for each other behind the last backward where
     the step takes a global sum, as clipping does, or a leaf's gradient comes from several
     segments."""
-    segments = range(units.segments)
-    flops = [units.units["F", s].code.flops + units.units["B", s].code.flops for s in segments]
+    flops = []
+    for segment in range(units.segments):
+        forward, backward = units.units["F", segment], units.units["B", segment]
+        flops.append(forward.code.flops + backward.code.flops)
     shared = any(len(set(found)) > 1 for found in partial_segments(units))
     return LossCosts(
         flops=flops,
@@ -171,53 +178,51 @@ def _costs(analysis: StepAnalysis, units: Units) -> LossCosts:
 
 
 def _lower_variant(
-    pipeline_ranks: int,
-    call: PrimitiveCall,
+    inputs: CallInputs,
     split: BatchSplit,
     losses: Losses,
     split_rank: int,
     exact: bool,
     chosen: ChosenSchedule,
-    weights: WeightLayout,
 ) -> PlannedCall:
     """A call for the ranks of one set of local shapes. Where microbatches are dealt, messages are
     the same on all ranks, so that edges are those of all variants."""
     own = losses[split_rank]
+    everyone = list(itertools.chain.from_iterable(losses.values())) if split.dealt else own
     if len(own) == 1:
         own *= split.count
-    units = tuple(loss.units for loss in own)
-    everyone = units
-    if split.dealt:
-        everyone = tuple(loss.units for some in losses.values() for loss in some)
-    check_alike(everyone)
-    schedule = check_schedule(chosen, stage_edges(everyone, chosen.stages))
-    summed = summed_outputs(own[0].joint)
-    programs = tuple(
-        lower(
-            units,
+    all_units = [loss.units for loss in everyone]
+    check_alike(all_units)
+    schedule = check_schedule(chosen, stage_edges(all_units, chosen.stages))
+    weights = lay_out_weights(inputs)
+    programs = []
+    for pipeline_rank in range(inputs.resolved.ranks):
+        program = lower(
+            [loss.units for loss in own],
             schedule.stages,
             schedule.table,
             pipeline_rank,
-            summed,
+            summed_outputs(own[0].joint),
             weights.sharded,
             weights.grad_dtypes,
         )
-        for pipeline_rank in range(pipeline_ranks)
+        programs.append(program)
+    return PlannedCall(
+        call=inputs.call,
+        split=split,
+        ready=tuple(split.ready_of(split_rank)),
+        proof=split_proof(split, own[0].proof, exact),
+        losses=own,
+        weights=weights,
+        schedule=schedule,
+        programs=tuple(programs),
     )
-    ready = tuple(split.ready_of(split_rank))
-    proof = split_proof(split, own[0].proof, exact)
-    return PlannedCall(call, split, ready, proof, own, weights, schedule, programs)
 
 
 def separate_units(
     inputs: CompileInputs, lowered: Lowered, number: int, memory: CompileMemory
 ) -> Units:
     """The units of a call's first microbatch with I and W beside B, whatever its schedule runs."""
-    call = lowered.calls[number]
-    local = local_batch(inputs, call.split, call.call.batch, 0, 0)
-    values = None if call.call.reading is None else call.call.reading.values
-    key = (number, True, local.key, values)
-    if key not in memory.losses:
-        analysis, clock = lowered.analysis, StageClock()
-        memory.losses[key] = compile_loss(inputs, analysis, call.call, local, True, clock)
-    return memory.losses[key].units
+    planned = lowered.calls[number]
+    call_inputs = CallInputs(inputs, lowered.analysis, number, planned.call)
+    return _compile_loss(call_inputs, planned.split, 0, 0, True, memory).units

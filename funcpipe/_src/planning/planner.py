@@ -48,7 +48,10 @@ class Planner:
     @property
     def plans(self) -> list[Plan]:
         """Those that are kept."""
-        return [plan for variants in self.variants.values() for plan in variants.plans]
+        found: list[Plan] = []
+        for variants in self.variants.values():
+            found += variants.plans
+        return found
 
     def plan(self, batch: Any) -> Plan:
         """The plan for batches like this one, and for what the losses read from Python now."""

@@ -8,9 +8,9 @@ ranks; then, for ranks of one set of local shapes, a `CheckedSchedule` with send
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from funcpipe._src.core.step import describe
 from funcpipe._src.schedule.actions import Edge, Schedule
@@ -72,11 +72,9 @@ class CheckedSchedule:
         for stage, segments in enumerate(self.stages):
             rank = self.table.placement[stage]
             lines.append(f"  stage {stage} on pipeline rank {rank}: segments {span(segments)}")
-        lines += (f"  pipeline rank {r}: {' '.join(map(str, row))}" for r, row in self._rows())
+        for rank, actions in enumerate(self.table.ranks):
+            lines.append(f"  pipeline rank {rank}: {' '.join(map(str, actions))}")
         return "\n".join(lines)
-
-    def _rows(self) -> Any:
-        return enumerate(self.table.ranks)
 
 
 def lay_out_schedule(resolved: ResolvedStep, microbatches: int) -> Schedule | None:
@@ -115,7 +113,8 @@ def separates_w(table: Schedule | None) -> bool:
 
 
 def _has(table: Schedule, kinds: str) -> bool:
-    return any(action.kind in kinds for row in table.ranks for action in row)
+    actions = itertools.chain.from_iterable(table.ranks)
+    return any(action.kind in kinds for action in actions)
 
 
 def choose_schedule(

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from funcpipe._src.planning.lowered import Lowered, PlannedCall
 
 
+Row = tuple[str, object, str]  # the stage, its record, one line
+
+
 def stage_lines(lowered: Lowered, seconds: bool = True) -> list[str]:
     """One line per stage: its name, what it made, counts and bytes, and how long it took.
 
@@ -23,28 +26,33 @@ def stage_lines(lowered: Lowered, seconds: bool = True) -> list[str]:
         seconds: whether to say how long stages took. A stage that runs once per call or per
             microbatch is timed as a whole, in the lines of the first call.
     """
-    rows = [
-        ("resolve", lowered.resolved, _first_line(lowered.resolved)),
-        ("analyse", lowered.analysis, _first_line(lowered.analysis)),
-    ]
-    for number, call in enumerate(lowered.calls):
-        rows += _of_call(number, call)
-    rows.append(("place", lowered.placement, placement_line(lowered.placement)))
     out = []
     timed = dict(lowered.seconds) if seconds else {}
-    for stage, record, text in rows:
+    for stage, record, text in _rows(lowered):
         took = f"  {timed.pop(stage):.3f} s" if stage in timed else ""
         out.append(f"{stage:<9} {type(record).__name__:<15} {text}{took}")
     return out
 
 
-def _of_call(number: int, call: PlannedCall) -> Iterator[tuple[str, object, str]]:
+def _rows(lowered: Lowered) -> Iterator[Row]:
+    resolved, analysis = lowered.resolved, lowered.analysis
+    yield "resolve", resolved, _first_line(resolved)
+    yield "analyse", analysis, _first_line(analysis)
+    for number, call in enumerate(lowered.calls):
+        yield from _of_call(number, call)
+    placement = lowered.placement
+    yield "place", placement, placement_line(placement)
+
+
+def _of_call(number: int, call: PlannedCall) -> Iterator[Row]:
     programs = call.programs
-    instructions = sum(len(program.instructions) for program in programs)
-    slots = max(program.slots for program in programs)
-    variants = len(set(map(id, call.variants.values())))
+    instructions, slots = 0, 0
+    for program in programs:
+        instructions += len(program.instructions)
+        slots = max(slots, program.slots)
+    variants = {id(variant) for variant in call.variants.values()}
     yield "split", call.split, f"value_and_grad {number}: {call.split.counts}"
-    yield "prove", call.proof, f"{_first_line(call.proof)}; sets of local shapes: {variants}"
+    yield "prove", call.proof, f"{_first_line(call.proof)}; sets of local shapes: {len(variants)}"
     yield "trace", call.joint, _first_line(call.joint)
     yield "check", call.checked, str(call.checked)
     yield "partition", call.units, units_line(call.units)
@@ -59,8 +67,11 @@ def _first_line(record: object) -> str:
 
 def units_line(units: Units) -> str:
     """Counts and bytes of units."""
-    codes = {unit.code.key for unit in units.units.values()}
-    saved = sum(segment.outcome.nbytes for segment in units.saved)
+    every = units.units.values()
+    codes = {unit.code.key for unit in every}
+    saved = 0
+    for segment in units.saved:
+        saved += segment.outcome.nbytes
     return (
         f"segments: {units.segments}, units: {len(units.units)}, distinct: {len(codes)}, "
         f"saved for the backward half: {bytes_text(saved)} a microbatch"
@@ -69,7 +80,9 @@ def units_line(units: Units) -> str:
 
 def placement_line(placement: Placement) -> str:
     """How many leaves lie where."""
-    held = [sum(present) for present in placement.present]
+    held = map(sum, placement.present)
     leaves = ", ".join(map(str, held))
-    sharded = sum(bool(layout.axes) for layout in placement.layouts)
+    sharded = 0
+    for layout in placement.layouts:
+        sharded += bool(layout.axes)
     return f"leaves of the state, by pipeline rank: {leaves}; sharded params: {sharded}"

@@ -36,13 +36,15 @@ def analyse_step(
         follower: reads what the loss of a call reads from Python.
     """
     resolved = inputs.resolved
+    own_rows_of = resolved.row_axes if resolved.local else ()
 
     def as_traced(call: PrimitiveCall, tags: Tags) -> PrimitiveCall:
         """A call as one device would trace it, on the rows that come with a batch."""
         split = split_batch(resolved, call.batch, call.origins)
         dtypes = loss_dtypes(resolved, tags, call)
         own_rows = split.own_rows(call.batch)
-        return replace(with_traced_loss(resolved, call), dtypes=dtypes, batch=own_rows)
+        traced = with_traced_loss(resolved, call)
+        return replace(traced, dtypes=dtypes, batch=own_rows)
 
     return analyse(
         resolved.step,
@@ -51,21 +53,27 @@ def analyse_step(
         without_inference(batch),
         FakeTensorMode(),
         as_traced,
-        resolved.mesh.axis_size(resolved.row_axes) if resolved.local else 1,
+        resolved.mesh.axis_size(own_rows_of),
         follower,
     )
 
 
 def with_traced_loss(resolved: ResolvedStep, call: PrimitiveCall) -> PrimitiveCall:
     """A call with the loss function that is traced: under `mixed_precision` it casts its batch."""
-    return replace(call, loss_fn=resolved.loss(call.loss_fn, call.has_aux))
+    loss_fn = resolved.loss(call.loss_fn, call.has_aux)
+    return replace(call, loss_fn=loss_fn)
 
 
 def with_own_fakes(inputs: CompileInputs, analysis: StepAnalysis) -> StepAnalysis:
     """The analysis with the compiler's fakes in the batches of calls, in place of its own."""
 
     def own(leaf: Any) -> Any:
-        return inputs.fake_like(leaf) if isinstance(leaf, FakeTensor) else leaf
+        if isinstance(leaf, FakeTensor):
+            return inputs.fake_like(leaf)
+        return leaf
 
-    calls = [replace(call, batch=pytree.map(own, call.batch)) for call in analysis.calls]
+    calls = []
+    for call in analysis.calls:
+        batch = pytree.map(own, call.batch)
+        calls.append(replace(call, batch=batch))
     return replace(analysis, calls=tuple(calls))

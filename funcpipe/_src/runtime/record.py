@@ -104,7 +104,10 @@ class Recording:
     def timeline(self, call: int = 0) -> Timeline:
         """When every action began and ended, in seconds since the first began."""
         planned, times = self._call(call)
-        first = min((start for row in times for start, _ in row), default=0.0)
+        starts = []
+        for row in times:
+            starts += [start for start, _ in row]
+        first = min(starts, default=0.0)
         rows = []
         table = planned.schedule.table
         by_rank = zip(planned.programs, table.ranks, times, strict=True)

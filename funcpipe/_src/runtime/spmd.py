@@ -183,10 +183,9 @@ class Spmd(Runner):
         backend = self._backend
         how = f"backend={backend.name!r}, accumulate_dtype={backend.accumulate_dtype}"
         how += f", cuda_graph={self._cuda_graph}"
-        return (
-            f"{records or 'no transform'} on {self.mesh!r}, {how}"
-            + ", local batches" * self._resolved.local
-        )
+        if self._resolved.local:
+            how += ", local batches"
+        return f"{records or 'no transform'} on {self.mesh!r}, {how}"
 
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
         """One step of this rank; every rank calls it with the same global batch."""

@@ -6,7 +6,7 @@ In: a step and a mesh. Out: `ResolvedStep`, or an error of two transforms that d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -98,12 +98,12 @@ class ResolvedStep:
     @cached_property
     def split_axes(self) -> Axes:
         """The axes that split the batch."""
-        return self.mesh.ordered(axis for spec in self.splits for axis in spec.axes)
+        return self.mesh.ordered(_axes_of(self.splits))
 
     @cached_property
     def row_axes(self) -> Axes:
         """The axes that split rows of the batch, in the order in which they do, major first."""
-        return tuple(axis for spec in self.row_specs for axis in spec.axes)
+        return _axes_of(self.row_specs)
 
     # ---- weights
 
@@ -216,6 +216,14 @@ def resolve(step: Callable, mesh: Mesh) -> ResolvedStep:
     return ResolvedStep(fn, mesh, specs)
 
 
+def _axes_of(specs: Iterable[TransformSpec]) -> Axes:
+    """The axes of some specs, one after the other."""
+    axes: list[str] = []
+    for spec in specs:
+        axes += spec.axes
+    return tuple(axes)
+
+
 def _in_mesh_order(specs: tuple[TransformSpec, ...], mesh: Mesh) -> tuple[TransformSpec, ...]:
     position = list(mesh.axes).index
 
@@ -234,7 +242,7 @@ def _check_conflicts(specs: tuple[TransformSpec, ...]) -> None:
 
 
 def _check_all_used(specs: tuple[TransformSpec, ...], mesh: Mesh) -> None:
-    used = {axis for spec in specs for axis in spec.axes}
+    used = _axes_of(specs)
     for axis in mesh.axes:
         if axis not in used:
             raise StackError(
