@@ -108,7 +108,7 @@ def test_microbatches_and_a_weight_layout_of_ones_own() -> None:
     params, x = inputs()
     lowered = fp.lower(both, fp.Mesh(data=2), lambda p: p, params, x)
     assert [layout.axes for layout in lowered.placement.layouts] == [("data",), ()]
-    assert lowered.calls[0].split.count == 2
+    assert lowered.calls[0].split.microbatches == 2
     state, loss = trained(both, fp.Mesh(data=2))
     new, metrics = step(params, x)
     torch.testing.assert_close((state, loss), (new, metrics["loss"]))

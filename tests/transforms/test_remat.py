@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from funcpipe.transforms import remat
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fusing_backend import fusing
 from support.models import (
     D,
     batch,
@@ -29,7 +30,6 @@ from support.models import (
     step_of,
 )
 from test_equivalence import batches, descending, equal, pieces, pipelines
-from test_fusion import fusing
 from test_plan_bytes import slots_seen
 from torch.utils.checkpoint import checkpoint
 

@@ -79,7 +79,7 @@ class Leaves:
 
     def parts(self, rank: int) -> Iterator[Part | None]:
         """What a rank holds of every leaf; None where it holds nothing."""
-        for j, here in enumerate(self.placement.present[self.placement.stage_rank(rank)]):
+        for j, here in enumerate(self.placement.present[self.placement.pipeline_rank(rank)]):
             yield self._part(j, rank) if here else None
 
     def _part(self, j: int, rank: int) -> Part:

@@ -10,7 +10,7 @@ In: a call, its split, its graphs. Out: `SplitProof`, or a BatchError.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def prove_batch(
         BatchError: it cannot be proven.
     """
     resolved = inputs.resolved
-    if not (resolved.splits or split.count > 1 or resolved.precision):
+    if not (resolved.splits or split.microbatches > 1 or resolved.precision):
         return True
     microbatches = ready_microbatches(inputs.call.batch)
     try:
@@ -93,7 +93,7 @@ def prove_batch(
     except BatchError:
         _check_weights(inputs, split, weights)  # it says more of a weight
         raise
-    proven = all(exact) and not resolved.precision and not split.parts
+    proven = all(exact) and not resolved.precision and not split.layouts
     if not proven:
         _check_weights(inputs, split, weights)
     return proven
@@ -102,7 +102,8 @@ def prove_batch(
 def split_proof(split: BatchSplit, positions: Findings | None, exact: bool) -> SplitProof:
     """The record of what was proven of a split."""
     dims = set()
-    if split.count > 1 or any(cut.axes and not cut.part for cut in split.all_cuts):
+    over_axes = [cut for cut in split.all_cuts if cut.axes]
+    if split.microbatches > 1 or not all(cut.part for cut in over_axes):
         dims.add("rows")
     if positions is not None:
         dims.add("positions")
@@ -126,7 +127,14 @@ def _prove_rows(
     if key in memory.rows_exact:
         return memory.rows_exact[key]
     params = pytree.unflatten(call.params_spec, traced_params(inputs))
-    subject = Subject(call.loss_fn, call.has_aux, params, spec, inputs.mode, resolved.split_axes)
+    subject = Subject(
+        loss_fn=call.loss_fn,
+        has_aux=call.has_aux,
+        params=params,
+        spec=spec,
+        mode=inputs.mode,
+        axes=resolved.split_axes,
+    )
     brings_ready = isinstance(call.batch, Microbatches)
     mesh = _mesh_of_rows(resolved)
     with resolved.contexts():
@@ -138,8 +146,9 @@ def _prove_rows(
 def _mesh_of_rows(resolved: ResolvedStep) -> Mesh:
     """The mesh, with one rank on the axes that split positions."""
     positions = set(resolved.split_axes) - set(resolved.row_axes)
-    axes = resolved.mesh.axes.items()
-    return Mesh(**{axis: 1 if axis in positions else size for axis, size in axes})
+    axes = dict(resolved.mesh.axes)
+    axes.update(dict.fromkeys(positions, 1))
+    return Mesh(**axes)
 
 
 def _check_weights(inputs: CallInputs, split: BatchSplit, weights: Weights) -> None:
@@ -173,7 +182,8 @@ def _leaves_read(batch: Any, weights: Mapping[int, GraphModule]) -> set[int]:
     tensors = tensor_leaves(batch)
     found: set[int] = set()
     for weight in weights.values():
-        found |= {tensors[i] for i in loss_checks.batch_read(weight, len(tensors))}
+        numbers = loss_checks.batch_read(weight, len(tensors))
+        found.update(tensors[number] for number in numbers)
     return found
 
 
@@ -186,12 +196,16 @@ def _weights_of_parts(
     scale = [None] if dynamic else []  # an input of the graph, but not of the weight
 
     def of_rank(rank: int) -> list[torch.Tensor]:
-        weight = weights[split.member(rank)]
+        weight = weights[split.split_rank(rank)]
         found = []
-        for leaves in split.microbatches(batch, rank):
+        for leaves in split.local_leaves(batch, rank):
             inputs = [leaves[number] for number in tensors]
             found.append(weight(*inputs, *scale))
         return found
+
+    def as_rank(comm: Communicator) -> list[torch.Tensor]:
+        with bind_rank(comm):
+            return of_rank(ranks[comm.rank])
 
     own_rows = resolved.row_axes if resolved.local else ()
     axes = tuple(axis for axis in resolved.split_axes if axis not in own_rows)
@@ -201,14 +215,10 @@ def _weights_of_parts(
     elif resolved.local:
         return None
     else:
-        mesh = Mesh(**{axis: resolved.mesh.axes[axis] for axis in resolved.split_axes})
-        found = run_ranks(mesh, lambda comm: _as_rank(comm, of_rank, ranks))
+        sizes = resolved.mesh.axes
+        mesh = Mesh(**{axis: sizes[axis] for axis in resolved.split_axes})
+        found = run_ranks(mesh, as_rank)
     return list(itertools.chain.from_iterable(found))
-
-
-def _as_rank(comm: Communicator, of_rank: Callable[[int], Any], ranks: Sequence[int]) -> Any:
-    with bind_rank(comm):
-        return of_rank(ranks[comm.rank])
 
 
 def _notes(resolved: ResolvedStep, made_up: str) -> str:

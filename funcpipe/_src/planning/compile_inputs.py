@@ -22,7 +22,7 @@ from funcpipe._src.spec.resolve import ResolvedStep
 
 if TYPE_CHECKING:
     from funcpipe._src.planning.lowered import LossVariant
-    from funcpipe._src.planning.placement import Placement
+    from funcpipe._src.planning.placement import StatePlacement
     from funcpipe._src.planning.scheduling import ChosenSchedule
 
 
@@ -81,6 +81,11 @@ class CallInputs:
         reading = self.call.reading
         return None if reading is None else reading.values
 
+    def param(self, arg: int) -> tuple[str, tuple[int, ...]]:
+        """Path and shape of the param that an arg of the call is."""
+        number = self.call.params[arg]
+        return self.analysis.paths[number], self.analysis.shapes[number]
+
     def params(self, dtypes: Iterable[torch.dtype]) -> list[torch.Tensor]:
         """Fakes of the call's params."""
         like = pytree.leaves(self.step.params)
@@ -125,7 +130,7 @@ class CompileMemory:
     losses: dict[tuple, LossVariant] = field(default_factory=dict)
     rows_exact: dict[tuple, bool] = field(default_factory=dict)
     schedules: dict[int, ChosenSchedule] = field(default_factory=dict)
-    placement: Placement | None = None
+    placement: StatePlacement | None = None
     clock: StageClock = field(default_factory=StageClock)
 
     def forget_schedules(self) -> None:

@@ -34,7 +34,9 @@ def read_params(params: Any, key: torch.Tensor | int) -> tuple[Any, LazyParams |
     if not callable(params):
         refuse_spent("params", params)
         return params, None
-    lazy = LazyParams(params, random.key(key) if isinstance(key, int) else key)
+    if isinstance(key, int):
+        key = random.key(key)
+    lazy = LazyParams(params, key)
     return lazy.fakes, lazy
 
 
@@ -68,8 +70,10 @@ class LazyParams:
                     "could not agree on what they hold: draw from its key with fp.random.normal "
                     "or fp.random.uniform"
                 )
-        self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
-        self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])
+        (output,) = self.module.graph.find_nodes(op="output")
+        self.outputs: Any = output.args[0]
+        values = [node.meta["val"] for node in self.outputs]
+        self.fakes = tree.unflatten(specs[0], values)
 
     def digests(self) -> list[int]:
         """For every leaf a number: equal where the same ops make it of the same key and
@@ -87,5 +91,5 @@ class LazyParams:
 
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""
-        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        inputs = list(self.module.graph.find_nodes(op="placeholder"))
         return extract(self.module, self.outputs[number], inputs)(self.key)

@@ -69,7 +69,7 @@ def local_batch(
         spec=spec,
         sequences=tuple(sequences),
         sequence_rank=sequence_rank,
-        is_part=is_split or split.count > 1,
+        is_part=is_split or split.microbatches > 1,
     )
 
 

@@ -23,7 +23,7 @@ from funcpipe._src.planning.batch_split import BatchSplit, signature
 from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
 from funcpipe._src.planning.loss_outputs import row_layouts, summed_outputs
 from funcpipe._src.planning.loss_variant import CheckedLoss, LossVariant
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.scheduling import CheckedSchedule
 from funcpipe._src.planning.stage_text import stage_lines
 from funcpipe._src.planning.weight_layout import WeightLayout
@@ -93,7 +93,7 @@ class PlannedCall:
         """For every microbatch, which leaves of its batch are tensors."""
         parts = ready_microbatches(self.call.batch)
         found = tuple(tensor_leaves(parts[number]) for number in self.ready)
-        return found if len(parts) > 1 else found * self.split.count
+        return found if len(parts) > 1 else found * self.split.microbatches
 
     @cached_property
     def partial_segments(self) -> tuple[tuple[int, ...], ...]:
@@ -118,7 +118,7 @@ class PlannedCall:
 
     def of_rank(self, rank: int) -> PlannedCall:
         """The call as a rank runs it."""
-        return self.variants[self.split.member(rank)]
+        return self.variants[self.split.split_rank(rank)]
 
     def output_size(self, output: int, dim: int) -> int:
         """The size of an output along a dim, over all microbatches of a rank."""
@@ -160,7 +160,7 @@ class Lowered:
 
     resolved: ResolvedStep
     analysis: StepAnalysis
-    placement: Placement
+    placement: StatePlacement
     calls: tuple[PlannedCall, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ from funcpipe._src.planning.local_batch import local_batch
 from funcpipe._src.planning.loss_outputs import summed_outputs
 from funcpipe._src.planning.loss_variant import LossVariant, compile_loss
 from funcpipe._src.planning.lowered import Lowered, PlannedCall
-from funcpipe._src.planning.placement import Placement, place
+from funcpipe._src.planning.placement import StatePlacement, place
 from funcpipe._src.planning.predict import as_costs, load_of
 from funcpipe._src.planning.scheduling import (
     ChosenSchedule,
@@ -57,7 +57,7 @@ def compile_step(
     inputs: CompileInputs,
     analysis: StepAnalysis,
     rehearsal: Rehearsal,
-    placement: Placement | None,
+    placement: StatePlacement | None,
     memory: CompileMemory,
 ) -> Lowered:
     """Compile every ``value_and_grad`` of a step and place its state.
@@ -92,21 +92,21 @@ def _compile_call(inputs: CallInputs, memory: CompileMemory) -> PlannedCall:
     resolved, clock = inputs.resolved, memory.clock
     with clock.time("split"):
         split = split_batch(resolved, inputs.call.batch, inputs.call.origins)
-    table = lay_out_schedule(resolved, split.count)
+    table = lay_out_schedule(resolved, split.microbatches)
     losses = _compile_losses(inputs, split, separates_w(table), memory)
     with clock.time("prove"):
         exact = prove_batch(inputs, split, _weights(split, losses), memory)
     with clock.time("schedule"):
         costs = _costs(inputs.analysis, losses[0][0].units)
         earlier = memory.schedules.get(inputs.number)
-        chosen = choose_schedule(resolved, table, costs, split.count, earlier)
+        chosen = choose_schedule(resolved, table, costs, split.microbatches, earlier)
         memory.schedules[inputs.number] = chosen
     with clock.time("lower"):
         planned = {
             rank: _lower_variant(inputs, split, losses, rank, exact, chosen) for rank in losses
         }
         check_same_order([variant.programs for variant in planned.values()])
-    variants = {rank: planned[first] for rank, first in split.variants().items()}
+    variants = {rank: planned[first] for rank, first in split.variant_of.items()}
     return replace(planned[0], variants=variants)
 
 
@@ -115,8 +115,8 @@ def _compile_losses(
 ) -> Losses:
     """The loss function for every set of local shapes: prove, trace, check and partition."""
     found = {}
-    for split_rank in sorted(set(split.variants().values())):
-        sequence_rank = split.slice_of(split_rank)
+    for split_rank in sorted(set(split.variant_of.values())):
+        sequence_rank = split.sequence_rank(split_rank)
         found[split_rank] = tuple(
             _compile_loss(inputs, split, ready, sequence_rank, separate_w, memory)
             for ready in split.ready_of(split_rank)
@@ -143,7 +143,7 @@ def _compile_loss(
 def _weights(split: BatchSplit, losses: Losses) -> dict[int, GraphModule | None]:
     """By split rank, what computes the weight of a microbatch."""
     found = {}
-    for split_rank, first_alike in split.variants().items():
+    for split_rank, first_alike in split.variant_of.items():
         loss = losses[first_alike][0]
         found[split_rank] = loss.checked.weight
     return found
@@ -190,7 +190,7 @@ def _lower_variant(
     own = losses[split_rank]
     everyone = list(itertools.chain.from_iterable(losses.values())) if split.dealt else own
     if len(own) == 1:
-        own *= split.count
+        own *= split.microbatches
     all_units = [loss.units for loss in everyone]
     check_alike(all_units)
     schedule = check_schedule(chosen, stage_edges(all_units, chosen.stages))

@@ -1,4 +1,4 @@
-"""Placement: which rank holds which leaf, and the way there and back.
+"""StatePlacement: which rank holds which leaf, and the way there and back.
 
 Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and
 over which axes it is *sharded*: cut flat into equal pieces, one for each rank of the group on those
@@ -6,7 +6,7 @@ axes. To *place* a tree is to turn the single-device pytree into what one rank h
 to turn what all ranks hold into it again. A leaf that a rank does not hold is None there.
 
 In: `StepAnalysis` (which leaf of the state is which parameter) and the owners of every parameter. Out:
-`Placement`.
+`StatePlacement`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def join(shards: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class LeafLayout:
     """Where a parameter is held.
 
     Args:
@@ -81,7 +81,7 @@ class LeafMetric:
 
 
 @dataclass(frozen=True)
-class Placement:
+class StatePlacement:
     """Which rank holds which leaf of the state.
 
     Args:
@@ -97,7 +97,7 @@ class Placement:
     mesh: Mesh
     pipe_axis: str | None
     analysis: StepAnalysis
-    layouts: tuple[Layout, ...]
+    layouts: tuple[LeafLayout, ...]
     present: tuple[tuple[bool, ...], ...]
     apart: frozenset[int] = frozenset()
     metrics_spec: Any = None
@@ -114,13 +114,13 @@ class Placement:
             lines.append(f"pipeline rank {pipeline_rank} holds {held}")
         return "\n".join(lines)
 
-    def stage_rank(self, rank: int) -> int:
+    def pipeline_rank(self, rank: int) -> int:
         """The place of a rank on the pipe axis."""
         return self.mesh.coords(rank)[self.pipe_axis] if self.pipe_axis else 0
 
     def holds(self, rank: int, param: int) -> bool:
         """Whether a rank holds a parameter."""
-        return self.stage_rank(rank) in self.layouts[param].owners
+        return self.pipeline_rank(rank) in self.layouts[param].owners
 
     def shape(self, rank: int, param: int) -> tuple[int, ...]:
         """The shape of what a rank holds of a parameter."""
@@ -135,7 +135,7 @@ class Placement:
         """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that
         hold the part."""
         here = self.mesh.coords(rank)
-        layout = Layout((0,), ()) if param is None else self.layouts[param]
+        layout = LeafLayout((0,), ()) if param is None else self.layouts[param]
         fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
         return all(
             here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items()
@@ -150,7 +150,7 @@ class Placement:
     def free(self, rank: int) -> frozenset[int]:
         """The places, among the leaves of a rank's state, of those that a step may write to
         (`core/buffer_donation.py`)."""
-        held = [j for j, here in enumerate(self.present[self.stage_rank(rank)]) if here]
+        held = [j for j, here in enumerate(self.present[self.pipeline_rank(rank)]) if here]
         return frozenset(k for k, j in enumerate(held) if j in self.analysis.free)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ class Placement:
         """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
         none."""
         places = self._places(leaf)
-        if self.stage_rank(rank) not in places:
+        if self.pipeline_rank(rank) not in places:
             return 0
         return (
             len(places)
@@ -197,7 +197,7 @@ class Placement:
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
         leaves = self.state_leaves(full, "place")
-        present = self.present[self.stage_rank(rank)]
+        present = self.present[self.pipeline_rank(rank)]
         held = [
             own(self._part(x, self._axes(j), rank)) if here else None
             for j, (x, here) in enumerate(zip(leaves, present, strict=True))
@@ -241,8 +241,8 @@ def place(
     analysis: StepAnalysis,
     rehearsal: Rehearsal,
     users: Sequence[Set[int]],
-    earlier: Placement | None,
-) -> Placement:
+    earlier: StatePlacement | None,
+) -> StatePlacement:
     """Where every leaf of the state lies: a param on the pipeline ranks that use it.
 
     Args:
@@ -267,8 +267,8 @@ def place(
 
 
 def place_again(
-    known: Placement, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
-) -> Placement:
+    known: StatePlacement, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
+) -> StatePlacement:
     """A known placement, for a step that may do other things outside its calls.
 
     Args:
@@ -294,10 +294,10 @@ def place_again(
 
 def _layouts(
     analysis: StepAnalysis, users: Sequence[Iterable[int]], axes: Sequence[Axes]
-) -> tuple[Layout, ...]:
+) -> tuple[LeafLayout, ...]:
     """A param that nobody uses lies on pipeline rank 0."""
     return tuple(
-        Layout(tuple(sorted(ranks)) or (0,), shape, own_axes)
+        LeafLayout(tuple(sorted(ranks)) or (0,), shape, own_axes)
         for ranks, shape, own_axes in zip(users, analysis.shapes, axes, strict=True)
     )
 
@@ -307,13 +307,13 @@ def place_params(
     pipe_axis: str | None,
     analysis: StepAnalysis,
     rehearsal: Rehearsal,
-    layouts: tuple[Layout, ...],
-) -> Placement:
+    layouts: tuple[LeafLayout, ...],
+) -> StatePlacement:
     """The placement that follows from the layout of every param."""
     rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
     places = mesh.axis_size(pipe_axis) if pipe_axis else 1
     apart, held = _rehearsed(rehearsal, layouts, places)
-    placement = Placement(mesh, pipe_axis, analysis, layouts, ())
+    placement = StatePlacement(mesh, pipe_axis, analysis, layouts, ())
     leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
     present = tuple(tuple(x is not None for x in some) for some in leaves)
     metrics, spec = tree.flatten(rehearsal.first.metrics)
@@ -337,7 +337,7 @@ def _leaf_metrics(
 
 
 def _rehearsed(
-    rehearsal: Rehearsal, layouts: Sequence[Layout], places: int
+    rehearsal: Rehearsal, layouts: Sequence[LeafLayout], places: int
 ) -> tuple[frozenset[int], list[Held]]:
     """What every place on the pipe axis has. Trees of global sums are whole there, unless the step
     takes them leaf by leaf."""

@@ -17,7 +17,7 @@ from funcpipe._src.core.mesh import Axes
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning import plan_text as reading
 from funcpipe._src.planning.lowered import Lowered, PlannedCall
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.predict import Given, Prediction, predict
 from funcpipe._src.planning.remat_curve import BUDGETS, RematCurve, remat_curve
 from funcpipe._src.program import Usage
@@ -47,7 +47,7 @@ class Plan:
         return self.lowered.resolved
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> StatePlacement:
         """Which rank holds which leaf."""
         return self.lowered.placement
 

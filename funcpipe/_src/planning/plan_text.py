@@ -44,7 +44,7 @@ def sections(plan: Plan) -> dict[str, list[str]]:
         out[f"the stages of {name}"] = [str(s) for s in c.schedule.stages]
         out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.table.ranks]
         out[f"the splits of the batch of {name}"] = [
-            str(leaf) for part in c.split.cuttings for leaf in part
+            str(leaf) for part in c.split.cuts for leaf in part
         ]
         cuts = c.distinct_units
         out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]

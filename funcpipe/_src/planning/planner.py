@@ -12,14 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from funcpipe._src.analysis.outside_ops import Op
-from funcpipe._src.analysis.rehearsal import Rehearsal
 from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.compile_inputs import CompileMemory, StageClock, compile_inputs
 from funcpipe._src.planning.pipeline import compile_step, separate_units
-from funcpipe._src.planning.placement import Placement, place_again
+from funcpipe._src.planning.placement import StatePlacement, place_again
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.step_analysis import analyse_step
 from funcpipe._src.planning.variants import Variants
@@ -41,7 +40,7 @@ class Planner:
         self._written: set[str] = set()  # what losses were seen to write
 
     @property
-    def placement(self) -> Placement | None:
+    def placement(self) -> StatePlacement | None:
         """Where the state lies; None before the first plan."""
         return self.memory.placement
 
@@ -67,12 +66,14 @@ class Planner:
         """The plans for batches like this one."""
         key = signature(batch)
         if key not in self.variants:
-            self.variants[key] = Variants(self.inputs.resolved.step, self._written)
+            step = self.inputs.resolved.step
+            self.variants[key] = Variants(step, self._written)
         return self.variants[key]
 
     def outside(self, batch: Any) -> tuple[Op, ...]:
         """What the step now computes outside its calls."""
-        return analyse_step(self.inputs, batch)[0].outside
+        analysis, _ = analyse_step(self.inputs, batch)
+        return analysis.outside
 
     def retime(self, costs: Costs) -> None:
         """Choose schedule and stages again, for measured costs; what was traced is kept."""
@@ -92,38 +93,49 @@ class Planner:
         with clock.time("analyse"):
             analysis, rehearsal = analyse_step(self.inputs, batch, variants.follower)
         self.ops = analysis.outside
-        placement = self._placement_now(analysis, rehearsal, changed=bool(variants.plans))
-        plan = variants.of_calls(_reads(analysis, placement))
+        placement = self.memory.placement
+        if placement is not None:
+            changed = bool(variants.plans)
+            placement = place_again(placement, analysis, rehearsal, changed)
+        reads = _reads(analysis, placement)
+        plan = variants.of_calls(reads)
         if plan is None:
             lowered = compile_step(self.inputs, analysis, rehearsal, placement, self.memory)
             plan = Plan(lowered)
-            variants.keep(_reads(lowered.analysis, lowered.placement), plan)
+            reads = _reads(lowered.analysis, lowered.placement)
+            variants.keep(reads, plan)
         for call in analysis.calls:
             assert call.reading is not None
             call.reading.done()
         variants.remember(of_step, plan)
         return plan
 
-    def _placement_now(
-        self, analysis: StepAnalysis, rehearsal: Rehearsal, changed: bool
-    ) -> Placement | None:
-        """The placement of earlier plans, for what the step now does outside its calls."""
-        if self.memory.placement is None:
-            return None
-        return place_again(self.memory.placement, analysis, rehearsal, changed)
 
-
-def _reads(analysis: StepAnalysis, placement: Placement | None) -> tuple:
+def _reads(analysis: StepAnalysis, placement: StatePlacement | None) -> tuple:
     """What makes plans for one shape of batch differ: what losses read from Python, and what the
     step does beside them."""
     calls = []
     for call in analysis.calls:
-        values = call.reading and call.reading.values
-        params = call.params, call.dtypes, call.params_spec
-        batch = signature(call.batch), tuple(pytree.leaves(call.origins))
-        calls.append((values, call.has_aux, params, batch))
+        of_call = (
+            call.reading and call.reading.values,
+            call.has_aux,
+            call.params,
+            call.dtypes,
+            call.params_spec,
+            signature(call.batch),
+            tuple(pytree.leaves(call.origins)),
+        )
+        calls.append(of_call)
     if placement is None:
         return tuple(calls), None
-    metrics = tuple((metric.number, metric.place) for metric in placement.leaf_metrics)
-    outside = analysis.sums, analysis.free, placement.apart, placement.metrics_spec, metrics
+    metrics = []
+    for metric in placement.leaf_metrics:
+        metrics.append((metric.number, metric.place))
+    outside = (
+        analysis.sums,
+        analysis.free,
+        placement.apart,
+        placement.metrics_spec,
+        tuple(metrics),
+    )
     return tuple(calls), outside

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.graph.unit_code import bytes_text
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 
 if TYPE_CHECKING:
     from funcpipe._src.planning.lowered import Lowered, PlannedCall
@@ -78,7 +78,7 @@ def units_line(units: Units) -> str:
     )
 
 
-def placement_line(placement: Placement) -> str:
+def placement_line(placement: StatePlacement) -> str:
     """How many leaves lie where."""
     held = map(sum, placement.present)
     leaves = ", ".join(map(str, held))

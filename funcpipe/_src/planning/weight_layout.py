@@ -1,6 +1,7 @@
 """Weight layout: how a rank holds the params of one call, and in which dtype the loss sees them.
 
-In: a call. Out: `WeightLayout`, or the fakes that its loss is traced with. A *param arg* is the number of a leaf of what the call gets as params.
+In: a call. Out: `WeightLayout`, or the fakes that its loss is traced with. A *param arg* is the
+number of a leaf of what the call gets as params.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ class _Params(Protocol):
     """What names all params: a `StepAnalysis`, or its tags while it is made."""
 
     @property
-    def paths(self) -> tuple[str, ...]: ...
+    def paths(self) -> tuple[str, ...]:
+        """Of every param."""
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]: ...
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of every param."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def lay_out_weights(inputs: CallInputs) -> WeightLayout:
     sharded, casts, grad_dtypes = {}, {}, {}
     for arg, dtype in enumerate(traced_dtypes(inputs)):
         own = inputs.call.dtypes[arg]
-        axes = _axes(inputs, arg)
+        axes = inputs.resolved.sharded_over(*inputs.param(arg))
         if axes:
             sharded[arg] = _sharded(inputs, arg, axes, dtype)
         elif dtype != own:
@@ -61,25 +64,21 @@ def lay_out_weights(inputs: CallInputs) -> WeightLayout:
     return WeightLayout(sharded, casts, grad_dtypes)
 
 
-def _axes(inputs: CallInputs, arg: int) -> Axes:
-    param, analysis = inputs.call.params[arg], inputs.analysis
-    return inputs.resolved.sharded_over(analysis.paths[param], analysis.shapes[param])
-
-
 def _sharded(inputs: CallInputs, arg: int, axes: Axes, traced: torch.dtype) -> Sharded:
-    resolved, own = inputs.resolved, inputs.call.dtypes[arg]
-    param = inputs.call.params[arg]
-    shape = inputs.analysis.shapes[param]
-    shards = resolved.mesh.axis_size(axes)
-    elements = -(-math.prod(shape) // shards)
-    options = resolved.shard_options(inputs.analysis.paths[param], shape)
+    resolved = inputs.resolved
+    own = inputs.call.dtypes[arg]
+    path, shape = inputs.param(arg)
+    options = resolved.shard_options(path, shape)
     if resolved.precision and options.reduce_dtype is None:
         options = replace(options, reduce_dtype=own)
+    shards = resolved.mesh.axis_size(axes)
+    elements = -(-math.prod(shape) // shards)
+    summed = [axis for axis in axes if axis in resolved.split_axes]
     return Sharded(
         piece=Piece(arg, shape, elements),
         axes=axes,
         parts=shards,
-        summed=tuple(axis for axis in axes if axis in resolved.split_axes),
+        summed=tuple(summed),
         grad=own,
         whole=traced,
         options=options,
@@ -89,15 +88,21 @@ def _sharded(inputs: CallInputs, arg: int, axes: Axes, traced: torch.dtype) -> S
 def loss_dtypes(
     resolved: ResolvedStep, params: _Params, call: PrimitiveCall
 ) -> tuple[torch.dtype, ...]:
-    """The dtypes in which a loss function sees its params: for a sharded leaf that in which it is
-    gathered, else what transforms ask for."""
+    """The dtypes in which a loss function sees its params.
+
+    That of a sharded leaf is the one in which it is gathered, if that is said; the others are what
+    transforms ask for.
+    """
     found = []
     for param, dtype in zip(call.params, call.dtypes, strict=True):
         path, shape = params.paths[param], params.shapes[param]
-        gathered = None
+        wanted = None
         if dtype.is_floating_point and resolved.sharded_over(path, shape):
-            gathered = resolved.shard_options(path, shape).param_dtype
-        found.append(gathered or resolved.dtype_of(path, dtype))
+            options = resolved.shard_options(path, shape)
+            wanted = options.param_dtype
+        if wanted is None:
+            wanted = resolved.dtype_of(path, dtype)
+        found.append(wanted)
     return tuple(found)
 
 

@@ -12,10 +12,10 @@ import torch
 
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.planning.placement import LeafMetric, Placement
+from funcpipe._src.planning.placement import LeafMetric, StatePlacement
 
 
-def complete(metrics: Any, placement: Placement, comm: Communicator) -> Any:
+def complete(metrics: Any, placement: StatePlacement, comm: Communicator) -> Any:
     """The metrics with those that some ranks lack."""
     if not placement.leaf_metrics:
         return metrics
@@ -37,7 +37,7 @@ def _told(
     metrics: list[LeafMetric],
     leaves: list[Any],
     dtype: torch.dtype,
-    placement: Placement,
+    placement: StatePlacement,
     comm: Communicator,
 ) -> tuple[torch.Tensor, ...]:
     """What the lowest rank that has a metric tells of it: the others add zeros."""

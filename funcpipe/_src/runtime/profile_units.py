@@ -97,7 +97,7 @@ def profile_units(run: Runner, state: Any, batch: Any, rounds: int = 5, call: in
         """What is known of a rank's inputs: the batch and constants. Numbers of rows decide what
         looking them up costs."""
         planned = plan.calls[call]
-        leaves = planned.split.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
+        leaves = planned.split.local_leaves(batch, 0)[0]  # of the rank whose shapes the units have
         moving = [leaves[i] for i in planned.moving[0]]
         return {("batch", i): x for i, x in enumerate(moving)} | {
             ("const", v): fn() for v, fn in cut.constants.items()

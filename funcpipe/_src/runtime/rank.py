@@ -28,7 +28,7 @@ from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.lowered import PlannedCall
-from funcpipe._src.planning.placement import Layout
+from funcpipe._src.planning.placement import LeafLayout
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_bytes import most
 from funcpipe._src.planning.variants import stale
@@ -47,7 +47,7 @@ class Rank:
         # What runs programs instead of `execute`, while a recording is open.
         self.observer: Callable[[list[Bound], Slots, Communicator], None] | None = None
         mesh, axis = comm.mesh, plan.resolved.pipe_axis
-        self.place = plan.placement.stage_rank(comm.rank)
+        self.place = plan.placement.pipeline_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
         with bind_rank(comm):
@@ -96,7 +96,7 @@ class Rank:
         out: set[tuple[int, int, str]] = set()
         mesh, axis = self.comm.mesh, self.plan.resolved.pipe_axis
         for rank in range(mesh.size if axis else 0):
-            ranks, place = mesh.group(rank, axis or ()), self.plan.placement.stage_rank(rank)
+            ranks, place = mesh.group(rank, axis or ()), self.plan.placement.pipeline_rank(rank)
             for call in self.calls:
                 for i in call.planned.programs[place].instructions:
                     if i.op == SEND:
@@ -210,7 +210,7 @@ class _BoundCall:
             slots[slot] = x if x is None or dtype is None else x.to(dtype)
         for slot, x in self.constants.items():
             slots[slot] = x
-        micro = planned.split.microbatches(batch, self.rank.comm.rank)
+        micro = planned.split.local_leaves(batch, self.rank.comm.rank)
         for (m, i), slot in program.batch.items():
             moving = planned.moving[m]
             scaled = scaling.current() if i == len(moving) else None
@@ -360,7 +360,7 @@ class _BoundCall:
             for i, x in zip(some, packed.split([sums[i].numel() for i in some]), strict=True):
                 sums[i] = x.view(sums[i].shape)
 
-    def _layout(self, i: int) -> Layout:
+    def _layout(self, i: int) -> LeafLayout:
         return self.rank.plan.placement.layouts[self.planned.call.params[i]]
 
 

@@ -14,7 +14,7 @@ from funcpipe._src.analysis.outside_ops import Op
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import text_sum
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.mismatch_text import majority, other_step
@@ -48,7 +48,7 @@ class Watch:
         sums = replicas.of_params(checksums) | replicas.of_batch(batch, self._rows)
         self._compare(sums, {"params": tree.paths(params), "batch": tree.paths(batch)})
 
-    def made(self, state: Any, placement: Placement) -> None:
+    def made(self, state: Any, placement: StatePlacement) -> None:
         """Compare the first state."""
         sums = replicas.of_state(state, placement, self._comm.rank)
         self._compare(sums, {"state": placement.analysis.state_paths})

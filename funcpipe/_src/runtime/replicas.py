@@ -14,7 +14,7 @@ import torch
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import checksums, text_sum
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.runtime.mismatch_text import in_words
 from funcpipe.errors import MismatchError
 
@@ -54,7 +54,7 @@ def of_batch(batch: Any, rows: int | None) -> Sums:
     return out
 
 
-def of_state(state: Any, placement: Placement, rank: int) -> Sums:
+def of_state(state: Any, placement: StatePlacement, rank: int) -> Sums:
     """Of what a rank holds of the state, as far as others hold copies."""
     leaves, out = placement.state_leaves(state, "compare replicas"), Sums()
     shared = [j for j in range(len(leaves)) if placement.copies(rank, j) > 1]

@@ -23,7 +23,7 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
 from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning.lazy_init import read_params
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime.profile_units import profile_units
@@ -110,7 +110,7 @@ class Runner(abc.ABC):
         return self._planner
 
     @property
-    def _placement(self) -> Placement:
+    def _placement(self) -> StatePlacement:
         placement = self._made.placement
         assert placement is not None
         return placement

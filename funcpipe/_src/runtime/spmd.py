@@ -405,12 +405,13 @@ class Spmd(Runner):
             raise MismatchError(
                 difference(self._comm.exchange((what, described(trees))), self._resolved.local)
             )
-        asked = functools.reduce(operator.or_, said) & (1 << _FLAGS) - 1
+        together = functools.reduce(operator.or_, said)
+        asked = together & (1 << _FLAGS) - 1
         self._replicas.due = asked >> 1
         return out, bool(asked & 1)
 
     def _digest(self, trees: dict[str, Any], what: str) -> int:
-        key = (what, *((name, signature(x)) for name, x in trees.items()))
+        key = (what, signature(trees))
         if key not in self._digests:
             self._digests[key] = text_sum(repr(described(trees)) + what)
         return self._digests[key]

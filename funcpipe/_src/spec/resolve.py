@@ -51,12 +51,15 @@ class ResolvedStep:
     @cached_property
     def pipeline(self) -> Pipeline | None:
         """How the loss is cut into stages; None without a pipeline."""
-        return next(filter(None, (spec.pipeline() for spec in self.specs)), None)
+        return _first(spec.pipeline() for spec in self.specs)
 
     @cached_property
     def pipe_axis(self) -> str | None:
         """The axis of the pipeline."""
-        return next((spec.axes[0] for spec in self.specs if spec.pipeline()), None)
+        for spec in self.specs:
+            if spec.pipeline():
+                return spec.axes[0]
+        return None
 
     @cached_property
     def ranks(self) -> int:
@@ -68,7 +71,10 @@ class ResolvedStep:
     @cached_property
     def microbatch_spec(self) -> TransformSpec | None:
         """The transform that splits into microbatches."""
-        return next((spec for spec in self.specs if spec.microbatches()), None)
+        for spec in self.specs:
+            if spec.microbatches():
+                return spec
+        return None
 
     @cached_property
     def microbatch_split(self) -> MicrobatchSplit | None:
@@ -164,12 +170,12 @@ class ResolvedStep:
     @cached_property
     def precision(self) -> Precision | None:
         """In which dtype the loss function computes, if a transform says so."""
-        return next(filter(None, (spec.precision() for spec in self.specs)), None)
+        return _first(spec.precision() for spec in self.specs)
 
     def dtype_of(self, path: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the loss function sees a param: the first one asked for."""
-        wanted = (spec.dtype_of(path, dtype) for spec in self.specs)
-        return next((found for found in wanted if found is not None), dtype)
+        wanted = _first(spec.dtype_of(path, dtype) for spec in self.specs)
+        return dtype if wanted is None else wanted
 
     def loss(self, loss_fn: Callable, has_aux: bool) -> Callable:
         """The loss function that is traced."""
@@ -214,6 +220,14 @@ def resolve(step: Callable, mesh: Mesh) -> ResolvedStep:
     for spec in specs:
         fn = spec.wrap_step(fn) or fn
     return ResolvedStep(fn, mesh, specs)
+
+
+def _first(answers: Iterable[Any]) -> Any:
+    """The first answer that is not None; None if all are."""
+    for answer in answers:
+        if answer is not None:
+            return answer
+    return None
 
 
 def _axes_of(specs: Iterable[TransformSpec]) -> Axes:
