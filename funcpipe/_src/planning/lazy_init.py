@@ -92,4 +92,5 @@ class LazyParams:
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""
         inputs = list(self.module.graph.find_nodes(op="placeholder"))
-        return extract(self.module, self.outputs[number], inputs)(self.key)
+        make = extract(self.module, self.outputs[number], inputs)
+        return make(self.key)

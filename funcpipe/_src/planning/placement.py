@@ -1,12 +1,11 @@
-"""StatePlacement: which rank holds which leaf, and the way there and back.
+"""Placement: which rank holds which leaf of the state, and the way there and back.
 
-Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and
-over which axes it is *sharded*: cut flat into equal pieces, one for each rank of the group on those
-axes. To *place* a tree is to turn the single-device pytree into what one rank holds, to *unplace*
-to turn what all ranks hold into it again. A leaf that a rank does not hold is None there.
+A param lies on the pipeline ranks that use it, its *owners*, and may be sharded over axes: cut flat
+into equal pieces, one for each rank of the group on those axes. To *place* a tree is to turn the
+single-device pytree into what one rank holds, to *unplace* to turn what all ranks hold into it
+again. A leaf that a rank does not hold is None there.
 
-In: `StepAnalysis` (which leaf of the state is which parameter) and the owners of every parameter. Out:
-`StatePlacement`.
+In: `StepAnalysis`, the pipeline ranks that use each param. Out: `StatePlacement`.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ class LeafLayout:
     """Where a parameter is held.
 
     Args:
-        owners: the places on the pipe axis, lowest first (place 0 without a pipe axis).
-        shape: of the whole leaf.
-        axes: the axes it is sharded over, in mesh order; none: each owner holds it whole.
+        owners: the pipeline ranks, lowest first (0 without a pipeline).
+        shape: of the unsharded leaf.
+        axes: the axes it is sharded over, in mesh order; none: each owner holds it unsharded.
     """
 
     owners: tuple[int, ...]
@@ -72,11 +71,11 @@ class LeafLayout:
 
 @dataclass(frozen=True)
 class LeafMetric:
-    """A metric that some ranks do not compute: its number, a place on the pipe axis that does, and
-    what it is like there (a fake, or a value of Python)."""
+    """A metric that some ranks do not compute: its number, a pipeline rank that does, and what it is
+    like there (a fake, or a value of Python)."""
 
     number: int
-    place: int
+    pipeline_rank: int
     like: Any
 
 
@@ -85,10 +84,11 @@ class StatePlacement:
     """Which rank holds which leaf of the state.
 
     Args:
-        mesh: the mesh; pipe_axis: the axis along which ranks hold different leaves.
-        dyed: which leaf is which.
-        layouts: of every parameter.
-        present: for every place on the pipe axis, which leaves of the state its ranks hold.
+        mesh: the mesh.
+        pipe_axis: the axis along which ranks hold different leaves.
+        analysis: which leaf of the state is which param.
+        layouts: of every param.
+        present: for every pipeline rank, which leaves of the state it holds.
         apart: the global sums whose trees have, on a rank, entries of the leaves that it holds.
         metrics_spec: the structure of the metrics.
         leaf_metrics: those that some ranks do not compute, for want of a leaf.
@@ -114,107 +114,132 @@ class StatePlacement:
             lines.append(f"pipeline rank {pipeline_rank} holds {held}")
         return "\n".join(lines)
 
+    # ---- ranks
+
     def pipeline_rank(self, rank: int) -> int:
-        """The place of a rank on the pipe axis."""
+        """The pipeline rank of a rank of the mesh."""
         return self.mesh.coords(rank)[self.pipe_axis] if self.pipe_axis else 0
 
     def holds(self, rank: int, param: int) -> bool:
-        """Whether a rank holds a parameter."""
+        """Whether a rank holds a param."""
         return self.pipeline_rank(rank) in self.layouts[param].owners
 
     def shape(self, rank: int, param: int) -> tuple[int, ...]:
-        """The shape of what a rank holds of a parameter."""
+        """The shape of what a rank holds of a param."""
         layout = self.layouts[param]
         if not layout.axes:
             return layout.shape
-        parts, index = self.mesh.axis_size(layout.axes), self.mesh.index(rank, layout.axes)
-        start, end = extent(math.prod(layout.shape), parts, index)
+        elements = math.prod(layout.shape)
+        shards = self.mesh.axis_size(layout.axes)
+        start, end = extent(elements, shards, self.mesh.index(rank, layout.axes))
         return shard_shape(layout.shape, end - start)
 
     def counts(self, rank: int, param: int | None) -> bool:
         """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that
         hold the part."""
-        here = self.mesh.coords(rank)
-        layout = LeafLayout((0,), ()) if param is None else self.layouts[param]
-        fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
-        return all(
-            here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items()
-        )
+        if param is None:
+            return self.tells(rank, 0)
+        layout = self.layouts[param]
+        return self._is_lowest(rank, layout.owners[0], layout.axes)
 
-    def tells(self, rank: int, place: int) -> bool:
-        """Whether a rank is the lowest at a place on the pipe axis."""
-        return all(
-            n == (place if a == self.pipe_axis else 0) for a, n in self.mesh.coords(rank).items()
-        )
+    def tells(self, rank: int, pipeline_rank: int) -> bool:
+        """Whether a rank is the lowest with a pipeline rank."""
+        return self._is_lowest(rank, pipeline_rank, ())
+
+    def _is_lowest(self, rank: int, pipeline_rank: int, free: Axes) -> bool:
+        """Whether a rank is the lowest with a pipeline rank and its coordinates on free axes."""
+        for axis, coordinate in self.mesh.coords(rank).items():
+            lowest = pipeline_rank if axis == self.pipe_axis else 0
+            if axis not in free and coordinate != lowest:
+                return False
+        return True
+
+    # ---- leaves of the state
 
     def free(self, rank: int) -> frozenset[int]:
-        """The places, among the leaves of a rank's state, of those that a step may write to
+        """Which of the leaves that a rank holds, counted among those, a step may write to
         (`core/buffer_donation.py`)."""
-        held = [j for j, here in enumerate(self.present[self.pipeline_rank(rank)]) if here]
-        return frozenset(k for k, j in enumerate(held) if j in self.analysis.free)
+        present = self.present[self.pipeline_rank(rank)]
+        held = [leaf for leaf, here in enumerate(present) if here]
+        overwritable = self.analysis.free
+        return frozenset(number for number, leaf in enumerate(held) if leaf in overwritable)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
         """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in
         order."""
-        place = next(p for p, present in enumerate(self.present) if present[leaf])
-        zero = dict.fromkeys(self.mesh.axes, 0)
-        first = self.mesh.rank(zero | ({self.pipe_axis: place} if self.pipe_axis else {}))
+        coordinates = dict.fromkeys(self.mesh.axes, 0)
+        if self.pipe_axis:
+            coordinates[self.pipe_axis] = self._holding(leaf)[0]
+        first = self.mesh.rank(coordinates)
         return self.mesh.group(first, self._axes(leaf))
+
+    def held_as(self, rank: int, leaf: int) -> tuple:
+        """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
+        axes = self._axes(leaf)
+        return self._holding(leaf), axes, self.mesh.index(rank, axes)
+
+    def copies(self, rank: int, leaf: int) -> int:
+        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
+        none."""
+        holding = self._holding(leaf)
+        if self.pipeline_rank(rank) not in holding:
+            return 0
+        shards = self.mesh.axis_size(self._axes(leaf))
+        return len(holding) * self.mesh.size // (len(self.present) * shards)
+
+    def _holding(self, leaf: int) -> tuple[int, ...]:
+        """The pipeline ranks that hold a leaf of the state."""
+        ranks = enumerate(self.present)
+        return tuple(rank for rank, present in ranks if present[leaf])
 
     def _axes(self, leaf: int) -> Axes:
         param = self.analysis.state[leaf]
         return () if param is None else self.layouts[param].axes
 
-    def held_as(self, rank: int, leaf: int) -> tuple:
-        """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
-        places, axes = self._places(leaf), self._axes(leaf)
-        return places, axes, self.mesh.index(rank, axes)
-
-    def copies(self, rank: int, leaf: int) -> int:
-        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
-        none."""
-        places = self._places(leaf)
-        if self.pipeline_rank(rank) not in places:
-            return 0
-        return (
-            len(places)
-            * self.mesh.size
-            // (len(self.present) * self.mesh.axis_size(self._axes(leaf)))
-        )
-
-    def _places(self, leaf: int) -> tuple[int, ...]:
-        return tuple(p for p, present in enumerate(self.present) if present[leaf])
+    # ---- trees
 
     def params(self, leaf: Callable[[int], torch.Tensor], rank: int) -> Any:
-        """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a
-        whole one."""
-        held = [
-            own(self._part(leaf(i), layout.axes, rank)) if self.holds(rank, i) else None
-            for i, layout in enumerate(self.layouts)
-        ]
+        """What a rank holds of the params, in tensors of its own.
+
+        Args:
+            leaf: makes or fetches an unsharded one, by number.
+        """
+        held: list[Any] = []
+        for param, layout in enumerate(self.layouts):
+            if self.holds(rank, param):
+                held.append(own(self._part(leaf(param), layout.axes, rank)))
+            else:
+                held.append(None)
         return tree.unflatten(self.analysis.params_spec, held)
 
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
         leaves = self.state_leaves(full, "place")
         present = self.present[self.pipeline_rank(rank)]
-        held = [
-            own(self._part(x, self._axes(j), rank)) if here else None
-            for j, (x, here) in enumerate(zip(leaves, present, strict=True))
-        ]
+        held = []
+        for number, here in enumerate(present):
+            part = None
+            if here:
+                part = own(self._part(leaves[number], self._axes(number), rank))
+            held.append(part)
         return tree.unflatten(self.analysis.state_spec, held)
 
-    def _part(self, x: Any, axes: Axes, rank: int) -> Any:
-        return take(x, self.mesh, rank, axes) if axes else x
+    def _part(self, leaf: Any, axes: Axes, rank: int) -> Any:
+        return take(leaf, self.mesh, rank, axes) if axes else leaf
 
     def unplace(self, leaf: Callable[[int, int], Any]) -> Any:
-        """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the
-        state."""
+        """The full state.
+
+        Args:
+            leaf: fetches what a rank holds of a leaf of the state, by rank and number.
+        """
         out = []
-        for j, param in enumerate(self.analysis.state):
-            parts = [leaf(rank, j) for rank in self.holders(j)]
-            sharded = bool(self._axes(j)) and param is not None
-            out.append(join(parts, self.layouts[param].shape) if sharded else own(parts[0]))  # type: ignore[index]
+        for number, param in enumerate(self.analysis.state):
+            parts = [leaf(rank, number) for rank in self.holders(number)]
+            if param is not None and self.layouts[param].axes:
+                out.append(join(parts, self.layouts[param].shape))
+            else:
+                out.append(own(parts[0]))
         return tree.unflatten(self.analysis.state_spec, out)
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
@@ -311,47 +336,62 @@ def place_params(
 ) -> StatePlacement:
     """The placement that follows from the layout of every param."""
     rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
-    places = mesh.axis_size(pipe_axis) if pipe_axis else 1
-    apart, held = _rehearsed(rehearsal, layouts, places)
+    pipeline_ranks = mesh.axis_size(pipe_axis) if pipe_axis else 1
+    apart, held = _rehearsed(rehearsal, layouts, pipeline_ranks)
     placement = StatePlacement(mesh, pipe_axis, analysis, layouts, ())
-    leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
-    present = tuple(tuple(x is not None for x in some) for some in leaves)
+    present = []
+    for rank in held:
+        leaves = placement.state_leaves(rank.state, "init_state")
+        present.append(tuple(leaf is not None for leaf in leaves))
     metrics, spec = tree.flatten(rehearsal.first.metrics)
-    own = _leaf_metrics(metrics, [rank.lacks for rank in held])
-    return replace(placement, present=present, apart=apart, metrics_spec=spec, leaf_metrics=own)
+    return replace(
+        placement,
+        present=tuple(present),
+        apart=apart,
+        metrics_spec=spec,
+        leaf_metrics=_leaf_metrics(metrics, [rank.lacks for rank in held]),
+    )
 
 
 def _leaf_metrics(
     metrics: Sequence[Any], lacks: Sequence[frozenset[int]]
 ) -> tuple[LeafMetric, ...]:
-    out = []
+    """The metrics that some pipeline ranks lack.
+
+    Args:
+        lacks: by pipeline rank, the numbers of those.
+    """
+    found = []
     for number in sorted(frozenset().union(*lacks)):
-        place = next((p for p, some in enumerate(lacks) if number not in some), None)
-        if place is None:
+        have = [rank for rank, missing in enumerate(lacks) if number not in missing]
+        if not have:
             raise StateError(
                 f"metric {number} is None on every rank, though not on one device: compute metrics "
                 "of leaves with optree.tree_map"
             )
-        out.append(LeafMetric(number, place, metrics[number]))
-    return tuple(out)
+        found.append(LeafMetric(number, have[0], metrics[number]))
+    return tuple(found)
 
 
 def _rehearsed(
-    rehearsal: Rehearsal, layouts: Sequence[LeafLayout], places: int
+    rehearsal: Rehearsal, layouts: Sequence[LeafLayout], pipeline_ranks: int
 ) -> tuple[frozenset[int], list[Held]]:
-    """What every place on the pipe axis has. Trees of global sums are whole there, unless the step
-    takes them leaf by leaf."""
+    """What every pipeline rank has. Trees of global sums are complete there, unless the step takes
+    them leaf by leaf."""
 
-    def all_places(apart: frozenset[int]) -> list[Held]:
-        def held_at(place: int) -> Held:
-            return rehearsal.of_rank(lambda i: place in layouts[i].owners, apart)
+    def held_by(pipeline_rank: int, apart: frozenset[int]) -> Held:
+        def holds(param: int) -> bool:
+            return pipeline_rank in layouts[param].owners
 
-        return [held_at(place) for place in range(places)]
+        return rehearsal.of_rank(holds, apart)
 
-    whole: frozenset[int] = frozenset()
+    def everyone(apart: frozenset[int]) -> list[Held]:
+        return [held_by(rank, apart) for rank in range(pipeline_ranks)]
+
+    none: frozenset[int] = frozenset()
     try:
-        return whole, all_places(whole)
+        return none, everyone(none)
     except StateError:
         if not rehearsal.separable:
             raise
-    return rehearsal.separable, all_places(rehearsal.separable)
+    return rehearsal.separable, everyone(rehearsal.separable)

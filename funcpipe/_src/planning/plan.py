@@ -1,8 +1,6 @@
-"""Plans: everything that is decided before a step runs, and how to read it; `pipeline.py` makes
-them.
+"""Plan: what will run, with what it is predicted to cost.
 
-A `Plan` says which leaf goes where, and for every ``value_and_grad`` of the step the cut, the
-stages, the checked schedule and a program for every place on the pipe axis.
+In: a `Lowered` step. Out: `Plan`, which predicts time, memory and traffic, and reads as text.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ class Plan:
 
     Args:
         lowered: the records of all stages.
-        found: by place on the pipe axis, what a compiled backend was found to take there.
-        graphs: by place on the pipe axis, the bytes of a rank's CUDA graphs.
+        found: by pipeline rank, what a compiled backend was found to take there.
+        graphs: by pipeline rank, the bytes of a rank's CUDA graphs.
     """
 
     lowered: Lowered
@@ -58,7 +56,7 @@ class Plan:
 
     @property
     def memory(self) -> list[dict[str, int]]:
-        """Predicted bytes of a rank at every place on the pipe axis: ``activations`` (the peak,
+        """Predicted bytes of a rank with every pipeline rank: ``activations`` (the peak,
         with each unit's own intermediates), ``residuals`` (the part of it held between units),
         ``gathered`` (whole leaves of sharded params, at their peak), ``gradients`` (sums and what
         is being reduced, at their peak), ``step`` (all of these at once, at their peak), ``params``
@@ -67,18 +65,18 @@ class Plan:
 
         A unit's own intermediates are those of its graph; in `spmd` with a compiled backend, those
         that it was seen to make when it was compiled."""
-        return [sizes.memory(self, p) for p in range(self.resolved.ranks)]
+        return [sizes.memory(self, rank) for rank in range(self.resolved.ranks)]
 
     @property
     def traffic(self) -> list[dict[Axes, int]]:
-        """Bytes that a rank at every place on the pipe axis receives in a step, by the axes they
+        """Bytes that a rank with every pipeline rank receives in a step, by the axes they
         travel along.
 
         Counted as rings do: ``n - 1`` of ``n`` parts for a gather, a reduce-scatter or an
         all-to-all, twice that for an all-reduce. Collectives in the loss function are counted,
         attention's exchanges among them. The loss, the norm and other single numbers are left out.
         """
-        return [sizes.traffic(self, p) for p in range(self.resolved.ranks)]
+        return [sizes.traffic(self, rank) for rank in range(self.resolved.ranks)]
 
     def predict(self, costs: Given = None, call: int = 0) -> Prediction:
         """Times and memory of a ``value_and_grad``: see `Prediction`.
@@ -126,7 +124,9 @@ class Plan:
 
     def digest(self) -> int:
         """A number that ranks compare: equal when they are about to run the same."""
-        return int.from_bytes(hashlib.sha256(repr(self.sections).encode()).digest()[:7], "big")
+        text = repr(self.sections)
+        found = hashlib.sha256(text.encode()).digest()
+        return int.from_bytes(found[:7], "big")
 
     def save(self, path: str | Path, call: int = 0, costs: Given = None) -> Path:
         """Draw the timeline and memory: an ``.html`` page, an ``.svg`` picture, or a ``.json``

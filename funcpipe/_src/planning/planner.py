@@ -130,7 +130,7 @@ def _reads(analysis: StepAnalysis, placement: StatePlacement | None) -> tuple:
         return tuple(calls), None
     metrics = []
     for metric in placement.leaf_metrics:
-        metrics.append((metric.number, metric.place))
+        metrics.append((metric.number, metric.pipeline_rank))
     outside = (
         analysis.sums,
         analysis.free,

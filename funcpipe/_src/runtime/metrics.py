@@ -43,7 +43,7 @@ def _told(
     """What the lowest rank that has a metric tells of it: the others add zeros."""
     parts = []
     for metric in metrics:
-        mine = placement.tells(comm.rank, metric.place)
+        mine = placement.tells(comm.rank, metric.pipeline_rank)
         x = leaves[metric.number] if mine else torch.zeros(metric.like.shape, device=comm.device)
         parts.append(x.to(dtype).reshape(-1))
     packed = comm.all_reduce(torch.cat(parts), tuple(comm.mesh.axes))
