@@ -32,7 +32,7 @@ from train_lm import TrainState, batches, enough_gpus, mesh, positive, rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import funcpipe as fp
-from funcpipe._src.modules.from_module import from_module, to_module
+from funcpipe import from_module, to_module
 from funcpipe.testing import assert_equivalent
 
 SHORT = {

@@ -17,18 +17,12 @@ from funcpipe._src.collectives import (
     psum_scatter,
     vmap,
 )
+from funcpipe._src.core.loss_types import Mean, Microbatches, Rows
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import Scaled
-from funcpipe._src.core.step import (
-    Mean,
-    Microbatches,
-    Rows,
-    clip_by_global_norm,
-    global_norm,
-    global_sum,
-    stage_boundary,
-    value_and_grad,
-)
+from funcpipe._src.core.primitives.stage_boundary import stage_boundary
+from funcpipe._src.core.primitives.value_and_grad import value_and_grad
+from funcpipe._src.core.reductions import clip_by_global_norm, global_norm, global_sum
 from funcpipe._src.functional.attention import attention
 from funcpipe._src.functional.batch_statistic import batch_statistic
 from funcpipe._src.functional.checkpoint_name import checkpoint_name

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.core.step import describe
 from funcpipe._src.schedule.actions import ScheduleFn
 from funcpipe._src.schedule.catalogue import by_name
 from funcpipe._src.schedule.library import one_f_one_b

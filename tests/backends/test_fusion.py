@@ -28,7 +28,7 @@ from funcpipe._src.backends.fusion import fused
 from funcpipe._src.backends.grad_accumulation import Factors, Lookup, form_of, outputs_of
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.buffer_donation import DonationAnalysis
-from funcpipe._src.core.step import averaged
+from funcpipe._src.core.loss_types import averaged
 from funcpipe._src.runtime import simulate
 from funcpipe._src.runtime.interpreter import bind
 from funcpipe._src.runtime.rank import Rank

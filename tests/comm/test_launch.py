@@ -47,6 +47,21 @@ def test_results_in_rank_order():
     assert "TORCHELASTIC_SIGNALS_TO_HANDLE" not in os.environ
 
 
+def read_environment():
+    return os.environ.get("FUNCPIPE_TEST"), os.getcwd()
+
+
+def test_ranks_have_the_environment_as_it_is_now(monkeypatch, tmp_path):
+    """Also where an earlier launch has started the server that ranks are forked from."""
+    here = os.getcwd()
+    assert launch(read_environment, 1) == [(None, here)]
+    monkeypatch.setenv("FUNCPIPE_TEST", "set")
+    monkeypatch.chdir(tmp_path)
+    assert launch(read_environment, 1) == [("set", str(tmp_path))]
+    monkeypatch.delenv("FUNCPIPE_TEST")
+    assert launch(read_environment, 1) == [(None, str(tmp_path))]
+
+
 def sleep():
     time.sleep(60)
 

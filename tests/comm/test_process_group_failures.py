@@ -272,7 +272,7 @@ def beside_a_killed_rank(rank, port, answers, victim):
 def test_a_killed_rank_stops_the_others_and_is_named(victim):
     """Also by a rank whose connections to several others close, and where the store goes with rank
     0."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
     answers = context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import tap
+from funcpipe._src.core.context import tap
 from funcpipe._src.spec.transform_spec import TransformedStep
 from funcpipe.errors import StackError, TraceError
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import funcpipe as fp
 from funcpipe._src.collectives import collectives_of
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import totals_and_grads
+from funcpipe._src.core.gradients import totals_and_grads
 from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.node_labels import read_nodes

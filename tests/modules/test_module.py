@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
 from funcpipe.errors import CutError, ModuleError
 from funcpipe.testing import assert_equivalent, meshes, microbatch_counts
@@ -351,7 +351,7 @@ def test_what_a_call_sets_is_gone_after_it() -> None:
 # ---- boundaries
 
 
-class Counting:
+class Counting(PlainContext):
     """A context that counts boundaries, and keeps what they got."""
 
     def __init__(self) -> None:
@@ -365,7 +365,7 @@ class Counting:
 def boundaries(module: nn.Module, where: Any, *args: Any) -> int:
     apply_fn, params, buffers = from_module(module, where)
     context = Counting()
-    with step_.bind(context):  # type: ignore[arg-type]
+    with bind_context(context):
         apply_fn(params, buffers, *args)
     return len(context.seen)
 

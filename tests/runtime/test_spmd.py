@@ -19,7 +19,7 @@ import torch.distributed as dist
 from support.worlds import in_processes
 
 import funcpipe as fp
-from funcpipe._src.core.step import tap
+from funcpipe._src.core.context import tap
 from funcpipe.errors import MismatchError, RankError
 from funcpipe.optim import adamw, statistics
 from funcpipe.testing import Layer, Model, RandomTable, assert_equivalent

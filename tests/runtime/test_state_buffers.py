@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.buffer_donation import DonationAnalysis, donate, memory, writable
+from funcpipe._src.core.buffer_donation import DonationAnalysis, Overwritable, memory, writable
+from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.runtime.cuda_graph import update
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.state_buffers import DonatedStep, Given, StateBuffers
@@ -357,10 +358,10 @@ def test_another_structure_is_refused() -> None:
         home.enter(home.read({"x": 1.0}))
 
 
-# ---- ledgers
+# ---- which leaves are overwritable
 
 
-def test_outside_a_ledger_a_copy() -> None:
+def test_outside_a_runner_a_copy() -> None:
     x = torch.ones(2)
     assert writable(x) is not x
     assert torch.equal(writable(x), x)
@@ -368,32 +369,36 @@ def test_outside_a_ledger_a_copy() -> None:
 
 def test_only_the_state_is_donated() -> None:
     mine, other, empty = torch.ones(2), torch.ones(2), torch.ones(0)
-    ledger = DonationAnalysis([other, mine, empty])
-    with ledger.watch():
+    context = PlainContext()
+    context.donation = analysis = DonationAnalysis([other, mine, empty])
+    with bind_context(context), analysis.watch():
         assert writable(mine) is not mine and writable(empty) is not empty
         writable(torch.ones(2))
-    assert ledger.free == {1, 2}
-    with donate([mine]):
+    assert analysis.overwritable == {1, 2}
+    context = PlainContext()
+    context.overwritable = Overwritable([mine])
+    with bind_context(context):
         assert writable(mine) is mine and writable(other) is not other
     assert writable(mine) is not mine
 
 
 def test_a_view_from_before_is_read() -> None:
     x = torch.ones(2, 3)
-    old, ledger = x.t(), DonationAnalysis([x])
-    with ledger.watch():
+    old, context = x.t(), PlainContext()
+    context.donation = analysis = DonationAnalysis([x])
+    with bind_context(context), analysis.watch():
         writable(x)
         old.sum()
-    assert not ledger.free
+    assert not analysis.overwritable
 
 
-def test_what_is_offered_twice_is_read() -> None:
-    x = torch.ones(4)
-    ledger = DonationAnalysis([x])
-    with ledger.watch():
+def test_what_is_marked_twice_is_read() -> None:
+    x, context = torch.ones(4), PlainContext()
+    context.donation = analysis = DonationAnalysis([x])
+    with bind_context(context), analysis.watch():
         writable(x[:2])
         writable(x[2:])
-    assert not ledger.free
+    assert not analysis.overwritable
 
 
 # ---- steps that fail half-way

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import totals_and_grads
+from funcpipe._src.core.gradients import totals_and_grads
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.ops import is_heavy
 from funcpipe._src.graph.partition import Unit, Units, cut

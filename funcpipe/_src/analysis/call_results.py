@@ -17,8 +17,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from funcpipe._src.collectives import one_rank
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
-from funcpipe._src.core.step import Microbatches, Rows, is_summary
+from funcpipe._src.core.context import PlainContext, bind_context
+from funcpipe._src.core.loss_result import read_loss
+from funcpipe._src.core.loss_types import (
+    Microbatches,
+    Rows,
+    differentiable,
+    is_summary,
+    join_aux,
+    mean,
+)
 from funcpipe._src.graph.fake_tensors import fake, looking
 from funcpipe._src.graph.restore import restored
 
@@ -74,14 +82,14 @@ def loss_and_aux(
     with (
         restored(loss_fn),
         _disable_current_modes(),
-        step_.bind(None),
+        bind_context(PlainContext()),
         looking(params, mode) as seen,
         one_rank(),
     ):
-        read = [step_.read_loss(loss_fn(seen, part), has_aux) for part in parts]
+        read = [read_loss(loss_fn(seen, part), has_aux) for part in parts]
         total, weight, first = read[0]
-        loss = total if weight is None else step_.mean(total, weight)
-        joined = step_.join_aux([aux for _, _, aux in read])
+        loss = total if weight is None else mean(total, weight)
+        joined = join_aux([aux for _, _, aux in read])
 
     def result(made: Any, x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
@@ -121,7 +129,7 @@ def with_values(batch: Any, read: Iterable[int]) -> tuple[Any, str]:
 def _made_up(x: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     with _disable_current_modes():
-        if step_.differentiable(x):
+        if differentiable(x):
             values = torch.rand(x.shape, generator=generator) + 0.5
         else:
             values = torch.randint(2, x.shape, generator=generator)

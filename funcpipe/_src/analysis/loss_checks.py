@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from funcpipe._src.collectives import one_rank
 from funcpipe._src.collectives.ops import STARTS, WAIT
-from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import PlainContext, bind_context
+from funcpipe._src.core.loss_result import read_loss
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.functional import dispatch as hook
 from funcpipe._src.functional.attention import Intercept
@@ -71,18 +71,15 @@ def check_additive(
     Raises:
         BatchError: they do not.
     """
-    token = step_._context.set(_Whole())  # type: ignore[arg-type]
-    try:
-        with (
-            restored(loss_fn),
-            looking(params, mode) as seen,
-            one_rank(),
-            hook.bound(_Glancing()),
-            Intercept(),
-        ):
-            weight = step_.read_loss(loss_fn(seen, batch), has_aux)[1]
-    finally:
-        step_._context.reset(token)
+    with (
+        bind_context(PlainContext()),
+        restored(loss_fn),
+        looking(params, mode) as seen,
+        one_rank(),
+        hook.bound(_Glancing()),
+        Intercept(),
+    ):
+        weight = read_loss(loss_fn(seen, batch), has_aux)[1]
     if isinstance(weight, FakeTensor):
         return  # depends on params in the whole batch only; the traced part said it does not
     weights = [w.double() for w in parts]
@@ -93,19 +90,6 @@ def check_additive(
             f"add up to {total:g}: the loss would change with the split. Return a weight that adds "
             f"up, such as the number of tokens or rows in what the loss function sees.{also}"
         )
-
-
-class _Whole:
-    """The context of a loss that is looked at on a whole batch: boundaries are inert."""
-
-    def stage_boundary(self, x: Any) -> Any:
-        return x
-
-    def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
-        return step_._plain(loss_fn, has_aux, params, batch)
-
-    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
-        return local(tree.leaves(leaves))
 
 
 class _Glancing(Unsplit):

@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import torch
 
 from funcpipe._src.analysis.expressions import Numbers, Seen
-from funcpipe._src.analysis.state import Looking, StepAnalysis, run_on_fakes
+from funcpipe._src.analysis.held_leaves import is_predictable, predicted_state
+from funcpipe._src.analysis.state import AnalysisContext, StepAnalysis, run_on_fakes
 from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import Join
+from funcpipe._src.core.reductions import join_shown
 from funcpipe._src.core.source_lines import line_of, user_line
 from funcpipe._src.graph.fake_tensors import fake
 from funcpipe.errors import FuncpipeError, StateError
@@ -62,14 +64,20 @@ class Held:
 
 
 class Rehearsal:
-    """Runs of a step as ranks run it, each compared with the first run, on all leaves."""
+    """Runs of a step as ranks run it, each compared with the first run, on all leaves.
+
+    ``everywhere``: whether a plan is to be made of runs as every rank, and not of what follows from
+    the first run.
+    """
+
+    everywhere = False
 
     def __init__(
         self,
         step: Callable,
         init_state: Callable,
         batch: Any,
-        context: Looking,
+        context: AnalysisContext,
         analysis: StepAnalysis,
         first: Seen,
     ) -> None:
@@ -79,6 +87,19 @@ class Rehearsal:
     def __call__(self, held: Callable[[int], bool]) -> Any:
         """The state of a rank that holds some leaves; see `of_rank`."""
         return self.of_rank(held).state
+
+    @property
+    def predictable(self) -> bool:
+        """Whether it follows from the first run what ranks have: see `held_leaves.py`."""
+        if self.everywhere or self.separable:
+            return False
+        first, params = self.first, self.tags.params()
+        return is_predictable(self.analysis, params, first.init_state, first.metrics)
+
+    def predicted(self, held: Callable[[int], bool]) -> Held:
+        """What a rank has that holds some leaves, if it is `predictable`."""
+        leaves = tree.leaves(self.first.init_state)
+        return Held(predicted_state(self.analysis, leaves, held))
 
     @property
     def separable(self) -> frozenset[int]:
@@ -104,7 +125,7 @@ class Rehearsal:
         other = Other(
             f"on a rank that does not hold {name} than on one device", _LISTS, held, apart
         )
-        context = Rehearsing(self.context, self.tags, self.analysis, self.first, other)
+        context = RehearsalContext(self.context, self.tags, self.analysis, self.first, other)
         try:
             seen = run_on_fakes(
                 self.step, self.init_state, self.batch, context, held, self.analysis.state_spec
@@ -133,7 +154,7 @@ class Rehearsal:
             _SIZES,
             lambda i: True,
         )
-        context = Rehearsing(self.context, tags, self.analysis, self.first, other)
+        context = RehearsalContext(self.context, tags, self.analysis, self.first, other)
         seen = run_on_fakes(
             self.step, self.init_state, self.batch, context, other.held, self.analysis.state_spec
         )
@@ -151,7 +172,7 @@ class Rehearsal:
             "it twice, once for each use"
         )
 
-    def _compare(self, seen: Seen, context: Rehearsing) -> frozenset[int]:
+    def _compare(self, seen: Seen, context: RehearsalContext) -> frozenset[int]:
         """The metrics that a rank lacks; StateError where it computes something else."""
         if seen.init is None:
             return frozenset()  # another structure: refused where the state is placed
@@ -183,12 +204,17 @@ class Rehearsal:
         return [self.first.expressions.of(x) for x in tree.leaves(leaves)]
 
 
-class Rehearsing(Looking):
+class RehearsalContext(AnalysisContext):
     """The context of a run on what one rank holds: results are those of the first run, and what it
     is given is compared."""
 
     def __init__(
-        self, context: Looking, tags: Tags, analysis: StepAnalysis, first: Seen, other: Other
+        self,
+        context: AnalysisContext,
+        tags: Tags,
+        analysis: StepAnalysis,
+        first: Seen,
+        other: Other,
     ) -> None:
         super().__init__(
             tags, context.seen, context.row_ranks, context.exact, first.expressions.table
@@ -219,10 +245,7 @@ class Rehearsing(Looking):
         present = [x for x in leaves if x is not None]
         return self.returned(k, present, tree.flatten(params)[1], self.known[k], has_aux)
 
-    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
-        return self.reduce(leaves, lambda some: local([x for x in some if x is not None]), "sum")[1]
-
-    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
+    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
         k, who = self.sums_made, "a global norm or sum"
         self.sums_made += 1
         if k >= len(self.analysis.sums):
@@ -239,7 +262,7 @@ class Rehearsing(Looking):
         out = local(whole).to(planned.dtype)
         self.expressions.name(out, ("sum", k))
         shown = held if k in self.other.apart else [True] * len(held)
-        return functools.partial(step_.join, planned.spec, shown), out
+        return functools.partial(join_shown, planned.spec, shown), out
 
     def check_counts(self) -> None:
         """StateError when fewer calls or sums were made than on one device."""

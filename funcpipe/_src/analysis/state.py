@@ -30,9 +30,11 @@ from funcpipe._src.analysis.host_values import Follower, Reading
 from funcpipe._src.analysis.outside_ops import Op, Outside
 from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
 from funcpipe._src.core.buffer_donation import DonationAnalysis
 from funcpipe._src.core.containers import check_containers
+from funcpipe._src.core.context import Join, PlainContext, bind_context
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.gradients import check_params
 from funcpipe._src.core.source_lines import line_of, user_line
 from funcpipe._src.graph.fake_tensors import BatchIsReal, fake
 from funcpipe._src.graph.trace_errors import BY_VALUE
@@ -123,7 +125,7 @@ class _Feeds(BaseException):
     """A step uses results in a later batch: it is run again, with losses whose dtype is known."""
 
 
-class Looking:
+class AnalysisContext(PlainContext):
     """The context of a dyed run: notes calls, and hands back fakes.
 
     Args:
@@ -151,12 +153,9 @@ class Looking:
         self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
         self.given: list[Given] = []
         self.summed: list[Numbers] = []
-        self.ledger = DonationAnalysis([])
+        self.donation: DonationAnalysis = DonationAnalysis([])
         self.running = "init_state"
         self.outside: Outside | None = None  # of the run on all leaves
-
-    def stage_boundary(self, x: Any) -> Any:
-        return x
 
     def _param(self, path: str, leaf: torch.Tensor) -> int:
         """The parameter that a leaf of a call's params is."""
@@ -170,8 +169,8 @@ class Looking:
         return param
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
-        leaves, spec = step_.check_params(params)
-        self.ledger.read(leaves)
+        leaves, spec = check_params(params)
+        self.donation.read(leaves)
         numbers = [
             self._param(path, leaf) for path, leaf in zip(tree.paths(params), leaves, strict=True)
         ]
@@ -239,12 +238,9 @@ class Looking:
         params = tree.unflatten(call.params_spec, true)
         return loss_and_aux(call.loss_fn, call.has_aux, params, call.batch, mode, self.row_ranks)
 
-    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
-        return self.reduce(leaves, local, "sum")[1]
-
-    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[step_.Join, torch.Tensor]:
+    def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
-        self.ledger.read(flat)
+        self.donation.read(flat)
         numbers = tuple(self.tags.of(x) for x in flat)
         whole = [
             x if i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
@@ -269,7 +265,7 @@ class _Elementwise(BatchIsReal):
     """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not
     repeat."""
 
-    def __init__(self, context: Looking) -> None:
+    def __init__(self, context: AnalysisContext) -> None:
         super().__init__(context.tags.mode)
         self.tags, self.row_ranks, self.expressions = (
             context.tags,
@@ -364,7 +360,7 @@ def run_on_fakes(
     step: Callable,
     init_state: Callable,
     batch: Any,
-    context: Looking,
+    context: AnalysisContext,
     held: Callable[[int], bool],
     spec: Any = None,
 ) -> Seen:
@@ -375,7 +371,7 @@ def run_on_fakes(
             fit it is not stepped.
     """
     tags, name = context.tags, context.expressions.name
-    with torch.no_grad(), step_.bind(context), _Elementwise(context):
+    with torch.no_grad(), bind_context(context), _Elementwise(context):
         params = tags.params(held)
         for i, x in zip(filter(held, range(len(tags.leaves))), tree.leaves(params), strict=True):
             name(x, ("parameter", i))
@@ -388,10 +384,10 @@ def run_on_fakes(
         init = context.numbers(leaves)
         for j, x in enumerate(leaves):
             name(x, ("state", j))
-        context.running, context.ledger = "the step", DonationAnalysis(tree.leaves(state))
-        with context.ledger.watch():
+        context.running, context.donation = "the step", DonationAnalysis(tree.leaves(state))
+        with context.donation.watch():
             new_state, metrics = _returned(step(state, batch))
-            context.ledger.read((new_state, metrics))
+            context.donation.read((new_state, metrics))
         return Seen(
             context.expressions, state, init, new_state, metrics, context.given, context.summed
         )
@@ -427,16 +423,19 @@ def analyse(
     tags = Tags(params, batch, mode)
     try:
         return _look(
-            step, init_state, batch, Looking(tags, seen, row_ranks, False, Table(), follower)
+            step,
+            init_state,
+            batch,
+            AnalysisContext(tags, seen, row_ranks, False, Table(), follower),
         )
     except _Feeds:
         return _look(
-            step, init_state, batch, Looking(tags, seen, row_ranks, True, Table(), follower)
+            step, init_state, batch, AnalysisContext(tags, seen, row_ranks, True, Table(), follower)
         )
 
 
 def _look(
-    step: Callable, init_state: Callable, batch: Any, context: Looking
+    step: Callable, init_state: Callable, batch: Any, context: AnalysisContext
 ) -> tuple[StepAnalysis, Rehearsal]:
     from funcpipe._src.analysis.rehearsal import Rehearsal
 
@@ -484,7 +483,7 @@ def _look(
         numbers,
         tuple(context.calls),
         tuple(context.sums),
-        frozenset(context.ledger.free),
+        frozenset(context.donation.overwritable),
         context.outside.ops(tree.leaves((state, new_state, metrics))),
     )
     return analysis, Rehearsal(step, init_state, batch, context, analysis, seen)
@@ -492,9 +491,7 @@ def _look(
 
 def _returned(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise StateError(
-            f"a step returns (state, metrics); this one returned {step_.describe(out)}"
-        )
+        raise StateError(f"a step returns (state, metrics); this one returned {describe(out)}")
     return out
 
 

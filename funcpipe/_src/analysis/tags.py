@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.gradients import check_params
 from funcpipe._src.graph.fake_tensors import fake
 
 
@@ -24,7 +24,7 @@ class Tags:
     """The sizes that tell the leaves of params apart, and fakes of those sizes."""
 
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
-        self.leaves, self.spec = step_.check_params(params)
+        self.leaves, self.spec = check_params(params)
         self.paths = tuple(tree.paths(params))
         self.shapes = tuple(tuple(x.shape) for x in self.leaves)
         sizes = [

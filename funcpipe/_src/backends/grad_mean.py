@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from funcpipe._src.backends.backend import Backend
-from funcpipe._src.core.step import averaged
+from funcpipe._src.core.loss_types import averaged
 
 
 def divide(sums: list[torch.Tensor | None], divisor: torch.Tensor, backend: Backend) -> None:

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import current
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import user_line
 from funcpipe.errors import AxisError
@@ -172,8 +173,7 @@ def operand(who: str, x: Any) -> torch.Tensor:
         return torch.tensor(x, device=scope.device or next(iter(mapped), None))
     if not isinstance(x, torch.Tensor):
         raise AxisError(
-            f"{who}: a leaf is {step_.describe(x)}, not a tensor or a number; write "
-            "torch.tensor(...)"
+            f"{who}: a leaf is {describe(x)}, not a tensor or a number; write torch.tensor(...)"
         )
     if scope.device is not None and x.device.type != scope.device.type:
         raise AxisError(
@@ -204,7 +204,7 @@ def _lookup(name: str, who: str) -> Run | Mesh | None:
         return scope.mapped[name]
     if name in scope.axes:
         return scope.mesh
-    if scope.alone or (not scope.mapped and scope.mesh is None and step_._context.get() is None):
+    if scope.alone or (not scope.mapped and scope.mesh is None and current().is_plain):
         return None
     raise AxisError(f"{who}: {_unbound(name, scope)}")
 

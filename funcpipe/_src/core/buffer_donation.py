@@ -1,98 +1,89 @@
-"""Donation: memory of a state that an optimizer may write to, since nobody reads what it holds any
-more.
+"""Donation: an optimizer may write to the memory of a state that nobody reads any more.
 
 A step is pure, and so are optimizers: they make new tensors. A runner that is given a state to use
 up needs no copy of it. Whether a leaf is read again after its update cannot be seen in a step; but
-a step does the same every time, so it can be seen by *watching* it once, on fakes
+a step does the same every time, so it can be seen by watching it run once, on fakes
 (`analysis/state.py`). Old params that are compared with new ones, or kept for an average, are read,
 and go on being copied.
 
-Terms. An optimizer *offers* a tensor when it asks for one that it may write to in its place.
-
-In: a step that runs once under a `DonationAnalysis` that watches, then inside `donate`. Out: `writable`,
-which gives an optimizer a copy of a tensor, or the tensor itself.
+In: the context of a step, whose ``donation`` notes what optimizers would write to, and whose
+``overwritable`` says what they may write to. Out: `writable`, which gives an optimizer a copy of a
+tensor, or the tensor itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.context import current
 from funcpipe.errors import StateError
 
-_ledger: ContextVar[DonationAnalysis | None] = ContextVar("funcpipe_ledger", default=None)
-_writable: ContextVar[Lent | None] = ContextVar("funcpipe_writable", default=None)
-# an attribute of the leaves of states that a runner has made: whether what they held is gone
-_SPENT = "_funcpipe_spent"
+# An attribute of the leaves of states that a runner has made: whether their values are gone.
+_INVALIDATED = "_funcpipe_invalidated"
 
 
-def writable(x: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` that may be written to; ``x`` itself where it is donated.
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor`` that may be written to; ``tensor`` itself where it is donated.
 
     >>> x = torch.ones(2)
-    >>> writable(x) is x, DonationAnalysis([x]).free
-    (False, set())
+    >>> writable(x) is x
+    False
     """
-    given = _writable.get()
-    if given is not None and given.take(x):
-        return x
-    out = x.clone()  # seen by the ledger where the same memory was offered before
-    if (ledger := _ledger.get()) is not None:
-        ledger.offer(x)
-    return out
+    context = current()
+    if context.overwritable is not None and context.overwritable.take(tensor):
+        return tensor
+    # Where the same memory was marked before, the copy is seen as a read of it.
+    copy = tensor.clone()
+    if context.donation is not None:
+        context.donation.mark_overwritable(tensor)
+    return copy
 
 
-def memory(x: torch.Tensor) -> int:
+def memory(tensor: torch.Tensor) -> int:
     """Where the memory of a tensor begins: the same for all views of it. 0 for none."""
-    return x.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr()
 
 
-class Lent:
-    """Leaves of a state that optimizers may write to. A leaf is spent before one does, so that a
-    step which fails half-way leaves nothing that passes as good."""
+class Overwritable:
+    """Leaves of a state that optimizers may write to.
+
+    A leaf is invalidated before one does, so that a step which fails half-way leaves nothing that
+    passes as good.
+
+    Args:
+        leaves: no two of which share memory; a `DonationAnalysis` found them ``overwritable``.
+    """
 
     def __init__(self, leaves: Iterable[torch.Tensor]) -> None:
-        self._leaves = {memory(x): x for x in leaves}
+        self._leaves = {memory(leaf): leaf for leaf in leaves}
 
-    def take(self, x: torch.Tensor) -> bool:
-        """Whether a tensor lies in the memory of a leaf, which is spent then."""
-        leaf = self._leaves.get(memory(x)) if self._leaves else None
+    def take(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a leaf, which is invalidated then."""
+        leaf = self._leaves.get(memory(tensor)) if self._leaves else None
         if leaf is None:
             return False
-        spend([leaf])
+        invalidate([leaf])
         return True
 
 
-@contextlib.contextmanager
-def donate(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Inside, optimizers write to these leaves of a state, no two of which share memory; they lie
-    at places that a ledger found to be ``free``."""
-    token = _writable.set(Lent(leaves))
-    try:
-        yield
-    finally:
-        _writable.reset(token)
+def invalidate(leaves: Iterable[Any], gone: bool = True) -> None:
+    """Note of leaves that a runner has made that their values are gone, or are not."""
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            setattr(leaf, _INVALIDATED, gone)
 
 
-def spend(leaves: Iterable[Any], gone: bool = True) -> None:
-    """Note of leaves that a runner has made that what they held is gone, or is not."""
-    for x in leaves:
-        if isinstance(x, torch.Tensor):
-            setattr(x, _SPENT, gone)
+def invalidated(tensor: Any) -> bool | None:
+    """Whether the values of a tensor are gone; None if no runner has made it."""
+    return getattr(tensor, _INVALIDATED, None)
 
 
-def spent(x: Any) -> bool | None:
-    """Whether what a tensor held is gone; None if no runner has made it."""
-    return getattr(x, _SPENT, None)
-
-
-SPENT_LEAF = (
+INVALIDATED_LEAF = (
     "{path} was given to an earlier step, which has updated it in place, or is a view of such a "
     "leaf: it is used up (half, if that step failed). Pass the state that the last step returned; "
     "clone what you want to keep, load a checkpoint, or let steps leave old states alone: "
@@ -100,64 +91,62 @@ SPENT_LEAF = (
 )
 
 
-def refuse_spent(name: str, x: Any) -> None:
-    """StateError where a leaf of a tree is spent."""
-    for k, leaf in enumerate(tree.leaves(x)):
-        if spent(leaf):
-            raise StateError(SPENT_LEAF.format(path=f"{name}{tree.paths(x)[k]}"))
+def refuse_invalidated(name: str, values: Any) -> None:
+    """StateError where a leaf of a tree is invalidated."""
+    for number, leaf in enumerate(tree.leaves(values)):
+        if invalidated(leaf):
+            path = tree.paths(values)[number]
+            raise StateError(INVALIDATED_LEAF.format(path=f"{name}{path}"))
 
 
 class DonationAnalysis:
-    """What a step's optimizers offer, and what of it is read again.
+    """Which leaves of a state optimizers would write to, and which of these are read again.
 
     Args:
         leaves: those of the state that the step is watched with, no two of which share memory.
     """
 
     def __init__(self, leaves: Iterable[Any]) -> None:
-        self._own = {_storage(x): k for k, x in enumerate(leaves) if isinstance(x, torch.Tensor)}
-        self._offered: set[int] = set()
+        self._leaf_of = {}
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                self._leaf_of[_storage(leaf)] = number
+        self._marked: set[int] = set()
         self._read: set[int] = set()
 
     @property
-    def free(self) -> set[int]:
-        """The places in the state of the leaves that optimizers may write to."""
-        return {self._own[m] for m in self._offered - self._read if m in self._own}
+    def overwritable(self) -> set[int]:
+        """The numbers of the leaves that optimizers may write to."""
+        replaced = self._marked - self._read
+        return {self._leaf_of[storage] for storage in replaced if storage in self._leaf_of}
 
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Watch a step that runs inside. What it returns is to be shown to `read`."""
-        token = _ledger.set(self)
-        try:
-            with _Watching(self):
-                yield
-        finally:
-            _ledger.reset(token)
+    def watch(self) -> TorchDispatchMode:
+        """A mode under which a step is watched. What the step returns is to be shown to `read`."""
+        return _Reads(self)
 
-    def read(self, x: Any) -> None:
+    def read(self, values: Any) -> None:
         """Note that all tensors of a tree are read."""
-        if self._offered:
-            self._read |= {
-                _storage(leaf) for leaf in tree.leaves(x) if isinstance(leaf, torch.Tensor)
-            } & self._offered
+        if self._marked:
+            tensors = filter(torch.is_tensor, tree.leaves(values))
+            self._read |= self._marked.intersection(map(_storage, tensors))
 
-    def offer(self, x: torch.Tensor) -> None:
+    def mark_overwritable(self, tensor: torch.Tensor) -> None:
         """Note that an optimizer would write to a tensor."""
-        self._offered.add(_storage(x))
+        self._marked.add(_storage(tensor))
 
 
-def _storage(x: torch.Tensor) -> int:
+def _storage(tensor: torch.Tensor) -> int:
     """Which memory a tensor lies in, also of one that is a fake."""
-    return x.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
 
 
-class _Watching(TorchDispatchMode):
-    """Shows a ledger what every op reads."""
+class _Reads(TorchDispatchMode):
+    """Shows a `DonationAnalysis` what every op reads."""
 
-    def __init__(self, ledger: DonationAnalysis) -> None:
+    def __init__(self, analysis: DonationAnalysis) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.analysis = analysis
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ledger.read((args, kwargs or {}))
+        self.analysis.read((args, kwargs or {}))
         return func(*args, **(kwargs or {}))

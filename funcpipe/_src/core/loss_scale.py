@@ -1,21 +1,21 @@
-"""Scaling: the dynamic loss scale under which a step runs, and what became of its gradients.
+"""The dynamic loss scale under which a step runs, and how many of its gradients overflowed.
 
-In: a scale. Out: a context in which every ``value_and_grad`` starts its backward pass from the
-scale, and counts.
+In: a scale. Out: the context's ``loss_scale``. Every ``value_and_grad`` inside starts its backward
+pass from the scale, and counts leaves that are not finite.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 
 import torch
 
-_current: ContextVar[Scaling | None] = ContextVar("funcpipe_scaling", default=None)
+from funcpipe._src.core.context import current
+from funcpipe._src.core.loss_types import differentiable
 
 
-class Scaling:
+class LossScale:
     """A loss scale in use.
 
     Args:
@@ -30,31 +30,28 @@ class Scaling:
 
 
 @contextlib.contextmanager
-def scaled(scale: torch.Tensor) -> Iterator[Scaling]:
-    """Run a step under a loss scale."""
-    found = Scaling(scale)
-    token = _current.set(found)
+def scaled(scale: torch.Tensor) -> Iterator[LossScale]:
+    """Run a step under a loss scale, in the context that a runner has bound."""
+    context = current()
+    before = context.loss_scale
+    context.loss_scale = LossScale(scale)
     try:
-        yield found
+        yield context.loss_scale
     finally:
-        _current.reset(token)
-
-
-def current() -> Scaling | None:
-    """The loss scale under which a step runs; None where that is none, or does not change."""
-    return _current.get()
+        context.loss_scale = before
 
 
 def non_finite(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     """How many leaves hold a value that is not finite: 0-d, int64. One pass over each: the largest
     magnitude tells.
 
-    >>> non_finite([torch.tensor([1.0, torch.inf]), torch.zeros(0), torch.tensor(torch.nan), torch.tensor([3])])
+    >>> two = [torch.tensor([1.0, torch.inf]), torch.tensor(torch.nan)]
+    >>> non_finite([*two, torch.zeros(0), torch.tensor([3])])
     tensor(2)
     """
-    able = [x for x in leaves if (x.is_floating_point() or x.is_complex()) and x.numel()]
+    able = [leaf for leaf in leaves if differentiable(leaf) and leaf.numel()]
     if not able:
         return torch.zeros((), dtype=torch.int64)
-    return torch.stack(
-        [torch.linalg.vector_norm(x, torch.inf).isfinite().logical_not() for x in able]
-    ).sum()
+    largest = [torch.linalg.vector_norm(leaf, torch.inf) for leaf in able]
+    overflowed = [value.isfinite().logical_not() for value in largest]
+    return torch.stack(overflowed).sum()

@@ -21,7 +21,8 @@ import torch
 
 from funcpipe._src.core import loss_scale as scaling
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import Mean, describe, is_summary
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.loss_types import Mean, is_summary
 from funcpipe.errors import StateError
 
 DYNAMIC = "dynamic"

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import Microbatches, describe
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.loss_types import Microbatches
 from funcpipe.errors import BatchError
 
 IGNORED = -100  # the label of a position without one, as in torch.nn.functional.cross_entropy

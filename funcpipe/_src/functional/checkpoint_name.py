@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
-from funcpipe._src.core.step import describe
+from funcpipe._src.core.context import current
+from funcpipe._src.core.describe_value import describe
 from funcpipe.errors import TraceError
 
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
@@ -58,7 +58,6 @@ def checkpoint_name(x: Any, name: str) -> Any:
         raise TraceError(
             f"checkpoint_name: the name is {describe(name)}; write a text such as 'attention'"
         )
-    mark = getattr(step_._context.get(), "checkpoint_name", None)  # only a trace's context has one
-    if mark is not None:
-        tree.map_tensors(lambda leaf: mark(leaf, name), x)
+    mark = current().checkpoint_name
+    tree.map_tensors(lambda leaf: mark(leaf, name), x)
     return x

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from funcpipe._src.collectives import api
 from funcpipe._src.collectives import batching_rules as rules
 from funcpipe._src.collectives.axis_scope import Run, runs
+from funcpipe._src.core.loss_types import Mean
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.core.step import Mean
 from funcpipe._src.functional import dispatch as hook
 from funcpipe.errors import TraceError
 

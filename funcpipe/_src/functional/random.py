@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import describe
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.functional import dispatch as hook
 from funcpipe.errors import TraceError
 

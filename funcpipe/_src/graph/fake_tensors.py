@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import differentiable
+from funcpipe._src.core.loss_types import differentiable
 from funcpipe._src.graph.grouped_mm import explain_grouped
 from funcpipe._src.graph.traceable import traceable
 

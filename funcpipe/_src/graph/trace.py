@@ -30,7 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe._src.collectives import bind_mesh, one_rank
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import PlainContext, bind_context
+from funcpipe._src.core.loss_result import read_loss
+from funcpipe._src.core.loss_types import Mean, differentiable
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.functional.checkpoint_name import NAMED
@@ -75,7 +77,7 @@ class Traced:
         return f"loss: {loss}, {counts}, aux outputs: {self.aux_count}\n{code}"
 
 
-class _Tracing:
+class TraceContext(PlainContext):
     """The context of a loss that is being traced: boundaries are marked; everything else is plain
     PyTorch.
 
@@ -130,10 +132,7 @@ class _Tracing:
         by_row = torch._C._functorch.peek_interpreter_stack() is not None
         if self.parts and not by_row:
             loss_fn = _of_part(loss_fn, has_aux, params)
-        return step_._plain(loss_fn, has_aux, params, batch)
-
-    def global_sum(self, leaves: Any, local: Callable) -> torch.Tensor:
-        return local(tree.leaves(leaves))
+        return super().value_and_grad(loss_fn, has_aux, params, batch)
 
 
 class _Crossing(TorchDispatchMode):
@@ -141,7 +140,7 @@ class _Crossing(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, context: _Tracing) -> None:
+    def __init__(self, context: TraceContext) -> None:
         super().__init__()
         self.context = context
 
@@ -162,7 +161,7 @@ def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
 
     def run(inner: Any, batch: Any) -> Any:
         out = loss_fn(inner, batch)
-        if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, step_.Mean):
+        if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, Mean):
             raise BatchError(
                 f"value_and_grad is called inside a loss function{where} whose batch is split: "
                 "every part would take the loss and gradient of its own rows, and not those of "
@@ -209,14 +208,14 @@ def trace(
         CutError: a boundary inside a checkpoint, or without a tensor.
     """
     found: dict[str, Any] = {}
-    context = _Tracing(parts)
+    context = TraceContext(parts)
     leaves, moving = batch[0], [i for i, x in enumerate(batch[0]) if isinstance(x, torch.Tensor)]
 
     @traceable()
     def joint(*tensors: torch.Tensor) -> Any:
         context.begin()
         inputs = [
-            x.detach().requires_grad_() if step_.differentiable(x) else x
+            x.detach().requires_grad_() if differentiable(x) else x
             for x in tensors[: len(params[0])]
         ]
         data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=False))
@@ -224,7 +223,7 @@ def trace(
             out = loss_fn(
                 tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values())
             )
-            total, weight, aux = step_.read_loss(out, has_aux)
+            total, weight, aux = read_loss(out, has_aux)
         extra: list[torch.Tensor] = []
         found["aux"] = tree.map(lambda x: _number(x, extra), aux)
         found["weight"] = weight is not None
@@ -244,7 +243,7 @@ def trace(
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes, device)
     with (
         _TRACING,
-        step_.bind(context),
+        bind_context(context),
         bound,
         torch.autograd.set_multithreading_enabled(False),
         fake_mode,

@@ -22,7 +22,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from funcpipe._src.core.step import Mean, describe, stage_boundary
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.loss_types import Mean
+from funcpipe._src.core.primitives.stage_boundary import stage_boundary
 from funcpipe._src.functional import random
 from funcpipe._src.functional.batch_statistic import changed_buffer
 from funcpipe._src.modules.functional_copy import (

@@ -25,7 +25,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from funcpipe._src.core.step import describe
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.functional.batch_statistic import batch_statistic
 from funcpipe.errors import ModuleError
 

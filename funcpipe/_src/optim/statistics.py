@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from funcpipe._src.core.step import reduce_leaves
+from funcpipe._src.core.reductions import reduce_leaves
 from funcpipe._src.optim.leaves import trained
 
 

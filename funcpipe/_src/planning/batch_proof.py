@@ -23,9 +23,9 @@ from funcpipe._src.collectives import bind_rank, names_axes
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.core import pytree
+from funcpipe._src.core.loss_types import Microbatches
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import ROUNDED
-from funcpipe._src.core.step import Microbatches
 from funcpipe._src.planning.batch_split import BatchSplit, signature
 from funcpipe._src.planning.compile_inputs import CallInputs, CompileMemory
 from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves

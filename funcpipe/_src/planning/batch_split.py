@@ -23,8 +23,8 @@ import torch
 from funcpipe._src.analysis.call_results import Origin
 from funcpipe._src.core import pytree
 from funcpipe._src.core.batch_leaves import key_of
+from funcpipe._src.core.loss_types import Microbatches, check_microbatches
 from funcpipe._src.core.mesh import Axes, Mesh
-from funcpipe._src.core.step import Microbatches, check_microbatches
 from funcpipe._src.functional.leaf_cut import LeafCut
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.planning.leaf_cuts import Cuts, dealt_over, leaf_cuts, row_cuts

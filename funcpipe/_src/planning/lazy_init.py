@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.buffer_donation import refuse_spent
+from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.checksum import checksums, text_sum
 from funcpipe._src.core.containers import check_containers
 from funcpipe._src.functional import random
@@ -32,7 +32,7 @@ def read_params(params: Any, key: torch.Tensor | int) -> tuple[Any, LazyParams |
     if isinstance(params, torch.nn.Module):
         check_containers("params", params)  # it is callable, but makes no params
     if not callable(params):
-        refuse_spent("params", params)
+        refuse_invalidated("params", params)
         return params, None
     if isinstance(key, int):
         key = random.key(key)

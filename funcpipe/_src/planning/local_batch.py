@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.core import pytree
-from funcpipe._src.core.step import Microbatches
+from funcpipe._src.core.loss_types import Microbatches
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.planning.batch_split import BatchSplit, signature
 from funcpipe._src.planning.compile_inputs import CallInputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from funcpipe._src.core import pytree
-from funcpipe._src.core.step import AUX_LEAF, Mean, Rows, is_summary
+from funcpipe._src.core.loss_types import AUX_LEAF, Mean, Rows, is_summary
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import Traced
 from funcpipe._src.proof.verify import Findings

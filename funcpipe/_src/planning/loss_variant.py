@@ -16,7 +16,7 @@ from torch import fx
 
 from funcpipe._src.analysis import loss_checks
 from funcpipe._src.core import pytree
-from funcpipe._src.core.step import SCALAR_LOSS
+from funcpipe._src.core.loss_types import SCALAR_LOSS
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
 from funcpipe._src.graph.partition import Units, partition_graph
 from funcpipe._src.graph.trace import Traced, trace

@@ -12,9 +12,9 @@ import torch
 
 from funcpipe._src.core import pytree
 from funcpipe._src.core.batch_leaves import read_batch
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
-from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning.lazy_init import read_params
 from funcpipe._src.planning.lowered import Lowered
 from funcpipe._src.planning.planner import Planner

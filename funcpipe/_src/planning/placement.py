@@ -335,9 +335,13 @@ def place_params(
     layouts: tuple[LeafLayout, ...],
 ) -> StatePlacement:
     """The placement that follows from the layout of every param."""
-    rehearsal.resized([i for i, layout in enumerate(layouts) if layout.axes])
-    pipeline_ranks = mesh.axis_size(pipe_axis) if pipe_axis else 1
-    apart, held = _rehearsed(rehearsal, layouts, pipeline_ranks)
+    pipeline_ranks = range(mesh.axis_size(pipe_axis) if pipe_axis else 1)
+    apart: frozenset[int] = frozenset()
+    if rehearsal.predictable:
+        held = [rehearsal.predicted(_held_by(layouts, rank)) for rank in pipeline_ranks]
+    else:
+        rehearsal.resized(_sharded(layouts))
+        apart, held = _rehearsed(rehearsal, layouts, pipeline_ranks)
     placement = StatePlacement(mesh, pipe_axis, analysis, layouts, ())
     present = []
     for rank in held:
@@ -373,20 +377,47 @@ def _leaf_metrics(
     return tuple(found)
 
 
+def rehearse(
+    rehearsal: Rehearsal, placement: StatePlacement, pipeline_ranks: Iterable[int]
+) -> bool:
+    """Run the step on fakes as some pipeline ranks will run it.
+
+    Returns:
+        whether they have what the placement says. If not, a placement is to be made of runs as
+        every rank (``rehearsal.everywhere``).
+
+    Raises:
+        StateError: the step fails there, or computes something else than on one device.
+    """
+    rehearsal.resized(_sharded(placement.layouts))
+    for rank in pipeline_ranks:
+        held = rehearsal.of_rank(_held_by(placement.layouts, rank))
+        leaves = placement.state_leaves(held.state, "init_state")
+        present = tuple(leaf is not None for leaf in leaves)
+        if held.lacks or present != placement.present[rank]:
+            return False
+    return True
+
+
+def _held_by(layouts: Sequence[LeafLayout], pipeline_rank: int) -> Callable[[int], bool]:
+    def held(param: int) -> bool:
+        return pipeline_rank in layouts[param].owners
+
+    return held
+
+
+def _sharded(layouts: Sequence[LeafLayout]) -> list[int]:
+    return [param for param, layout in enumerate(layouts) if layout.axes]
+
+
 def _rehearsed(
-    rehearsal: Rehearsal, layouts: Sequence[LeafLayout], pipeline_ranks: int
+    rehearsal: Rehearsal, layouts: Sequence[LeafLayout], pipeline_ranks: Iterable[int]
 ) -> tuple[frozenset[int], list[Held]]:
     """What every pipeline rank has. Trees of global sums are complete there, unless the step takes
     them leaf by leaf."""
 
-    def held_by(pipeline_rank: int, apart: frozenset[int]) -> Held:
-        def holds(param: int) -> bool:
-            return pipeline_rank in layouts[param].owners
-
-        return rehearsal.of_rank(holds, apart)
-
     def everyone(apart: frozenset[int]) -> list[Held]:
-        return [held_by(rank, apart) for rank in range(pipeline_ranks)]
+        return [rehearsal.of_rank(_held_by(layouts, rank), apart) for rank in pipeline_ranks]
 
     none: frozenset[int] = frozenset()
     try:

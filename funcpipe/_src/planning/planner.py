@@ -7,18 +7,19 @@ In: compile inputs, then batches. Out: the `Plan` for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from funcpipe._src.analysis.outside_ops import Op
+from funcpipe._src.analysis.rehearsal import Rehearsal
 from funcpipe._src.analysis.state import StepAnalysis
 from funcpipe._src.core import pytree
 from funcpipe._src.graph.partition import Units
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.compile_inputs import CompileMemory, StageClock, compile_inputs
 from funcpipe._src.planning.pipeline import compile_step, separate_units
-from funcpipe._src.planning.placement import StatePlacement, place_again
+from funcpipe._src.planning.placement import StatePlacement, place_again, rehearse
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.step_analysis import analyse_step
 from funcpipe._src.planning.variants import Variants
@@ -37,6 +38,9 @@ class Planner:
         self.memory = CompileMemory()
         self.variants: dict[tuple, Variants] = {}  # by shapes of a batch
         self.ops: tuple[Op, ...] = ()  # outside the calls, when a step was analysed last
+        # What a runner is to rehearse before the first step; None where it is done.
+        self.rehearsal: Rehearsal | None = None
+        self.everywhere = False  # whether plans are made of rehearsals as every rank
         self._written: set[str] = set()  # what losses were seen to write
 
     @property
@@ -79,6 +83,28 @@ class Planner:
         """Choose schedule and stages again, for measured costs; what was traced is kept."""
         resolved = replace(self.inputs.resolved, measured=costs)
         self.inputs = replace(self.inputs, resolved=resolved)
+        self._forget()
+
+    def rehearse(self, pipeline_ranks: Iterable[int]) -> bool:
+        """Whether the step does as some pipeline ranks what was planned; asked once, before the
+        first step.
+
+        Raises:
+            StateError: it fails there, or computes something else than on one device.
+        """
+        rehearsal, self.rehearsal = self.rehearsal, None
+        if rehearsal is None:
+            return True
+        assert self.memory.placement is not None
+        return rehearse(rehearsal, self.memory.placement, pipeline_ranks)
+
+    def rehearse_everywhere(self) -> None:
+        """Make plans of rehearsals as every rank from now on."""
+        self.everywhere = True
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget plans, schedules and placement; what was traced is kept."""
         self.variants.clear()
         self.memory.forget_schedules()
 
@@ -94,6 +120,8 @@ class Planner:
             analysis, rehearsal = analyse_step(self.inputs, batch, variants.follower)
         self.ops = analysis.outside
         placement = self.memory.placement
+        is_first = placement is None
+        rehearsal.everywhere = self.everywhere or not is_first
         if placement is not None:
             changed = bool(variants.plans)
             placement = place_again(placement, analysis, rehearsal, changed)
@@ -101,6 +129,8 @@ class Planner:
         plan = variants.of_calls(reads)
         if plan is None:
             lowered = compile_step(self.inputs, analysis, rehearsal, placement, self.memory)
+            if is_first:
+                self.rehearsal = rehearsal if rehearsal.predictable else None
             plan = Plan(lowered)
             reads = _reads(lowered.analysis, lowered.placement)
             variants.keep(reads, plan)

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from funcpipe._src.core.step import describe
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.schedule.actions import Edge, Schedule
 from funcpipe._src.schedule.checker import Report, check
 from funcpipe._src.schedule.communication import insert_communication

@@ -17,7 +17,7 @@ from funcpipe._src.analysis.rehearsal import Rehearsal
 from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis, analyse
 from funcpipe._src.analysis.tags import Tags
 from funcpipe._src.core import pytree
-from funcpipe._src.core.step import without_inference
+from funcpipe._src.core.inference_mode import without_inference
 from funcpipe._src.planning.batch_split import split_batch
 from funcpipe._src.planning.compile_inputs import CompileInputs
 from funcpipe._src.planning.weight_layout import loss_dtypes

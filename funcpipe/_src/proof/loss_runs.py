@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from funcpipe._src.collectives import bind_mesh
 from funcpipe._src.collectives.axis_scope import runs, tapped
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.context import PlainContext, bind_context
+from funcpipe._src.core.loss_result import read_loss
+from funcpipe._src.core.loss_types import differentiable
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.functional import dispatch as hook
@@ -66,7 +68,7 @@ class Run:
         self.loss: tuple[Any, Any, Any] = (None, None, None)
         with subject.mode:
             held = tree.map(
-                lambda x: x.detach().requires_grad_() if step_.differentiable(x) else x.detach(),
+                lambda x: x.detach().requires_grad_() if differentiable(x) else x.detach(),
                 subject.params,
             )
             data = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -74,7 +76,7 @@ class Run:
         self.count = self.tape.count = len([self.tape.new(x) for x in inputs])
         self.device = inputs[0].device if inputs else None
         try:
-            unbound = step_.bind(None)  # type: ignore[arg-type]  # a boundary is nothing here
+            unbound = bind_context(PlainContext())  # a boundary is nothing here
             with restored(subject.loss_fn), unbound, self._axes(mesh):
                 run(self.tape, lambda: self._call(held, tree.unflatten(subject.spec, data)))
         except Exception as error:
@@ -94,9 +96,7 @@ class Run:
         as_written = torch.backends.opt_einsum.flags(enabled=False)  # whose order depends on sizes
         with traceable(), Intercept(), whole_ops, named, as_written:
             with backward.NoHooks(self.tape if self.part else None):
-                self.loss = step_.read_loss(
-                    self.subject.loss_fn(params, batch), self.subject.has_aux
-                )
+                self.loss = read_loss(self.subject.loss_fn(params, batch), self.subject.has_aux)
             backward.record(self.tape, self.loss[0], tree.leaves(params), self.part is not None)
 
     def _named(

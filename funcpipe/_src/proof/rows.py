@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.loss_types import Mean, Rows, is_summary
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import line_of
 from funcpipe._src.functional.leaf_cut import LeafCut
@@ -298,12 +298,12 @@ class _Judge:
         if not self._shared(weight):
             self._add_up("Mean.weight", weight)
         nodes: list[Any] = []
-        names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=step_.is_summary))  # type: ignore[func-returns-value]
+        names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=is_summary))  # type: ignore[func-returns-value]
         for path, x in zip(names, nodes, strict=True):
-            if isinstance(x, step_.Mean) and not self._constant(f"aux{path}", x):
+            if isinstance(x, Mean) and not self._constant(f"aux{path}", x):
                 self._add_up(f"aux{path}.total", x.total)
                 self._add_up(f"aux{path}.weight", x.weight)
-            elif isinstance(x, step_.Rows):
+            elif isinstance(x, Rows):
                 self._rows(f"aux{path}", x)
 
     def _shared(self, weight: torch.Tensor) -> bool:
@@ -339,7 +339,7 @@ class _Judge:
             raise SequenceError(f"{what} is not what one device computes. {state.text}")
         return state
 
-    def _constant(self, what: str, x: step_.Mean) -> bool:
+    def _constant(self, what: str, x: Mean) -> bool:
         """Whether a mean is one of means, which parts of equal size may be given equal weight."""
         total, weight = (
             self._state(f"{what}.total", x.total),
@@ -384,7 +384,7 @@ class _Judge:
             "Multiply it by the weight (total + weight * l2), or add it to the gradients"
         )
 
-    def _rows(self, what: str, x: step_.Rows) -> None:
+    def _rows(self, what: str, x: Rows) -> None:
         state, dim = self._state(what, x.x), x.dim % x.x.dim()
         if (
             isinstance(state, Shard)

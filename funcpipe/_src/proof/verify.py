@@ -24,7 +24,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.loss_types import SCALAR_LOSS, Mean, Rows, is_summary
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import line_of
 from funcpipe._src.functional.dispatch import Held, Spec
@@ -288,15 +288,15 @@ class _Judge:
         """How the `Rows` of aux are split; refuses a loss that does not add up over ranks."""
         total, weight, aux = self.one.loss
         if weight is None:
-            raise BatchError(step_.SCALAR_LOSS.format(why="the sequence is split"))
-        self._check_mean("Mean", step_.Mean(total, weight))
+            raise BatchError(SCALAR_LOSS.format(why="the sequence is split"))
+        self._check_mean("Mean", Mean(total, weight))
         nodes: list[Any] = []
-        names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=step_.is_summary))  # type: ignore[func-returns-value]
+        names = tree.paths(tree.map(lambda x: nodes.append(x) or 0, aux, is_leaf=is_summary))  # type: ignore[func-returns-value]
         out: list[Sliced] = []
         for path, x in zip(names, nodes, strict=True):
-            if isinstance(x, step_.Mean):
+            if isinstance(x, Mean):
                 self._check_mean(f"aux{path}", x)
-            elif isinstance(x, step_.Rows):
+            elif isinstance(x, Rows):
                 out.append(self._rows(f"aux{path}", x))
         return tuple(out)
 
@@ -308,7 +308,7 @@ class _Judge:
             raise SequenceError(f"{what} is not what one device computes. {state.text}")
         return state
 
-    def _check_mean(self, what: str, x: step_.Mean) -> None:
+    def _check_mean(self, what: str, x: Mean) -> None:
         self._check_sum(f"{what}.total", x.total)
         self._check_sum(f"{what}.weight", x.weight)
 
@@ -334,7 +334,7 @@ class _Judge:
             "does not (a penalty on params) is multiplied by that number"
         )
 
-    def _rows(self, what: str, x: step_.Rows) -> Sliced:
+    def _rows(self, what: str, x: Rows) -> Sliced:
         state, dim = self._state(what, x.x), x.dim % x.x.dim()
         if isinstance(state, Shard) and (state.outer, state.inner) == (1, 1) and state.dim != dim:
             return state.dim, state.part

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.buffer_donation import donate, memory, spend
+from funcpipe._src.core.buffer_donation import invalidate, memory
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.runtime.cuda_graph_memsets import as_kernels
 from funcpipe._src.runtime.rank import Rank
@@ -212,12 +212,11 @@ def update(rank: Rank, home: StateBuffers, batch: Any, free: Iterable[int]) -> A
     Args:
         free: the places of the leaves that optimizers may write to.
     """
-    with donate(home.leaves[k] for k in free):
-        new, metrics = rank.step(home.state, batch)
+    new, metrics = rank.step(home.state, batch, [home.leaves[k] for k in free])
     rank.comm.flush()
     mine = {memory(x) for x in home.leaves}
     moved = [(x, y) for x, y in zip(home.leaves, tree.leaves(new), strict=True) if x is not y]
-    spend(x for x, _ in moved)
+    invalidate(x for x, _ in moved)
     # What lies in the memory of another leaf is read before that is written.
     write([x for x, _ in moved], [y.clone() if memory(y) in mine else y for _, y in moved])
     return metrics

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -41,8 +42,9 @@ def launch(
     """Run ``fn(*args)`` in ``nprocs`` new processes of this machine, which are the ranks of a mesh.
 
     In each of them the environment is what torchrun sets, so that ``fp.spmd`` finds the others. The
-    processes are spawned: ``fn``, its arguments and results are pickled, and a script that launches
-    needs ``if __name__ == "__main__":`` around it.
+    processes do not share this one's memory: ``fn``, its arguments and results are pickled, and a
+    script that launches needs ``if __name__ == "__main__":`` around it. They are forked from a
+    server that has imported torch, which stays for the next launch.
 
     Args:
         fn: an importable function, or one of the script that runs.
@@ -75,6 +77,7 @@ def launch(
     if nprocs < 1:
         raise ValueError(f"launch starts 1 process or more, not {nprocs}")
     stopped: signal.Signals | None = None
+    multiprocessing.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory(prefix="funcpipe-") as logs, _undisturbed():
         config = LaunchConfig(
             min_nodes=1,
@@ -86,11 +89,12 @@ def launch(
             rdzv_configs={"is_host": True},
             local_addr="127.0.0.1",
             max_restarts=0,
-            start_method="spawn",
+            start_method="forkserver",
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            results = elastic_launch(config, _worker)(fn, args, nprocs, timeout, logs)
+            job = Job(fn, args, timeout, logs, dict(os.environ))
+            results = elastic_launch(config, _worker)(job, nprocs)
         except ChildFailedError as error:
             raise _cause(error.failures, Path(logs)) from None
         except SignalException as error:
@@ -106,9 +110,40 @@ def launch(
 # --- in the worker --------------------------------------------------------------------------------
 
 
-def _worker(
-    fn: Callable[..., Any], args: tuple, nprocs: int, timeout: float | None, logs: str
-) -> bytes:
+class Job(NamedTuple):
+    """What a worker does, in the environment of the process that launched it."""
+
+    fn: Callable[..., Any]
+    args: tuple
+    timeout: float | None
+    logs: str
+    environment: dict[str, str]
+
+
+# What the launcher sets for each worker; all else a worker has from the server.
+_OF_WORKER = (
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "RANK",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "WORLD_SIZE",
+)
+
+
+def _take_over(environment: dict[str, str]) -> None:
+    """Make a process's environment, as the server started with it, that of the launching one."""
+    own = {name: x for name, x in os.environ.items() if name.startswith(_OF_WORKER)}
+    os.environ.clear()
+    os.environ.update(environment | own)
+
+
+def _worker(job: Job, nprocs: int) -> bytes:
+    """Run the function as one rank; its result, pickled."""
+    _take_over(job.environment)
+    fn, args, timeout, logs, _ = job
     rank = int(os.environ["RANK"])
     torch.set_num_threads(max(1, _cores() // nprocs))
     if "GLOO_SOCKET_IFNAME" not in os.environ:

@@ -24,9 +24,10 @@ from torch import fx
 from funcpipe._src.backends.grad_accumulation import outputs_of
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.step import Microbatches, describe
+from funcpipe._src.core.context import tap
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.loss_types import Microbatches, differentiable
 from funcpipe._src.planning.lowered import PlannedCall
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.variants import StaleValues
@@ -154,7 +155,7 @@ class _Found(NamedTuple):
 def _search(rank: Rank, state: Any, batch: Any) -> _Found:
     watch = _Watch(rank)
     rank.observer = watch.program
-    with step_.tap() as seen, torch.no_grad():
+    with tap() as seen, torch.no_grad():
         new, _ = rank.step(state, batch)
     rank.comm.flush()
     before = len(watch.events)
@@ -300,7 +301,7 @@ def _batch_paths(planned: PlannedCall) -> Iterator[list[str]]:
 def _told(x: Any) -> tuple[str, bool] | None:
     """What of a tensor is not finite, in words, and whether it is all negative infinity; None if
     all is finite."""
-    if not isinstance(x, torch.Tensor) or not step_.differentiable(x):
+    if not isinstance(x, torch.Tensor) or not differentiable(x):
         return None
     odd = int(x.isfinite().logical_not().sum())
     if not odd:

@@ -8,7 +8,7 @@ metrics, which are the same on every rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,11 +19,21 @@ from funcpipe._src.backends.fusion import changes
 from funcpipe._src.backends.grad_mean import divide
 from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
 from funcpipe._src.comm import Communicator
-from funcpipe._src.core import loss_scale as scaling
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core import step as step_
+from funcpipe._src.core.buffer_donation import Overwritable
+from funcpipe._src.core.context import Join, PlainContext, bind_context, current
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.loss_types import (
+    Mean,
+    Microbatches,
+    Rows,
+    differentiable,
+    divisor_of,
+    is_summary,
+    mean,
+)
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.core.step import Mean, Microbatches, Rows, is_summary
+from funcpipe._src.core.reductions import join_shown
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
 from funcpipe._src.planning.batch_split import signature
@@ -55,10 +65,13 @@ class Rank:
                 _BoundCall(self, c.of_rank(comm.rank), str(k)) for k, c in enumerate(plan.calls)
             ]
 
-    def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        """Run the step once."""
-        context = Running(self)
-        with step_.bind(context), bind_rank(self.comm):
+    def step(
+        self, state: Any, batch: Any, overwritable: Iterable[torch.Tensor] = ()
+    ) -> tuple[Any, Any]:
+        """Run the step once; optimizers may write to the leaves of the state that are
+        ``overwritable``."""
+        context = RunContext(self, overwritable)
+        with bind_context(context), bind_rank(self.comm):
             state, metrics = self.plan.resolved.step(state, batch)
         seen, planned = (
             (context.calls, context.sums),
@@ -136,7 +149,7 @@ class _BoundCall:
         if divisor is not None:
             divide(grads, divisor, self.rank.backend)
         loss = (
-            heads[0].clone() if weight is None else step_.mean(heads[0], weight)
+            heads[0].clone() if weight is None else mean(heads[0], weight)
         )  # a copy: a message must not change
         out = tree.unflatten(self.planned.call.params_spec, grads)
         if not self.planned.call.has_aux:
@@ -155,8 +168,8 @@ class _BoundCall:
     def _divisor(self, weight: torch.Tensor | None) -> torch.Tensor | None:
         """What sums of gradients are divided by: weight and loss scale. A power of two changes no
         bits."""
-        weight = None if weight is None else step_.divisor_of(weight)
-        scaled, p = scaling.current(), self.rank.plan.resolved.precision
+        weight = None if weight is None else divisor_of(weight)
+        scaled, p = current().loss_scale, self.rank.plan.resolved.precision
         scale = None if scaled is None else scaled.scale
         if scale is None and p is not None and p.constant != 1:
             scale = torch.full((), p.constant, device=self.rank.comm.device)
@@ -187,9 +200,7 @@ class _BoundCall:
                     if shape is None
                     else f"should be a tensor of shape {shape} and dtype {dtype}"
                 )
-                raise StateError(
-                    f"{self._who}: params{path} {held}, but is {step_.describe(x)}. {_PASS}"
-                )
+                raise StateError(f"{self._who}: params{path} {held}, but is {describe(x)}. {_PASS}")
         return leaves
 
     @property
@@ -213,7 +224,7 @@ class _BoundCall:
         micro = planned.split.local_leaves(batch, self.rank.comm.rank)
         for (m, i), slot in program.batch.items():
             moving = planned.moving[m]
-            scaled = scaling.current() if i == len(moving) else None
+            scaled = current().loss_scale if i == len(moving) else None
             slots[slot] = scaled.scale if scaled else micro[m][moving[i]]
         return slots
 
@@ -244,7 +255,7 @@ class _BoundCall:
 
         def finish(x: Any) -> Any:
             if isinstance(x, Mean):
-                return step_.mean(heads[first + int(x.total)], heads[first + int(x.weight)])
+                return mean(heads[first + int(x.total)], heads[first + int(x.weight)])
             if isinstance(x, Rows):
                 return self._rows(first + int(x.x), x.dim, slots)
             return fill_aux(x, lambda i: self._rows(first + i, None, slots))
@@ -293,7 +304,7 @@ class _BoundCall:
             assert x is not None
             if sums.get(i) is None:
                 sums[i] = torch.zeros_like(x)
-        self._all_reduce(sums, [i for i in held if step_.differentiable(sums[i])])  # type: ignore[arg-type]
+        self._all_reduce(sums, [i for i in held if differentiable(sums[i])])  # type: ignore[arg-type]
         return [sums.get(i) for i in range(len(leaves))]
 
     def _tied(
@@ -406,14 +417,12 @@ def _add(terms: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
-class Running:
+class RunContext(PlainContext):
     """The context of a step that runs on a rank."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank, overwritable: Iterable[torch.Tensor]) -> None:
         self.rank, self.calls, self.sums = rank, 0, 0
-
-    def stage_boundary(self, x: Any) -> Any:
-        return x
+        self.overwritable = Overwritable(overwritable)
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
         if self.calls >= len(self.rank.calls):
@@ -426,14 +435,9 @@ class Running:
         self.calls += 1
         return call(params, batch)
 
-    def global_sum(
-        self, leaves: Any, local: Callable[[list[torch.Tensor]], torch.Tensor]
-    ) -> torch.Tensor:
-        return self.reduce(leaves, lambda some: local([x for x in some if x is not None]), "sum")[1]
-
     def reduce(
         self, leaves: Any, local: Callable[[list[torch.Tensor | None]], torch.Tensor], op: str
-    ) -> tuple[step_.Join, torch.Tensor]:
+    ) -> tuple[Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
         if self.sums >= len(placement.analysis.sums):
             raise StateError(
@@ -457,4 +461,4 @@ class Running:
             for i, x in zip(known.params, leaves, strict=True)
         ]
         out = comm.all_reduce(out, tuple(comm.mesh.axes), op) if comm.mesh.size > 1 else out
-        return functools.partial(step_.join, known.spec, shown), out
+        return functools.partial(join_shown, known.spec, shown), out

@@ -19,9 +19,9 @@ from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
 from funcpipe._src.core.checksum import checksums
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
-from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning.lazy_init import read_params
 from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.plan import Plan
@@ -71,6 +71,13 @@ class Runner(abc.ABC):
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
+        if not self._rehearse():
+            self._made.rehearse_everywhere()
+            self._made.plan(batch)
+
+    @abc.abstractmethod
+    def _rehearse(self) -> bool:
+        """Whether the step does what was planned as each rank that runs here; the same on all."""
 
     def _read(
         self, params: Any, key: torch.Tensor | int

@@ -15,9 +15,10 @@ from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.simulated import Ranks
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
-from funcpipe._src.core.buffer_donation import refuse_spent
+from funcpipe._src.core.buffer_donation import refuse_invalidated
+from funcpipe._src.core.describe_value import describe
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.step import describe, refuse_inference_mode
 from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues
 from funcpipe._src.runtime import replicas
@@ -68,6 +69,9 @@ class Simulation(Runner):
         held = [replicas.of_state(state, self._placement, r) for r, state in enumerate(states)]
         replicas.check(held, {"state": self._placement.analysis.state_paths}, self._resolved.local)
         return states
+
+    def _rehearse(self) -> bool:
+        return self._made.rehearse(range(self._resolved.ranks))
 
     @property
     def device(self) -> torch.device:
@@ -120,11 +124,11 @@ class Simulation(Runner):
                 f"as run.init or run.place returned it; this is {describe(state)}. Use "
                 "run.place(full) for a single-device state"
             )
-        refuse_spent("state", state)
+        refuse_invalidated("state", state)
 
     def place(self, full: Any) -> list[Any]:
         """What every rank holds of a single-device state."""
-        refuse_spent("state", full)
+        refuse_invalidated("state", full)
         return [self._placement.place(full, r) for r in range(self.mesh.size)]
 
     def unplace(self, state: list[Any]) -> Any:

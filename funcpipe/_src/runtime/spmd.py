@@ -24,10 +24,10 @@ import torch
 from funcpipe._src.backends.backend import NAMES, Backend
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.process_group import ProcessGroupCommunicator
-from funcpipe._src.core.buffer_donation import refuse_spent, spent
+from funcpipe._src.core.buffer_donation import invalidated, refuse_invalidated
 from funcpipe._src.core.checksum import text_sum
+from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.step import refuse_inference_mode
 from funcpipe._src.planning import plan_bytes as sizes
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.plan import Plan
@@ -177,6 +177,23 @@ class Spmd(Runner):
         self._replicas.made(state, self._placement)
         return state
 
+    def _rehearse(self) -> bool:
+        """Each rank rehearses as itself; where one is refused, all are."""
+        if self._made.rehearsal is None:
+            return True
+        place = self._placement.pipeline_rank(self.rank)
+        problem: FuncpipeError | None = None
+        expected = False
+        try:
+            expected = self._made.rehearse([place])
+        except FuncpipeError as error:
+            problem = error
+        found = self._comm.exchange((place, expected, problem))
+        for _, _, problem in sorted(found, key=operator.itemgetter(0)):
+            if problem is not None:
+                raise _Known(problem)
+        return all(as_planned for _, as_planned, _ in found)
+
     @property
     def _what(self) -> str:
         records = ", ".join(spec.text for spec in self._resolved.specs)
@@ -227,7 +244,7 @@ class Spmd(Runner):
             return self._try(given, batch, variants, news)
         except StaleValues as problem:
             self._comm.flush()
-            if any(map(spent, (*given.leaves, *self._home.leaves))):
+            if any(map(invalidated, (*given.leaves, *self._home.leaves))):
                 raise StateError(problem.midway) from None
         variants.forget()
         try:
@@ -442,7 +459,7 @@ class Spmd(Runner):
 
     def place(self, full: Any) -> Any:
         """What this rank holds of a single-device state."""
-        refuse_spent("state", full)
+        refuse_invalidated("state", full)
         self._replicas.due |= STATE
         return self._home.give(self._placement.place(full, self.rank))
 

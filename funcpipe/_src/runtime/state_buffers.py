@@ -21,8 +21,13 @@ import torch
 
 from funcpipe._src.comm.tensor_layout import is_dense
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.buffer_donation import SPENT_LEAF, donate, memory, spend, spent
-from funcpipe._src.core.step import describe
+from funcpipe._src.core.buffer_donation import (
+    INVALIDATED_LEAF,
+    invalidate,
+    invalidated,
+    memory,
+)
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.runtime.rank import Rank
 from funcpipe.errors import StateError
 
@@ -103,10 +108,10 @@ class StateBuffers:
         for k, x in enumerate(given.leaves):
             if not isinstance(x, torch.Tensor):
                 continue
-            gone = spent(x)
+            gone = invalidated(x)
             view = id(x) not in valid and (gone is None or bool(self.leaves)) and memory(x) in mine
             if gone or view:
-                raise StateError(SPENT_LEAF.format(path=f"state{tree.paths(given.state)[k]}"))
+                raise StateError(INVALIDATED_LEAF.format(path=f"state{tree.paths(given.state)[k]}"))
 
     def _check_alike(self, given: Given) -> None:
         if given.spec != self._spec:
@@ -137,7 +142,7 @@ class StateBuffers:
     def give(state: Any) -> Any:
         """A state that a runner has made, in memory of its own, as if a step had returned it; the
         same."""
-        spend(tree.leaves(state), gone=False)
+        invalidate(tree.leaves(state), gone=False)
         return state
 
     @contextlib.contextmanager
@@ -147,8 +152,8 @@ class StateBuffers:
         try:
             yield
         except BaseException:
-            if any(map(spent, self.leaves)):
-                spend(self._named)
+            if any(map(invalidated, self.leaves)):
+                invalidate(self._named)
             self._failed = True
             raise
 
@@ -158,7 +163,7 @@ class StateBuffers:
         """Of leaves at some places, those that the runner has made, and whose memory no other leaf
         has."""
         users = Counter(memory(x) for x in leaves if isinstance(x, torch.Tensor))
-        ours = [x for x in (leaves[k] for k in free) if spent(x) is False]
+        ours = [x for x in (leaves[k] for k in free) if invalidated(x) is False]
         return [x for x in ours if users[memory(x)] == 1 and memory(x) and is_dense(x)]
 
     def put(self, state: Any, lent: list[torch.Tensor]) -> Any:
@@ -166,7 +171,7 @@ class StateBuffers:
         own where it has."""
         new, spec = tree.flatten(state)
         used = {memory(x) for x in lent}
-        spend(lent)
+        invalidate(lent)
         new = [x.detach() if isinstance(x, torch.Tensor) and memory(x) in used else x for x in new]
         self._named, self._failed = new, False
         return self.give(tree.unflatten(spec, new))
@@ -220,8 +225,8 @@ class DonatedStep:
             self.rank.plan.placement.state_leaves(given.state, "step")
             self._spec = given.spec
         leaves = self.home.lent(given.leaves, self._free)
-        with self.home.kept(), donate(leaves):
-            new, metrics = self.rank.step(given.state, batch)
+        with self.home.kept():
+            new, metrics = self.rank.step(given.state, batch, leaves)
             self.rank.comm.flush()
         return self.home.put(
             new, leaves

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.core.mixed_precision import Precision
-from funcpipe._src.core.step import describe
 from funcpipe._src.spec.requests import (
     MicrobatchSplit,
     Pipeline,

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.context import tap
 from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.core.step import tap
 from funcpipe._src.planning.placement import take
-from funcpipe._src.runtime.rank import Running
+from funcpipe._src.runtime.rank import RunContext
 from funcpipe._src.runtime.simulate import simulate
 from funcpipe._src.testing.narrowing import rounded_inside
 
@@ -167,7 +167,7 @@ def _transformed(
             state, metrics = run(state, batch)
         calls = defaultdict(list)
         for call in itertools.starmap(_Call, seen):
-            if isinstance(call.context, Running):  # others only looked at the step, to plan it
+            if isinstance(call.context, RunContext):  # others only looked at the step, to plan it
                 calls[call.context.rank.comm.rank].append(call)
         yield _Ran(dict(calls), metrics, run.unplace(state))
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import Mean, Rows, stage_boundary
+from funcpipe._src.core.loss_types import Mean, Rows
+from funcpipe._src.core.primitives.stage_boundary import stage_boundary
 
 TOKENS, VOCAB = 3, 7
 

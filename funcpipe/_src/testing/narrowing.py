@@ -20,8 +20,8 @@ from funcpipe._src.analysis.call_results import with_values
 from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.collectives import one_rank
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.loss_types import Microbatches
 from funcpipe._src.core.source_lines import Line, user_line
-from funcpipe._src.core.step import Microbatches
 from funcpipe._src.graph.fake_tensors import fake, looking
 from funcpipe._src.graph.restore import restored
 

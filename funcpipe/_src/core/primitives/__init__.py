@@ -1,0 +1,1 @@
+"""Primitives: the functions of a step that transforms rewrite."""
