@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.core.step import mean
+from funcpipe._src.core.loss_types import mean
 from funcpipe.testing import assert_equivalent
 
 FLOAT64 = 1e-12

@@ -29,7 +29,8 @@ from funcpipe._src.planning.local_batch import local_batch
 from funcpipe._src.planning.loss_outputs import summed_outputs
 from funcpipe._src.planning.loss_variant import LossVariant, compile_loss
 from funcpipe._src.planning.lowered import Lowered, PlannedCall
-from funcpipe._src.planning.placement import StatePlacement, place
+from funcpipe._src.planning.place_state import place
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.predict import as_costs, load_of
 from funcpipe._src.planning.scheduling import (
     ChosenSchedule,

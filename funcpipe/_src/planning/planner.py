@@ -19,7 +19,8 @@ from funcpipe._src.graph.partition import Units
 from funcpipe._src.planning.batch_split import signature
 from funcpipe._src.planning.compile_inputs import CompileMemory, StageClock, compile_inputs
 from funcpipe._src.planning.pipeline import compile_step, separate_units
-from funcpipe._src.planning.placement import StatePlacement, place_again, rehearse
+from funcpipe._src.planning.place_state import place_again, rehearse
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.step_analysis import analyse_step
 from funcpipe._src.planning.variants import Variants
