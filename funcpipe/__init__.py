@@ -4,7 +4,7 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 device; stack transforms on it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import checkpoint, data, errors, losses, optim, random, schedules, testing
+from funcpipe import checkpoint, data, errors, extend, losses, optim, random, schedules, testing
 from funcpipe._src.collectives import (
     all_gather,
     all_to_all,
@@ -86,6 +86,7 @@ __all__ = [
     "data",
     "data_parallel",
     "errors",
+    "extend",
     "find_nonfinite",
     "from_module",
     "global_norm",

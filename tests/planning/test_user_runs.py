@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import funcpipe as fp
-from funcpipe._src.planning.pipeline import Planner
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.spec.transform_spec import resolve
 
 PIPE = fp.pipelined(axis="pipe", microbatches=4)
