@@ -12,7 +12,7 @@ import torch
 
 import funcpipe as fp
 from funcpipe._src.planning.planner import Planner
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 
 PIPE = fp.pipelined(axis="pipe", microbatches=4)
 OPTIMIZER = fp.optim.adamw(1e-2)
