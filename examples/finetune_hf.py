@@ -1,12 +1,11 @@
-"""Train a Hugging Face Llama, as its makers wrote it, over a pipeline with sharded weights; then
-let it write.
+"""Train a Hugging Face Llama, as its makers wrote it, over a pipeline with sharded weights.
 
-    python examples/finetune_hf.py                        on four GPUs if there are four, else in four processes
-    python examples/finetune_hf.py --simulate             the same mesh inside this one process
-    python examples/finetune_hf.py --check --short        first prove that the parallel step computes the same
+    python examples/finetune_hf.py                       on four GPUs, or else in four processes
+    python examples/finetune_hf.py --simulate            the same mesh inside this one process
+    python examples/finetune_hf.py --check --short       first compare the step with one device
     python examples/finetune_hf.py --mesh pipe=4 --gradient_accumulation_steps 16
-    --gradient_checkpointing
-    torchrun --nproc-per-node 4 examples/finetune_hf.py   in processes that torchrun starts
+    python examples/finetune_hf.py --gradient_checkpointing
+    torchrun --nproc-per-node 4 examples/finetune_hf.py  in processes that torchrun starts
 
 `fp.from_module` makes a pure function of the model, cut after every decoder layer; the step is
 written for one device; `parallel` says how it is spread; `fp.to_module` puts the trained weights
@@ -28,22 +27,23 @@ from typing import Any
 import optree
 import torch
 import torch.nn.functional as F
-from train_lm import TrainState, batches, enough_gpus, mesh, positive, rank
+from train_lm import TrainState, batches, enough_gpus, mesh, positive, printable, rank
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import funcpipe as fp
-from funcpipe import from_module, to_module
 from funcpipe.testing import assert_equivalent
 
+# Seconds in all, for CI.
 SHORT = {
     "layers": 3,
     "width": 64,
     "length": 64,
     "per_device_train_batch_size": 2,
     "steps": 30,
-}  # seconds, for CI
+}
 PROMPT = b"def "
-DIMS = {"tokens": 0, "labels": 0, "buffers": None}  # the model's buffers go to every rank whole
+BOUNDARIES = ["model.layers.*"]
+DIMS = {"tokens": 0, "labels": 0, "buffers": None}  # buffers are not split: every rank has all
 
 
 # ---- the model, the step for one device, and how it is spread
@@ -64,11 +64,9 @@ def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).train()
     if args.gradient_checkpointing:
-        # Renamed in the course of transformers 5.
-        new = hasattr(model, "activation_checkpointing_enable")
-        enable = (
-            model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
-        )
+        enable = model.gradient_checkpointing_enable
+        if hasattr(model, "activation_checkpointing_enable"):  # renamed within transformers 5
+            enable = model.activation_checkpointing_enable
         enable({"use_reentrant": False})
     return model
 
@@ -77,9 +75,8 @@ def make_step(
     apply_fn: Callable, buffers: Any, args: argparse.Namespace
 ) -> tuple[Callable, Callable]:
     """The step, and ``params -> state``."""
-    schedule = fp.optim.warmup_cosine(
-        args.learning_rate, int(args.warmup_ratio * args.steps), args.steps
-    )
+    warmup = int(args.warmup_ratio * args.steps)
+    schedule = fp.optim.warmup_cosine(args.learning_rate, warmup, args.steps)
     optimizer = fp.optim.adamw(schedule, weight_decay=args.weight_decay)
 
     def loss_fn(params: Any, batch: Any) -> fp.Mean:
@@ -87,7 +84,8 @@ def make_step(
             params = optree.tree_map(torch.Tensor.bfloat16, params)
         out, _ = apply_fn(params, batch["buffers"], input_ids=batch["tokens"], use_cache=False)
         logits = out.logits.flatten(0, 1)
-        logits = logits.float() if args.bf16 else logits
+        if args.bf16:
+            logits = logits.float()
         total = F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
         return fp.Mean(total, weight=torch.ones_like(batch["labels"]).sum())
 
@@ -112,49 +110,57 @@ def parallel(step: Callable, args: argparse.Namespace) -> Callable:
 
 
 def work(args: argparse.Namespace) -> list[float]:
-    """What every process does; in a simulation, what the one process does. Returns the loss of
-    every step."""
+    """What every process does; in a simulation, what the one process does.
+
+    Returns:
+        the loss of every step.
+    """
     torch.set_num_threads(1)  # the ranks share the cores
     model = make_model(args)
-    apply_fn, params, buffers = from_module(model, boundaries=["model.layers.*"])
-    cpu = None if enough_gpus(args) else "cpu"
-    device = (
-        torch.device("cpu")
-        if args.simulate or cpu
-        else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    )
-    params, buffers = optree.tree_map(lambda x: x.to(device), (params, buffers))
+    apply_fn, params, buffers = fp.from_module(model, boundaries=BOUNDARIES)
+    on_cpu = args.simulate or not enough_gpus(args)
+    device = torch.device("cpu")
+    if not on_cpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    params, buffers = optree.tree_map(lambda tensor: tensor.to(device), (params, buffers))
     step, init_state = make_step(apply_fn, buffers, args)
     step = parallel(step, args)
-    run = fp.simulate(step, args.mesh) if args.simulate else fp.spmd(step, args.mesh, device=cpu)
+    if args.simulate:
+        run = fp.simulate(step, args.mesh)
+    else:
+        run = fp.spmd(step, args.mesh, device="cpu" if on_cpu else None)
 
     batch = batches(args, device)
     state = run.init(init_state, params, batch(0))
     state, losses = train(run, state, batch, args)
     params = run.unplace(state).params
     if rank() == 0:
-        print(
-            f"{sum(p.numel() for p in params.values()):,} parameters; bubble "
-            f"{run.plan(state, batch(0)).bubble:.1%}, by FLOPs"
-        )
-        text = write(to_module(model, params)).decode("ascii", errors="replace")
-        print("What it writes now:\n" + "".join(c for c in text if c.isprintable() or c == "\n"))
+        parameters = sum(param.numel() for param in params.values())
+        bubble = run.plan(state, batch(0)).bubble
+        print(f"{parameters:,} parameters; bubble {bubble:.1%}, by FLOPs")
+        text = write(fp.to_module(model, params)).decode("ascii", errors="replace")
+        print("What it writes now:\n" + printable(text))
     if not args.simulate:
         run.close()
     return losses
 
 
 def train(
-    run: Any, state: Any, batch: Callable[[int], Any], args: argparse.Namespace
+    run: Any,
+    state: Any,
+    batch: Callable[[int], Any],
+    args: argparse.Namespace,
 ) -> tuple[Any, list[float]]:
     losses: list[float] = []
     start = time.perf_counter()
-    for i in range(args.steps):
-        state, metrics = run(state, batch(i))
+    for number in range(args.steps):
+        state, metrics = run(state, batch(number))
         losses.append(float(metrics["loss"]))
-        if rank() == 0 and (i % max(args.steps // 10, 1) == 0 or i == args.steps - 1):
+        is_last = number == args.steps - 1
+        if rank() == 0 and (is_last or number % max(args.steps // 10, 1) == 0):
+            seconds = time.perf_counter() - start
             print(
-                f"step {i + 1:4}  loss {losses[-1]:.3f}  after {time.perf_counter() - start:.1f} s",
+                f"step {number + 1:4}  loss {losses[-1]:.3f}  after {seconds:.1f} s",
                 flush=True,
             )
     return state, losses
@@ -164,9 +170,12 @@ def write(model: LlamaForCausalLM, count: int = 160) -> bytes:
     """``count`` more bytes, drawn by Hugging Face's own ``generate``."""
     torch.manual_seed(0)
     prompt = torch.tensor([list(PROMPT)])
-    mask = torch.ones_like(prompt)
     tokens = model.eval().generate(
-        prompt, attention_mask=mask, max_new_tokens=count, do_sample=True, temperature=0.7
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        do_sample=True,
+        temperature=0.7,
     )
     return bytes(tokens[0].tolist())
 
@@ -175,82 +184,89 @@ def write(model: LlamaForCausalLM, count: int = 160) -> bytes:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The parallel step against the plain one, in float64, on the batches that training starts
-    with."""
-    batch, start = batches(args, torch.device("cpu")), time.perf_counter()
-    apply_fn, params, buffers = from_module(
-        make_model(args).double(), boundaries=["model.layers.*"]
-    )
-    step, init_state = make_step(
-        apply_fn, buffers, argparse.Namespace(**vars(args) | {"bf16": False})
-    )
+    """The parallel step against the plain one, in float64, on the batches of the first steps."""
+    batch = batches(args, torch.device("cpu"))
+    start = time.perf_counter()
+    model = make_model(args).double()
+    apply_fn, params, buffers = fp.from_module(model, boundaries=BOUNDARIES)
+    in_float64 = argparse.Namespace(**vars(args) | {"bf16": False})
+    step, init_state = make_step(apply_fn, buffers, in_float64)
     try:
         found = assert_equivalent(
-            step, parallel(step, args), args.mesh, init_state, params, [batch(0), batch(1)]
+            step,
+            parallel(step, args),
+            args.mesh,
+            init_state,
+            params,
+            [batch(0), batch(1)],
         )
     except AssertionError as error:
         sys.exit(f"finetune_hf: the parallel step computes something else: {error}")
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     print(
         f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} "
-        f"({took:.1f} s)"
+        f"({seconds:.1f} s)"
     )
+
+
+# Option, name in `args`, default, meaning.
+COUNTS = (
+    ("max_steps", "steps", 100, "training steps"),
+    (
+        "per_device_train_batch_size",
+        "per_device_train_batch_size",
+        4,
+        "rows that go through the pipeline at once, for each data rank",
+    ),
+    (
+        "gradient_accumulation_steps",
+        "gradient_accumulation_steps",
+        4,
+        "microbatches of a step",
+    ),
+    ("block_size", "length", 128, "bytes in a row"),
+    ("num_hidden_layers", "layers", 6, "decoder layers"),
+    (
+        "hidden_size",
+        "width",
+        128,
+        "model width, a multiple of 32: each attention head has 32",
+    ),
+)
+NUMBERS = (
+    ("learning_rate", 4e-3, "at its peak"),
+    ("warmup_ratio", 0.1, "part of the steps until the peak; a cosine follows"),
+    ("weight_decay", 0.1, "of matrices"),
+    ("max_grad_norm", 1.0, "gradients are scaled down to it"),
+)
+FLAGS = (
+    ("simulate", "run all ranks of the mesh in this process"),
+    ("check", "first compare with a single device, in float64"),
+    ("bf16", "compute in bfloat16; weights and optimizer state stay float32"),
+    ("gradient_checkpointing", "recompute every layer in the backward pass"),
+    ("short", "a small model and few steps: some seconds in all"),
+)
+MESH = "pipe, and axes to split the batch and weights over"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     text, rest = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
-        description=text, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--mesh",
-        type=mesh,
-        default=fp.Mesh(pipe=2, data=2),
-        help="pipe, and axes to split the batch and weights over",
-    )
-    add("--simulate", action="store_true", help="run all ranks of the mesh in this process")
-    add("--check", action="store_true", help="first compare with a single device, in float64")
-    for name, dest, value, what in (
-        ("max_steps", "steps", 100, "training steps"),
-        (
-            "per_device_train_batch_size",
-            None,
-            4,
-            "rows that go through the pipeline at once, for each data rank",
-        ),
-        ("gradient_accumulation_steps", None, 4, "microbatches of a step"),
-        ("block_size", "length", 128, "bytes in a row"),
-        ("num_hidden_layers", "layers", 6, "decoder layers"),
-        ("hidden_size", "width", 128, "model width, a multiple of 32: each attention head has 32"),
-    ):
-        add(
-            f"--{name}",
-            dest=dest or name,
-            type=positive,
-            default=value,
-            metavar="N",
-            help=f"{what} ({value})",
-        )
-    for name, value, what in (
-        ("learning_rate", 4e-3, "at its peak"),
-        ("warmup_ratio", 0.1, "part of the steps until the peak; a cosine follows"),
-        ("weight_decay", 0.1, "of matrices"),
-        ("max_grad_norm", 1.0, "gradients are scaled down to it"),
-    ):
-        add(f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({value})")
-    add(
-        "--bf16",
-        action="store_true",
-        help="compute in bfloat16; weights and optimizer state stay float32",
-    )
-    add(
-        "--gradient_checkpointing",
-        action="store_true",
-        help="recompute every layer in the backward pass",
-    )
+    add("--mesh", type=mesh, default=fp.Mesh(pipe=2, data=2), help=MESH)
+    for option, name, count, meaning in COUNTS:
+        help = f"{meaning} ({count})"
+        add(f"--{option}", dest=name, type=positive, default=count, metavar="N", help=help)
+    for option, number, meaning in NUMBERS:
+        help = f"{meaning} ({number})"
+        add(f"--{option}", type=float, default=number, metavar="X", help=help)
+    for option, meaning in FLAGS:
+        add(f"--{option}", action="store_true", help=meaning)
     add("--seed", type=int, default=0, metavar="N", help="of the first weights (0)")
-    add("--short", action="store_true", help="a small model and few steps: some seconds in all")
     args = parser.parse_args(argv)
     if args.short:
         parser.set_defaults(**SHORT)
@@ -271,8 +287,8 @@ def main(argv: list[str]) -> None:
     if args.simulate or "RANK" in os.environ:  # torchrun has started this process, and the others
         work(args)
     else:
-        what = "GPUs" if enough_gpus(args) else "processes, over gloo"
-        print(f"{args.mesh!r}: {args.mesh.size} {what}", flush=True)
+        devices = "GPUs" if enough_gpus(args) else "processes, over gloo"
+        print(f"{args.mesh!r}: {args.mesh.size} {devices}", flush=True)
         fp.launch(work, args.mesh.size, args)
 
 

@@ -1,13 +1,12 @@
-"""Fully sharded training (FSDP, ZeRO-3) of a plain step: four processes, each of which holds a
-quarter of the model.
+"""Fully sharded training (FSDP, ZeRO-3) of a plain step: each of four ranks holds a quarter.
 
     python examples/fsdp.py              in four processes, over gloo; on GPUs if there are four
     python examples/fsdp.py --simulate   the same four ranks inside this process
 
 The step is written for one device. Two transforms spread it: `data_parallel` splits the batch,
-`sharded_weights` splits weights, gradients and optimizer state over the same axis. No rank ever has
-the whole model: each makes its own part of the params from a key, and a block's weights are whole
-only while the block runs. At the end rank 0 trains the same model alone, and compares.
+`sharded_weights` shards weights, gradients and optimizer state over the same axis. No rank ever has
+the full model: each makes its own shard of the params from a key, and a block's weights are
+gathered only while the block runs. At the end rank 0 trains the same model alone, and compares.
 """
 
 from __future__ import annotations
@@ -46,9 +45,11 @@ def make_params(key: torch.Tensor) -> dict[str, Any]:
 def loss_fn(params: dict[str, Any], batch: dict[str, torch.Tensor]) -> fp.Mean:
     x = batch["x"]
     for block in params["blocks"]:
+        hidden = F.silu(F.linear(x, block["up"]))
         # A boundary after every block: what lies between two of them is gathered together.
-        x = fp.stage_boundary(x + F.linear(F.silu(F.linear(x, block["up"])), block["down"]))
-    total = F.cross_entropy(F.linear(x, params["head"]), batch["label"], reduction="sum")
+        x = fp.stage_boundary(x + F.linear(hidden, block["down"]))
+    logits = F.linear(x, params["head"])
+    total = F.cross_entropy(logits, batch["label"], reduction="sum")
     return fp.Mean(total, weight=torch.ones_like(batch["label"]).sum())
 
 
@@ -68,44 +69,48 @@ def step(state: State, batch: Any) -> tuple[State, dict[str, torch.Tensor]]:
 
 def make_batch(number: int, device: torch.device) -> dict[str, torch.Tensor]:
     x = fp.random.normal(fp.random.key(number), (ROWS, WIDTH), torch.float64)
-    return {"x": x.to(device), "label": (x[:, :CLASSES]).argmax(1).to(device)}
+    label = x[:, :CLASSES].argmax(1)
+    return {"x": x.to(device), "label": label.to(device)}
 
 
 # ---- spread over a mesh
 
-sharded = fp.compose(fp.data_parallel(axis="data"), fp.sharded_weights(axis="data", prefetch=1))(
-    step
-)
+
+sharded = fp.data_parallel(step, axis="data")
+sharded = fp.sharded_weights(sharded, axis="data", prefetch=1)
 
 
 def train(run: Any, verbose: bool) -> None:
-    state = run.init(init_state, make_params, make_batch(0, run.device), key=0)
+    first_batch = make_batch(0, run.device)
+    state = run.init(init_state, make_params, first_batch, key=0)
     if verbose:
-        tell(run.plan(state, make_batch(0, run.device)))
-    for i in range(STEPS):
-        state, metrics = run(state, make_batch(i, run.device))
+        print_plan(run.plan(state, first_batch))
+    for number in range(STEPS):
+        state, metrics = run(state, make_batch(number, run.device))
         if verbose:
-            print(f"step {i}  loss {metrics['loss']:.4f}  gradient norm {metrics['norm']:.3f}")
+            print(f"step {number}  loss {metrics['loss']:.4f}  gradient norm {metrics['norm']:.3f}")
     full = run.unplace(state)
     if verbose:
         compare(full, run.device)
 
 
-def tell(plan: fp.Plan) -> None:
-    model = sum(torch.Size(x.shape).numel() for x in plan.placement.layouts) * 8
-    print(f"{MESH}: a model of {model / 1024:.0f} KiB")
-    for what, n in plan.memory[0].items():
-        print(f"  {what:12} {n / 1024:7.1f} KiB on a rank")
-    for axes, n in plan.traffic[0].items():
-        print(f"  a rank receives {n / 1024:.1f} KiB along {', '.join(axes)} in a step")
+def print_plan(plan: fp.Plan) -> None:
+    elements = sum(torch.Size(layout.shape).numel() for layout in plan.placement.layouts)
+    print(f"{MESH}: a model of {elements * 8 / 1024:.0f} KiB")
+    for what, size in plan.memory[0].items():
+        print(f"  {what:12} {size / 1024:7.1f} KiB on a rank")
+    for axes, size in plan.traffic[0].items():
+        print(f"  a rank receives {size / 1024:.1f} KiB along {', '.join(axes)} in a step")
 
 
 def compare(full: State, device: torch.device) -> None:
-    alone = init_state(optree.tree_map(lambda p: p.to(device), make_params(fp.random.key(0))))
-    for i in range(STEPS):
-        alone, _ = step(alone, make_batch(i, device))
+    """The state after the sharded steps against the same steps on one device."""
+    params = optree.tree_map(lambda param: param.to(device), make_params(fp.random.key(0)))
+    alone = init_state(params)
+    for number in range(STEPS):
+        alone, _ = step(alone, make_batch(number, device))
     pairs = zip(optree.tree_leaves(full.params), optree.tree_leaves(alone.params), strict=True)
-    error = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    error = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs)
     print(
         f"after {STEPS} steps the params equal those of one device: largest relative error "
         f"{error:.0e}"

@@ -24,43 +24,42 @@ Params = dict[str, Any]
 
 
 class Sizes(NamedTuple):
-    """How large the model is; ``tied`` reads the logits off the embedding instead of a head of its
-    own."""
+    """How large the model is."""
 
     blocks: int = 8
     width: int = 128
     heads: int = 4
-    tied: bool = False
+    tied: bool = False  # read the logits off the embedding, instead of a head of its own
 
 
 def init_params(sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32) -> Params:
     """Random parameters, the same for the same seed on every machine."""
-    gen = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     width, hidden = sizes.width, 8 * sizes.width // 3 // 16 * 16
+    std_in = width**-0.5
+    std_out = (2 * sizes.blocks * width) ** -0.5  # 2 * blocks branches add up on one stream
 
     def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(shape, generator=gen, dtype=torch.float64) * std).to(dtype)
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
 
     def block() -> Params:
-        into, out = (
-            width**-0.5,
-            (2 * sizes.blocks * width) ** -0.5,
-        )  # 2 * blocks branches add up on one stream
         return {
             "attention_norm": torch.ones(width, dtype=dtype),
-            "qkv": normal(3 * width, width, std=into),
-            "attention_out": normal(width, width, std=out),
+            "qkv": normal(3 * width, width, std=std_in),
+            "attention_out": normal(width, width, std=std_out),
             "mlp_norm": torch.ones(width, dtype=dtype),
-            "gate_up": normal(2 * hidden, width, std=into),
-            "down": normal(width, hidden, std=out),
+            "gate_up": normal(2 * hidden, width, std=std_in),
+            "down": normal(width, hidden, std=std_out),
         }
 
-    params = {
+    params: Params = {
         "embed": normal(VOCABULARY, width, std=0.02 if sizes.tied else 1.0),
         "blocks": [block() for _ in range(sizes.blocks)],
         "norm": torch.ones(width, dtype=dtype),
     }
-    return params if sizes.tied else {**params, "head": normal(VOCABULARY, width, std=0.02)}
+    if not sizes.tied:
+        params["head"] = normal(VOCABULARY, width, std=0.02)
+    return params
 
 
 def rotary_table(positions_T: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -72,15 +71,18 @@ def rotary_table(positions_T: Tensor, dim: int, dtype: torch.dtype) -> tuple[Ten
 
 def rotate(x_BHTd: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), as in Llama."""
-    (a, b), (cos, sin) = x_BHTd.chunk(2, dim=-1), table
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = table
+    first, second = x_BHTd.chunk(2, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(rotated, dim=-1)
 
 
 def attention(p: Params, x_BTD: Tensor, heads: int, table: tuple[Tensor, Tensor]) -> Tensor:
     """Causal self-attention."""
     qkv = F.linear(x_BTD, p["qkv"]).unflatten(-1, (3, heads, -1))
     q_BHTd, k_BHTd, v_BHTd = (x.transpose(1, 2) for x in qkv.unbind(2))
-    q_BHTd, k_BHTd = rotate(q_BHTd, table), rotate(k_BHTd, table)
+    q_BHTd = rotate(q_BHTd, table)
+    k_BHTd = rotate(k_BHTd, table)
     y_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, is_causal=True)
     return F.linear(y_BHTd.transpose(1, 2).flatten(-2), p["attention_out"])
 
@@ -97,7 +99,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def hidden(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
-    """What the model has of every token before its head, (B, T, D)."""
+    """The normalized stream behind the last block, (B, T, D)."""
     x_BTD = F.embedding(tokens_BT, params["embed"])
     # Not arange(T): a rank may have a slice of the sequence only.
     table = rotary_table(fp.positions(tokens_BT), sizes.width // sizes.heads, x_BTD.dtype)
@@ -112,7 +114,7 @@ def head(params: Params, sizes: Sizes) -> Tensor:
 
 
 def logits(params: Params, tokens_BT: Tensor, sizes: Sizes) -> Tensor:
-    """What the model expects after every token, (B, T, V)."""
+    """Logits of the byte after every token, (B, T, V)."""
     return F.linear(hidden(params, tokens_BT, sizes), head(params, sizes))
 
 
@@ -120,25 +122,33 @@ def make_loss(sizes: Sizes) -> Callable[[Params, dict[str, Tensor]], fp.Mean]:
     """Cross entropy in nats: the sum over tokens, and how many tokens there were."""
 
     def loss_fn(params: Params, batch: dict[str, Tensor]) -> fp.Mean:
-        z_BTV = logits(params, batch["tokens"], sizes)
+        logits_BTV = logits(params, batch["tokens"], sizes)
+        labels_BT = batch["labels"]
         total = F.cross_entropy(
-            z_BTV.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+            logits_BTV.flatten(0, 1),
+            labels_BT.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
         )
-        return fp.Mean(total=total, weight=(batch["labels"] != IGNORED).sum())
+        return fp.Mean(total=total, weight=(labels_BT != IGNORED).sum())
 
     return loss_fn
 
 
 @torch.no_grad()
 def continue_text(
-    params: Params, sizes: Sizes, prompt: bytes, count: int, temperature: float = 0.7
+    params: Params,
+    sizes: Sizes,
+    prompt: bytes,
+    count: int,
+    temperature: float = 0.7,
 ) -> bytes:
-    """``count`` more bytes, drawn one by one from what the model expects; the same ones every
-    time."""
-    gen = torch.Generator().manual_seed(0)
+    """``count`` more bytes, drawn one by one from the logits; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
     tokens = torch.tensor([list(prompt)])
     for _ in range(count):
-        z_V = logits(params, tokens[:, -128:], sizes)[0, -1].float()
-        drawn = torch.multinomial((z_V / temperature).softmax(-1).cpu(), 1, generator=gen)
+        logits_V = logits(params, tokens[:, -128:], sizes)[0, -1].float()
+        probabilities_V = (logits_V / temperature).softmax(-1).cpu()
+        drawn = torch.multinomial(probabilities_V, 1, generator=generator)
         tokens = torch.cat((tokens, drawn[None]), dim=1)
     return bytes(tokens[0].tolist())

@@ -1,12 +1,11 @@
-"""Train a language model on the source of Python's standard library, over a pipeline of four
-processes.
+"""Train a language model on the source of Python's standard library, over a pipeline.
 
-    python examples/train_lm.py                       on four GPUs if there are four, else in four processes
+    python examples/train_lm.py                       on four GPUs, or else in four processes
     python examples/train_lm.py --simulate            the same mesh inside this one process
-    python examples/train_lm.py --check --steps 20    first prove that the parallel step computes the same
+    python examples/train_lm.py --check --steps 20    first compare the step with one device
     python examples/train_lm.py --mesh pipe=2,data=2 --shard data --schedule gpipe --tied
     python examples/train_lm.py --save DIR            checkpoints on the way
-    python examples/train_lm.py --resume DIR          go on from the newest one, on this mesh or another
+    python examples/train_lm.py --resume DIR          go on from the newest one, on any mesh
     torchrun --nproc-per-node 4 examples/train_lm.py  in processes that torchrun starts
 
 The step is written for one device (`make_step`); `parallel` says how it is spread. Tokens are
@@ -60,12 +59,14 @@ def make_step(sizes: Sizes, optimizer: fp.optim.Optimizer) -> Callable:
 
 
 def parallel(step: Callable, args: argparse.Namespace) -> Callable:
-    step = fp.pipelined(
-        step, axis="pipe", microbatches=args.microbatches, schedule=SCHEDULES[args.schedule]()
-    )
-    for axis in [name for name in args.mesh.axes if name != "pipe"]:
-        step = fp.data_parallel(step, axis=axis)
-    return fp.sharded_weights(step, axis=args.shard) if args.shard else step
+    schedule = SCHEDULES[args.schedule]()
+    step = fp.pipelined(step, axis="pipe", microbatches=args.microbatches, schedule=schedule)
+    for axis in args.mesh.axes:
+        if axis != "pipe":
+            step = fp.data_parallel(step, axis=axis)
+    if args.shard:
+        step = fp.sharded_weights(step, axis=args.shard)
+    return step
 
 
 # ---- the text
@@ -74,41 +75,40 @@ def parallel(step: Callable, args: argparse.Namespace) -> Callable:
 def read_corpus() -> torch.Tensor:
     """The standard library's top-level modules in alphabetical order, as bytes: about 5 MB."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+    text = b"".join(file.read_bytes() for file in files)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def batches(
     args: argparse.Namespace, device: torch.device
 ) -> Callable[[int], dict[str, torch.Tensor]]:
-    """From the number of a step to its batch: random pieces of the text, the same on every rank."""
+    """From the number of a step to its batch: random rows of the text, the same on every rank."""
     corpus = read_corpus()
 
     def batch(step: int) -> dict[str, torch.Tensor]:
-        gen = torch.Generator().manual_seed(step)
-        starts = torch.randint(len(corpus) - args.length, (args.rows, 1), generator=gen)
-        pieces = corpus[starts + torch.arange(args.length + 1)].long().to(device)
-        # Labels are shifted here and not in the loss, which may see only a part of a piece.
-        return {"tokens": pieces[:, :-1].contiguous(), "labels": pieces[:, 1:].contiguous()}
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(len(corpus) - args.length, (args.rows, 1), generator=generator)
+        rows = corpus[starts + torch.arange(args.length + 1)].long().to(device)
+        # Labels are shifted here and not in the loss, which may see only a part of a row.
+        return {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 
     return batch
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What batches and learning rates follow from, beside the number of a step: the same again
-    after a resume."""
-    return {name: getattr(args, name) for name in ("steps", "rows", "length", "lr")}
+    """What batches and learning rates follow from, beside the number of a step.
+
+    They must be the same after a resume.
+    """
+    return {"steps": args.steps, "rows": args.rows, "length": args.length, "lr": args.lr}
 
 
 def resume(run: Any, args: argparse.Namespace) -> tuple[TrainState, int]:
-    """The newest state in ``--resume``, and the number of the step to go on with."""
+    """The newest state in ``--resume``, and how many steps it has made."""
     state, info = checkpoint.load(args.resume, run)
     if info.extra != settings(args):
         raise fp.errors.CheckpointError(
             f"{info.path} was saved with {info.extra}, this run has {settings(args)}"
-        )
-    if info.step == args.steps:
-        raise fp.errors.CheckpointError(
-            f"{info.path} is of the last step: there is nothing to go on with"
         )
     return state, info.step
 
@@ -117,46 +117,49 @@ def resume(run: Any, args: argparse.Namespace) -> tuple[TrainState, int]:
 
 
 class Result(NamedTuple):
-    losses: list[float]
-    build: float  # seconds until the end of the first step: planning, tracing, compiling
-    seconds: float  # from there to the end of the last
+    losses: list[float]  # of the steps of this run
+    build: float = 0.0  # seconds until the end of the first step: planning, tracing, compiling
+    seconds: float = 0.0  # from there to the end of the last
 
 
 def work(args: argparse.Namespace) -> Result:
     """What every process does; in a simulation, what the one process does."""
     torch.set_num_threads(1)  # the ranks share the cores
-    console, start = Console(quiet=rank() != 0), time.perf_counter()
+    start = time.perf_counter()
+    console = Console(quiet=rank() != 0)
     console.print("planning: trace, cut, schedule, check", style="dim")
     sizes, optimizer, step = build(args)
-    device = torch.device("cpu")
-    if args.simulate:
-        run = fp.simulate(parallel(step, args), args.mesh)
-    else:
-        run = fp.spmd(parallel(step, args), args.mesh, device=None if enough_gpus(args) else device)
-        device = run.device
-
+    run, device = make_runner(parallel(step, args), args)
     batch = batches(args, device)
-    params = optree.tree_map(lambda p: p.to(device), init_params(sizes))
+    params = optree.tree_map(lambda param: param.to(device), init_params(sizes))
     state = run.init(lambda p: TrainState(p, optimizer.init(p)), params, batch(0))
     first = 0
     if args.resume:
         del state  # one state at a time
         state, first = resume(run, args)
-        console.print(f"going on after step {first}")
-    state, result = train(run, state, first, batch, args, console, start)
-    params = optree.tree_map(torch.Tensor.cpu, run.unplace(state).params)
-    if not console.quiet:
-        report(console, run.plan(state, batch(0)), params, result, args)
-        console.print("\n[bold]What it writes now:[/]")
-        sample = continue_text(params, sizes, b"def ", 160).decode("ascii", errors="replace")
-        console.print(
-            "".join(c for c in sample if c.isprintable() or c == "\n"),
-            markup=False,
-            highlight=False,
-        )
+    if first == args.steps:
+        # A job that is restarted, as by torchrun --max-restarts, may have been done.
+        console.print(f"the run is complete: {args.resume} has all {args.steps} steps")
+        result = Result(losses=[])
+    else:
+        if first:
+            console.print(f"going on after step {first}")
+        state, result = train(run, state, first, batch, args, console, start)
+        params = optree.tree_map(torch.Tensor.cpu, run.unplace(state).params)
+        if not console.quiet:
+            report(console, run.plan(state, batch(0)), params, result, args)
+            print_sample(console, params, sizes)
     if not args.simulate:
         run.close()
     return result
+
+
+def make_runner(step: Callable, args: argparse.Namespace) -> tuple[Any, torch.device]:
+    """A runner, and the device of this process."""
+    if args.simulate:
+        return fp.simulate(step, args.mesh), torch.device("cpu")
+    run = fp.spmd(step, args.mesh, device=None if enough_gpus(args) else torch.device("cpu"))
+    return run, run.device
 
 
 def train(
@@ -168,41 +171,66 @@ def train(
     console: Console,
     start: float,
 ) -> tuple[Any, Result]:
-    texts = ("loss {task.fields[loss]:.3f}", "{task.fields[rate]:,.0f} tokens/s")
-    columns = (BarColumn(), MofNCompleteColumn(), *map(TextColumn, texts), TimeRemainingColumn())
+    """The steps from ``first`` on. ``start`` is when this process began."""
     losses: list[float] = []
+    build_seconds = 0.0
     saving: checkpoint.Saving | None = None
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("steps", total=args.steps, completed=first, loss=float("nan"), rate=0.0)
-        for i in range(first, args.steps):
-            state, metrics = run(state, batch(i))
+        for number in range(first, args.steps):
+            state, metrics = run(state, batch(number))
             losses.append(float(metrics["loss"]))
-            if i == first:
-                built, start = time.perf_counter() - start, time.perf_counter()
-            rate = (i - first) * args.rows * args.length / max(time.perf_counter() - start, 1e-9)
+            if number == first:
+                build_seconds = time.perf_counter() - start
+                start = time.perf_counter()
+            tokens = (number - first) * args.rows * args.length
+            rate = tokens / max(time.perf_counter() - start, 1e-9)
             bar.update(task, advance=1, loss=losses[-1], rate=rate)
-            if bar.disable and (i % max(args.steps // 10, 1) == 0 or i == args.steps - 1):
-                pace = f"{rate:8,.0f} tokens/s" if i > first else f"after {built:.1f} s"
-                console.print(f"step {i + 1:4}  loss {losses[-1]:.3f}  {pace}", highlight=False)
-            if args.save and ((i + 1) % args.save_every == 0 or i + 1 == args.steps):
+            done = number + 1
+            if bar.disable and is_told(number, args):
+                pace = f"{rate:8,.0f} tokens/s" if losses[1:] else f"after {build_seconds:.1f} s"
+                console.print(f"step {done:4}  loss {losses[-1]:.3f}  {pace}", highlight=False)
+            if args.save and (done % args.save_every == 0 or done == args.steps):
                 if saving is not None:
                     saving.wait()  # one at a time; until then training went on
                 saving = checkpoint.save_async(
-                    args.save, run, state, step=i + 1, extra=settings(args), keep=2
+                    args.save, run, state, step=done, extra=settings(args), keep=2
                 )
     if saving is not None:
         saving.wait()
-    return state, Result(losses, built, time.perf_counter() - start)
+    return state, Result(losses, build_seconds, time.perf_counter() - start)
 
 
-# ---- what is told at the end
+def is_told(number: int, args: argparse.Namespace) -> bool:
+    """Whether a step is one of about ten that are printed."""
+    return number % max(args.steps // 10, 1) == 0 or number == args.steps - 1
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+# ---- what is printed at the end
 
 
 def report(
-    console: Console, plan: Any, params: Any, result: Result, args: argparse.Namespace
+    console: Console,
+    plan: Any,
+    params: Any,
+    result: Result,
+    args: argparse.Namespace,
 ) -> None:
     count, last = len(result.losses), result.losses[-10:]
     tokens = (count - 1) * args.rows * args.length
+    parameters = sum(param.numel() for param in optree.tree_leaves(params))
     table = Table("training", "")
     table.add_row("loss, first step", f"{result.losses[0]:.3f}")
     table.add_row(f"loss, mean of last {len(last)}", f"{sum(last) / len(last):.3f}")
@@ -210,19 +238,35 @@ def report(
     table.add_row("time of first step, with planning", f"{result.build:.1f} s")
     table.add_row("time of all others", f"{result.seconds:.1f} s")
     table.add_row("rate", f"{tokens / max(result.seconds, 1e-9):,.0f} tokens/s")
-    table.add_row("parameters", f"{sum(p.numel() for p in optree.tree_leaves(params)):,}")
+    table.add_row("parameters", f"{parameters:,}")
     table.add_row("bubble, by FLOPs", f"{plan.bubble:.1%}")
     console.print(table)
 
     call = plan.calls[0]
     table = Table("rank on pipe", "stages", "segments", "peak activations", "parameters")
-    for place, memory in enumerate(plan.memory):
-        stages = [s for s, at in enumerate(call.schedule.table.placement) if at == place]
-        segments = [segment for s in stages for segment in call.schedule.stages[s]]
-        megabytes = [f"{memory[what] / 2**20:.1f} MiB" for what in ("activations", "params")]
-        table.add_row(str(place), *(", ".join(map(str, x)) for x in (stages, segments)), *megabytes)
+    for pipeline_rank, memory in enumerate(plan.memory):
+        placed = enumerate(call.schedule.table.placement)
+        stages = [stage for stage, on_rank in placed if on_rank == pipeline_rank]
+        segments = [str(segment) for stage in stages for segment in call.schedule.stages[stage]]
+        table.add_row(
+            str(pipeline_rank),
+            ", ".join(map(str, stages)),
+            ", ".join(segments),
+            f"{memory['activations'] / 2**20:.1f} MiB",
+            f"{memory['params'] / 2**20:.1f} MiB",
+        )
     console.print(table)
     console.print(f"The timeline of a step is drawn in {plan.save(args.picture)}")
+
+
+def print_sample(console: Console, params: Any, sizes: Sizes) -> None:
+    console.print("\n[bold]What it writes now:[/]")
+    sample = continue_text(params, sizes, b"def ", 160).decode("ascii", errors="replace")
+    console.print(printable(sample), markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    return "".join(char for char in text if char.isprintable() or char == "\n")
 
 
 # ---- the command
@@ -243,10 +287,10 @@ def enough_gpus(args: argparse.Namespace) -> bool:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The parallel step against the plain one, in float64, on the batches that training starts
-    with."""
+    """The parallel step against the plain one, in float64, on the batches of the first steps."""
     sizes, optimizer, step = build(args)
-    batch, start = batches(args, torch.device("cpu")), time.perf_counter()
+    batch = batches(args, torch.device("cpu"))
+    start = time.perf_counter()
     try:
         found = assert_equivalent(
             step,
@@ -258,62 +302,53 @@ def check(args: argparse.Namespace) -> None:
         )
     except AssertionError as error:
         sys.exit(f"train_lm: the parallel step computes something else: {error}")
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     print(
         f"check: two steps equal one device, largest error {found.error:.0e} at {found.where} "
-        f"({took:.1f} s)"
+        f"({seconds:.1f} s)"
     )
+
+
+COUNTS = (
+    ("microbatches", 8, "parts of a batch that go through the pipeline one after another"),
+    ("steps", 100, "training steps"),
+    ("save-every", 25, "steps from one checkpoint to the next"),
+    ("rows", 32, "rows of text in a batch"),
+    ("length", 128, "bytes in a row"),
+    ("blocks", 8, "transformer blocks"),
+    ("width", 128, "model width, a multiple of 32: each attention head has 32"),
+)
+FLAGS = (
+    ("simulate", "run all ranks of the mesh in this process"),
+    ("check", "first compare with a single device, in float64"),
+    ("tied", "read the logits off the embedding: one leaf, used by two stages"),
+    ("short", "a small model and few steps: some seconds in all"),
+)
+SAVE = "save checkpoints there, also after the last step; the newest two stay"
+RESUME = "go on from the newest checkpoint there, with the same data and learning rates"
+MESH = "pipe, and other axes to split the batch over (pipe=4)"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     text, examples = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(
-        description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=text,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--mesh",
-        type=mesh,
-        default=fp.Mesh(pipe=4),
-        help="pipe, and other axes to split the batch over (pipe=4)",
-    )
-    add("--simulate", action="store_true", help="run all ranks of the mesh in this process")
-    add("--check", action="store_true", help="first compare with a single device, in float64")
+    add("--mesh", type=mesh, default=fp.Mesh(pipe=4), help=MESH)
     add("--schedule", choices=SCHEDULES, default="1f1b", help="(1f1b)")
-    for name, value, what in (
-        ("microbatches", 8, "parts of a batch that go through the pipeline one after another"),
-        ("steps", 100, "training steps"),
-        ("save-every", 25, "steps from one checkpoint to the next"),
-        ("rows", 32, "pieces of text in a batch"),
-        ("length", 128, "bytes in a piece"),
-        ("blocks", 8, "transformer blocks"),
-        ("width", 128, "model width, a multiple of 32: each attention head has 32"),
-    ):
-        add(f"--{name}", type=positive, default=value, metavar="N", help=f"{what} ({value})")
     add("--lr", type=float, default=4e-3, help="peak learning rate (4e-3)")
     add("--shard", metavar="AXIS", help="split weights and optimizer state over this axis")
-    add(
-        "--tied",
-        action="store_true",
-        help="read the logits off the embedding: one leaf, used by two stages",
-    )
-    add(
-        "--save",
-        metavar="DIR",
-        help="save checkpoints there, also after the last step; the newest two stay",
-    )
-    add(
-        "--resume",
-        metavar="DIR",
-        help="go on from the newest checkpoint there, with the same data and learning rates",
-    )
-    add("--short", action="store_true", help="a small model and few steps: some seconds in all")
-    add(
-        "--picture",
-        default="train_lm.html",
-        metavar="FILE",
-        help="where to draw the timeline: .html or .svg",
-    )
+    add("--save", metavar="DIR", help=SAVE)
+    add("--resume", metavar="DIR", help=RESUME)
+    add("--picture", default="train_lm.html", metavar="FILE", help="the timeline: .html or .svg")
+    for name, default, meaning in COUNTS:
+        help = f"{meaning} ({default})"
+        add(f"--{name}", type=positive, default=default, metavar="N", help=help)
+    for name, meaning in FLAGS:
+        add(f"--{name}", action="store_true", help=meaning)
     args = parser.parse_args(argv)
     if args.short:
         parser.set_defaults(**SHORT)
@@ -345,8 +380,8 @@ def main(argv: list[str]) -> None:
     if args.simulate or "RANK" in os.environ:  # torchrun has started this process, and the others
         work(args)
     else:
-        what = "GPUs" if enough_gpus(args) else "processes, over gloo"
-        print(f"{args.mesh!r}: {args.mesh.size} {what}", flush=True)
+        devices = "GPUs" if enough_gpus(args) else "processes, over gloo"
+        print(f"{args.mesh!r}: {args.mesh.size} {devices}", flush=True)
         fp.launch(work, args.mesh.size, args)
 
 

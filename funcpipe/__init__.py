@@ -27,14 +27,16 @@ from funcpipe._src.functional.attention import attention
 from funcpipe._src.functional.batch_statistic import batch_statistic
 from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.functional.positions import positions
-from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
+from funcpipe._src.modules.buffers import buffer_means, update_buffers
+from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe._src.planning.lower import lower
 from funcpipe._src.planning.lowered import Lowered
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.predict import Prediction
 from funcpipe._src.planning.remat_curve import RematCurve
 from funcpipe._src.runtime.launch import launch
-from funcpipe._src.runtime.nonfinite import Nonfinite, find_nonfinite
+from funcpipe._src.runtime.nonfinite import find_nonfinite
+from funcpipe._src.runtime.nonfinite_watch import Nonfinite
 from funcpipe._src.runtime.profile_units import profile_units
 from funcpipe._src.runtime.record import Recording
 from funcpipe._src.runtime.simulate import simulate

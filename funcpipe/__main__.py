@@ -1,4 +1,4 @@
-"""Schedules from the command line: what one looks like, and how all of them compare.
+"""Command line: what a schedule looks like, and how all of them compare.
 
 In: a schedule's name and sizes. Out: tables in the terminal, and a picture where one is asked for.
 """
@@ -32,7 +32,7 @@ from funcpipe.errors import FuncpipeError
 
 _EXAMPLES = """examples:
   python -m funcpipe schedule zb_v --pipe 8 --microbatches 32
-  python -m funcpipe schedule interleaved_1f1b --v 4 --pipe 8 --microbatches 32 --save interleaved.svg
+  python -m funcpipe schedule interleaved_1f1b --v 4 --pipe 8 --microbatches 32 --save out.svg
   python -m funcpipe compare --pipe 8 --microbatches 32
   python -m funcpipe compare --pipe 4 --microbatches 16 --costs 1 1.2 0.9 --transfer 0.1
 
@@ -114,7 +114,7 @@ def _lay_out(
     schedule = schedule_fn(options.pipe, options.microbatches)
     report = check(schedule)
     share = options.pipe / schedule.stages  # costs are given for a rank; a stage is a part of it
-    costs = unit_costs(*(c * share for c in options.costs))
+    costs = unit_costs(*(cost * share for cost in options.costs))
     return schedule, report, timeline(schedule, costs, options.transfer)
 
 
@@ -127,10 +127,11 @@ def _schedule(options: argparse.Namespace, console: Console) -> None:
     for name in ("rank", "stages", "busy", "most live (stage, microbatch)", "most waiting for W"):
         table.add_column(name, justify="right")
     for rank in range(options.pipe):
-        stages = [str(s) for s, holder in enumerate(schedule.placement) if holder == rank]
+        stages = [stage for stage, holder in enumerate(schedule.placement) if holder == rank]
         busy = line.busy[rank] / line.makespan if line.makespan else 0.0
         live, waiting = report.peak_live[rank], report.peak_waiting[rank]
-        table.add_row(str(rank), ", ".join(stages), f"{busy:.1%}", str(live), str(waiting))
+        names = ", ".join(map(str, stages))
+        table.add_row(str(rank), names, f"{busy:.1%}", str(live), str(waiting))
     console.print(table)
     steady = f", {line.period:g} in steady state" if line.period < line.makespan else ""
     console.print(
@@ -167,16 +168,15 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "steady state: of a step where ranks go from one to the next without waiting for each other"
+        "steady state: time of a step where ranks go from one step to the next without waiting"
     )
     console.print(
-        "memory: what the fullest rank holds between forward and backward, in what 1F1B's fullest "
-        "holds"
+        "memory: what the fullest rank holds between forward and backward, relative to 1F1B"
     )
 
 
 def _memory(schedule: Schedule, report: Report) -> float:
-    """What the rank holds that holds most, in what 1F1B holds on its first rank."""
+    """What the fullest rank holds, relative to the first rank of 1F1B."""
     ranks, microbatches = len(schedule.ranks), schedule.microbatches
     most = max(check(one_f_one_b()(ranks, microbatches)).peak_live)
     return max(report.peak_live) * ranks / schedule.stages / most
@@ -184,7 +184,7 @@ def _memory(schedule: Schedule, report: Report) -> float:
 
 def _costs(options: argparse.Namespace) -> str:
     transfer = f", transfer {options.transfer:g}" if options.transfer else ""
-    return " ".join(f"{c:g}" for c in options.costs) + transfer
+    return " ".join(f"{cost:g}" for cost in options.costs) + transfer
 
 
 if __name__ == "__main__":

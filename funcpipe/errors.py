@@ -16,8 +16,7 @@ class MeshError(FuncpipeError):
 
 
 class AxisError(FuncpipeError):
-    """A collective names an axis that is not bound where it is called, or gets what it cannot work
-    on."""
+    """A collective names an axis that is not bound there, or gets a value of the wrong kind."""
 
 
 class StackError(FuncpipeError):
@@ -33,16 +32,17 @@ class TraceError(FuncpipeError):
 
 
 class CutError(FuncpipeError):
-    """A traced loss cannot be cut into the stages that were asked for."""
+    """A traced loss cannot be cut at its stage boundaries."""
 
 
 class StateError(FuncpipeError):
-    """The step touches its state in a way that a rank, which holds a part of it, could not
-    repeat."""
+    """The step uses its state in a way that a rank, which holds a part of it, cannot repeat; or a
+    runner gets a state that it cannot use."""
 
 
 class ScheduleError(FuncpipeError):
-    """A schedule is wrong: something is missing, doubled, out of order, or would never end."""
+    """A schedule is wrong: an action is missing, doubled or out of order, or ranks would wait for
+    each other for ever."""
 
 
 class DeadlockError(FuncpipeError):
@@ -74,7 +74,7 @@ class CheckpointError(FuncpipeError):
 
 
 class ModuleError(FuncpipeError):
-    """A module cannot be made a pure function, or gets tensors that are not its own."""
+    """A module cannot become a pure function, or gets tensors that are not its own."""
 
 
 class SequenceError(FuncpipeError):

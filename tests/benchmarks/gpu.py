@@ -314,9 +314,9 @@ def contest(
             1e3 * statistics.median(x) for x in zip(*times[row["name"]], strict=True)
         )
         row["rest"] = 1e3 * from_rest(go)
-        if isinstance(go, Ours) and go.run._captured:
+        if isinstance(go, Ours) and go.run._graphs.steps:
             row["telling"], row["launching"] = (1e3 * x for x in parts(go))
-            row["launch"] = 1e3 * from_rest(next(iter(go.run._captured.values())).graph.replay)
+            row["launch"] = 1e3 * from_rest(next(iter(go.run._graphs.steps.values())).graph.replay)
     for row in (
         rows if profile else ()
     ):  # last: after a profile, every launch of its process takes 1 to 2 ms more
@@ -361,7 +361,7 @@ class Timed:
 def parts(ours: Ours) -> tuple[float, float]:
     """Of calls in rows, how long ranks tell each other what they are about to run, and how long the
     launch of the graph takes."""
-    comm, step = ours.run._comm, next(iter(ours.run._captured.values()))
+    comm, step = ours.run._comm, next(iter(ours.run._graphs.steps.values()))
     graph = step.graph
     telling, launching = Timed(comm.exchange_digest), Timed(graph.replay)
     comm.exchange_digest, step.graph = telling, SimpleNamespace(replay=launching)

@@ -31,17 +31,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import funcpipe as fp
 from funcpipe import checkpoint
-from funcpipe._src.checkpoint import claims, files, pieces
-from funcpipe._src.checkpoint import dcp as chunks
+from funcpipe._src.checkpoint import claims, files, reading
+from funcpipe._src.checkpoint import dcp as dcp_chunks
 from funcpipe._src.core import pytree as tree
 from funcpipe.errors import CheckpointError
 from funcpipe.testing import Model, models
 
 
-@pytest.fixture(params=[3, chunks.CHUNK], ids="chunks of {}".format)
+@pytest.fixture(params=[3, dcp_chunks.CHUNK], ids="chunks of {}".format)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Elements in a chunk: with 3, most leaves of these tests have several."""
-    monkeypatch.setattr(chunks, "CHUNK", request.param)
+    monkeypatch.setattr(dcp_chunks, "CHUNK", request.param)
     return request.param
 
 
@@ -74,7 +74,7 @@ def test_any_stack_loads_what_any_other_saved(
     state, _ = run(state, b)
     other, _, _ = runner("loads")
     with tempfile.TemporaryDirectory() as dir, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CHUNK", chunk)
+        patch.setattr(dcp_chunks, "CHUNK", chunk)
         checkpoint.save(dir, run, state, step=1)
         assert equal(other.unplace(checkpoint.load(dir, other)[0]), run.unplace(state))
         loaded, info = checkpoint.load(dir, run)
@@ -190,21 +190,21 @@ def test_dtypes_that_are_not_those_of_params(tmp_path: Path) -> None:
 def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 4)
+    monkeypatch.setattr(dcp_chunks, "CHUNK", 4)
     run, state = started("pipe=3")
     checkpoint.save(tmp_path, run, state, step=0)
     new, placed = started("pipe=2 data=2 sharded")
     wanted: dict[str, int] = {}
     made: dict[str, int] = {}
     fetched = []
-    fill, empty, load = pieces._read_file, pieces._empty, torch.load
+    fill, empty, load = reading._read_file, reading._empty, torch.load
 
     def rank() -> str:
         return threading.current_thread().name
 
-    def filling(path: Path, found: list[pieces.Wanted], values: Any) -> None:
+    def filling(path: Path, found: list[reading.Overlap], values: Any) -> None:
         wanted[rank()] = wanted.get(rank(), 0) + sum(
-            x.end - x.start for x in found if x.part.shape is not None
+            x.end - x.start for x in found if x.shard.shape is not None
         )
         fill(path, found, values)
 
@@ -218,8 +218,8 @@ def test_no_rank_reads_or_holds_more_than_its_part_and_a_chunk(
         fetched.append(out.numel() if isinstance(out, torch.Tensor) else 0)
         return out
 
-    monkeypatch.setattr(pieces, "_read_file", filling)
-    monkeypatch.setattr(pieces, "_empty", making)
+    monkeypatch.setattr(reading, "_read_file", filling)
+    monkeypatch.setattr(reading, "_empty", making)
     monkeypatch.setattr(torch, "load", loading)
     loaded, _ = checkpoint.load(tmp_path, new)
     held = [
@@ -253,7 +253,7 @@ def test_loading_makes_no_second_state(tmp_path: Path) -> None:
 def test_ranks_that_hold_the_same_share_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 4)
+    monkeypatch.setattr(dcp_chunks, "CHUNK", 4)
     run, state = started("data=3 whole")
     path = checkpoint.save(tmp_path, run, state, step=0)
     sizes = [(path / f"__{rank}_0.distcp").stat().st_size for rank in range(3)]

@@ -150,7 +150,7 @@ def signed(step: Path, edit: Callable[[dict], Any]) -> None:
 @pytest.mark.parametrize("name", ["state['of'][0]['w']", "state['on']"])
 def test_a_leaf_that_is_not_stored_whole(name: str, saved: Path) -> None:
     signed(saved / "step-4", lambda found: found["pieces"][name].pop())
-    with refused(CheckpointError, f"{name} is not stored whole: the checkpoint is damaged"):
+    with refused(CheckpointError, f"{name} is not stored completely: the checkpoint is damaged"):
         loading(saved)
 
 

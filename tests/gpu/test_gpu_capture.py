@@ -84,7 +84,7 @@ def events_in_the_graph() -> int:
     run, state, _, batch = captured({})
     for _ in range(2):
         state, _ = run(state, batch)
-    (step_,) = run._captured.values()
+    (step_,) = run._graphs.steps.values()
     driver = memsets._driver()
     nodes = memsets._listed(
         driver.cuGraphGetNodes, driver.CUgraph(init_value=step_.graph.raw_cuda_graph())

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
 from funcpipe._src.core.context import PlainContext, bind_context
-from funcpipe._src.modules.from_module import buffer_means, from_module, to_module, update_buffers
+from funcpipe._src.modules.buffers import buffer_means, update_buffers
+from funcpipe._src.modules.from_module import from_module, to_module
 from funcpipe.errors import CutError, ModuleError
 from funcpipe.testing import assert_equivalent, meshes, microbatch_counts
 

@@ -12,8 +12,8 @@ import optree
 import pytest
 import torch
 import torch.nn.functional as F
+from support.examples import run
 from support.models import refused, same_bits
-from test_examples import run
 
 import funcpipe as fp
 from funcpipe._src.modules.from_module import from_module, to_module

@@ -444,7 +444,7 @@ def test_the_weight_decay_of_a_pair():
     )
     with refused(
         OptimError,
-        "from_optax: a pair hands out updates that contain its weight decay",
+        "from_optax: the updates of a pair contain its weight decay already",
         "an lr alone",
     ):
         optimizer.update(params, optimizer.init(params), params)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.runtime import profile_pieces
 from funcpipe._src.runtime import profile_units as profile
 from funcpipe._src.schedule import Costs
 from funcpipe.errors import PlanError
@@ -134,9 +135,11 @@ def test_profiles_assume_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_profiles_look_up_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one row again and again, whose gradients all wait for each other."""
     seen = []
-    make = profile._input
+    make = profile_pieces._input
     monkeypatch.setattr(
-        profile, "_input", lambda v, known, *rest: seen.append((v, known)) or make(v, known, *rest)
+        profile_pieces,
+        "_input",
+        lambda v, known, *rest: seen.append((v, known)) or make(v, known, *rest),
     )
     run, state, batch = start()
     fp.profile_units(run, state, batch, rounds=1)

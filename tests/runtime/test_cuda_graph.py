@@ -15,7 +15,8 @@ import torch
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.runtime import spmd as spmd_
+from funcpipe._src.runtime import captured_steps
+from funcpipe._src.runtime.captured_steps import MOST_GRAPHS
 from funcpipe._src.runtime.cuda_graph import (
     MIXING,
     CapturedStep,
@@ -26,7 +27,6 @@ from funcpipe._src.runtime.cuda_graph import (
 )
 from funcpipe._src.runtime.mismatch_text import too_large
 from funcpipe._src.runtime.rank import Rank
-from funcpipe._src.runtime.spmd import MOST_GRAPHS
 from funcpipe._src.runtime.state_buffers import Given, StateBuffers
 from funcpipe.errors import StackError, TraceError
 
@@ -151,11 +151,11 @@ def capture_once(problem: Exception) -> tuple[str, float]:
     captured: Any = Captured(Rank(run.plan(state, x), run._comm), problem)
     said = ""
     try:
-        run._guarded(run._capture, captured, run._home.read(state))
+        run._guarded(run._capture, captured, run._buffers.read(state))
     except fp.errors.FuncpipeError as error:
         said = repr(error)
     state, _ = run(state, x)
-    run._capture(captured, run._home.read(state))
+    run._capture(captured, run._buffers.read(state))
     far = float((run.unplace(state) - step(p, x)[0]).abs().max())
     run.close()
     return said, far
@@ -216,11 +216,9 @@ class Again(CapturedStep):
 def runner_of(step: Callable) -> Any:
     run = fp.spmd(fp.data_parallel(step, axis="data"), fp.Mesh(data=2), device="cpu", timeout=30)
     run._cuda_graph = True
-    spmd_.CapturedStep, spmd_.pool_bytes, torch.cuda.synchronize = (
-        Again,
-        lambda pool: 0,
-        lambda: WAITED.append(True),
-    )  # type: ignore[misc, assignment]
+    captured_steps.CapturedStep = Again  # type: ignore[misc, assignment]
+    captured_steps.pool_bytes = lambda pool: 0  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda: WAITED.append(True)  # type: ignore[assignment]
     return run
 
 
@@ -306,9 +304,9 @@ def steps_with_other_numbers() -> tuple[float, list[bool], int, list[str]]:
             [(0.1, 1.0)] * 3 + [(0.2, 1.0)] * 3 + [(0.2, 2.0)] * 3 + [(0.1, 1.0)] * 2
         ):
             settings.rate, settings.factor = rate, factor
-            graphs = {key: step.graph is not None for key, step in run._captured.items()}
+            graphs = {key: step.graph is not None for key, step in run._graphs.steps.items()}
             state, _ = run(state, x)
-            replayed.append(len(graphs) == len(run._captured) and all(graphs.values()))
+            replayed.append(len(graphs) == len(run._graphs.steps) and all(graphs.values()))
             want, _ = step(want, x)
             far = max(far, float((state - want).abs().max()))
         for k in range(6):
@@ -316,7 +314,7 @@ def steps_with_other_numbers() -> tuple[float, list[bool], int, list[str]]:
             state, _ = run(state, x)
             want, _ = step(want, x)
             far = max(far, float((state - want).abs().max()))
-    held = len(run._captured)
+    held = len(run._graphs.steps)
     run.close()
     return far, replayed, held, [str(w.message) for w in caught]
 
@@ -330,6 +328,30 @@ def test_a_graph_does_not_keep_an_old_number() -> None:
             "the step reads `settings.rate` from Python, which has changed 5 times, and each value "
             "makes another CUDA graph. Pass it as a tensor in the batch or state"
         ]
+
+
+class Released(Again):
+    """A step without a graph; what was released is noted."""
+
+    def __init__(self, rank: Any, home: Any, pool: Any) -> None:
+        self.rank = rank
+
+    def release(self) -> None:
+        GIVEN_BACK.append(self)
+
+
+def test_the_oldest_graph_goes_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one plan; those of other plans stay."""
+    monkeypatch.setattr(captured_steps, "CapturedStep", Released)
+    steps = captured_steps.CapturedSteps(comm=None, pool=None)  # type: ignore[arg-type]
+    rank, other, buffers = object(), object(), StateBuffers()
+    steps.step_of(other, (0,), buffers)  # type: ignore[arg-type]
+    for version in range(MOST_GRAPHS + 2):
+        steps.step_of(rank, (version,), buffers)  # type: ignore[arg-type]
+        held = [number for key, (number,) in steps.steps if key == id(rank)]
+        first = max(version + 1 - MOST_GRAPHS, 0)
+        assert held == list(range(first, version + 1))
+    assert (id(other), (0,)) in steps.steps
 
 
 # ---- events of NCCL in graphs

@@ -25,7 +25,8 @@ from support.models import (
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.runtime.nonfinite import Nonfinite, find_nonfinite
+from funcpipe._src.runtime.nonfinite import find_nonfinite
+from funcpipe._src.runtime.nonfinite_watch import Nonfinite
 from funcpipe.errors import StateError
 from funcpipe.testing import schedules
 

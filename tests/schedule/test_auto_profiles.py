@@ -6,8 +6,8 @@ import torch
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.runtime import profile_pieces, runner
 from funcpipe._src.runtime import profile_units as profile
-from funcpipe._src.runtime import runner
 
 
 def loss_fn(params: list[torch.Tensor], x: torch.Tensor) -> fp.Mean:
@@ -49,7 +49,7 @@ def test_captured_units_are_timed_on_several_sets_of_tensors(params, monkeypatch
     """No two sets of a unit share a tensor that is not of the batch, so that none is in a cache
     from the run before."""
     sets: list[set[int]] = []
-    ready, make, counts = profile._ready, profile._input, []
+    ready, make, counts = profile_pieces.Bench._ready, profile_pieces._input, []
 
     def remembered(*args):
         x = make(*args)
@@ -60,9 +60,11 @@ def test_captured_units_are_timed_on_several_sets_of_tensors(params, monkeypatch
         counts.extend(len(some) for some in pieces)
         return [1.0 for some in pieces if all(run() is None for run in some)]
 
-    monkeypatch.setattr(profile, "_input", remembered)
-    monkeypatch.setattr(profile, "_ready", lambda *args: sets.append(set()) or ready(*args))
-    monkeypatch.setattr(profile, "_replayed", timed)
+    monkeypatch.setattr(profile_pieces, "_input", remembered)
+    monkeypatch.setattr(
+        profile_pieces.Bench, "_ready", lambda *args: sets.append(set()) or ready(*args)
+    )
+    monkeypatch.setattr(profile, "replayed_times", timed)
     x = torch.randn(8, 6, dtype=torch.float64)
     run = fp.simulate(fp.pipelined(step, axis="pipe", microbatches=4), fp.Mesh(pipe=2))
     state = run.init(lambda p: p, params, x)

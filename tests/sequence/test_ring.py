@@ -67,7 +67,7 @@ class Case:
         return self.mesh.axis_size(self.axes)
 
     @property
-    def parts(self) -> tuple[SequenceLayout, SequenceLayout]:
+    def layouts(self) -> tuple[SequenceLayout, SequenceLayout]:
         others = tuple(a for a in self.mesh.axes if a not in self.axes)
         heads = self.mesh.size // self.ring
         q, k = (
@@ -81,7 +81,7 @@ class Case:
 
     def places(self, which: int, r: int) -> torch.Tensor:
         """The positions of a ring rank."""
-        return torch.cat([torch.arange(a, b) for a, b in self.parts[which].ring_ranges(r)])
+        return torch.cat([torch.arange(a, b) for a, b in self.layouts[which].ring_ranges(r)])
 
     def own(self, r: int) -> Tensors:
         """What a ring rank holds."""
@@ -98,7 +98,7 @@ class Case:
     def like(self, r: int) -> int:
         """The first ring rank that shares a graph with ``r``."""
         return next(
-            s for s in range(self.ring) if all(lengths(p, s) == lengths(p, r) for p in self.parts)
+            s for s in range(self.ring) if all(lengths(p, s) == lengths(p, r) for p in self.layouts)
         )
 
     def joint(self, r: int) -> Callable[..., Tensors]:
@@ -111,7 +111,7 @@ class Case:
                 q, k, v, w, *bias = (x.detach() for x in tensors)
                 wanted = [x.requires_grad_() for x in (q, k, v, *bias) if x.is_floating_point()]
                 spec = replace(self.spec, bias=bias[0] if bias else None, cu_seqlens=cu_seqlens)
-                out = ring_attention(q, k, v, spec, *self.parts, self.like(r))
+                out = ring_attention(q, k, v, spec, *self.layouts, self.like(r))
                 return [out.detach(), *torch.autograd.grad((out * w).sum(), wanted)]
 
         return body
@@ -131,8 +131,8 @@ class Case:
         return found
 
 
-def lengths(part: SequenceLayout, r: int) -> list[int]:
-    return [b - a for a, b in part.ring_ranges(r)]
+def lengths(layout: SequenceLayout, r: int) -> list[int]:
+    return [b - a for a, b in layout.ring_ranges(r)]
 
 
 def on_ranks(case: Case, body: Callable[[int], Tensors]) -> Tensors:
@@ -147,8 +147,9 @@ def on_ranks(case: Case, body: Callable[[int], Tensors]) -> Tensors:
     rings: dict[int, list[Tensors]] = {}
     for r in range(case.mesh.size):
         rings.setdefault(min(case.mesh.group(r, case.axes)), [])
-    for members in rings:
-        rings[members] = [results[r] for r in case.mesh.group(members, case.axes)]
+    for first_rank in rings:
+        group = case.mesh.group(first_rank, case.axes)
+        rings[first_rank] = [results[r] for r in group]
     first, *others = (case.whole(x) for x in rings.values())
     for other in others:
         assert all(map(torch.equal, first, other))
@@ -321,10 +322,11 @@ def test_messages(ring: int, zigzag: bool, extra: int) -> None:
     """Forward R - 1 blocks of keys and values; backward as many, and R times their gradients."""
     n = 4 * ring + extra
     case = Case(Mesh(ring=ring), ("ring",), (n, n), zigzag, True, (2, 2, 3, 4, 5))
-    longest = max(p.ring_length(r) for r in range(ring) for p in case.parts)
+    longest = max(p.ring_length(r) for r in range(ring) for p in case.layouts)
     with bind_mesh(case.mesh, ("ring",)):
         forward = make_fx(
-            lambda q, k, v: ring_attention(q, k, v, case.spec, *case.parts, 0), tracing_mode="fake"
+            lambda q, k, v: ring_attention(q, k, v, case.spec, *case.layouts, 0),
+            tracing_mode="fake",
         )
         once = sent(forward(*case.own(0)[:3]))
     block = 2 * 2 * longest * (4 + 5)
@@ -363,7 +365,7 @@ def test_no_rank_computes_a_block_that_nobody_sees(ring: int, causal: bool) -> N
 def test_ranks_of_equal_lengths_share_a_graph(n: int, zigzag: bool, causal: bool) -> None:
     case = Case(Mesh(ring=3), ("ring",), (n, n), zigzag, causal, (1, 1, 2, 2, 2))
     code = {r: traced(replace(case, tensors=[]), r).code for r in range(3)}
-    assert len(set(code.values())) == len({tuple(lengths(case.parts[0], r)) for r in range(3)})
+    assert len(set(code.values())) == len({tuple(lengths(case.layouts[0], r)) for r in range(3)})
 
 
 def test_only_operands_and_result_are_kept_for_the_gradient() -> None:
@@ -379,7 +381,7 @@ def test_only_operands_and_result_are_kept_for_the_gradient() -> None:
         bind_mesh(case.mesh, ("ring",)),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
     ):
-        out = ring_attention(q, k, v, case.spec, *case.parts, 0)
+        out = ring_attention(q, k, v, case.spec, *case.layouts, 0)
     assert kept == Counter(tuple(x.shape) for x in (q, k, v, out, w[..., 0]))
 
 
@@ -515,9 +517,9 @@ def refused(**changes: Any) -> str:
         "k": k,
         "v": v,
         "spec": Spec(),
-        "part_q": case.parts[0],
-        "part_k": case.parts[1],
-        "r": 0,
+        "q_layout": case.layouts[0],
+        "k_layout": case.layouts[1],
+        "ring_rank": 0,
     }
     with pytest.raises(AxisError) as caught:
         ring_attention(**{**given, **changes})
@@ -525,7 +527,7 @@ def refused(**changes: Any) -> str:
 
 
 def test_rings_that_differ() -> None:
-    assert refused(part_k=SequenceLayout(7, ("other",), (), 2, 1)) == (
+    assert refused(k_layout=SequenceLayout(7, ("other",), (), 2, 1)) == (
         "ring_attention: queries are split over a ring of 2 on ('ring',), keys over one of 2 on "
         "('other',): keys meet all queries on one ring only. Split both over the same axes"
     )
@@ -552,7 +554,7 @@ def test_a_second_derivative() -> None:
     case = Case(Mesh(ring=1), ("ring",), (4, 4), False, True, (1, 1, 1, 2, 2))
     q, k, v, _ = (x.requires_grad_() for x in case.own(0))
     with bind_mesh(case.mesh, ("ring",)):
-        out = ring_attention(q, k, v, case.spec, *case.parts, 0)
+        out = ring_attention(q, k, v, case.spec, *case.layouts, 0)
     text = (
         "ring_attention: the gradient of an attention around a ring is differentiated once more "
         "(create_graph=True, or torch.func inside the loss), but it has no derivative; split the "

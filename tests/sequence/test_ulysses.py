@@ -66,17 +66,17 @@ class Case:
         )
 
     def splits(self):
-        """Of every operand, the part that splits it and along which dim; None: every rank has all
+        """Of every operand, the layout that splits it and along which dim; None: every rank has all
         of it."""
         held = self.held
         bias = (held.q, 2) if held.bias_query else (held.k, 3) if held.bias_key else None
         keys = None if held.k is None else (held.k, 2)
         return [(held.q, 2), keys, keys, (held.q, 2), bias][: len(self.operands())]
 
-    def of(self, member):
-        """The operands as a member holds them."""
+    def of(self, sequence_rank):
+        """The operands as a sequence rank holds them."""
         return [
-            x if s is None else take(x, *s, member)
+            x if s is None else take(x, *s, sequence_rank)
             for x, s in zip(self.operands(), self.splits(), strict=True)
         ]
 
@@ -105,16 +105,16 @@ class Case:
         added up."""
 
         def body(comm):
-            member = comm.rank
+            sequence_rank = comm.rank
             joint = self.joint(
-                lambda q, k, v, spec: split_attention(q, k, v, spec, self.held, member)
+                lambda q, k, v, spec: split_attention(q, k, v, spec, self.held, sequence_rank)
             )
             with (
                 bind_rank(comm),
                 bind_mesh(self.mesh, AXES),
                 torch.autograd.set_multithreading_enabled(False),
             ):
-                return (joint if run is None else run[member])(*self.of(member))
+                return (joint if run is None else run[sequence_rank])(*self.of(sequence_rank))
 
         found = list(zip(*run_ranks(self.mesh, body), strict=True))
         out, dq, dk, dv, *dbias = found
@@ -123,18 +123,18 @@ class Case:
         return [put(xs, s) for xs, s in zip((out, dq, dk, dv, *dbias), splits, strict=True)]
 
 
-def take(x, part, dim, member):
-    pieces = [x.narrow(dim, a, b - a) for a, b in part.ranges(member)]
-    return torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0).contiguous()
+def take(x, layout, dim, sequence_rank):
+    spans = [x.narrow(dim, a, b - a) for a, b in layout.ranges(sequence_rank)]
+    return torch.cat(spans, dim) if spans else x.narrow(dim, 0, 0).contiguous()
 
 
 def put(xs, split):
-    """One tensor from those of all members."""
+    """One tensor from those of all sequence ranks."""
     if split is None:
         return sum(xs[1:], xs[0])
-    part, dim = split
+    layout, dim = split
     places = torch.cat(
-        [torch.arange(a, b) for m in range(part.members) for a, b in part.ranges(m)]
+        [torch.arange(a, b) for m in range(layout.members) for a, b in layout.ranges(m)]
         or [torch.arange(0)]
     )
     return torch.cat(list(xs), dim).index_select(dim, places.argsort())
@@ -202,14 +202,14 @@ def test_split_over_heads_and_a_ring_it_is_that_of_one_device(case):
 )
 def test_where_ranks_divide_heads_no_bit_differs(ranks, batch, heads, groups, n, causal, seed):
     """Also where they do not divide the sequence, and where query heads share heads."""
-    h, part = heads * ranks, SequenceLayout(n, (), ("seq",), 1, ranks)
+    h, layout = heads * ranks, SequenceLayout(n, (), ("seq",), 1, ranks)
     shapes = (
         (batch, h * groups, n, 4),
         (batch, h, n, 4),
         (batch, h, n, 4),
         (batch, h * groups, n, 4),
     )
-    case = Case(shapes, Held(part, part), causal, seed=seed)
+    case = Case(shapes, Held(layout, layout), causal, seed=seed)
     assert all(
         torch.equal(a, b) for a, b in zip(case.on_ranks(), case.on_one_device(), strict=True)
     )
@@ -224,13 +224,13 @@ def test_an_attention_that_is_not_split_runs_as_it_is(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes_and_a_scale(dtype):
-    part = SequenceLayout(6, (), ("seq",), 1, 2)
+    layout = SequenceLayout(6, (), ("seq",), 1, 2)
     q, k, v = (rand(i, 1, 4, 6, 8).to(dtype) for i in range(3))
 
     def body(comm):
         with bind_rank(comm), bind_mesh(comm.mesh, ("seq",)):
-            own = [take(x, part, 2, comm.rank) for x in (q, k, v)]
-            return split_attention(*own, Spec(True, 0.3), Held(part, part), comm.rank)
+            own = [take(x, layout, 2, comm.rank) for x in (q, k, v)]
+            return split_attention(*own, Spec(True, 0.3), Held(layout, layout), comm.rank)
 
     assert torch.equal(
         torch.cat(run_ranks(fp.Mesh(seq=2), body), 2), whole(q, k, v, Spec(True, 0.3))
@@ -240,14 +240,16 @@ def test_other_dtypes_and_a_scale(dtype):
 @pytest.mark.parametrize("axes", [("a", "b"), ("b", "a"), ("a", "c")])
 def test_heads_over_several_axes(axes):
     mesh = fp.Mesh(a=2, b=2, c=1)
-    part = SequenceLayout(5, (), axes, 1, mesh.axis_size(axes))
+    layout = SequenceLayout(5, (), axes, 1, mesh.axis_size(axes))
     q, k, v = (rand(i, 1, 4, 5, 8) for i in range(3))
 
     def body(comm):
-        member = comm.mesh.index(comm.rank, axes)
+        sequence_rank = comm.mesh.index(comm.rank, axes)
         with bind_rank(comm), bind_mesh(comm.mesh, ("a", "b", "c")):
-            own = [take(x, part, 2, member) for x in (q, k, v)]
-            return member, split_attention(*own, Spec(True), Held(part, part), member)
+            own = [take(x, layout, 2, sequence_rank) for x in (q, k, v)]
+            return sequence_rank, split_attention(
+                *own, Spec(True), Held(layout, layout), sequence_rank
+            )
 
     found = dict(run_ranks(mesh, body))
     assert torch.equal(torch.cat([found[m] for m in sorted(found)], 2), whole(q, k, v, Spec(True)))
@@ -256,11 +258,13 @@ def test_heads_over_several_axes(axes):
 # ---- one graph for all ranks
 
 
-def traced(case, member):
-    """The joint graph of a member, on fakes."""
-    joint = case.joint(lambda q, k, v, spec: split_attention(q, k, v, spec, case.held, member))
+def traced(case, sequence_rank):
+    """The joint graph of a sequence rank, on fakes."""
+    joint = case.joint(
+        lambda q, k, v, spec: split_attention(q, k, v, spec, case.held, sequence_rank)
+    )
     with bind_mesh(case.mesh, AXES), torch.autograd.set_multithreading_enabled(False):
-        return make_fx(joint, tracing_mode="fake")(*case.of(member))
+        return make_fx(joint, tracing_mode="fake")(*case.of(sequence_rank))
 
 
 @given(cases(ranks=(2, 4)).filter(lambda c: c.cu is None))
@@ -273,8 +277,8 @@ def traced(case, member):
     )
 )
 def test_ranks_with_equal_lengths_share_one_graph(case):
-    parts = [p for p in (case.held.q, case.held.k) if p is not None]
-    keys = [tuple(p.variant(m) for p in parts) for m in range(case.held.q.members)]
+    layouts = [p for p in (case.held.q, case.held.k) if p is not None]
+    keys = [tuple(p.variant(m) for p in layouts) for m in range(case.held.q.members)]
     first, last = (
         {key: m for m, key in some} for some in (reversed([*enumerate(keys)]), enumerate(keys))
     )
@@ -286,11 +290,11 @@ def test_ranks_with_equal_lengths_share_one_graph(case):
 
 
 def test_it_traces_on_fakes_of_another_device():
-    part = SequenceLayout(7, ("ring",), ("seq",), 1, 4)
+    layout = SequenceLayout(7, ("ring",), ("seq",), 1, 4)
 
     def joint(q, k, v, bias):
         return split_attention(
-            q, k, v, Spec(True, None, bias), Held(part, part, bias_query=True), 0
+            q, k, v, Spec(True, None, bias), Held(layout, layout, bias_query=True), 0
         )
 
     with FakeTensorMode(), bind_mesh(fp.Mesh(ring=1, seq=4), AXES):
@@ -309,11 +313,11 @@ def test_it_traces_on_fakes_of_another_device():
 # ---- what travels
 
 
-def sent(case, member=0):
+def sent(case, sequence_rank=0):
     """How many elements a rank sends in every all-to-all, forward then backward; other collectives
     by name."""
     out, others = [], Counter()
-    for node in traced(case, member).graph.nodes:
+    for node in traced(case, sequence_rank).graph.nodes:
         name = str(node.target)
         if name == "funcpipe.all_to_all_start.default":
             out.append(node.args[0].meta["val"].numel())
@@ -323,9 +327,9 @@ def sent(case, member=0):
 
 
 def split_evenly(n, ranks, heads, keys, d=8, **options):
-    part = SequenceLayout(n, (), ("seq",), 1, ranks)
+    layout = SequenceLayout(n, (), ("seq",), 1, ranks)
     shapes = ((1, heads, n, d), (1, keys, n, d), (1, keys, n, d), (1, heads, n, d))
-    return Case(shapes, Held(part, part), **options)
+    return Case(shapes, Held(layout, layout), **options)
 
 
 @pytest.mark.parametrize(
@@ -416,12 +420,12 @@ def test_autocast_narrows_what_travels():
 
 
 def test_a_bias_that_is_split_along_keys_that_are_not_is_refused():
-    part = SequenceLayout(4, (), ("seq",), 1, 2)
+    layout = SequenceLayout(4, (), ("seq",), 1, 2)
     x = rand(0, 1, 2, 2, 4)
     with (
         bind_mesh(fp.Mesh(seq=2), ("seq",)),
         pytest.raises(TraceError, match=r"every rank holds all keys.*dims=None"),
     ):
         split_attention(
-            x, x, x, Spec(bias=torch.zeros(1, 1, 1, 2)), Held(part, None, bias_key=True), 0
+            x, x, x, Spec(bias=torch.zeros(1, 1, 1, 2)), Held(layout, None, bias_key=True), 0
         )

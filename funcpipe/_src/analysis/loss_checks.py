@@ -42,7 +42,7 @@ def check_weight(n: Nodes) -> None:
     Raises:
         BatchError: it does.
     """
-    if n.heads[1] in reached(n, n.params):
+    if n.outputs[1] in reached(n, n.params):
         raise BatchError(
             "Mean.weight depends on params: it has to be computed from the batch alone (a count of "
             "tokens or rows), since gradients are divided by it once, after all sums"
@@ -140,7 +140,7 @@ def reached(n: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
 def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
     """A function from the tensors of a part of the batch to its weight; if it names axes, it runs
     as a rank. None where the weight depends on params."""
-    return None if n.heads[1] in reached(n, n.params) else extract(module, n.heads[1], n.batch)
+    return None if n.outputs[1] in reached(n, n.params) else extract(module, n.outputs[1], n.batch)
 
 
 def batch_read(weight: fx.GraphModule | None, batch: int) -> list[int]:

@@ -1,25 +1,26 @@
-"""Checkpoints: the state by tree path, in the layout of one device, to be loaded on any mesh, stack
-or schedule.
+"""Checkpoints: the state by tree path, as one device has it, to load on any mesh and schedule.
 
-Terms. A *root* is the directory that a user names; ``step-N`` in it is the checkpoint of step N
-(`files.py`). A *part* is what a rank holds of a leaf (`leaves.py`). *DCP* is
-torch.distributed.checkpoint, whose format, planners and files these are (`dcp.py`): every leaf is
-stored under its path as one flat tensor, in chunks, each written by one of the ranks that hold it.
-To load, a rank reads the chunks that overlap its own parts, and compares their bytes with the
-digests that were taken as they were written (`pieces.py`). So no rank ever holds the full state,
-and the mesh that loads need not be the one that saved.
+The format, planners and files are those of torch.distributed.checkpoint (DCP): every leaf is stored
+under its path as one flat tensor, in chunks, each written by one of the ranks that hold it. To
+load, a rank reads the chunks that overlap its own shards, and compares their bytes with the digests
+that were taken as they were written. So no rank ever holds the full state, and the mesh that loads
+need not be the one that saved.
 
-The steps of DCP's save are called here one by one, and not through ``dcp.save``: then ranks talk
-through funcpipe's own communicators, which name a rank that failed, and ranks of one process save
-just as processes do. An error of one rank is a CheckpointError of all, after which they go on. A
-save in the background has a communicator of its own.
+The steps of DCP's save are called one by one, and not through ``dcp.save``. So ranks talk through
+funcpipe's own communicators, which name a rank that failed, and ranks of one process save just as
+processes do. An error of one rank is a CheckpointError of all, after which they go on. A save in
+the background has a communicator of its own.
 
-In: a runner after ``run.init``, its state, a root. Out: a directory that appears at once, when
-every rank has written; or a state and its `Info`.
-
-Loading runs nothing that a file brings along: the manifest is JSON, values are read by
+Loading runs no code of a file: the manifest is JSON, values are read by
 ``torch.load(weights_only=True)``, and DCP's own metadata, a pickle, is there for plain DCP and is
 not unpickled here.
+
+Read this file first, which has the public functions. Then `leaves` (what a rank holds), `saving`
+(the steps of a save), `dcp` (its chunks), `files` and `claims` (directories), `reading` (a load),
+and `rank_agreement` (how ranks fail together).
+
+In: a runner after ``run.init``, its state, a directory.
+Out: a checkpoint that appears at once, when every rank has written; or a state and its `Info`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
 from funcpipe._src.checkpoint import files
 from funcpipe._src.checkpoint.files import Manifest, steps
-from funcpipe._src.checkpoint.leaves import Leaves, whole
+from funcpipe._src.checkpoint.leaves import Leaves, unsharded
 from funcpipe._src.checkpoint.rank_agreement import agree, request_of
 from funcpipe._src.comm import Communicator
 from funcpipe._src.comm.failure_watch import one_line
@@ -43,13 +44,16 @@ from funcpipe._src.comm.process_group import ProcessGroupCommunicator
 from funcpipe._src.comm.simulated import Ranks
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.runtime.simulate import Simulation
-from funcpipe._src.runtime.spmd import Spmd
+from funcpipe._src.runtime.spmd_runner import Spmd
 from funcpipe._src.runtime.state_buffers import StateBuffers
 from funcpipe.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from funcpipe._src.checkpoint.saving import Save
+
 __all__ = ["Info", "Saving", "export", "load", "save", "save_async", "steps"]
 
-# DCP is imported where it is used: it would add half to the time that importing funcpipe takes.
+# DCP is imported only when it is used: it adds half to the time that importing funcpipe takes.
 
 Run = Simulation | Spmd
 Dir = str | os.PathLike[str]
@@ -57,13 +61,13 @@ T = TypeVar("T")
 
 
 class Info(NamedTuple):
-    """What a checkpoint says beside the state.
+    """What a checkpoint has beside the state.
 
     Args:
         step: the number that it was saved under.
         extra: what the user added.
         mesh: the mesh that it was saved on.
-        path: where it lies.
+        path: its directory.
     """
 
     step: int
@@ -99,18 +103,24 @@ class Saving:
 
 
 def save(
-    dir: Dir, run: Run, state: Any, *, step: int, extra: Any = None, keep: int | None = None
+    dir: Dir,
+    run: Run,
+    state: Any,
+    *,
+    step: int,
+    extra: Any = None,
+    keep: int | None = None,
 ) -> Path:
-    """Save a state; every rank calls it alike.
+    """Save a state; every rank makes the same call.
 
-    The checkpoint appears in ``dir`` as a whole, when all ranks have written; whatever dies before
-    that leaves the ones that are there as they are. Each save writes in a folder of its own, so of
-    two saves of one step in flight, the first to be complete is there, and the other one raises.
-    What a dead save left goes with the next save, if it died on this machine since that started;
-    else when nothing in it has changed for a day. The folder of a save that lives never goes.
+    The checkpoint appears in ``dir`` at once, when all ranks have written. Whatever dies before
+    that leaves the older checkpoints as they are. Each save writes in a folder of its own; of two
+    saves of one step in flight, the first to be complete stays, and the other one raises. The next
+    save removes what a dead save left, if it died on this machine since the machine started; else
+    when nothing in it has changed for a day. The folder of a save that lives is never removed.
 
-    Every piece is stored with a digest of its bytes (SHA-256), which `load` compares: about 0.6 s
-    for each GB that a rank writes, and again for each GB that it reads, on one core.
+    All bytes are stored with a digest (SHA-256), which `load` compares: about 0.6 s for each GB
+    that a rank writes, and again for each GB that it reads, on one core.
 
     Args:
         dir: a directory that all ranks see.
@@ -136,8 +146,11 @@ def save(
     each leaf.
 
     >>> import tempfile, funcpipe as fp
-    >>> step = fp.data_parallel(lambda w, x: (w, {"loss": fp.value_and_grad(loss_fn)(w, x)[0]}), axis="data")
-    >>> loss_fn = lambda w, x: fp.Mean((x @ w).sum(), torch.tensor(float(len(x))))
+    >>> def loss_fn(w, x):
+    ...     return fp.Mean((x @ w).sum(), torch.tensor(float(len(x))))
+    >>> def step(w, x):
+    ...     return w, {"loss": fp.value_and_grad(loss_fn)(w, x)[0]}
+    >>> step = fp.data_parallel(step, axis="data")
     >>> run = fp.simulate(fp.sharded_weights(step, axis="data"), fp.Mesh(data=2))
     >>> state = run.init(lambda w: w, torch.arange(3.0), torch.ones(4, 3))
     >>> with tempfile.TemporaryDirectory() as dir:
@@ -148,19 +161,29 @@ def save(
     """
     from funcpipe._src.checkpoint.saving import plan, write
 
-    request, leaves = request_of(dir, step, extra, keep), Leaves(run)
-    return _on_ranks(
-        run, lambda comm: write(comm, plan(comm, request, leaves, _of_rank(comm, run, state)))
-    )[0]
+    request = request_of(dir, step, extra, keep)
+    leaves = Leaves(run)
+
+    def save_on_rank(comm: Communicator) -> Path:
+        own_state = _of_rank(comm, run, state)
+        return write(comm, plan(comm, request, leaves, own_state))
+
+    return _on_ranks(run, save_on_rank)[0]
 
 
 def save_async(
-    dir: Dir, run: Run, state: Any, *, step: int, extra: Any = None, keep: int | None = None
+    dir: Dir,
+    run: Run,
+    state: Any,
+    *,
+    step: int,
+    extra: Any = None,
+    keep: int | None = None,
 ) -> Saving:
     """Save a state in the background: copy it to the CPU, and return while it is written.
 
-    A rank copies what it is to write, which for a leaf that several ranks hold is a part. Arguments
-    and errors are those of `save`; what fails later is raised by ``wait``.
+    A rank copies what it is to write; of a leaf that several ranks hold, each writes some chunks.
+    Arguments and errors are those of `save`; ``wait`` raises what fails later.
 
     Returns:
         the save; call its ``wait`` before the next one, and at the end.
@@ -178,22 +201,29 @@ def save_async(
     """
     from funcpipe._src.checkpoint.saving import plan, write
 
-    request, leaves = request_of(dir, step, extra, keep), Leaves(run)
-    jobs = _on_ranks(
-        run, lambda comm: plan(comm, request, leaves, _of_rank(comm, run, state), staged=True)
-    )
+    request = request_of(dir, step, extra, keep)
+    leaves = Leaves(run)
+
+    def plan_on_rank(comm: Communicator) -> Save:
+        own_state = _of_rank(comm, run, state)
+        return plan(comm, request, leaves, own_state, staged=True)
+
+    saves = _on_ranks(run, plan_on_rank)
     if isinstance(run, Simulation):
         ranks = Ranks(run.mesh)
-        return _background(
-            lambda: ranks.run(lambda comm: write(comm, jobs[comm.rank]))[0], ranks.close
-        )
+
+        def write_all() -> Path:
+            return ranks.run(lambda comm: write(comm, saves[comm.rank]))[0]
+
+        return _background(write_all, ranks.close)
     assert isinstance(run._comm, ProcessGroupCommunicator)
+    (own_save,) = saves
     try:
         comm = run._guarded(run._comm.beside, "cpu")
     except BaseException:
-        jobs[0].give_up()
+        own_save.give_up()
         raise
-    return _background(lambda: write(comm, jobs[0]), comm.close)
+    return _background(lambda: write(comm, own_save), comm.close)
 
 
 def _background(body: Callable[[], Path], close: Callable[[], None]) -> Saving:
@@ -203,17 +233,20 @@ def _background(body: Callable[[], Path], close: Callable[[], None]) -> Saving:
     return Saving(future, close)
 
 
-def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
-    """Load a checkpoint, whatever mesh, stack and schedule it was saved from; every rank calls it
-    alike.
+def load(
+    dir: Dir,
+    run: Run,
+    *,
+    step: int | None = None,
+) -> tuple[Any, Info]:
+    """Load a checkpoint of any mesh, stack and schedule; every rank makes the same call.
 
-    Each rank makes the tensors that it holds and reads into them; nothing of ``run.init``'s state
-    is needed, so let go of
-    that before: ``state = None``.
+    Each rank makes the tensors that it holds and reads into them. The state of ``run.init`` is not
+    needed, so let go of it before: ``state = None``.
 
     Args:
         dir: the directory that `save` was given.
-        run: a runner, after ``run.init``, which tells it the leaves.
+        run: a runner, after ``run.init``.
         step: which checkpoint; by default the newest complete one.
 
     Returns:
@@ -232,12 +265,17 @@ def load(dir: Dir, run: Run, *, step: int | None = None) -> tuple[Any, Info]:
     run._about_to_load()
     found = _on_ranks(run, lambda comm: _load(comm, wanted, Path(dir), step))
     states = [StateBuffers.give(state) for state, _ in found]
-    return states if isinstance(run, Simulation) else states[0], found[0][1]
+    _, info = found[0]
+    return states if isinstance(run, Simulation) else states[0], info
 
 
-def export(dir: Dir, path: Dir, *, step: int | None = None) -> Info:
-    """Write the full state as one file that plain PyTorch reads: in one process, which holds all of
-    it.
+def export(
+    dir: Dir,
+    path: Dir,
+    *,
+    step: int | None = None,
+) -> Info:
+    """Write the full state as one file that plain PyTorch reads, from one process.
 
     Args:
         dir: the directory that `save` was given.
@@ -245,28 +283,27 @@ def export(dir: Dir, path: Dir, *, step: int | None = None) -> Info:
         step: which checkpoint; by default the newest complete one.
 
     Returns:
-        what the checkpoint says beside the state. In the file is a dict from the path of every
+        what the checkpoint has beside the state. In the file is a dict from the path of every
         leaf, such as ``"state['params']['w']"``, to the leaf as one device has it, for
         ``torch.load(path, weights_only=True)``.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
 
-    >>> export("no such directory", "state.pt")
+    >>> export("elsewhere", "state.pt")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    funcpipe.errors.CheckpointError: no such directory holds no
-    checkpoint: pass the directory that fp.checkpoint.save was given
+    funcpipe.errors.CheckpointError: elsewhere holds no checkpoint: pass the directory that ...
     """
-    from funcpipe._src.checkpoint.pieces import read
+    from funcpipe._src.checkpoint.reading import read
 
     where, manifest = files.find(Path(dir), step)
-    parts = [whole(name, leaf) for name, leaf in manifest.leaves.items()]
+    leaves = [unsharded(name, leaf) for name, leaf in manifest.leaves.items()]
     try:
-        values = read(where, parts, manifest)
+        values = read(where, leaves, manifest)
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {one_line(error)}") from error
     unfinished = Path(f"{os.fspath(path)}.tmp")
-    torch.save({part.name: x for part, x in zip(parts, values, strict=True)}, unfinished)
+    torch.save(dict(zip(manifest.leaves, values, strict=True)), unfinished)
     unfinished.replace(path)
     return _info(where, manifest)
 
@@ -279,14 +316,23 @@ def _on_ranks(run: Run, body: Callable[[Communicator], T]) -> list[T]:
     return run._ranks.run(body) if isinstance(run, Simulation) else [body(run._comm)]
 
 
-def _of_rank(comm: Communicator, run: Run, state: Any) -> Any:
+def _of_rank(
+    comm: Communicator,
+    run: Run,
+    state: Any,
+) -> Any:
     """A rank's own state."""
     run._check_state(state, "save a checkpoint")
     return state if isinstance(run, Spmd) else state[comm.rank]
 
 
-def _load(comm: Communicator, wanted: Leaves, root: Path, step: int | None) -> tuple[Any, Info]:
-    from funcpipe._src.checkpoint.pieces import read
+def _load(
+    comm: Communicator,
+    wanted: Leaves,
+    root: Path,
+    step: int | None,
+) -> tuple[Any, Info]:
+    from funcpipe._src.checkpoint.reading import read
 
     def find() -> tuple[Path, Manifest] | None:
         if comm.rank:
@@ -298,17 +344,17 @@ def _load(comm: Communicator, wanted: Leaves, root: Path, step: int | None) -> t
     found = agree(comm, f"loading from {root}", find)[0]
     assert found is not None
     where, manifest = found
-    parts = list(wanted.parts(comm.rank))
+    shards = list(wanted.shards(comm.rank))
     values: dict[str, Any] = {}
 
     def fetch() -> None:
-        held = [part for part in parts if part is not None]
-        values.update(zip([part.name for part in held], read(where, held, manifest), strict=True))
+        held = [shard for shard in shards if shard is not None]
+        names = [shard.name for shard in held]
+        values.update(zip(names, read(where, held, manifest), strict=True))
 
     agree(comm, f"loading {where}", fetch)
-    return wanted.state([None if part is None else values[part.name] for part in parts]), _info(
-        where, manifest
-    )
+    leaves = [None if shard is None else values[shard.name] for shard in shards]
+    return wanted.state(leaves), _info(where, manifest)
 
 
 def _info(where: Path, manifest: Manifest) -> Info:

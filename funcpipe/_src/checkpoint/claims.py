@@ -1,14 +1,15 @@
-"""The folder in which a save writes, a folder of its own; and which of such folders may go.
+"""The folder in which a save writes, and when a folder that a dead save left is removed.
 
-Terms. A *claim* is the folder of one save, ``step-N.TOKEN.tmp``, with a TOKEN that no other save
-has. In it lies the file ``lock``, on which rank 0 holds an exclusive lock (flock) while the save
-lives. The kernel takes the lock back when the process ends, however it ends.
+A save writes in ``step-N.TOKEN.tmp``, with a TOKEN that no other save has. In it lies the file
+``lock``, on which rank 0 holds an exclusive lock (flock) while the save lives. The kernel takes the
+lock back when the process ends, however it ends.
 
-The rule. A folder whose lock was taken on this machine, since it started, goes as soon as nobody
-holds the lock. Any other one (of another machine, of an earlier funcpipe, on a file system
-without locks) goes when nobody holds a lock on it and nothing in it has changed for a day.
+A folder whose lock was taken on this machine, since it started, is removed as soon as nobody holds
+the lock. Any other folder (of another machine, of an earlier funcpipe, on a file system without
+locks) is removed when nobody holds a lock on it and nothing in it has changed for a day.
 
-In: a root and a step. Out: a claim, which is given up in the end; a root without dead claims.
+In: a root and a step.
+Out: a claim, which is given up in the end; a root without folders of dead saves.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there, in
-*chunks*.
+"""Writing through torch.distributed.checkpoint (DCP): every leaf is a flat tensor there.
 
-DCP describes a stored tensor by its size and its chunks, boxes that tile it. A shard of funcpipe is
-a range of the elements of its leaf, which is no box of the leaf's own shape; so a leaf is stored as
-its elements in row-major order, one dim, and a shard is an interval of them. Chunks are at most
-`CHUNK` elements, because a chunk is read whole (`pieces.py`). So a rank
-needs memory for its own part of the state, and for one chunk twice: as bytes, and as a tensor.
+DCP describes a stored tensor by its size and its *chunks*, boxes that tile it. A shard of funcpipe
+is a range of the elements of its leaf, which is no box of the leaf's own shape. So a leaf is stored
+as its elements in row-major order, one dim, and a shard is an interval of them. A chunk has at most
+`CHUNK` elements, because it is read in one go (`reading.py`): a rank then needs memory for its own
+shards, and for one chunk twice, as bytes and as a tensor.
 
-In: parts (`leaves.py`) and their values, a directory. Out: an ordinary DCP checkpoint, and the
-digest of every chunk.
+In: shards (`leaves.py`) and their values, a directory.
+Out: an ordinary DCP checkpoint, and the digest of every chunk.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     DefaultSavePlanner,
@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from funcpipe._src.checkpoint.files import Piece, short
-from funcpipe._src.checkpoint.leaves import Part
+from funcpipe._src.checkpoint.files import StoredSpan, short
+from funcpipe._src.checkpoint.leaves import LeafShard
 from funcpipe.errors import CheckpointError
 
 CHUNK = 1 << 24  # elements
@@ -45,75 +45,96 @@ CHUNK = 1 << 24  # elements
 
 
 class Saver(DefaultSavePlanner):
-    """A rank's part in a save: which chunks it could write, and their data.
+    """Which chunks a rank could write, and their data.
 
-    Every holder of a leaf offers all chunks of its part; `DefaultSavePlanner.create_global_plan`
-    gives each to one of them.
+    Every holder of a leaf offers all chunks of its shard; `DefaultSavePlanner.create_global_plan`
+    gives each chunk to one of them.
     """
 
-    def __init__(self, held: Iterable[tuple[Part, Any]]) -> None:
+    def __init__(self, held: Iterable[tuple[LeafShard, Any]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._parts: dict[str, tuple[Part, Any]] = {
-            part.name: (part, _bytes(part, x) if part.shape is None else x) for part, x in held
-        }
-        self._staged: dict[MetadataIndex, torch.Tensor] = {}
+        self._shards: dict[str, LeafShard] = {}
+        self._values: dict[str, Any] = {}
+        for shard, value in held:
+            self._shards[shard.name] = shard
+            self._values[shard.name] = _bytes(shard, value) if shard.shape is None else value
+        self._staged: dict[MetadataIndex, Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
         """Every chunk of what this rank holds."""
-        return SavePlan([item for part, x in self._parts.values() for item in _items(part, x)])
+        items = []
+        for name, shard in self._shards.items():
+            items += _items(shard, self._values[name])
+        return SavePlan(items)
 
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         """The elements of a chunk, in one dim; or the bytes of what is not a tensor."""
         if write_item.index in self._staged:
             return self._staged[write_item.index]
-        part, x = self._parts[write_item.index.fqn]
+        name = write_item.index.fqn
         if write_item.tensor_data is None:
-            return x
-        chunk = write_item.tensor_data.chunk
-        return x.detach().reshape(-1)[chunk.offsets[0] - part.start :][: chunk.sizes[0]]
+            return self._values[name]
+        start, end = _interval(write_item.tensor_data)
+        first = self._shards[name].start
+        return self._values[name].detach().reshape(-1)[start - first : end - first]
 
     def stage(self, plan: SavePlan) -> None:
         """Copy what this rank is to write to the CPU, and let go of the state."""
-        chosen = [item for item in plan.items if item.tensor_data is not None]
-        self._staged = {item.index: self.resolve_data(item).to("cpu", copy=True) for item in chosen}  # type: ignore[union-attr]
-        self._parts = {
-            name: (part, x) for name, (part, x) in self._parts.items() if part.shape is None
-        }
+        for item in plan.items:
+            if item.tensor_data is not None:
+                data = self.resolve_data(item)
+                self._staged[item.index] = data.to("cpu", copy=True)  # type: ignore[union-attr]
+        for name, shard in self._shards.items():
+            if shard.shape is not None:
+                del self._values[name]
 
 
-def _bytes(part: Part, x: Any) -> io.BytesIO:
-    """What is not a tensor, as DCP stores it; CheckpointError unless it can be read back without
-    running code."""
+def _bytes(shard: LeafShard, value: Any) -> io.BytesIO:
+    """What is not a tensor, as DCP stores it.
+
+    Raises:
+        CheckpointError: it could not be read back without running code.
+    """
     out = io.BytesIO()
     try:
-        torch.save(x, out)
+        torch.save(value, out)
         torch.load(io.BytesIO(out.getvalue()), weights_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{part.name} is a {type(x).__name__}, which is not stored: keep tensors, numbers, "
-            "text, True and False in the state"
+            f"{shard.name} is a {type(value).__name__}, which is not stored: keep tensors, "
+            "numbers, text, True and False in the state"
         ) from error
     return out
 
 
-def _items(part: Part, x: Any) -> list[WriteItem]:
-    if part.shape is None:
-        return [WriteItem(MetadataIndex(part.name), WriteItemType.BYTE_IO)]
-    starts = range(part.start, part.end, CHUNK)
-    if not part.numel:  # one chunk of nothing, so that DCP knows the leaf
+def _items(shard: LeafShard, value: Any) -> list[WriteItem]:
+    if shard.shape is None:
+        return [WriteItem(MetadataIndex(shard.name), WriteItemType.BYTE_IO)]
+    starts = range(shard.start, shard.end, CHUNK)
+    if not shard.numel:  # one chunk of nothing, so that DCP knows the leaf
         starts = range(1)
-    return [_item(part, x.dtype, start, min(start + CHUNK, part.end)) for start in starts]
+    return [_item(shard, value.dtype, start) for start in starts]
 
 
-def _item(part: Part, dtype: torch.dtype, start: int, end: int) -> WriteItem:
+def _item(
+    shard: LeafShard,
+    dtype: torch.dtype,
+    start: int,
+) -> WriteItem:
+    length = min(start + CHUNK, shard.end) - start
     data = TensorWriteData(
-        _chunk(start, end), TensorProperties(dtype=dtype), torch.Size([part.numel])
+        ChunkStorageMetadata(torch.Size([start]), torch.Size([length])),
+        TensorProperties(dtype=dtype),
+        torch.Size([shard.numel]),
     )
-    return WriteItem(MetadataIndex(part.name, (start,)), WriteItemType.SHARD, tensor_data=data)
+    index = MetadataIndex(shard.name, (start,))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
-def _chunk(start: int, end: int) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size([start]), torch.Size([end - start]))
+def _interval(data: TensorWriteData) -> tuple[int, int]:
+    """The elements of a chunk."""
+    (start,), (length,) = data.chunk.offsets, data.chunk.sizes
+    return start, start + length
 
 
 # ---- writing it
@@ -135,19 +156,27 @@ class Writer(FileSystemWriter):
         except RuntimeError as error:  # torch.save says it so where its stream raised
             raise self._digests.problem or error from None
 
-    def pieces(self, plan: SavePlan, results: list[WriteResult]) -> list[tuple[str, Piece]]:
+    def spans(self, plan: SavePlan, results: list[WriteResult]) -> list[tuple[str, StoredSpan]]:
         """Where each chunk of a plan was written, with its digest, by the path of its leaf."""
         data = {item.index: item.tensor_data for item in plan.items}
-        return [(result.index.fqn, self._piece(result, data[result.index])) for result in results]
+        spans = []
+        for result in results:
+            span = self._span(result, data[result.index])
+            spans.append((result.index.fqn, span))
+        return spans
 
-    def _piece(self, result: WriteResult, data: TensorWriteData | None) -> Piece:
-        start, end = 0, 1
-        if data is not None:
-            start = data.chunk.offsets[0]
-            end = start + data.chunk.sizes[0]
-        digest = short(self._digests.found[result.index])
+    def _span(self, result: WriteResult, data: TensorWriteData | None) -> StoredSpan:
+        start, end = (0, 1) if data is None else _interval(data)
+        digest = self._digests.found[result.index]
         where = result.storage_data
-        return Piece(start, end, where.relative_path, where.offset, where.length, digest)
+        return StoredSpan(
+            start,
+            end,
+            file=where.relative_path,
+            offset=where.offset,
+            length=where.length,
+            digest=short(digest),
+        )
 
 
 class _Digests(_StorageWriterTransforms):
@@ -167,8 +196,15 @@ class _Digests(_StorageWriterTransforms):
 class _Digested(io.IOBase):
     """A stream whose bytes also go into a digest, and whose errors are kept."""
 
-    def __init__(self, keeper: _Digests, out: IO[bytes], digest: Any) -> None:
-        self._keeper, self._out, self._digest = keeper, out, digest
+    def __init__(
+        self,
+        keeper: _Digests,
+        out: IO[bytes],
+        digest: Any,
+    ) -> None:
+        self._keeper = keeper
+        self._out = out
+        self._digest = digest
 
     def write(self, data: Any) -> int:
         self._digest.update(data)

@@ -1,17 +1,17 @@
 """The directories of checkpoints: what makes one complete, how one appears, how old ones go.
 
-Terms. A *root* is the directory that a user names. In it ``step-N`` is the checkpoint of step N,
-complete when it holds its *manifest*, ``checkpoint.json``. It is written in a folder of its own
-(`claims.py`) and appears whole: its files are on the disk before its directory gets its name, and
-it loses its manifest before it goes. So whatever is killed at whatever moment, what `steps` lists
-can be loaded; and of two saves of one step, the one that is complete first gets the name.
+In the root, the directory that a user names, ``step-N`` is the checkpoint of step N. It is complete
+when it holds its *manifest*, ``checkpoint.json``. It is written in a folder of its own
+(`claims.py`). Its files are on the disk before its directory gets its name, and it loses its
+manifest before it is removed. So whatever is killed at whatever moment, what `steps` lists can be
+loaded; and of two saves of one step, the one that is complete first gets the name.
 
-A *piece* is what one rank wrote of one leaf in one go: a run of its elements, at some bytes of a
-data file. The manifest has a *digest* of these bytes (SHA-256, its first 128 bits), taken while
-they were written, one of DCP's metadata, which nothing here reads, and one of itself.
+The manifest says at which bytes of which file the elements of a leaf lie. It has a digest of these
+bytes (SHA-256, its first 128 bits), taken while they were written; one of DCP's metadata, which
+nothing here reads; and one of itself.
 
-In: a root. Out: paths, manifests, or a CheckpointError that says what is there instead. Nothing
-here knows of ranks.
+In: a root. Nothing here knows of ranks.
+Out: paths, manifests, or a CheckpointError that says what is there instead.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
 from funcpipe._src.checkpoint.claims import LOCK, Claim, new_folder, remove_dead
-from funcpipe._src.comm import tensor_layout as wire
+from funcpipe._src.comm.tensor_layout import is_dense
 from funcpipe.errors import CheckpointError
 
 FORMAT = 2
@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
     """What a manifest says of a leaf.
 
     Args:
-        shape: of the whole tensor; None where the leaf is not a tensor.
+        shape: of the unsharded tensor; None where the leaf is not a tensor.
         dtype: such as ``"float32"``.
         strides: where memory is dense and not in row-major order.
     """
@@ -59,8 +59,8 @@ class Leaf(NamedTuple):
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
-class Piece(NamedTuple):
-    """Where elements of a leaf lie.
+class StoredSpan(NamedTuple):
+    """Where a rank stored elements of a leaf in one go.
 
     Args:
         start, end: which elements, in row-major order; 0 to 1 where the leaf is not a tensor.
@@ -87,7 +87,7 @@ class Manifest:
         extra: what the user added.
         mesh: the mesh that it was saved on.
         leaves: every leaf by path.
-        pieces: those of every leaf.
+        pieces: the stored spans of every leaf. (Format 2 has this name in the file.)
         metadata: the digest of DCP's metadata.
     """
 
@@ -96,7 +96,7 @@ class Manifest:
     extra: Any
     mesh: dict[str, int]
     leaves: dict[str, Leaf]
-    pieces: dict[str, list[Piece]]
+    pieces: dict[str, list[StoredSpan]]
     metadata: str
 
 
@@ -114,31 +114,33 @@ def digest_of(data: bytes) -> str:
     return short(hashlib.sha256(data))
 
 
-def _digest_of_text(body: dict[str, Any]) -> str:
-    """That of a manifest, whatever its spaces and line ends."""
+def _digest_of_json(body: dict[str, Any]) -> str:
+    """The digest of a manifest, whatever its spaces and line ends."""
     return digest_of(json.dumps(body, sort_keys=True).encode())
 
 
-def leaf_of(x: Any, shape: tuple[int, ...]) -> Leaf:
-    """A leaf of which ``x`` is the whole or a part.
+def leaf_of(value: Any, shape: tuple[int, ...]) -> Leaf:
+    """A leaf of this shape, of which ``value`` is a shard or all.
 
+    >>> import torch
     >>> print(leaf_of(torch.zeros(2), (3, 4)), "|", leaf_of(1, ()))
     float32[3, 4] | not a tensor
     >>> leaf_of(torch.zeros(2, 3).T, (3, 2)).strides
     (1, 3)
     """
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(value, Tensor):
         return Leaf()
-    odd = x.shape == shape and not x.is_contiguous() and wire.is_dense(x)
-    return Leaf(shape, str(x.dtype).removeprefix("torch."), x.stride() if odd else None)
+    dtype = str(value.dtype).removeprefix("torch.")
+    if value.shape == shape and not value.is_contiguous() and is_dense(value):
+        return Leaf(shape, dtype, value.stride())
+    return Leaf(shape, dtype)
 
 
 # ---- what there is
 
 
 def steps(dir: str | os.PathLike[str]) -> list[int]:
-    """The steps of the complete checkpoints in a directory, in ascending order; so the last one is
-    the newest.
+    """The steps of the complete checkpoints in a directory, in ascending order: the newest last.
 
     Args:
         dir: the directory that `save` was given. None where it does not exist.
@@ -146,13 +148,18 @@ def steps(dir: str | os.PathLike[str]) -> list[int]:
     >>> steps("no such directory")
     []
     """
-    return [n for n, path in _numbered(Path(dir)) if (path / MANIFEST).is_file()]
+    numbered = _numbered(Path(dir))
+    return [step for step, path in numbered if (path / MANIFEST).is_file()]
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
     """Every ``step-N``, complete or not, in ascending order."""
-    found = [(m, path) for path in root.glob("step-*") if (m := _NAME.fullmatch(path.name))]
-    return sorted((int(m[1]), path) for m, path in found)
+    found = []
+    for path in root.glob("step-*"):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
 def find(root: Path, step: int | None) -> tuple[Path, Manifest]:
@@ -211,10 +218,8 @@ def _read(path: Path) -> Manifest:
         format = found["format"]
         if format == FORMAT:
             digest = found.pop("digest")
-            right = digest == _digest_of_text(found)
-            leaves = {name: Leaf(*map(_tuple, leaf)) for name, leaf in found.pop("leaves").items()}
-            pieces = {name: [Piece(*x) for x in some] for name, some in found.pop("pieces").items()}
-            manifest = Manifest(**found, leaves=leaves, pieces=pieces)
+            right = digest == _digest_of_json(found)
+            manifest = _manifest(found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"its {MANIFEST} cannot be read ({error!r})"
         raise CheckpointError(f"{path} is not a checkpoint: {why}") from error
@@ -223,6 +228,16 @@ def _read(path: Path) -> Manifest:
     if not right:
         raise CheckpointError(f"{path / MANIFEST} is not what was saved. {INSTEAD}")
     return manifest
+
+
+def _manifest(found: dict[str, Any]) -> Manifest:
+    leaves = {}
+    for name, leaf in found.pop("leaves").items():
+        leaves[name] = Leaf(*map(_tuple, leaf))
+    pieces = {}
+    for name, spans in found.pop("pieces").items():
+        pieces[name] = [StoredSpan(*span) for span in spans]
+    return Manifest(**found, leaves=leaves, pieces=pieces)
 
 
 def _other_format(format: Any) -> str:
@@ -236,8 +251,8 @@ def _other_format(format: Any) -> str:
     return f"but this funcpipe reads format {FORMAT}: {instead}"
 
 
-def _tuple(x: Any) -> Any:
-    return tuple(x) if isinstance(x, list) else x
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 # ---- how one appears, and old ones go
@@ -284,7 +299,11 @@ def _clear(root: Path, step: int) -> None:
     shutil.rmtree(aside)
 
 
-def publish(root: Path, claim: Claim, manifest: Manifest) -> None:
+def publish(
+    root: Path,
+    claim: Claim,
+    manifest: Manifest,
+) -> None:
     """Give a checkpoint whose files are all written its manifest and its name.
 
     Raises:
@@ -292,7 +311,7 @@ def publish(root: Path, claim: Claim, manifest: Manifest) -> None:
     """
     body = asdict(manifest)
     with (claim.path / MANIFEST).open("w") as file:
-        json.dump({**body, "digest": _digest_of_text(body)}, file)
+        json.dump({**body, "digest": _digest_of_json(body)}, file)
         file.flush()
         os.fsync(file.fileno())
     (claim.path / LOCK).unlink(missing_ok=True)
@@ -308,8 +327,8 @@ def publish(root: Path, claim: Claim, manifest: Manifest) -> None:
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints, and what is left of removed ones."""
     oldest = (steps(root)[-keep:] or [0])[0]
-    for n, path in _numbered(root):
-        if n < oldest:
+    for step, path in _numbered(root):
+        if step < oldest:
             (path / MANIFEST).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another save prunes as well
                 shutil.rmtree(path)

@@ -1,11 +1,10 @@
-"""What a rank holds of every leaf of the state, and whether that fits the run and the checkpoint.
+"""What a rank holds of every leaf of the state, and whether it fits the run and the checkpoint.
 
-Terms. A *part* is what a rank holds of a leaf: the elements from ``start`` to ``end`` of its
-row-major order. A leaf that is not sharded is one whole part on each of its ranks; a leaf that is
-not a tensor is one too.
+A rank holds the elements from ``start`` to ``end`` of a leaf's row-major order: its shard. Of a
+leaf that is not sharded, or that is not a tensor, each of its ranks holds all.
 
-In: a runner that has made its plan. Out: parts, leaves of a state checked against them, or errors
-that name a leaf.
+In: a runner that has made its plan.
+Out: shards, leaves of a state checked against them, or errors that name a leaf.
 """
 
 from __future__ import annotations
@@ -15,25 +14,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.checkpoint.files import Leaf, leaf_of
-from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import pytree
 from funcpipe._src.planning.placement import extent, shard_shape
 from funcpipe._src.runtime.simulate import Simulation
-from funcpipe._src.runtime.spmd import Spmd
+from funcpipe._src.runtime.spmd_runner import Spmd
 from funcpipe.errors import CheckpointError
+
+_INSTEAD = (
+    "Load it with the model, optimizer and dtypes that it was saved with; for anything else, "
+    "fp.checkpoint.export it and hand run.place the state that you make of it"
+)
 
 
 @dataclass(frozen=True)
-class Part:
+class LeafShard:
     """What a rank holds of a leaf.
 
     Args:
         name: the path of the leaf, such as ``state['params']['w']``.
-        leaf: what the leaf is.
+        leaf: shape and dtype of the unsharded leaf.
         start, end: which elements these are.
-        shape: theirs; None for a leaf that is not a tensor.
+        shape: of the shard; None for a leaf that is not a tensor.
         device: where they are to lie; None: on the CPU.
     """
 
@@ -46,17 +51,15 @@ class Part:
 
     @property
     def numel(self) -> int:
-        """Of the whole leaf."""
+        """Elements of the unsharded leaf."""
         return torch.Size(self.leaf.shape or ()).numel()
 
 
-def whole(name: str, leaf: Leaf) -> Part:
+def unsharded(name: str, leaf: Leaf) -> LeafShard:
     """All of a leaf, on the CPU."""
-    return (
-        Part(name, leaf)
-        if leaf.shape is None
-        else Part(name, leaf, 0, torch.Size(leaf.shape).numel(), leaf.shape)
-    )
+    if leaf.shape is None:
+        return LeafShard(name, leaf)
+    return LeafShard(name, leaf, 0, torch.Size(leaf.shape).numel(), leaf.shape)
 
 
 class Leaves:
@@ -68,68 +71,69 @@ class Leaves:
 
     def __init__(self, run: Simulation | Spmd) -> None:
         planner, self.placement = run._made, run._placement
+
+        def fake_like(param: Tensor) -> Tensor:
+            return torch.empty(param.shape, dtype=param.dtype, device=run.device)
+
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            like = lambda x: torch.empty(x.shape, dtype=x.dtype, device=run.device)  # noqa: E731
             inputs = planner.inputs
-            state = inputs.init_state(tree.map_tensors(like, inputs.params))
-        self.found = tree.leaves(state)
+            state = inputs.init_state(pytree.map_tensors(fake_like, inputs.params))
+        self.fakes = pytree.leaves(state)
         self.names = [f"state{path}" for path in self.placement.analysis.state_paths]
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else () for x in self.found]
-        self.leaves = [leaf_of(x, shape) for x, shape in zip(self.found, shapes, strict=True)]
+        self.leaves = [_leaf_like(fake) for fake in self.fakes]
 
-    def parts(self, rank: int) -> Iterator[Part | None]:
+    def shards(self, rank: int) -> Iterator[LeafShard | None]:
         """What a rank holds of every leaf; None where it holds nothing."""
-        for j, here in enumerate(self.placement.present[self.placement.pipeline_rank(rank)]):
-            yield self._part(j, rank) if here else None
+        pipeline_rank = self.placement.pipeline_rank(rank)
+        for index, is_present in enumerate(self.placement.present[pipeline_rank]):
+            yield self._shard(index, rank) if is_present else None
 
-    def _part(self, j: int, rank: int) -> Part:
-        name, leaf, mesh = self.names[j], self.leaves[j], self.placement.mesh
+    def _shard(self, index: int, rank: int) -> LeafShard:
+        name, leaf, mesh = self.names[index], self.leaves[index], self.placement.mesh
         if leaf.shape is None:
-            return Part(name, leaf)
-        param = self.placement.analysis.state[j]
+            return LeafShard(name, leaf)
+        param = self.placement.analysis.state[index]
         axes = () if param is None else self.placement.layouts[param].axes
         start, end = extent(
-            torch.Size(leaf.shape).numel(), mesh.axis_size(axes), mesh.index(rank, axes)
+            torch.Size(leaf.shape).numel(),
+            mesh.axis_size(axes),
+            mesh.index(rank, axes),
         )
         shape = shard_shape(leaf.shape, end - start) if axes else leaf.shape
-        return Part(name, leaf, start, end, shape, self.found[j].device)
+        return LeafShard(name, leaf, start, end, shape, self.fakes[index].device)
 
-    def held(self, state: Any, rank: int) -> list[tuple[Part, Any]]:
-        """The leaves of a rank's state with the parts that they are.
+    def held(self, state: Any, rank: int) -> list[tuple[LeafShard, Any]]:
+        """The leaves of a rank's state, each with the shard that it is.
 
         Raises:
             StateError: the state has another structure.
             CheckpointError: a leaf is not what ``init_state`` makes it, so that no run could load
-            it.
+                it.
         """
         values = self.placement.state_leaves(state, "fp.checkpoint.save")
-        held = [
-            (part, x) for part, x in zip(self.parts(rank), values, strict=True) if part is not None
-        ]
-        for part, x in held:
-            got = (
-                "None"
-                if x is None
-                else str(leaf_of(x, tuple(x.shape) if isinstance(x, torch.Tensor) else ()))
-            )
-            want = str(part.leaf._replace(shape=part.shape))
-            if got != want:
+        held = []
+        for shard, value in zip(self.shards(rank), values, strict=True):
+            if shard is None:
+                continue
+            found = "None" if value is None else str(_leaf_like(value))
+            wanted = str(shard.leaf._replace(shape=shard.shape))
+            if found != wanted:
                 raise CheckpointError(
-                    f"{part.name} on rank {rank} is {got}, but init_state makes it {want}: it "
+                    f"{shard.name} on rank {rank} is {found}, but init_state makes it {wanted}: it "
                     "could not be loaded again. Let the step keep shapes and dtypes, and save "
                     "what it returned"
                 )
+            held.append((shard, value))
         return held
 
     def state(self, leaves: list[Any]) -> Any:
         """A rank's state of its leaves, None where it holds nothing."""
-        return tree.unflatten(self.placement.analysis.state_spec, leaves)
+        return pytree.unflatten(self.placement.analysis.state_spec, leaves)
 
     def check(self, where: str, saved: Mapping[str, Leaf]) -> None:
-        """CheckpointError unless a checkpoint has these leaves, no others, and with these shapes
-        and dtypes."""
-        here = dict(zip(self.names, self.leaves, strict=True))
-        for name, leaf in here.items():
+        """CheckpointError unless a checkpoint has these leaves, with these shapes and dtypes."""
+        wanted = dict(zip(self.names, self.leaves, strict=True))
+        for name, leaf in wanted.items():
             if name not in saved:
                 raise CheckpointError(
                     f"{where} has no leaf {name}, which the state of this run has ({leaf}). "
@@ -141,14 +145,14 @@ class Leaves:
                     f"{_INSTEAD}"
                 )
         for name, leaf in saved.items():
-            if name not in here:
+            if name not in wanted:
                 raise CheckpointError(
                     f"{where} has a leaf {name} ({leaf}), which the state of this run lacks. "
                     f"{_INSTEAD}"
                 )
 
 
-_INSTEAD = (
-    "Load it with the model, optimizer and dtypes that it was saved with; for anything else, "
-    "fp.checkpoint.export it and hand run.place the state that you make of it"
-)
+def _leaf_like(value: Any) -> Leaf:
+    """A leaf with the shape of this value."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    return leaf_of(value, shape)

@@ -1,7 +1,7 @@
 """What ranks say to each other about a checkpoint.
 
-In: a communicator, what one rank found or was asked for. Out: the same of all ranks, or one error
-on all of them.
+In: a communicator, what one rank found or was asked for.
+Out: the same of all ranks, or one error on all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from funcpipe.errors import CheckpointError, FuncpipeError, MismatchError
 T = TypeVar("T")
 
 
-def agree(comm: Communicator, what: str, fn: Callable[[], T]) -> list[T]:
-    """What ``fn`` gives on every rank; where it raises on one, a CheckpointError with its text on
-    all of them.
+def agree(
+    comm: Communicator,
+    what: str,
+    fn: Callable[[], T],
+) -> list[T]:
+    """What ``fn`` gives on every rank.
 
-    So no rank waits for one that failed, and all can go on. ``fn`` itself does not communicate.
+    If it raises on one rank, all ranks raise a CheckpointError with its text. So no rank waits for
+    one that failed, and all can go on. ``fn`` itself does not communicate.
     """
     cause, mine, failure = None, None, None
     try:
@@ -36,7 +40,7 @@ def agree(comm: Communicator, what: str, fn: Callable[[], T]) -> list[T]:
     for _, text in found:
         if text is not None:
             raise CheckpointError(text) from cause
-    return [x for x, _ in found]
+    return [result for result, _ in found]
 
 
 _PLAIN = {
@@ -51,11 +55,10 @@ _PLAIN = {
 
 
 def _plain(error: Exception) -> str:
-    """What happened, for what users meet in plain words first.
+    """What happened; in plain words first, where it is an error that users meet.
 
-    >>> _plain(OSError(errno.EROFS, "Read-only file system", "/mnt"))
-    "that file system is read-only: save into another directory (OSError: [Errno 30] Read-only file
-    system: '/mnt')"
+    >>> print(_plain(OSError(errno.EROFS, "not writable")))
+    that file system is read-only: save into another directory (OSError: [Errno 30] not writable)
     """
     plain = _PLAIN.get(error.errno or 0) if isinstance(error, OSError) else None
     return one_line(error) if plain is None else f"{plain} ({one_line(error)})"
@@ -73,17 +76,20 @@ class Request(NamedTuple):
         return f"step={self.step}, extra={self.extra}, keep={self.keep} to {self.dir}"
 
 
-def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | None) -> Request:
+def request_of(
+    dir: str | os.PathLike[str],
+    step: int,
+    extra: Any,
+    keep: int | None,
+) -> Request:
     """The arguments of a save; CheckpointError when they make no sense.
 
     >>> print(request_of("runs", 3, {"seed": 1}, None))
     step=3, extra={"seed": 1}, keep=None to runs
     """
-    for name, n, least in (("step", step, 0), ("keep", keep, 1)):
-        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < least):
-            raise CheckpointError(
-                f"fp.checkpoint.save: {name}={n!r}; write a whole number, {least} or more"
-            )
+    _check_count("step", step, least=0)
+    if keep is not None:
+        _check_count("keep", keep, least=1)
     try:
         text = json.dumps(extra, sort_keys=True)
         same = json.loads(text) == extra
@@ -96,6 +102,17 @@ def request_of(dir: str | os.PathLike[str], step: int, extra: Any, keep: int | N
             "in the state"
         )
     return Request(os.fspath(dir), step, text, keep)
+
+
+def _check_count(
+    name: str,
+    value: Any,
+    least: int,
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CheckpointError(
+            f"fp.checkpoint.save: {name}={value!r}; write a whole number, {least} or more"
+        )
 
 
 def check_alike(requests: list[Request]) -> None:

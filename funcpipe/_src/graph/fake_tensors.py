@@ -1,7 +1,9 @@
-"""Looking at a function without the work: params are fakes, the batch is real.
+"""Fake tensors: calls a function without its work, on fake params and a real batch.
 
 What follows from the batch alone is computed, so that a weight has its value and Python may decide
-by it; what any fake tensor enters is computed as shapes.
+by it. Every op that a fake tensor enters only computes shapes.
+
+In: params as fakes, a batch with its data. Out: fakes of results.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ def fake(
 
 @contextlib.contextmanager
 def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
-    """To call a loss function on fake params and a real batch; gives params of which it may take
-    gradients itself.
+    """A context in which a loss function can be called on fake params and a real batch.
 
     Args:
         params: fakes of ``mode``.
+
+    Yields:
+        params of which the loss function may take gradients itself.
     """
     with (
         torch.enable_grad(),
@@ -44,11 +48,14 @@ def looking(params: Any, mode: FakeTensorMode) -> Iterator[Any]:
         BatchIsReal(mode),
     ):
         try:
-            yield tree.map(
-                lambda x: x.detach().requires_grad_() if differentiable(x) else x, params
-            )
+            yield tree.map(as_leaf, params)
         except RuntimeError as error:
             raise explain_grouped(error) or error from error
+
+
+def as_leaf(param: torch.Tensor) -> torch.Tensor:
+    """A param as a leaf of autograd, if it can have a gradient."""
+    return param.detach().requires_grad_() if differentiable(param) else param
 
 
 class BatchIsReal(TorchDispatchMode):
@@ -60,11 +67,14 @@ class BatchIsReal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return func(*args, **kwargs)
         args, kwargs = tree_map_only(torch.Tensor, self._fake, (args, kwargs))
         with self.mode:
             return func(*args, **kwargs)
 
-    def _fake(self, x: torch.Tensor) -> torch.Tensor:
-        return x if isinstance(x, FakeTensor) else self.mode.from_tensor(x)
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        return self.mode.from_tensor(tensor)

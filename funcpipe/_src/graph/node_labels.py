@@ -1,25 +1,28 @@
-"""The nodes of a joint graph, sorted into what each of them is; the first half of cutting.
+"""Node labels: sorts the nodes of a joint graph into units and kinds, before partitioning.
 
 Every node gets a *label*: F of segment ``s`` is ``s``; B of segment ``s`` is ``2 * segments - 1 -
-s``. Labels follow the order in which units run, and so do the edges of the graph, wherever a node
-is moved to below:
+s``. Labels follow the order in which units run, and so do the edges of the graph. Two rules move
+nodes to an earlier or another unit:
 
-- a cast (or the like) of a param at the top of a loss leaves its transpose at the very end of the
-  backward pass: such a node, which nothing but a gradient output reads, moves to the unit that
-  makes what it reads;
-- the gradient of a tied parameter is a sum over segments: it is taken apart into the partial
-  gradients.
+- A cast (or the like) of a param at the top of a loss leaves its transpose at the very end of the
+  backward pass. Such a node, which nothing but a gradient output reads, moves to the unit that
+  makes what it reads.
+- The gradient of a tied parameter is a sum over segments. It is taken apart into partial gradients.
 
 In: `Traced`, whose graph is used up. Out: `Nodes`.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from funcpipe._src.functional.checkpoint_name import NAMED
 from funcpipe._src.graph.ops import (
@@ -31,231 +34,322 @@ from funcpipe._src.graph.ops import (
     is_op,
     is_seeded,
     is_view,
-    viewed,
+    name_of,
 )
 from funcpipe._src.graph.trace import Traced
 
 aten = torch.ops.aten
+Grads = list[Node | None]  # per tensor of params
 
 
 @dataclass
 class Nodes:
-    """What is known of the nodes of a joint graph.
+    """What each node of a joint graph is.
 
     Args:
         params, batch: placeholders and their numbers.
         label: of every other node.
-        place: every node's place in the graph.
-        heads: the nodes of total, weight and aux tensors.
+        names: what the loss function calls values of the forward half.
+        outputs: the nodes of total, weight and aux tensors.
         grads: per tensor of params its partial gradients, in autograd's order.
+        position: every node's position in the graph.
         constant: what follows from neither params nor batch.
         rebuilt: what is computed again in each unit that reads it.
-        names: what the loss function calls values of the forward half.
     """
 
-    graph: fx.Graph
+    graph: Graph
     segments: int
-    params: dict[fx.Node, int]
-    batch: dict[fx.Node, int]
-    label: dict[fx.Node, int]
-    heads: list[fx.Node] = field(default_factory=list)
-    grads: list[list[fx.Node]] = field(default_factory=list)
-    place: dict[fx.Node, int] = field(default_factory=dict)
-    constant: set[fx.Node] = field(default_factory=set)
-    rebuilt: set[fx.Node] = field(default_factory=set)
-    names: dict[str, list[fx.Node]] = field(default_factory=dict)
+    params: dict[Node, int]
+    batch: dict[Node, int]
+    label: dict[Node, int]
+    names: dict[str, list[Node]]
+    outputs: list[Node] = field(default_factory=list)
+    grads: list[list[Node]] = field(default_factory=list)
+    position: dict[Node, int] = field(default_factory=dict)
+    constant: set[Node] = field(default_factory=set)
+    rebuilt: set[Node] = field(default_factory=set)
 
     def backward(self, segment: int) -> int:
         """The label of the backward half of a segment."""
         return 2 * self.segments - 1 - segment
 
+    def is_backward(self, node: Node) -> bool:
+        """Whether a node belongs to the backward half of a segment."""
+        return self.label.get(node, -1) >= self.segments
+
+    def update_order(self) -> None:
+        """Number the nodes, and order the labels, as the graph is now."""
+        self.position = numbered(self.graph.nodes)
+        before = self.label
+        labelled = filter(before.__contains__, self.position)
+        self.label = {node: before[node] for node in labelled}
+
+
+def numbered(nodes: Iterable[Node]) -> dict[Node, int]:
+    """Nodes and their numbers, from 0."""
+    return {node: number for number, node in enumerate(nodes)}
+
 
 def read_nodes(traced: Traced) -> Nodes:
     """Sort the nodes of a joint graph."""
-    n = _labelled(traced)
-    _forget_data(n)
-    _merge_constants(n)
-    out = next(x for x in n.graph.nodes if x.op == "output")
-    heads = 1 + traced.has_weight + traced.aux_count
-    n.heads = list(out.args[0][:heads])
-    grads = [x if x is None else _computed(n, x) for x in out.args[0][heads:]]
-    _settle_epilogues(n, out, grads)
-    n.grads = [[] if x is None else _partials(n, x) for x in grads]
-    out.args = ((*n.heads, *(x for partials in n.grads for x in partials)),)
-    n.graph.eliminate_dead_code()
-    n.place = {x: i for i, x in enumerate(n.graph.nodes)}
-    n.label = {x: n.label[x] for x in n.place if x in n.label}
-    _classify(n)
-    return n
+    nodes = _labelled(traced)
+    _forget_data(nodes)
+    _merge_constants(nodes)
+    _read_outputs(nodes, 1 + traced.has_weight + traced.aux_count)
+    nodes.graph.eliminate_dead_code()
+    nodes.update_order()
+    _classify(nodes)
+    return nodes
+
+
+def _read_outputs(nodes: Nodes, count: int) -> None:
+    """Read the ``count`` outputs of the loss and the gradients, and let the graph return partial
+    gradients."""
+    output = _output_of(nodes.graph)
+    returned = output.args[0]
+    nodes.outputs = list(returned[:count])
+    grads = [_computed(nodes, grad) for grad in returned[count:]]
+    _settle_epilogues(nodes, output, grads)
+    nodes.grads = [_partials(nodes, grad) for grad in grads]
+    partials = itertools.chain(*nodes.grads)
+    output.args = ((*nodes.outputs, *partials),)
+
+
+def _output_of(graph: Graph) -> Any:
+    (output,) = graph.find_nodes(op="output")
+    return output
+
+
+# ---- labels
 
 
 def _labelled(traced: Traced) -> Nodes:
-    graph, segments = traced.module.graph, traced.boundaries + 1
-    label: dict[fx.Node, int] = {}
-    names: dict[str, list[fx.Node]] = {}
+    """Read the markers of a graph, and remove them."""
+    graph = traced.module.graph
+    segments = traced.boundaries + 1
+    label: dict[Node, int] = {}
+    names: dict[str, list[Node]] = defaultdict(list)
     current = 0
+    node: Any
     for node in list(graph.nodes):
         if node.target is MARK:
-            current = int(node.args[0])  # type: ignore[arg-type]
+            current = int(node.args[0])
             graph.erase_node(node)
         elif node.target is NAMED:
             if current < segments:
-                names.setdefault(str(node.args[1]), []).append(node.args[0])  # type: ignore[arg-type]
+                named, name = node.args
+                names[str(name)].append(named)
             graph.erase_node(node)
         elif node.target is aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.op in ("call_function", "get_attr"):
             label[node] = current
-    inputs = [x for x in graph.nodes if x.op == "placeholder"]
-    params, batch = inputs[: traced.params], inputs[traced.params :]
-    return Nodes(
-        graph,
-        segments,
-        {x: i for i, x in enumerate(params)},
-        {x: i for i, x in enumerate(batch)},
-        label,
-        names=names,
-    )
+    inputs = list(graph.find_nodes(op="placeholder"))
+    params = numbered(inputs[: traced.params])
+    batch = numbered(inputs[traced.params :])
+    return Nodes(graph, segments, params, batch, label, names)
 
 
-def _forget_data(n: Nodes) -> None:
+def _forget_data(nodes: Nodes) -> None:
     """Nodes that read a tensor for its shape alone read nothing instead; ints among nodes become
     constants."""
-    for node in list(n.label):
-        if isinstance(node.meta.get("val"), int):
-            node.replace_all_uses_with(node.meta["val"])
-        if not is_op(node):
-            continue
-        fill = _fill_of(node)
-        val = node.meta.get("val")
-        if fill is not None and val is not None and val.is_contiguous():
-            with n.graph.inserting_before(node):
-                args: tuple = (list(val.shape), fill)
-                new = n.graph.call_function(
-                    aten.full.default, args, {"dtype": val.dtype, "device": val.device}
-                )
-            new.meta = dict(node.meta)
-            n.label[new] = n.label.pop(node)
-            node.replace_all_uses_with(new)
-            n.graph.erase_node(node)
+    for node in list(nodes.label):
+        value = node.meta.get("val")
+        if isinstance(value, int):
+            node.replace_all_uses_with(value)  # type: ignore[arg-type]
+        elif value is not None:
+            _forget_operand(nodes, node, value)
 
 
-def _fill_of(node: fx.Node) -> Any:
+def _forget_operand(nodes: Nodes, node: Node, value: Any) -> None:
+    """Replace a ``zeros_like``, ``new_full``, … by a ``full`` of the same result."""
+    fill = _fill_of(node)
+    if fill is None or not value.is_contiguous():
+        return
+    args = list(value.shape), fill
+    options = {"dtype": value.dtype, "device": value.device}
+    graph = nodes.graph
+    with graph.inserting_before(node):
+        full = graph.call_function(aten.full.default, args, options)
+    full.meta = dict(node.meta)
+    nodes.label[full] = nodes.label.pop(node)
+    node.replace_all_uses_with(full)
+    graph.erase_node(node)
+
+
+def _fill_of(node: Node) -> Any:
     """What a ``zeros_like``, ``new_full``, … fills its result with; None for every other op."""
-    name: str = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = name_of(node)
     if name in ("zeros_like", "new_zeros"):
         return 0
     if name in ("ones_like", "new_ones"):
         return 1
-    if name in ("full_like", "new_full") and not isinstance(node.args[-1], fx.Node):
-        return node.args[-1]
-    return None
+    if name not in ("full_like", "new_full"):
+        return None
+    value = node.args[-1]
+    return None if isinstance(value, Node) else value
 
 
-def _merge_constants(n: Nodes) -> None:
+def _merge_constants(nodes: Nodes) -> None:
     """Constants that are made alike, such as a mask that every block makes for itself, become
     one."""
-    known: dict[tuple, fx.Node] = {}
-    alike: dict[fx.Node, int] = {}  # constant -> a number that constants made alike share
-    for node in list(n.label):
-        if not is_op(node) or is_seeded(node) or is_communication(node):
+    first_of: dict[tuple, Node] = {}
+    alike: dict[Node, int] = {}  # constant -> a number that constants made alike share
+    for node in list(nodes.label):
+        if not is_op(node) or not _repeatable(node):
             continue
-        if not all(a in alike for a in node.all_input_nodes):
+        if not alike.keys() >= set(node.all_input_nodes):
             continue
-        args = fx.node.map_arg((node.args, node.kwargs), lambda a: f"%{alike[a]}")
-        first = known.setdefault((node.target, repr(args)), node)
+        args = map_arg((node.args, node.kwargs), lambda source: f"%{alike[source]}")
+        made_alike = node.target, repr(args)
+        first = first_of.setdefault(made_alike, node)
         alike[node] = alike.setdefault(first, len(alike))
-        if first is not node and is_carried(node) and not any(u.op == "output" for u in node.users):
+        is_returned = any(user.op == "output" for user in node.users)
+        if first is not node and is_carried(node) and not is_returned:
             node.replace_all_uses_with(first)
-            n.graph.erase_node(node)
-            del n.label[node]
+            nodes.graph.erase_node(node)
+            del nodes.label[node]
 
 
-def _computed(n: Nodes, x: fx.Node) -> fx.Node:
-    """A gradient that is an input or a constant as it stands, made a node of the last unit."""
-    if x in n.label:
-        return x
-    out = next(y for y in n.graph.nodes if y.op == "output")
-    with n.graph.inserting_before(out):
-        new = n.graph.call_function(aten.clone.default, (x,))
-    new.meta = dict(x.meta)
-    n.label[new] = n.backward(0)
-    out.args = fx.node.map_arg(out.args, lambda y: new if y is x else y)
-    return new
+def _repeatable(node: Node) -> bool:
+    """Whether a node gives the same wherever and how often it runs."""
+    return not is_seeded(node) and not is_communication(node)
 
 
-def _settle_epilogues(n: Nodes, out: fx.Node, grads: list[fx.Node | None]) -> None:
+# ---- gradients
+
+
+def _computed(nodes: Nodes, grad: Node | None) -> Node | None:
+    """A gradient that is an input or a constant as it stands becomes a node of the last unit."""
+    if grad is None or grad in nodes.label:
+        return grad
+    output = _output_of(nodes.graph)
+    graph = nodes.graph
+    with graph.inserting_before(output):
+        clone = graph.call_function(aten.clone.default, (grad,))
+    clone.meta = dict(grad.meta)
+    nodes.label[clone] = nodes.backward(0)
+    output.replace_input_with(grad, clone)
+    return clone
+
+
+def _settle_epilogues(nodes: Nodes, output: Node, grads: Grads) -> None:
     """Move what nothing but a gradient output reads up to the backward half of the segment that
     uses the param."""
-    until: dict[fx.Node, int] = {}  # tail node -> the earliest label it may move to
-    for grad, uses in zip(grads, _uses(n), strict=True):
-        if grad is not None:
-            until[grad] = max(until.get(grad, 0), n.backward(min(uses, default=0)))
-    backward = [x for x in n.graph.nodes if n.label.get(x, -1) >= n.segments and x not in n.heads]
-    for x in reversed(backward):
-        if x.users and all(u is out or u in until for u in x.users):
-            until[x] = max(until.get(u, until.get(x, 0)) for u in x.users)
-    for x in backward:
-        if x in until:
-            sources = [n.label[a] for a in x.all_input_nodes if n.label.get(a, -1) >= n.segments]
-            n.label[x] = min(n.label[x], max([until[x], *sources]))
+    backward = list(filter(nodes.is_backward, nodes.graph.nodes))
+    earliest = _earliest_of_grads(nodes, grads)
+    for node in reversed(backward):
+        if node in nodes.outputs or not node.users:
+            continue
+        readers = [user for user in node.users if user is not output]
+        if all(reader in earliest for reader in readers):
+            own = earliest.get(node, 0)
+            labels = [earliest.get(user, own) for user in node.users]
+            earliest[node] = max(labels)
+    for node in backward:
+        if node not in earliest or node in nodes.outputs:
+            continue
+        label = earliest[node]
+        for source in filter(nodes.is_backward, node.all_input_nodes):
+            label = max(label, nodes.label[source])
+        nodes.label[node] = min(label, nodes.label[node])
 
 
-def _uses(n: Nodes) -> list[set[int]]:
+def _earliest_of_grads(nodes: Nodes, grads: Grads) -> dict[Node, int]:
+    """For every gradient the earliest label that it may move to."""
+    earliest: dict[Node, int] = {}
+    for grad, uses in zip(grads, _uses(nodes), strict=True):
+        if grad is None:
+            continue
+        label = nodes.backward(min(uses, default=0))
+        other = earliest.get(grad, label)  # where one node is the gradient of two params
+        earliest[grad] = max(label, other)
+    return earliest
+
+
+def _uses(nodes: Nodes) -> list[set[int]]:
     """For every param the segments that use it, other than to cast it."""
-    uses: list[set[int]] = [set() for _ in n.params]
-    own: dict[fx.Node, set[int]] = {x: {i} for x, i in n.params.items()}
-    for x, label in n.label.items():
-        found: set[int] = set().union(*(own[a] for a in x.all_input_nodes if a in own))
-        if found and is_cheap(x) and all(a in own for a in x.all_input_nodes):
-            own[x] = found
-        elif label < n.segments:
-            for i in found:
-                uses[i].add(label)
-    return uses
+    uses: dict[int, set[int]] = {}
+    casts: dict[Node, set[int]] = {}
+    for node, param in nodes.params.items():
+        uses[param] = set()
+        casts[node] = {param}
+    for node, label in nodes.label.items():
+        params: set[int] = set()
+        sources = node.all_input_nodes
+        for source in sources:
+            params |= casts.get(source, set())
+        only_casts = casts.keys() >= set(sources)
+        if params and only_casts and is_cheap(node):
+            casts[node] = params
+        elif label < nodes.segments:
+            for param in params:
+                uses[param].add(label)
+    return list(uses.values())
 
 
-def _partials(n: Nodes, x: fx.Node) -> list[fx.Node]:
-    """A gradient taken apart at its sums over segments.
+def _partials(nodes: Nodes, grad: Any) -> list[Node]:
+    """The partial gradients: a gradient is taken apart at its sums over segments.
 
-    Autograd adds to a running sum, the first operand. A second one that is a sum itself came
-    through an alias of the
-    param, and is not taken apart: adding its terms one by one would give other bits.
+    Autograd adds to a running sum, the first operand. A second operand that is a sum itself came
+    through an alias of the param. It is not taken apart: adding its terms one by one would give
+    other bits.
     """
-    return [*_partials(n, x.args[0]), x.args[1]] if _spans(n, x) else [x]  # type: ignore[arg-type, list-item]
+    if grad is None:
+        return []
+    if not _is_sum_over_segments(nodes, grad):
+        return [grad]
+    running, last = grad.args
+    return [*_partials(nodes, running), last]
 
 
-def _spans(n: Nodes, x: fx.Node) -> bool:
-    if x.target is not aten.add.Tensor or len(x.users) > 1 or x.kwargs or len(x.args) > 2:
+def _is_sum_over_segments(nodes: Nodes, node: Any) -> bool:
+    if node.target is not aten.add.Tensor or node.kwargs:
         return False
-    terms = [a for a in x.args if isinstance(a, fx.Node) and n.label.get(a, -1) >= n.segments]
-    return len(terms) == 2 and (
-        n.label[terms[0]] != n.label[terms[1]] or any(_spans(n, a) for a in terms)
-    )
+    if len(node.args) != 2 or len(node.users) > 1:
+        return False
+    first, second = node.args
+    for term in node.args:
+        if not isinstance(term, Node) or not nodes.is_backward(term):
+            return False
+    if nodes.label[first] != nodes.label[second]:
+        return True
+    return any(_is_sum_over_segments(nodes, term) for term in node.args)
 
 
-def _classify(n: Nodes) -> None:
-    free: set[fx.Node] = set(n.batch)  # from batch and constants
-    own: set[fx.Node] = set(n.params)  # from params and constants, by cheap ops
-    for x in n.label:
-        inputs = x.all_input_nodes
-        if is_seeded(x) or is_communication(x):
+# ---- kinds
+
+
+def _classify(nodes: Nodes) -> None:
+    """Find the constants, and what is cheaper to compute again than to carry between units."""
+    from_batch = set(nodes.batch)  # and from constants
+    from_params = set(nodes.params)  # and from constants, by cheap ops
+    for node in nodes.label:
+        if not _repeatable(node):
             continue
-        if all(a in n.constant for a in inputs):
-            n.constant.add(x)
-        elif is_heavy(x):
+        sources = set(node.all_input_nodes) - nodes.constant
+        if not sources:
+            nodes.constant.add(node)
+        elif is_heavy(node):
             continue
-        elif all(a in free or a in n.constant for a in inputs):
-            free.add(x)
-            n.rebuilt.add(x)
-        elif is_cheap(x) and all(a in own or a in n.constant for a in inputs):
-            own.add(x)
-            n.rebuilt.add(x)
-        elif is_view(x) and _size(x) >= _size(viewed(x)):
-            n.rebuilt.add(x)
+        elif sources <= from_batch:
+            from_batch.add(node)
+            nodes.rebuilt.add(node)
+        elif is_cheap(node) and sources <= from_params:
+            from_params.add(node)
+            nodes.rebuilt.add(node)
+        elif is_view(node) and not _is_smaller(node, node.args[0]):
+            nodes.rebuilt.add(node)
 
 
-def _size(x: fx.Node | None) -> int:
-    val = None if x is None else x.meta.get("val")
-    return val.numel() if isinstance(val, torch.Tensor) else 0
+def _is_smaller(view: Node, source: Any) -> bool:
+    return _size(view) < _size(source)
+
+
+def _size(node: Any) -> int:
+    """How many elements a node makes; 0 unless that is one tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return value.numel()

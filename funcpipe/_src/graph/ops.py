@@ -1,5 +1,8 @@
-"""Ops: the marker that divides a graph into segments, and what can be asked about a node by its op
-alone."""
+"""Ops: the marker that divides a graph into segments, and questions that a node's op answers.
+
+In: a node of an FX graph. Out: whether it is a view, a matrix product, communication and so on;
+`extract` gives the part of the graph that computes a node.
+"""
 
 from __future__ import annotations
 
@@ -39,96 +42,112 @@ def is_op(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
 
 
+def name_of(node: fx.Node) -> str:
+    """The name of the op that a node calls, without its overload; empty where it calls none."""
+    if not is_op(node):
+        return ""
+    op: Any = node.target
+    return op.overloadpacket.__name__
+
+
 def is_seeded(node: fx.Node) -> bool:
-    """Whether a node draws from the global generator. Backward ops are exempt: cuDNN's attention
-    backward is tagged so."""
+    """Whether a node draws from the global generator.
+
+    Backward ops do not, although cuDNN's attention backward has the tag.
+    """
     op: Any = node.target
     if not is_op(node) or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    return (
-        not op.overloadpacket.__name__.endswith("_backward")
-        and _argument(node, op, "dropout_p") != 0.0
-    )
+    if name_of(node).endswith("_backward"):
+        return False
+    return _argument(node, op, "dropout_p") != 0.0
 
 
 def _argument(node: fx.Node, op: Any, name: str) -> Any:
-    """An argument of an op by name, its default included; None where the op has none of that
-    name."""
-    for i, a in enumerate(op._schema.arguments):
-        if a.name == name:
-            return node.kwargs.get(name, node.args[i] if i < len(node.args) else a.default_value)
+    """An argument of an op by name, or its default; None where the op has none of that name."""
+    for position, argument in enumerate(op._schema.arguments):
+        if argument.name != name:
+            continue
+        if position < len(node.args):
+            return node.args[position]
+        return node.kwargs.get(name, argument.default_value)
     return None
 
 
-def is_heavy(x: fx.Node) -> bool:
+def is_heavy(node: fx.Node) -> bool:
     """Whether a node is a matrix product or the like."""
-    return is_op(x) and x.target.overloadpacket.__name__ in HEAVY  # type: ignore[union-attr]
+    return name_of(node) in HEAVY
 
 
-def is_view(x: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a node's result, or each of its results, shares its operand's memory."""
-    return is_op(x) and (x.target.is_view or x.target is aten._unsafe_view.default)  # type: ignore[union-attr]
+    op: Any = node.target
+    return is_op(node) and (op.is_view or op is aten._unsafe_view.default)
 
 
-def viewed(x: fx.Node) -> fx.Node | None:
+def viewed(node: fx.Node) -> fx.Node | None:
     """The node whose memory a node's result shares, if there is one."""
-    source = x.args[0] if x.args else None
+    source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if x.target is operator.getitem:  # of split, unbind: one of several views
+    if node.target is operator.getitem:  # of split, unbind: one of several views
         return viewed(source)
-    return source if is_view(x) else None
+    return source if is_view(node) else None
 
 
-def base_of(x: fx.Node) -> fx.Node:
+def base_of(node: fx.Node) -> fx.Node:
     """The node that owns the memory in which a node's result lies."""
-    while (source := viewed(x)) is not None:
-        x = source
-    return x
+    while (source := viewed(node)) is not None:
+        node = source
+    return node
 
 
-def is_cheap(x: fx.Node) -> bool:
+def is_cheap(node: fx.Node) -> bool:
     """Whether computing a node again costs no more than reading it."""
-    if x.target is operator.getitem:
+    if node.target is operator.getitem:
         return True
-    if not is_op(x):
+    if not is_op(node):
         return False
-    op: Any = x.target
-    return torch.Tag.pointwise in op.tags or is_view(x) or op.overloadpacket.__name__ in _CHEAP
+    op: Any = node.target
+    return torch.Tag.pointwise in op.tags or is_view(node) or name_of(node) in _CHEAP
 
 
-def is_factory(x: fx.Node) -> bool:
+def is_factory(node: fx.Node) -> bool:
     """Whether a node makes a constant from nothing, so that folding it would only cost memory."""
-    return is_op(x) and not x.all_input_nodes and x.target.overloadpacket.__name__ in FACTORIES  # type: ignore[union-attr]
+    return not node.all_input_nodes and name_of(node) in FACTORIES
 
 
-def is_communication(x: fx.Node) -> bool:
-    """Whether a node talks to other ranks: such a node runs exactly where the loss put it.
+def is_communication(node: fx.Node) -> bool:
+    """Whether a node exchanges data with other ranks: it then runs exactly where the loss put it.
 
-    The place of a rank on an axis is no talk: it is a constant of the rank.
+    ``axis_index`` does not: the position of a rank on an axis is a constant of the rank.
     """
-    if not is_op(x) or x.target.namespace != "funcpipe":  # type: ignore[union-attr]
-        return False
-    return x.target.overloadpacket.__name__ != "axis_index"  # type: ignore[union-attr]
+    op: Any = node.target
+    return is_op(node) and op.namespace == "funcpipe" and name_of(node) != "axis_index"
 
 
-def is_carried(x: fx.Node) -> bool:
+def is_carried(node: fx.Node) -> bool:
     """Whether a constant is computed once, and not in every unit that reads it."""
-    return not is_factory(x) and viewed(x) is None and isinstance(x.meta.get("val"), torch.Tensor)
+    if is_factory(node) or viewed(node) is not None:
+        return False
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def extract(module: fx.GraphModule, x: fx.Node, inputs: Iterable[fx.Node] = ()) -> fx.GraphModule:
+def extract(
+    module: fx.GraphModule, result: fx.Node, inputs: Iterable[fx.Node] = ()
+) -> fx.GraphModule:
     """The part of a graph that computes one node, as a function of ``inputs``."""
-    need, stack = {x}, [x]
+    needed = {result}
+    stack = [result]
     while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in need:
-                need.add(a)
-                stack.append(a)
+        for source in stack.pop().all_input_nodes:
+            if source not in needed:
+                needed.add(source)
+                stack.append(source)
     graph = fx.Graph()
-    new = {a: graph.placeholder(a.name) for a in inputs}
-    for node in x.graph.nodes:  # in order
-        if node in need and node not in new:
-            new[node] = graph.node_copy(node, lambda a: new[a])
-    graph.output(new[x])
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in result.graph.nodes:  # in order
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[result])
     return fx.GraphModule(module, graph)

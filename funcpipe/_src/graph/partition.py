@@ -131,7 +131,7 @@ class _Cutter:
         self.joint, self.labels = joint, labels
         self.separate_w = separate_w
         self.deferred = deferred(labels) if separate_w else set()
-        self.final = set(labels.heads)
+        self.final = set(labels.outputs)
         self.final.update(*labels.grads)
         self.values: dict[fx.Node, Value] = {}
         self.readers: dict[fx.Node, set[Key]] = {}
@@ -145,7 +145,7 @@ class _Cutter:
         grads = []
         for partials in self.labels.grads:
             grads.append(tuple(map(self._value, partials)))
-        heads = tuple(map(self._value, self.labels.heads))
+        heads = tuple(map(self._value, self.labels.outputs))
         return Units(
             units=dict(reversed(units.items())),
             segments=self.labels.segments,
@@ -214,7 +214,7 @@ class _Cutter:
         self, key: Key, own: Collection[fx.Node], roots: list[fx.Node]
     ) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
-        place, body, inputs = self.labels.place, [], set()
+        place, body, inputs = self.labels.position, [], set()
         seen = set(roots)
         heap = [(-place[node], node) for node in roots]
         heapq.heapify(heap)

@@ -1,21 +1,23 @@
-"""Choices: which forward values of a segment are saved for its backward half, and which are
-computed there again.
+"""Remat by minimum cuts: which forward values of a segment to save, and which to compute again.
 
-Terms. An *item* is a forward value. Saving it costs bytes; computing it again costs *work* and
-needs other items. The backward half *reads* some; what it reads is saved, or computed again from
-what is saved. The *base* of an item owns the
-memory in which it lies: saving the base saves its views.
+An *item* is a forward value. Saving it costs bytes; computing it again costs *work* and needs other
+items. The backward half reads some items: each is saved, or computed again from what is saved. The
+*base* of an item owns its memory: saving the base saves its views.
 
 Under a budget of bytes the least work is wanted. For a price per byte and a price per unit of work
-the cheapest choice is a
-minimum cut: every item has two places, "is there" and "is computed again"; between them lies what
-saving it costs, behind the second what computing it costs, and from the second a road that cannot
-be cut leads to all that it needs. A search over prices gives the choices on the lower convex hull
-of bytes and work; what the last of them leaves of the budget is filled up. functorch's partitioner
-does the like under an ``activation_memory_budget``; it is private, differs between releases of
-torch, and takes joint graphs of its own making, so this is our own.
+the cheapest choice is a minimum cut. Every item has two nodes, "there" and "again":
 
-In: `Choice`. Out: the set of items to save, and what comes of it.
+- the edge from "there" to "again" costs what saving the item costs;
+- the edge from "again" to the sink costs its work;
+- edges that cannot be cut lead from "again" to all that the item needs.
+
+A search over prices gives the choices on the lower convex hull of bytes and work. What the last of
+them leaves of the budget is filled up.
+
+functorch's partitioner does the like under an ``activation_memory_budget``. It is private, differs
+between releases of torch, and takes joint graphs of its own making.
+
+In: `Choice`. Out: the set of items to save, and its `Outcome`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SOURCE, SINK = "source", "sink"
+Numbers = frozenset[int]  # of items
+_UNCUTTABLE: dict[str, int] = {}  # an edge without a capacity cannot be cut
 
 
 class Item(NamedTuple):
@@ -67,123 +71,159 @@ class Choice:
     names: tuple[tuple[str, tuple[int, ...]], ...]
 
     @property
-    def bases(self) -> frozenset[int]:
+    def bases(self) -> Numbers:
         """All that can be saved."""
-        return frozenset(i for i, x in enumerate(self.items) if x.saveable)
+        return frozenset(index for index, item in enumerate(self.items) if item.saveable)
 
-    def named(self, names: tuple[str, ...]) -> frozenset[int]:
+    def named(self, names: tuple[str, ...]) -> Numbers:
         """The bases of the items with one of these names."""
-        return frozenset(
-            self.items[i].base for name, some in self.names if name in names for i in some
-        )
+        bases: set[int] = set()
+        for name, indices in self.names:
+            if name in names:
+                bases.update(self.items[index].base for index in indices)
+        return frozenset(bases)
 
-    def kept(self, i: int, saved: frozenset[int]) -> bool:
+    def kept(self, index: int, saved: Numbers) -> bool:
         """Whether an item is read as the forward half left it, if these are saved."""
-        return not self.items[i].again or self.items[i].base in saved
+        item = self.items[index]
+        return not item.again or item.base in saved
 
 
 class Outcome(NamedTuple):
-    """What comes of saving some items: those of them that are read, their bytes, and what is
-    computed again."""
+    """What saving some items leads to.
 
-    saved: frozenset[int]
+    Args:
+        saved: those of them that are read.
+        nbytes: of these.
+        flops, work: of what is computed again.
+    """
+
+    saved: Numbers
     nbytes: int
     flops: int
     work: int
 
 
-def outcome(c: Choice, saved: frozenset[int]) -> Outcome:
-    """What comes of saving these items, where they are needed, and all that cannot be computed
-    again."""
+def outcome(choice: Choice, saved: Numbers) -> Outcome:
+    """What saving these items leads to. What cannot be computed again is saved as well."""
     kept: set[int] = set()
     again: set[int] = set()
-    stack = list(c.read)
+    stack = list(choice.read)
     while stack:
-        i = stack.pop()
-        if c.kept(i, saved):
-            kept.add(c.items[i].base)
-        elif i not in again:
-            again.add(i)
-            stack += c.items[i].needs
-    nbytes = sum(c.items[i].nbytes for i in kept)
+        index = stack.pop()
+        if choice.kept(index, saved):
+            kept.add(choice.items[index].base)
+        elif index not in again:
+            again.add(index)
+            stack += choice.items[index].needs
+    recomputed = [choice.items[index] for index in again]
     return Outcome(
-        frozenset(kept),
-        nbytes,
-        sum(c.items[i].flops for i in again),
-        sum(c.items[i].work for i in again),
+        saved=frozenset(kept),
+        nbytes=sum(choice.items[index].nbytes for index in kept),
+        flops=sum(item.flops for item in recomputed),
+        work=sum(item.work for item in recomputed),
     )
 
 
 @functools.lru_cache(maxsize=1024)
-def within(c: Choice, budget: float) -> frozenset[int]:
-    """What to save for the least work within a part of the bytes that are read as it is; the fewest
-    bytes if that cannot be.
+def within(choice: Choice, budget: float) -> Numbers:
+    """What to save for the least work within a budget; the fewest bytes if that cannot be.
 
-    >>> x = Item(nbytes=8, flops=0, work=0, base=0, needs=(), saveable=True, again=False, product=False)
-    >>> wide = Item(nbytes=32, flops=0, work=4, base=1, needs=(0,), saveable=True, again=True, product=False)
-    >>> dear = Item(nbytes=32, flops=64, work=68, base=2, needs=(1,), saveable=True, again=True, product=True)
-    >>> c = Choice((x, wide, dear), read=(0, 1, 2), names=())
-    >>> [sorted(within(c, budget)) for budget in (1, 0.6, 0)]
+    Args:
+        budget: the part of the bytes that are read without remat, from 0 to 1.
+
+    >>> x = Item(nbytes=8, flops=0, work=0, base=0, needs=(), saveable=True, again=False,
+    ...          product=False)
+    >>> wide = Item(nbytes=32, flops=0, work=4, base=1, needs=(0,), saveable=True, again=True,
+    ...             product=False)
+    >>> dear = Item(nbytes=32, flops=64, work=68, base=2, needs=(1,), saveable=True, again=True,
+    ...             product=True)
+    >>> choice = Choice((x, wide, dear), read=(0, 1, 2), names=())
+    >>> [sorted(within(choice, budget)) for budget in (1, 0.6, 0)]
     [[0, 1, 2], [0, 2], [0]]
     """
-    whole = outcome(c, c.bases)
-    limit = budget * whole.nbytes
-    if whole.nbytes <= limit:
-        return whole.saved
-    all_bytes = 1 + sum(x.nbytes for x in c.items)
-    all_work = 1 + sum(x.work for x in c.items)
-    over, under = (
-        _cheapest(c, 1, all_bytes),
-        _cheapest(c, all_work, 1),
-    )  # the least work, the fewest bytes
-    if over.nbytes <= limit:
-        under = over
-    while under.nbytes <= limit < over.nbytes:
-        per_byte, per_work = under.work - over.work, over.nbytes - under.nbytes
-        found = _cheapest(c, per_byte, per_work)
-        if (
-            per_byte * found.nbytes + per_work * found.work
-            == per_byte * over.nbytes + per_work * over.work
-        ):
+    everything = outcome(choice, choice.bases)
+    limit = budget * everything.nbytes
+    if everything.nbytes <= limit:
+        return everything.saved
+    all_bytes = 1 + sum(item.nbytes for item in choice.items)
+    all_work = 1 + sum(item.work for item in choice.items)
+    least_work = _cheapest(choice, 1, all_bytes)
+    fewest_bytes = _cheapest(choice, all_work, 1)
+    if least_work.nbytes <= limit:
+        return _filled(choice, least_work, limit).saved
+    best = _on_hull(choice, limit, over=least_work, under=fewest_bytes)
+    return _filled(choice, best, limit).saved
+
+
+def _on_hull(choice: Choice, limit: float, over: Outcome, under: Outcome) -> Outcome:
+    """The choice of the least work on the convex hull that keeps to a limit of bytes.
+
+    Args:
+        over: a choice of more bytes than the limit.
+        under: the choice of the fewest bytes; returned if it is over the limit, too.
+    """
+    while under.nbytes <= limit:
+        per_byte = under.work - over.work
+        per_work = over.nbytes - under.nbytes
+        found = _cheapest(choice, per_byte, per_work)
+        price = per_byte * found.nbytes + per_work * found.work
+        if price == per_byte * over.nbytes + per_work * over.work:
             break
-        over, under = (over, found) if found.nbytes <= limit else (found, under)
-    return _filled(c, under, limit).saved
+        if found.nbytes <= limit:
+            under = found
+        else:
+            over = found
+    return under
 
 
-def _cheapest(c: Choice, per_byte: int, per_work: int) -> Outcome:
+def _cheapest(choice: Choice, per_byte: int, per_work: int) -> Outcome:
     """The choice whose bytes and work cost the least at these prices."""
     import networkx  # of torch's own requirements; slow to import
 
-    g = networkx.DiGraph()
-    g.add_nodes_from((SOURCE, SINK))
-    for i, x in enumerate(c.items):
-        there, again = (i, "there"), (i, "again")
-        cost = (
-            {"capacity": per_byte * x.nbytes} if x.saveable else {}
-        )  # an edge without a capacity cannot be cut
-        g.add_edge(there, again if x.again else SINK, **cost)
-        if x.again:
-            g.add_edge(again, SINK, capacity=per_work * x.work)
-            g.add_edges_from((again, (j, "there")) for j in x.needs)
-    g.add_edges_from((SOURCE, (i, "there")) for i in c.read)
-    wanted, _ = networkx.minimum_cut(g, SOURCE, SINK)[1]
-    saved = (i for i in c.bases if (i, "there") in wanted and (i, "again") not in wanted)
-    return outcome(c, frozenset(saved))
+    graph = networkx.DiGraph()
+    graph.add_nodes_from((SOURCE, SINK))
+    for index, item in enumerate(choice.items):
+        again = _again(index) if item.again else SINK
+        saving = {"capacity": per_byte * item.nbytes} if item.saveable else _UNCUTTABLE
+        graph.add_edge(_there(index), again, **saving)
+        if item.again:
+            graph.add_edge(again, SINK, capacity=per_work * item.work)
+            for needed in item.needs:
+                graph.add_edge(again, _there(needed))
+    for index in choice.read:
+        graph.add_edge(SOURCE, _there(index))
+    _, (wanted, _) = networkx.minimum_cut(graph, SOURCE, SINK)
+    saved = set()
+    for index in choice.bases:
+        if _there(index) in wanted and _again(index) not in wanted:
+            saved.add(index)
+    return outcome(choice, frozenset(saved))
 
 
-def _filled(c: Choice, best: Outcome, limit: float) -> Outcome:
-    """Save more while the limit allows it and it spares work: what spares the most per byte
-    first."""
+def _there(index: int) -> tuple[int, str]:
+    return index, "there"
 
-    def spared(i: int) -> float:
-        x = c.items[i]
-        return -(x.work or sum(c.items[j].work for j in x.needs)) / max(x.nbytes, 1)
+
+def _again(index: int) -> tuple[int, str]:
+    return index, "again"
+
+
+def _filled(choice: Choice, best: Outcome, limit: float) -> Outcome:
+    """Save more while the limit allows it and it spares work, first what spares most per byte."""
+
+    def rank(index: int) -> tuple[float, int]:
+        item = choice.items[index]
+        needed = [choice.items[other] for other in item.needs]
+        spared = item.work or sum(other.work for other in needed)
+        return -spared / max(item.nbytes, 1), index
 
     before = None
     while best != before:  # what spared nothing may do so beside another
         before = best
-        for i in sorted(c.bases - best.saved, key=lambda i: (spared(i), i)):
-            other = outcome(c, best.saved | {i})
+        left = choice.bases - best.saved
+        for index in sorted(left, key=rank):
+            other = outcome(choice, best.saved | {index})
             if other.nbytes <= limit and other.work < best.work:
                 best = other
     return best

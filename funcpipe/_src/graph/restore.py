@@ -1,5 +1,4 @@
-"""Restore: a run on fake tensors leaves no tensor in the Python objects that a loss function
-reaches.
+"""Restore: a run on fakes leaves no tensor in the Python objects that a loss function reaches.
 
 Models keep what they have computed: a rotary table in a dict, an attribute or a class, a function's
 ``lru_cache``. On fakes they would keep fakes, and the next run, or the model itself, would find
@@ -15,6 +14,7 @@ import contextlib
 import enum
 import functools
 import gc
+import itertools
 import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -88,44 +88,50 @@ class _Reached:
         named: list[Any] = []
         for left in reversed(range(_GLOBALS + 1)):
             while todo:
-                x = todo.pop()
-                if type(x) in _PLAIN or id(x) in self.seen or isinstance(x, _LEAVES):
+                found = todo.pop()
+                if self._skips(found):
                     continue
-                self.seen.add(id(x))
-                todo += self._inside(x)
-                if left and type(x) is FunctionType and not _foreign(x.__module__):
-                    named += self._globals(x)
+                self.seen.add(id(found))
+                todo += self._inside(found)
+                if left and type(found) is FunctionType:
+                    named += self._globals(found)
             todo, named = named, []
 
-    def _inside(self, x: Any) -> Iterable[Any]:
-        """What an object refers to; noted is what of it can change."""
-        kind = type(x)
-        if kind is FunctionType:
-            return [*self._cells(x), x.__defaults__, x.__kwdefaults__, x.__dict__]
-        if issubclass(kind, _CONTAINERS):
-            return self._container(x)
-        if kind is MethodType:
-            return x.__self__, x.__func__
-        if kind is _LRU_CACHE:
-            self.caches.append(x)
-            return (x.__wrapped__,)
-        if kind is functools.partial:
-            return x.func, x.args, x.keywords
-        if kind is staticmethod or kind is classmethod:
-            return (x.__func__,)
-        if kind is property:
-            return (x.fget,)
-        return self._object(x)
+    def _skips(self, found: Any) -> bool:
+        if type(found) in _PLAIN or id(found) in self.seen:
+            return True
+        return isinstance(found, _LEAVES)
 
-    def _container(self, x: Any) -> Iterable[Any]:
-        if len(x) > _MOST:
+    def _inside(self, found: Any) -> Iterable[Any]:
+        """What an object refers to; noted is what of it can change."""
+        kind = type(found)
+        if kind is FunctionType:
+            defaults = found.__defaults__, found.__kwdefaults__
+            return [*self._cells(found), *defaults, found.__dict__]
+        if issubclass(kind, _CONTAINERS):
+            return self._container(found)
+        if kind is MethodType:
+            return found.__self__, found.__func__
+        if kind is _LRU_CACHE:
+            self.caches.append(found)
+            return (found.__wrapped__,)
+        if kind is functools.partial:
+            return found.func, found.args, found.keywords
+        if kind is staticmethod or kind is classmethod:
+            return (found.__func__,)
+        if kind is property:
+            return (found.fget,)
+        return self._object(found)
+
+    def _container(self, container: Any) -> Iterable[Any]:
+        if len(container) > _MOST:
             return ()
-        if isinstance(x, dict):
-            self.held.append(_Dict(x))
-            return list(x.values())
-        if not isinstance(x, tuple | frozenset):
-            self.held.append(_Items(x))
-        return list(x)
+        if isinstance(container, dict):
+            self.held.append(_Dict(container))
+            return list(container.values())
+        if not isinstance(container, tuple | frozenset):
+            self.held.append(_Items(container))
+        return list(container)
 
     def _cells(self, fn: FunctionType) -> Iterator[Any]:
         for cell in fn.__closure__ or ():
@@ -134,25 +140,31 @@ class _Reached:
                 yield cell.cell_contents
 
     def _globals(self, fn: FunctionType) -> Iterable[Any]:
-        named = [name for name in _names(fn.__code__) if name in fn.__globals__]
-        self.held.append(_Dict(fn.__globals__, named))
+        """The globals that a function names; none of a library's function."""
+        if _is_foreign(fn.__module__):
+            return ()
+        named = list(filter(fn.__globals__.__contains__, _names(fn.__code__)))
+        self.held.append(_Entries(fn.__globals__, named))
         return [fn.__globals__[name] for name in named]
 
-    def _object(self, x: Any) -> list[Any]:
-        attributes = getattr(x, "__dict__", None)
-        is_module = isinstance(x, torch.nn.Module)
-        if type(attributes) is not dict or (_foreign(type(x).__module__) and not is_module):
+    def _object(self, found: Any) -> list[Any]:
+        attributes = getattr(found, "__dict__", None)
+        if type(attributes) is not dict:
             return []
-        out: list[Any] = [attributes]
-        if is_module:
+        inside: list[Any] = [attributes]
+        if isinstance(found, torch.nn.Module):
             self.held.append(_Dict(attributes))
-            out = [value for name, value in attributes.items() if name not in _UNTOUCHED]
-        for cls in type(x).__mro__:
-            if id(cls) not in self.seen and not _foreign(cls.__module__):
-                self.seen.add(id(cls))
-                self.held.append(_Class(cls))
-                out += vars(cls).values()
-        return out
+            touched = attributes.keys() - _UNTOUCHED
+            inside = [value for name, value in attributes.items() if name in touched]
+        elif _is_foreign(type(found).__module__):
+            return []
+        for cls in type(found).__mro__:
+            if id(cls) in self.seen or _is_foreign(cls.__module__):
+                continue
+            self.seen.add(id(cls))
+            self.held.append(_Class(cls))
+            inside += vars(cls).values()
+        return inside
 
     def empty_caches(self) -> None:
         """Empty every ``lru_cache`` that holds a tensor: it would not be one of this run."""
@@ -162,10 +174,11 @@ class _Reached:
 
     def restore(self) -> None:
         """Put back what changed, if a tensor is among it."""
-        changed = [x for x in self.held if x.changed()]
-        if any(_has_tensor(value) for x in changed for value in x.new()):
-            for x in changed:
-                x.put_back()
+        changed = [held for held in self.held if held.changed()]
+        new = itertools.chain.from_iterable(held.new() for held in changed)
+        if any(map(_has_tensor, new)):
+            for held in changed:
+                held.put_back()
 
 
 # ---- what can change
@@ -174,18 +187,20 @@ class _Reached:
 class _Held:
     """A mutable object, and what it held; identity counts, since values may be tensors."""
 
-    def __init__(self, x: Any) -> None:
-        self.x = x
+    def __init__(self, target: Any) -> None:
+        self.target = target
         self.before = self.now()
 
     def now(self) -> list[Any]:
         """What it holds."""
-        return list(self.x)
+        return list(self.target)
 
     def changed(self) -> bool:
         """Whether it holds something else by now."""
         now = self.now()
-        return len(now) != len(self.before) or any(map(operator.is_not, now, self.before))
+        if len(now) != len(self.before):
+            return True
+        return any(map(operator.is_not, now, self.before))
 
     def new(self) -> list[Any]:
         """What it did not hold."""
@@ -201,59 +216,74 @@ class _Items(_Held):
     """A list, set or deque."""
 
     def put_back(self) -> None:
-        self.x.clear()
-        (self.x.update if isinstance(self.x, set) else self.x.extend)(self.before)
+        self.target.clear()
+        if isinstance(self.target, set):
+            self.target.update(self.before)
+        else:
+            self.target.extend(self.before)
 
 
 class _Cell(_Held):
     """A variable of a closure."""
 
     def now(self) -> list[Any]:
-        return [self.x.cell_contents]
+        return [self.target.cell_contents]
 
     def put_back(self) -> None:
-        self.x.cell_contents = self.before[0]
+        self.target.cell_contents = self.before[0]
 
 
 class _Dict(_Held):
-    """A dict, or the entries of these names."""
-
-    def __init__(self, x: dict[Any, Any], names: list[str] | None = None) -> None:
-        self.names = names
-        super().__init__(x)
+    """A dict: its keys, then its values."""
 
     def now(self) -> list[Any]:
-        if self.names is None:
-            return [*self.x.keys(), *self.x.values()]
-        return [self.x.get(name) for name in self.names]
+        return [*self.target.keys(), *self.target.values()]
 
     def put_back(self) -> None:
-        if self.names is None:
-            half = len(self.before) // 2
-            self.x.clear()
-            self.x.update(zip(self.before[:half], self.before[half:], strict=True))
-        else:
-            self.x.update(zip(self.names, self.before, strict=True))
+        self.target.clear()
+        self.target.update(_as_dict(self.before))
+
+
+class _Entries(_Held):
+    """The entries of a dict that have certain names."""
+
+    def __init__(self, target: dict[Any, Any], names: list[str]) -> None:
+        self.names = names
+        super().__init__(target)
+
+    def now(self) -> list[Any]:
+        return list(map(self.target.get, self.names))
+
+    def put_back(self) -> None:
+        self.target.update(zip(self.names, self.before, strict=True))
 
 
 class _Class(_Held):
-    """The attributes of a class."""
+    """The attributes of a class: their names, then their values."""
 
     def now(self) -> list[Any]:
-        return [*vars(self.x).keys(), *vars(self.x).values()]
+        attributes = vars(self.target)
+        return [*attributes.keys(), *attributes.values()]
 
     def put_back(self) -> None:
-        half = len(self.before) // 2
-        before = dict(zip(self.before[:half], self.before[half:], strict=True))
-        for name in [name for name in vars(self.x) if name not in before]:
-            delattr(self.x, name)
+        before = _as_dict(self.before)
+        for name in vars(self.target).keys() - before.keys():
+            delattr(self.target, name)
         for name, value in before.items():
-            if vars(self.x).get(name) is not value:
-                setattr(self.x, name, value)
+            if vars(self.target).get(name) is not value:
+                setattr(self.target, name, value)
 
 
-def _foreign(module: str | None) -> bool:
-    return (module or "").split(".", 1)[0] in _FOREIGN
+def _as_dict(keys_and_values: list[Any]) -> dict[Any, Any]:
+    half = len(keys_and_values) // 2
+    keys, values = keys_and_values[:half], keys_and_values[half:]
+    return dict(zip(keys, values, strict=True))
+
+
+def _is_foreign(module: str | None) -> bool:
+    """Whether a module is a library's, which is not followed."""
+    package, *_ = (module or "").split(".")
+    return package in _FOREIGN
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -267,25 +297,33 @@ def _names(code: CodeType) -> Iterator[str]:
 # ---- tensors
 
 
-def _has_tensor(x: Any, depth: int = _NESTED) -> bool:
+def _has_tensor(value: Any, depth: int = _NESTED) -> bool:
     """Whether a value is a tensor, or holds one in containers and attributes."""
-    if isinstance(x, torch.Tensor):
+    if isinstance(value, torch.Tensor):
         return True
-    if not depth or isinstance(x, _LEAVES):
+    if not depth or isinstance(value, _LEAVES):
         return False
-    if isinstance(x, dict):
-        inside: Any = list(x.values())
-    elif isinstance(x, list | tuple | set | frozenset | deque):
-        inside = list(x)
-    else:
-        inside = list((getattr(x, "__dict__", None) or {}).values())
-    return any(_has_tensor(y, depth - 1) for y in inside[:_MOST])
+    some = itertools.islice(_held_by(value), _MOST)
+    return any(_has_tensor(inner, depth - 1) for inner in list(some))
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """What a container or an object holds."""
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, _CONTAINERS):
+        return value
+    attributes = getattr(value, "__dict__", None) or {}
+    return attributes.values()
 
 
 def _results(cache: Any) -> list[Any]:
     """What an ``lru_cache`` holds. A module is left there: it may be the only one."""
     inside = gc.get_referents(cache)
-    keys = {id(key) for x in inside if type(x) is dict for key in x}
-    keys.add(id(vars(cache)))
+    keys = {id(vars(cache))}
+    for table in inside:
+        if type(table) is dict:
+            keys.update(map(id, table))
     skipped = (torch.nn.Module, FunctionType)
-    return [x for x in inside if id(x) not in keys and not isinstance(x, skipped)]
+    results = [value for value in inside if id(value) not in keys]
+    return [value for value in results if not isinstance(value, skipped)]

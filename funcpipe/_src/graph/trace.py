@@ -1,13 +1,14 @@
-"""Trace: a loss function becomes one joint FX graph, forward then backward, of one microbatch as
-one rank runs it.
+"""Trace: a loss function becomes one joint FX graph, forward then backward.
 
-Terms. The *joint* function returns the loss and its gradient, by autograd on fake tensors. A
-*marker* is a node of the graph that reads and makes nothing, ``funcpipe::mark(label)``: what comes
-after it has that label (see `node_labels.py`). A boundary marks the forward half and notes how many
-autograd nodes there were. The engine, on one thread, runs them in the reverse order of their
-creation; so when it first comes to an older one than that, it has crossed the boundary backward,
-and a marker says so. Autograd knows nothing of boundaries: it adds up in the order in which it does
-without them.
+The *joint* function returns the loss and its gradient for one microbatch, as one rank computes it,
+by autograd on fake tensors. *Markers* divide its graph into segments: a marker is a node that reads
+and makes nothing, ``funcpipe::mark(label)``, and the nodes after it have that label (see
+`node_labels.py`).
+
+A boundary leaves a marker in the forward half, and notes how many autograd nodes there were. The
+engine, on one thread, runs autograd nodes in the reverse order of their creation. When it first
+comes to a node older than the boundary, it has crossed the boundary backward, and leaves a marker
+there. Markers do not change autograd: gradients are summed in the same order with and without them.
 
 In: a loss function, the structure and fake leaves of params and batch. Out: `Traced`, a flat graph
 of ATen ops whose placeholders are the params' tensors, then the batch's. It holds no real data,
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ from funcpipe._src.collectives import bind_mesh, one_rank
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.core.loss_result import read_loss
-from funcpipe._src.core.loss_types import Mean, differentiable
+from funcpipe._src.core.loss_types import Mean
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.core.source_lines import user_line
 from funcpipe._src.functional.checkpoint_name import NAMED
+from funcpipe._src.graph.fake_tensors import as_leaf
 from funcpipe._src.graph.functionalize import make_functional
 from funcpipe._src.graph.ops import MARK
 from funcpipe._src.graph.restore import restored
@@ -158,10 +160,14 @@ def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
     Raises:
         BatchError: it is a mean over the part, or its gradient a sum over the rows of the part.
     """
+    tensors = [leaf for leaf in tree.leaves(params) if isinstance(leaf, torch.Tensor)]
+    sums_rows = any(leaf.requires_grad for leaf in tensors)
+    where = user_line() or ""
 
     def run(inner: Any, batch: Any) -> Any:
         out = loss_fn(inner, batch)
-        if shared or isinstance(out[0] if has_aux and type(out) is tuple else out, Mean):
+        loss = out[0] if has_aux and type(out) is tuple else out
+        if sums_rows or isinstance(loss, Mean):
             raise BatchError(
                 f"value_and_grad is called inside a loss function{where} whose batch is split: "
                 "every part would take the loss and gradient of its own rows, and not those of "
@@ -171,8 +177,6 @@ def _of_part(loss_fn: Callable, has_aux: bool, params: Any) -> Callable:
             )
         return out
 
-    shared = any(x.requires_grad for x in tree.leaves(params) if isinstance(x, torch.Tensor))
-    where = user_line() or ""
     return run
 
 
@@ -195,7 +199,7 @@ def trace(
             structure.
         mesh, axes: which axes of which mesh a collective in the loss may name; without a mesh, any
             name has one rank.
-        rewriting: under what the loss function and its gradient run.
+        rewriting: a context in which the loss function and its gradient run.
         scale: what the backward pass starts from: a number, or a 0-d fake that becomes the last
             placeholder.
         parts: whether the batch is a part of that of the step.
@@ -203,43 +207,13 @@ def trace(
     Raises:
         BatchError: a ``value_and_grad`` inside, of a part.
         TraceError: a closed-over tensor, control flow that depends on data, randomness, a modified
-        input.
+            input.
         AxisError: a collective over another axis.
         CutError: a boundary inside a checkpoint, or without a tensor.
     """
-    found: dict[str, Any] = {}
     context = TraceContext(parts)
-    leaves, moving = batch[0], [i for i, x in enumerate(batch[0]) if isinstance(x, torch.Tensor)]
-
-    @traceable()
-    def joint(*tensors: torch.Tensor) -> Any:
-        context.begin()
-        inputs = [
-            x.detach().requires_grad_() if differentiable(x) else x
-            for x in tensors[: len(params[0])]
-        ]
-        data = dict(enumerate(leaves)) | dict(zip(moving, tensors[len(params[0]) :], strict=False))
-        with torch.enable_grad():
-            out = loss_fn(
-                tree.unflatten(params[1], inputs), tree.unflatten(batch[1], data.values())
-            )
-            total, weight, aux = read_loss(out, has_aux)
-        extra: list[torch.Tensor] = []
-        found["aux"] = tree.map(lambda x: _number(x, extra), aux)
-        found["weight"] = weight is not None
-        with torch.no_grad():  # clones, so that every output is a node of the forward half
-            heads = [
-                x.detach().clone() for x in (total, *([] if weight is None else [weight]), *extra)
-            ]
-        context.backward()
-        with _Crossing(context):
-            grads = _gradients(total, inputs, tensors[-1] if hidden else scale)
-        _refuse_sparse(grads, params[1])
-        return (*heads, *grads)
-
-    hidden = [scale] if isinstance(scale, torch.Tensor) else []
-    tensors = [*params[0], *(leaves[i] for i in moving), *hidden]
-    device = tensors[0].device if tensors else None
+    joint = _Joint(loss_fn, has_aux, params, batch, scale, context)
+    device = joint.inputs[0].device if joint.inputs else None
     bound = one_rank() if mesh is None else bind_mesh(mesh, axes, device)
     with (
         _TRACING,
@@ -249,66 +223,145 @@ def trace(
         fake_mode,
     ):
         try:
-            with rewriting, restored(loss_fn):
-                module = make_fx(joint, tracing_mode="fake")(*tensors)
-            if not make_functional(module):
-                pure = torch.func.functionalize(module, remove="mutations")
-                module = make_fx(pure, tracing_mode="fake")(*tensors)
+            module = _graph_of(joint, rewriting)
         except FuncpipeError:
             raise
         except Exception as error:
             raise explain(error, loss_fn) from error
-    traced = Traced(
-        module,
-        len(params[0]),
-        len(moving),
-        context.boundaries,
-        found["weight"],
-        found["aux"],
-        _count(found["aux"]),
+    refuse_impure(module.graph, context.boundaries, joint.input_names())
+    return Traced(
+        module=module,
+        params=len(joint.params),
+        batch=len(joint.moving),
+        boundaries=context.boundaries,
+        has_weight=joint.has_weight,
+        aux=joint.aux,
+        aux_count=joint.aux_count,
     )
-    paths = tree.paths(tree.unflatten(batch[1], leaves))
-    names = [f"params{p}" for p in tree.paths(tree.unflatten(*params[::-1]))]
-    names += [f"batch{paths[i]}" for i in moving] + ["the loss scale"] * len(hidden)
-    refuse_impure(module.graph, traced.boundaries, names)
-    return traced
+
+
+def _graph_of(joint: _Joint, rewriting: contextlib.AbstractContextManager) -> fx.GraphModule:
+    """The graph of a joint function, without in-place ops."""
+    with rewriting, restored(joint.loss_fn):
+        module = make_fx(joint.run, tracing_mode="fake")(*joint.inputs)
+    if make_functional(module):
+        return module
+    pure = torch.func.functionalize(module, remove="mutations")
+    return make_fx(pure, tracing_mode="fake")(*joint.inputs)
+
+
+class _Joint:
+    """The joint function of a loss: from flat tensors to its outputs and gradients.
+
+    Args:
+        params, batch, scale: as `trace` takes them.
+        context: marks boundaries while the function runs.
+
+    Attributes:
+        inputs: fakes of what `run` takes: tensors of params, of the batch, and the loss scale.
+        moving: the indices of the batch leaves that are tensors.
+        has_weight, aux, aux_count: see `Traced`; known once it ran.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable,
+        has_aux: bool,
+        params: tuple[list[torch.Tensor], Any],
+        batch: tuple[list[Any], Any],
+        scale: torch.Tensor | float,
+        context: TraceContext,
+    ) -> None:
+        self.loss_fn, self.has_aux, self.context = loss_fn, has_aux, context
+        self.params, self.params_spec = params
+        self.batch, self.batch_spec = batch
+        self.scale = scale
+        self.moving = []
+        self.inputs = list(self.params)
+        for index, leaf in enumerate(self.batch):
+            if isinstance(leaf, torch.Tensor):
+                self.moving.append(index)
+                self.inputs.append(leaf)
+        if isinstance(scale, torch.Tensor):
+            self.inputs.append(scale)
+        self.has_weight = False
+        self.aux: Any = None
+        self.aux_count = 0
+
+    def input_names(self) -> list[str]:
+        """What errors call the inputs."""
+        params = tree.paths(tree.unflatten(self.params_spec, self.params))
+        batch = tree.paths(tree.unflatten(self.batch_spec, self.batch))
+        names = [f"params{path}" for path in params]
+        names += [f"batch{batch[index]}" for index in self.moving]
+        if isinstance(self.scale, torch.Tensor):
+            names.append("the loss scale")
+        return names
+
+    @traceable()
+    def run(self, *tensors: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The total, the weight (if any), aux tensors, and a gradient for every tensor of
+        params."""
+        self.context.begin()
+        params = list(map(as_leaf, tensors[: len(self.params)]))
+        outputs = self._outputs(params, tensors[len(self.params) :])
+        with torch.no_grad():  # clones, so that every output is a node of the forward half
+            clones = [output.detach().clone() for output in outputs]
+        self.context.backward()
+        scale = tensors[-1] if isinstance(self.scale, torch.Tensor) else self.scale
+        with _Crossing(self.context):
+            grads = _gradients(outputs[0], params, scale)
+        _refuse_sparse(grads, self.params_spec)
+        return (*clones, *grads)
+
+    def _outputs(
+        self, params: list[torch.Tensor], others: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Run the loss function: the total, the weight (if any), and aux tensors."""
+        batch = list(self.batch)
+        for index, tensor in zip(self.moving, others, strict=False):  # the scale is left
+            batch[index] = tensor
+        with torch.enable_grad():
+            params = tree.unflatten(self.params_spec, params)
+            out = self.loss_fn(params, tree.unflatten(self.batch_spec, batch))
+            total, weight, aux = read_loss(out, self.has_aux)
+        self.has_weight = weight is not None
+        outputs = [total] if weight is None else [total, weight]
+        before = len(outputs)
+        self.aux = tree.map(lambda leaf: _numbered(leaf, outputs, before), aux)
+        self.aux_count = len(outputs) - before
+        return outputs
 
 
 def _gradients(
-    total: torch.Tensor, inputs: list[torch.Tensor], scale: torch.Tensor | float
+    total: torch.Tensor, params: list[torch.Tensor], scale: torch.Tensor | float
 ) -> list[torch.Tensor | None]:
-    wanted = [x for x in inputs if x.requires_grad]
-    if not (total.requires_grad and wanted):
-        return [None] * len(inputs)
+    """The gradient of every param; None for those that can have none."""
+    wanted = [param for param in params if param.requires_grad]
+    if not total.requires_grad or not wanted:
+        return [None] * len(params)
     # torch.autograd.grad, but it would switch modes of torch functions off, and a checkpoint would
     # recompute without them.
     engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
-    found = iter(
-        engine(
-            (total,),
-            (_seed(total, scale),),
-            False,
-            False,
-            tuple(wanted),
-            True,
-            accumulate_grad=False,
-        )
-    )
-    return [next(found) if x.requires_grad else None for x in inputs]
+    seeds = (_seed(total, scale),)
+    found = iter(engine((total,), seeds, False, False, tuple(wanted), True, accumulate_grad=False))
+    return [next(found) if param.requires_grad else None for param in params]
 
 
 def _refuse_sparse(grads: list[torch.Tensor | None], spec: Any) -> None:
-    for i, x in enumerate(grads):
-        if x is not None and x.layout is not torch.strided:
-            path = tree.paths(tree.unflatten(spec, range(len(grads))))[i]
-            raise TraceError(
-                f"the gradient of params{path} is sparse ({x.layout}), but gradients are summed "
-                "over ranks and microbatches as dense tensors: compute with x.to_dense() in the "
-                "loss function"
-            )
+    for index, grad in enumerate(grads):
+        if grad is None or grad.layout is torch.strided:
+            continue
+        path = tree.paths(tree.unflatten(spec, range(len(grads))))[index]
+        raise TraceError(
+            f"the gradient of params{path} is sparse ({grad.layout}), but gradients are summed "
+            "over ranks and microbatches as dense tensors: compute with x.to_dense() in the "
+            "loss function"
+        )
 
 
 def _seed(total: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """What the backward pass starts from."""
     if isinstance(scale, torch.Tensor):
         return scale.to(total.dtype)
     return torch.ones_like(total) if scale == 1 else torch.full_like(total, scale)
@@ -318,17 +371,18 @@ class _Output(int):
     """The number of an aux output, standing in for its tensor."""
 
 
-def _number(x: Any, out: list[torch.Tensor]) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    out.append(x)
-    return _Output(len(out) - 1)
+def _numbered(leaf: Any, outputs: list[torch.Tensor], before: int) -> Any:
+    """Add a leaf of aux to the outputs if it is a tensor; what stands in for it."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    outputs.append(leaf)
+    return _Output(len(outputs) - before - 1)
 
 
-def _count(aux: Any) -> int:
-    return sum(isinstance(x, _Output) for x in tree.leaves(aux))
-
-
-def fill_aux(aux: Any, values: Callable[[int], Any]) -> Any:
+def fill_aux(aux: Any, value_of: Callable[[int], Any]) -> Any:
     """The aux tree with a value in place of every output number."""
-    return tree.map(lambda x: values(int(x)) if isinstance(x, _Output) else x, aux)
+
+    def filled(leaf: Any) -> Any:
+        return value_of(int(leaf)) if isinstance(leaf, _Output) else leaf
+
+    return tree.map(filled, aux)

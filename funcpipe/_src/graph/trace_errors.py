@@ -1,4 +1,4 @@
-"""What a trace refuses, and its errors in the words of the user's own code.
+"""Trace errors: what a trace refuses, in the words of the user's own code.
 
 In: the error that a loss function raised while it was traced, or the graph that came out. Out: an
 error of ``funcpipe.errors`` that says which line, which input and what to write instead.
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from funcpipe._src.core import pytree as tree
@@ -27,7 +27,7 @@ BY_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
 _FOREIGN = ("Please convert all Tensors to FakeTensors first", "Mixing fake modes")
 
 
-def refuse_impure(graph: fx.Graph, boundaries: int, names: Sequence[str]) -> None:
+def refuse_impure(graph: Graph, boundaries: int, names: Sequence[str]) -> None:
     """Refuse what no two ranks or microbatches could repeat.
 
     Args:
@@ -39,38 +39,45 @@ def refuse_impure(graph: fx.Graph, boundaries: int, names: Sequence[str]) -> Non
         TraceError: randomness, or an input that is changed in place.
     """
     nodes = list(graph.nodes)
-    marks = (i for i, x in enumerate(nodes) if x.target is MARK and x.args[0] > boundaries)
-    begin = next(marks, len(nodes))
-    _refuse_random(*([x for x in half if is_seeded(x)] for half in (nodes[:begin], nodes[begin:])))
-    inputs = dict(zip((x for x in nodes if x.op == "placeholder"), names, strict=True))
-    for x in filter(mutates, nodes):
-        if x.args and x.args[0] in inputs:
+    _refuse_random(nodes, boundaries)
+    name_of = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
+    for node in filter(mutates, nodes):
+        written = node.args[0] if node.args else None
+        if written in name_of:
             raise TraceError(
-                f"the loss function changes {inputs[x.args[0]]} in place: it has to be pure, since "
+                f"the loss function changes {name_of[written]} in place: it has to be pure, since "
                 "a microbatch is a view of the caller's batch and params are used again. Write to "
                 "a clone instead"
             )
 
 
-def _refuse_random(forward: Sequence[fx.Node], backward: Sequence[fx.Node]) -> None:
-    if backward:
+def _refuse_random(nodes: list[Node], boundaries: int) -> None:
+    for node in filter(is_seeded, nodes[_start_of_backward(nodes, boundaries) :]):
         raise TraceError(
-            f"{backward[0].target} draws a new random mask while torch.utils.checkpoint "
-            "recomputes: the gradient would belong to another mask than the loss. Draw the mask "
-            "outside the loss and pass it through batch"
+            f"{node.target} draws a new random mask while torch.utils.checkpoint recomputes: the "
+            "gradient would belong to another mask than the loss. Draw the mask outside the loss "
+            "and pass it through batch"
         )
-    if forward:
+    for node in filter(is_seeded, nodes):
         raise TraceError(
-            f"{forward[0].target} draws from the global random generator, so no two ranks or "
+            f"{node.target} draws from the global random generator, so no two ranks or "
             "microbatches could repeat what one device does. Draw the random values outside the "
             "loss and pass them through batch"
         )
 
 
+def _start_of_backward(nodes: list[Any], boundaries: int) -> int:
+    """Where the backward half begins: at the first marker beyond those of boundaries."""
+    for position, node in enumerate(nodes):
+        if node.target is MARK and node.args[0] > boundaries:
+            return position
+    return len(nodes)
+
+
 def explain(error: Exception, loss_fn: Callable) -> Exception:
-    """The error of a trace in the words of the user's own code, where its kind is known; else the
-    error itself."""
-    where, text = line_of(error) or "", str(error)
+    """The error of a trace in the words of the user's own code; an unknown kind as it is."""
+    where = line_of(error) or ""
+    text = str(error)
     grouped = explain_grouped(error)
     if grouped is not None:
         return grouped
@@ -106,7 +113,7 @@ def explain(error: Exception, loss_fn: Callable) -> Exception:
 
 
 def _closed_over(loss_fn: Callable) -> str:
-    held = [name for name, x in _surroundings(loss_fn) if _has_tensor(x)]
+    held = [name for name, value in _surroundings(loss_fn) if _has_tensor(value)]
     return f" (it closes over {', '.join(map(repr, held))})" if held else ""
 
 
@@ -115,13 +122,15 @@ def _surroundings(fn: Any) -> Iterator[tuple[str, Any]]:
     while isinstance(fn, functools.partial):
         yield from fn.keywords.items()
         fn = fn.func
-    if getattr(fn, "__self__", None) is not None:
-        yield from ((f"self.{name}", x) for name, x in getattr(fn.__self__, "__dict__", {}).items())
+    owner = getattr(fn, "__self__", None)
+    if owner is not None:
+        for name, value in getattr(owner, "__dict__", {}).items():
+            yield f"self.{name}", value
         fn = getattr(fn, "__func__", fn)
     code = getattr(fn, "__code__", None)
-    for name, cell in zip(
-        getattr(code, "co_freevars", ()), getattr(fn, "__closure__", None) or (), strict=False
-    ):
+    variables = getattr(code, "co_freevars", ())
+    cells = getattr(fn, "__closure__", None) or ()
+    for name, cell in zip(variables, cells, strict=False):
         with contextlib.suppress(ValueError):  # a cell can be empty
             yield name, cell.cell_contents
     for name in getattr(code, "co_names", ()):
@@ -129,7 +138,7 @@ def _surroundings(fn: Any) -> Iterator[tuple[str, Any]]:
             yield name, fn.__globals__[name]
 
 
-def _has_tensor(x: Any) -> bool:
-    if isinstance(x, torch.nn.Module):
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, torch.nn.Module):
         return True
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x))
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(value))

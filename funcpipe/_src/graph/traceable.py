@@ -1,8 +1,7 @@
-"""Traceable: under what a loss function runs on fakes, so that what libraries do in it can be
-traced.
+"""Traceable: lets a loss function run on fakes whatever libraries it calls.
 
-Lookups in tables give dense gradients, whatever they are asked for; distributions do not look at
-values to check them.
+Lookups in tables give dense gradients, even where sparse ones are asked for; distributions do not
+look at values to check them.
 
 In: a loss function's calls of torch. Out: the same numbers.
 """
@@ -20,13 +19,15 @@ import torch.nn.functional as F
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-# Calls that give sparse gradients if asked to: by which option, and its place among the arguments.
+
+def _position_of_sparse(fn: Callable) -> int:
+    return list(inspect.signature(fn).parameters).index("sparse")
+
+
+# Calls that give sparse gradients if asked to: the option, and its position among the arguments.
 _SPARSE: dict[Callable, tuple[str, int]] = {
-    F.embedding: ("sparse", list(inspect.signature(F.embedding).parameters).index("sparse")),
-    F.embedding_bag: (
-        "sparse",
-        list(inspect.signature(F.embedding_bag).parameters).index("sparse"),
-    ),
+    F.embedding: ("sparse", _position_of_sparse(F.embedding)),
+    F.embedding_bag: ("sparse", _position_of_sparse(F.embedding_bag)),
     torch.embedding: ("sparse", 4),
     torch.embedding_bag: ("sparse", 5),
     torch.gather: ("sparse_grad", 3),
@@ -49,11 +50,13 @@ def traceable() -> Iterator[None]:
 
 
 class _Unchecked:
-    """While any thread is inside, distributions do not check their arguments, unless one is told
-    to."""
+    """While any thread is inside, distributions do not check their arguments, unless a call asks
+    for it."""
 
     def __init__(self) -> None:
-        self.lock, self.inside, self.before = threading.Lock(), 0, False
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.before = False
 
     def __enter__(self) -> None:
         with self.lock:
@@ -73,13 +76,15 @@ _unchecked = _Unchecked()
 
 
 class _Dense(TorchFunctionMode):
-    """Leaves the wish for sparse gradients out, since their sums over ranks and microbatches are
-    dense anyway."""
+    """Turns requests for sparse gradients into dense ones: their sums over ranks and microbatches
+    are dense anyway."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SPARSE:
-            name, place = _SPARSE[func]
-            args = (*args[:place], False, *args[place + 1 :]) if len(args) > place else args
-            kwargs = kwargs | {name: False} if name in kwargs else kwargs
+            option, position = _SPARSE[func]
+            if len(args) > position:
+                args = (*args[:position], False, *args[position + 1 :])
+            if option in kwargs:
+                kwargs = kwargs | {option: False}
         return func(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""Values and code: what goes between units, and what runs inside one.
+"""Values and code: what units read and write, and what runs inside one.
 
 In: nodes of a joint graph. Out: `Value` (a name, shape, dtype, bytes) and `Code` (a callable,
-shared by all units whose graphs are equal; "boxed": it takes one list, empties it, and frees every
-input at its last use).
+shared by all units whose graphs are equal). Code is "boxed": it takes one list, empties it, and
+frees every input at its last use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,8 @@ class Value:
     nbytes: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: "
-            f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: {dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,26 +70,32 @@ class Code:
     peak: int
 
 
-def value_of(x: fx.Node, kind: str, index: int) -> Value:
+def value_of(node: fx.Node, kind: str, index: int) -> Value:
     """The value that a node stands for."""
-    base, val = base_of(x), x.meta["val"]
-    shape, stride = tuple(val.shape), tuple(val.stride())
+    base = base_of(node)
+    tensor = node.meta["val"]
     return Value(
-        x.name,
-        kind,
-        index,
-        shape,
-        stride,
-        val.dtype,
-        val.device,
-        base.name,
-        nbytes(base.meta["val"]),
+        name=node.name,
+        kind=kind,
+        index=index,
+        shape=tuple(tensor.shape),
+        stride=tuple(tensor.stride()),
+        dtype=tensor.dtype,
+        device=tensor.device,
+        storage=base.name,
+        nbytes=nbytes(base.meta["val"]),
     )
 
 
-def nbytes(val: torch.Tensor) -> int:
+def nbytes(tensor: torch.Tensor) -> int:
     """Bytes of a dense tensor's memory."""
-    return val.numel() * val.element_size()
+    return tensor.numel() * tensor.element_size()
+
+
+def nbytes_of(node: fx.Node) -> int:
+    """Bytes of what a node makes; 0 unless that is one tensor."""
+    made = node.meta.get("val")
+    return nbytes(made) if isinstance(made, torch.Tensor) else 0
 
 
 def compile_unit(
@@ -98,37 +103,83 @@ def compile_unit(
     body: list[fx.Node],
     inputs: list[fx.Node],
     outputs: list[fx.Node],
-    known: dict[str, Code],
+    compiled: dict[str, Code],
 ) -> Code:
-    """The code of a unit: ``known`` code when an equal graph is there already."""
+    """The code of a unit.
+
+    Args:
+        module: the joint graph.
+        body: the nodes that the unit computes, in order.
+        inputs, outputs: the nodes that it reads and returns.
+        compiled: code by its key, which an equal graph shares; new code is added.
+    """
     key = _hash(body, inputs, outputs)
-    if key not in known:
-        graph = fx.Graph()
-        new: dict[fx.Node, fx.Node] = {}
-        for i, x in enumerate(inputs):
-            new[x] = graph.placeholder(f"in{i}")
-            new[x].meta["val"] = x.meta["val"]
-        for x in body:
-            new[x] = graph.node_copy(x, lambda a: new[a])
-        graph.output(tuple(new[x] for x in outputs))
-        graph.set_codegen(fx.graph._BoxedCodeGen())
-        unit = fx.GraphModule(module, graph, class_name=f"unit_{key}")
-        known[key] = Code(key, unit, unit.forward, sum(map(flops, body)), _peak(body, outputs))
-    return known[key]
+    if key not in compiled:
+        unit = _graph_of(module, body, inputs, outputs, f"unit_{key}")
+        compiled[key] = Code(
+            key=key,
+            module=unit,
+            run=unit.forward,
+            flops=sum(map(flops, body)),
+            peak=_peak(body, outputs),
+        )
+    return compiled[key]
+
+
+def _graph_of(
+    module: fx.GraphModule,
+    body: list[fx.Node],
+    inputs: list[fx.Node],
+    outputs: list[fx.Node],
+    name: str,
+) -> fx.GraphModule:
+    """A boxed graph of some nodes of a joint graph."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for number, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"in{number}")
+        copies[node].meta["val"] = node.meta["val"]
+    for node in body:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.set_codegen(fx.graph._BoxedCodeGen())
+    return fx.GraphModule(module, graph, class_name=name)
+
+
+# ---- keys: equal graphs have equal texts
+
+
+class _Bare(str):
+    """A text that is printed without quotes."""
+
+    __repr__ = str.__str__  # type: ignore[assignment]
 
 
 def _hash(body: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node]) -> str:
-    number = {x: f"%{i}" for i, x in enumerate([*inputs, *body])}
-    lines = [_meta(x) for x in inputs]
-    for x in body:
-        args = fx.node.map_arg((x.args, x.kwargs), lambda a: _Name(number[a]))
-        lines.append(f"{x.target}{args}")
-    lines.append(",".join(number[x] for x in outputs))
-    return hashlib.sha256(without_device_numbers("\n".join(lines)).encode()).hexdigest()[:12]
+    numbers: dict[fx.Node, _Bare] = {}
+    for node in (*inputs, *body):
+        numbers[node] = _Bare(f"%{len(numbers)}")
+    lines = list(map(_input_text, inputs))
+    for node in body:
+        args = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        lines.append(f"{node.target}{args}")
+    lines.append(",".join(numbers[node] for node in outputs))
+    return _short_hash(lines)
+
+
+def _input_text(node: fx.Node) -> str:
+    tensor = node.meta["val"]
+    shape = tuple(tensor.shape)
+    return f"{tensor.dtype}{shape}{tensor.stride()}{tensor.device.type}"
+
+
+def _short_hash(lines: Iterable[str]) -> str:
+    text = without_device_numbers("\n".join(lines))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def without_device_numbers(text: str) -> str:
-    """A text without the numbers of GPUs: a rank's own says nothing.
+    """A text without the numbers of GPUs, so that it is the same on all ranks.
 
     >>> without_device_numbers("zeros(device=cuda:3)")
     'zeros(device=cuda)'
@@ -136,57 +187,64 @@ def without_device_numbers(text: str) -> str:
     return re.sub(r"index=\d+|cuda:\d+", "cuda", text)
 
 
-class _Name(str):
-    __repr__ = str.__str__  # type: ignore[assignment]
+# ---- what a unit costs
 
 
-def _meta(x: fx.Node) -> str:
-    val = x.meta["val"]
-    return f"{val.dtype}{tuple(val.shape)}{val.stride()}{val.device.type}"
-
-
-def flops(x: fx.Node) -> int:
-    """Floating-point operations of a node that is a matrix product, a convolution or an attention;
-    0 for others."""
-    count = flop_registry.get(getattr(x.target, "overloadpacket", None)) if is_op(x) else None
+def flops(node: fx.Node) -> int:
+    """Floating-point operations of a matrix product, a convolution or an attention; 0 for other
+    nodes."""
+    packet = getattr(node.target, "overloadpacket", None)
+    count = flop_registry.get(packet) if is_op(node) else None
     if count is None:
         return 0
     args: Any
-    args, kwargs = fx.node.map_arg((x.args, x.kwargs), lambda a: a.meta["val"])
-    if "scaled_dot_product" in str(x.target):
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _fake_of)
+    if "scaled_dot_product" in str(node.target):
         args = _with_equal_heads(args)
-    return int(count(*args, **kwargs, out_val=x.meta["val"]))
+    return int(count(*args, **kwargs, out_val=_fake_of(node)))
+
+
+def _fake_of(node: fx.Node) -> Any:
+    return node.meta["val"]
 
 
 def _with_equal_heads(args: Sequence[Any]) -> list[Any]:
     """Operands of an attention, ``(batch, heads, positions, dim)``, with equally many heads: torch
     counts no others."""
-    heads = max(a.shape[1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4)
-    wide = lambda a: torch.empty((a.shape[0], heads, *a.shape[2:]), device="meta")  # noqa: E731
-    return [wide(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+    heads = max(x.shape[1] for x in filter(_has_heads, args))
+    widened = list(args)
+    for position, operand in enumerate(args):
+        if _has_heads(operand):
+            shape = (operand.shape[0], heads, *operand.shape[2:])
+            widened[position] = torch.empty(shape, device="meta")
+    return widened
+
+
+def _has_heads(operand: Any) -> bool:
+    return isinstance(operand, torch.Tensor) and operand.dim() == 4
 
 
 def _peak(body: list[fx.Node], outputs: list[fx.Node]) -> int:
-    own, keep = set(body), set(outputs)
-    last = {}
-    for x in body:
-        for a in x.all_input_nodes:
-            last[base_of(a)] = x
-    ends: dict[fx.Node, list[fx.Node]] = {}
-    for a, x in last.items():
-        ends.setdefault(x, []).append(a)
-    keep = {base_of(x) for x in keep}
+    """Bytes of a unit's own memory at their peak: each tensor lives until its last use."""
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in body:
+        for source in node.all_input_nodes:
+            last_use[base_of(source)] = node
+    freeable = set(body).difference(map(base_of, outputs))
+    freed_at: Counter[fx.Node] = Counter()
+    for base, node in last_use.items():
+        if base in freeable:
+            freed_at[node] += nbytes_of(base)
     now = peak = 0
-    for x in body:
-        now += 0 if viewed(x) else _size(x)
+    for node in body:
+        if viewed(node) is None:
+            now += nbytes_of(node)
         peak = max(peak, now)
-        now -= sum(_size(a) for a in ends.get(x, ()) if a in own and a not in keep)
+        now -= freed_at[node]
     return peak
 
 
-def _size(x: fx.Node) -> int:
-    val = x.meta.get("val")
-    return nbytes(val) if isinstance(val, torch.Tensor) else 0
+# ---- constants
 
 
 class Folded:
@@ -206,29 +264,34 @@ class Folded:
     def key(self) -> str:
         """A hash of what it is computed from, numbers of Python among it."""
         nodes = list(self.run.graph.nodes)
-        lines = [f"{x.target}{x.args}{x.kwargs}" for x in nodes]
-        lines += [_bits(getattr(self.run, x.target)) for x in nodes if x.op == "get_attr"]
-        return hashlib.sha256(without_device_numbers("\n".join(lines)).encode()).hexdigest()[:12]
+        lines = [f"{node.target}{node.args}{node.kwargs}" for node in nodes]
+        for node in nodes:
+            if node.op == "get_attr":
+                lines.append(_content_hash(getattr(self.run, node.target)))
+        return _short_hash(lines)
 
 
-def _bits(x: torch.Tensor) -> str:
+def _content_hash(tensor: torch.Tensor) -> str:
     """A hash of what a tensor holds."""
-    held = torch.view_as_real(x) if x.is_complex() else x
-    held = held.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(held.numpy().tobytes()).hexdigest()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    held = flat.view(torch.uint8).numpy()
+    return hashlib.sha256(held.tobytes()).hexdigest()
 
 
-def folded(module: fx.GraphModule, x: fx.Node) -> Folded:
+def folded(module: fx.GraphModule, node: fx.Node) -> Folded:
     """A function that computes a constant on the rank that calls it."""
-    return Folded(extract(module, x))
+    return Folded(extract(module, node))
 
 
-def bytes_text(n: float) -> str:
+def bytes_text(count: float) -> str:
     """Bytes for people.
 
     >>> bytes_text(1536)
     '1.5 KiB'
     """
-    power = min(int(math.log(max(n, 1), 1024)), 4)
+    power = min(int(math.log(max(count, 1), 1024)), 4)
     unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{n / 1024**power:.{1 if power else 0}f} {unit}"
+    decimals = 1 if power else 0
+    return f"{count / 1024**power:.{decimals}f} {unit}"

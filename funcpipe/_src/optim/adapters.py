@@ -1,6 +1,7 @@
 """Optimizers of other libraries.
 
-In: a pair of functions of optax's shape. Out: an `Optimizer`.
+In: a pair of functions of optax's shape.
+Out: an `Optimizer`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from funcpipe._src.core import pytree as tree
-from funcpipe._src.optim.leaves import Factors, Optimizer, laid_out, leaves_beside, trained
+from funcpipe._src.core import pytree
+from funcpipe._src.optim.leaves import (
+    Factors,
+    Optimizer,
+    is_trained,
+    matching_leaves,
+    with_layout_of,
+)
 from funcpipe.errors import OptimError
 
 
@@ -44,44 +52,54 @@ def from_optax(pair: Any) -> Optimizer:
     """
     try:
         pair_init, pair_update = pair
-        pure = {"inplace": False} if "inplace" in inspect.signature(pair_update).parameters else {}
+        takes_inplace = "inplace" in inspect.signature(pair_update).parameters
     except (TypeError, ValueError):
         raise OptimError(
             "from_optax takes a pair of functions (init, update), such as torchopt.adam(1e-3); "
             f"got {pair!r}"
         ) from None
+    not_in_place = {"inplace": False} if takes_inplace else {}
 
     def init(params: Any) -> Any:
-        return pair_init(tree.map(lambda leaf: leaf if trained(leaf) else None, params))
+        return pair_init(pytree.map(_trained_or_none, params))
 
     @torch.no_grad()
     def update(
-        grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None
+        grads: Any,
+        state: Any,
+        params: Any,
+        factors: Sequence[Factors] | None = None,
     ) -> tuple[Any, Any]:
-        p, spec = tree.flatten(params)
-        g = leaves_beside(params, grads, "grads")
-        moving = [trained(leaf) for leaf in p]
-        g = [laid_out(x, leaf) if t else None for x, leaf, t in zip(g, p, moving, strict=True)]
-        shown_g, shown_p = (
-            spec.unflatten(leaf if t else None for leaf, t in zip(leaves, moving, strict=True))
-            for leaves in (g, p)
+        leaves, spec = pytree.flatten(params)
+        shown_grads: list[Tensor | None] = []
+        for leaf, grad in zip(leaves, matching_leaves(params, grads, "grads"), strict=True):
+            shown_grads.append(with_layout_of(grad, leaf) if is_trained(leaf) else None)
+        updates, state = pair_update(
+            spec.unflatten(shown_grads),
+            state,
+            params=spec.unflatten(map(_trained_or_none, leaves)),
+            **not_in_place,
         )
-        updates, state = pair_update(shown_g, state, params=shown_p, **pure)
-        moves = leaves_beside(params, updates, "the updates of the pair")
-        scale = _rates(factors or [Factors()] * len(p))
-        new = [
-            torch.add(x, laid_out(u, x), alpha=f) if t else x
-            for x, u, f, t in zip(p, moves, scale, moving, strict=True)
-        ]
+        moves = matching_leaves(params, updates, "the updates of the pair")
+        rates = _lr_factors(factors or [Factors()] * len(leaves))
+        new = []
+        for leaf, move, rate in zip(leaves, moves, rates, strict=True):
+            if is_trained(leaf):
+                leaf = torch.add(leaf, with_layout_of(move, leaf), alpha=rate)
+            new.append(leaf)
         return spec.unflatten(new), state
 
     return Optimizer(init, update)
 
 
-def _rates(factors: Sequence[Factors]) -> list[float]:
-    if any(f.weight_decay != 1.0 for f in factors):
+def _trained_or_none(leaf: Any) -> Tensor | None:
+    return leaf if is_trained(leaf) else None
+
+
+def _lr_factors(factors: Sequence[Factors]) -> list[float]:
+    if any(factor.weight_decay != 1.0 for factor in factors):
         raise OptimError(
-            "from_optax: a pair hands out updates that contain its weight decay, so no factor of "
+            "from_optax: the updates of a pair contain its weight decay already, so no factor of "
             "it can be changed; give per_leaf an lr alone, or mask the decay inside the pair"
         )
-    return [f.lr for f in factors]
+    return [factor.lr for factor in factors]

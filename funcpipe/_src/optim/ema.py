@@ -1,6 +1,7 @@
 """The exponential moving average of parameters.
 
-In: a decay. Out: a pair of pure functions.
+In: a decay.
+Out: a pair of pure functions.
 """
 
 from __future__ import annotations
@@ -9,26 +10,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import pytree
 from funcpipe._src.optim.leaves import (
     Schedule,
-    groups,
-    leaves_beside,
-    pick,
-    put,
+    group_leaves,
+    is_trained,
+    matching_leaves,
+    new_step_count,
     rate_on,
-    scheduled,
-    step_of,
-    trained,
+    setting_at,
 )
 from funcpipe.errors import OptimError
 
 
 class AverageState(NamedTuple):
-    """``step``: how many updates so far, 0-d float64; ``average``: a tree like params."""
+    """The state of an `ema`.
 
-    step: torch.Tensor
+    Args:
+        step: how many updates there were so far, 0-d float64.
+        average: a tree like params.
+    """
+
+    step: Tensor
     average: Any
 
 
@@ -45,7 +50,7 @@ class Average(NamedTuple):
 
 
 def ema(decay: float | Schedule) -> Average:
-    r"""The exponential moving average of the parameters: what one evaluates.
+    r"""The exponential moving average of the parameters, to be evaluated in their place.
 
     .. math::
         a_t = \beta_t a_{t-1} + (1 - \beta_t) p_t, \quad a_0 = p_0
@@ -82,37 +87,38 @@ def ema(decay: float | Schedule) -> Average:
     def init(params: Any) -> AverageState:
         # Clones: a state must not hold one tensor twice, since a step may be captured to update it
         # in place.
-        return AverageState(
-            step_of(params), tree.map_tensors(lambda p: _wide(p).detach().clone(), params)
-        )
+        average = pytree.map_tensors(lambda leaf: _widened(leaf).detach().clone(), params)
+        return AverageState(new_step_count(params), average)
 
     @torch.no_grad()
     def update(state: AverageState, params: Any) -> AverageState:
-        p, spec = tree.flatten(params)
-        out = list(p)
-        old = leaves_beside(params, state.average, "the average")
-        share = 1 - scheduled(decay, state.step)
-        for (device, dtype, _), at in groups(p).items():
-            put(
-                out,
-                at,
-                _mixed(
-                    pick(old, at), [_wide(x) for x in pick(p, at)], rate_on(device, dtype, share)
-                ),
-            )
-        return AverageState(state.step + 1, spec.unflatten(out))
+        leaves, spec = pytree.flatten(params)
+        old = matching_leaves(params, state.average, "the average")
+        new = list(leaves)
+        share = 1 - setting_at(state.step, decay)
+        for group in group_leaves(leaves):
+            latest = [_widened(leaf) for leaf in group.select(leaves)]
+            group_share = rate_on(group.device, group.dtype, share)
+            group.assign(new, _mixed(group.select(old), latest, group_share))
+        return AverageState(state.step + 1, spec.unflatten(new))
 
     return Average(init, update)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _widened(leaf: Tensor) -> Tensor:
     """A trained leaf in the dtype of its average."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if trained(x) else x
+    if not is_trained(leaf):
+        return leaf
+    return leaf.to(torch.promote_types(leaf.dtype, torch.float32))
 
 
-def _mixed(old: Any, new: Any, share: torch.Tensor | float) -> Any:
-    """``old + share * (new - old)``; a tensor cannot be the weight of the kernel for numbers."""
-    if isinstance(share, torch.Tensor):
-        way = torch._foreach_mul(torch._foreach_sub(new, old), share)
-        return torch._foreach_add(old, way)
+def _mixed(
+    old: Any,
+    new: Any,
+    share: Tensor | float,
+) -> Any:
+    """``old + share * (new - old)``. A tensor cannot be the weight that ``_foreach_lerp`` takes."""
+    if isinstance(share, Tensor):
+        moves = torch._foreach_mul(torch._foreach_sub(new, old), share)
+        return torch._foreach_add(old, moves)
     return torch._foreach_lerp(old, new, share)

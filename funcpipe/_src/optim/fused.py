@@ -1,6 +1,7 @@
 """AdamW and SGD over torch's fused and foreach kernels.
 
-In: settings. Out: an `Optimizer`.
+In: settings.
+Out: an `Optimizer`.
 """
 
 from __future__ import annotations
@@ -10,43 +11,54 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import pytree
 from funcpipe._src.core.buffer_donation import writable
 from funcpipe._src.optim.leaves import (
     Factors,
     Optimizer,
     Schedule,
     check_settings,
-    fresh,
-    groups,
-    laid_out,
-    leaves_beside,
-    pick,
-    put,
+    group_leaves,
+    matching_leaves,
+    new_step_count,
     rate_on,
-    scheduled,
-    step_of,
+    setting_at,
+    with_layout_of,
+    writable_with_layout_of,
     zeros_like,
 )
 from funcpipe.errors import OptimError
 
 
 class AdamWState(NamedTuple):
-    """``step``: how many updates so far, 0-d float64; ``m``, ``v``: the moments, trees like
-    params."""
+    """The state of `adamw`.
 
-    step: torch.Tensor
+    Args:
+        step: how many updates there were so far, 0-d float64.
+        m, v: the moments, trees like params.
+    """
+
+    step: Tensor
     m: Any
     v: Any
 
 
 class SGDState(NamedTuple):
-    """``step``: how many updates so far; ``momentum``: a tree like params, or ``()`` without
-    momentum."""
+    """The state of `sgd`.
 
-    step: torch.Tensor
+    Args:
+        step: how many updates there were so far, 0-d float64.
+        momentum: a tree like params, or ``()`` without momentum.
+    """
+
+    step: Tensor
     momentum: Any
+
+
+def _is_matrix(leaf: Tensor) -> bool:
+    return leaf.dim() >= 2
 
 
 def adamw(
@@ -54,7 +66,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     weight_decay: float = 0.1,
-    decay: Callable[[torch.Tensor], bool] = lambda leaf: leaf.dim() >= 2,
+    decay: Callable[[Tensor], bool] = _is_matrix,
 ) -> Optimizer:
     r"""AdamW: Adam with decoupled weight decay.
 
@@ -100,68 +112,93 @@ def adamw(
         https://arxiv.org/abs/1711.05101
     """
     check_settings("adamw", lr, eps=eps, weight_decay=weight_decay)
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise OptimError(f"adamw: betas={betas!r}; each of the two is at least 0 and less than 1")
+    _check_betas(betas)
 
     def init(params: Any) -> AdamWState:
-        return AdamWState(step_of(params), zeros_like(params), zeros_like(params))
+        return AdamWState(new_step_count(params), zeros_like(params), zeros_like(params))
 
     @torch.no_grad()
     def update(
-        grads: Any, state: AdamWState, params: Any, factors: Sequence[Factors] | None = None
+        grads: Any,
+        state: AdamWState,
+        params: Any,
+        factors: Sequence[Factors] | None = None,
     ) -> tuple[Any, AdamWState]:
-        p, spec = tree.flatten(params)
-        scale = factors or [Factors()] * len(p)
-        g = leaves_beside(params, grads, "grads")
-        m = leaves_beside(params, state.m, "opt_state.m", same_dtype=True)
-        v = leaves_beside(params, state.v, "opt_state.v", same_dtype=True)
+        p, spec = pytree.flatten(params)
+        g = matching_leaves(params, grads, "grads")
+        m = matching_leaves(params, state.m, "opt_state.m", same_dtype=True)
+        v = matching_leaves(params, state.v, "opt_state.v", same_dtype=True)
+        leaf_factors = factors or [Factors()] * len(p)
         step = state.step + 1
-        rate = scheduled(lr, state.step)
-        for (device, dtype, (decays, factor)), at in groups(
-            p, lambda i: (bool(decay(p[i])), scale[i])
-        ).items():
-            # The kernel works in place and takes all four tensors of a leaf to lie in memory alike.
-            for i in at:
-                p[i] = writable(p[i])
-                g[i], m[i], v[i] = laid_out(g[i], p[i]), fresh(m[i], p[i]), fresh(v[i], p[i])
-            count = [step.to(device=device, dtype=torch.float32)] * len(
-                at
-            )  # as the kernel reads it
+        rate = setting_at(state.step, lr)
+
+        for group in group_leaves(p, lambda index: (bool(decay(p[index])), leaf_factors[index])):
+            decays, factor = group.key
+            _make_writable(group.indices, p, g, m, v)
             kernel = functools.partial(
-                _adamw_, pick(g, at), pick(m, at), pick(v, at), count, betas=betas, eps=eps
+                _fused_adamw_,
+                grads=group.select(g),
+                m=group.select(m),
+                v=group.select(v),
+                step=step.to(device=group.device, dtype=torch.float32),  # as the kernel reads it
+                betas=betas,
+                eps=eps,
             )
-            shrink = weight_decay * factor.weight_decay if decays else 0.0
-            pace = rate_on(device, dtype, rate * factor.lr)
-            if isinstance(pace, torch.Tensor) and pace.dtype == torch.float64:
-                _scaled_(kernel, pick(p, at), pace, shrink)
-            else:
-                kernel(pick(p, at), lr=pace, weight_decay=shrink)
+            _update_(
+                kernel,
+                group.select(p),
+                rate_on(group.device, group.dtype, rate * factor.lr),
+                weight_decay * factor.weight_decay if decays else 0.0,
+            )
         return spec.unflatten(p), AdamWState(step, spec.unflatten(m), spec.unflatten(v))
 
     return Optimizer(init, update)
 
 
-def _adamw_(
-    grads: list[torch.Tensor],
-    m: list[torch.Tensor],
-    v: list[torch.Tensor],
-    count: list[torch.Tensor],
-    params: list[torch.Tensor],
+def _check_betas(betas: tuple[float, float]) -> None:
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise OptimError(f"adamw: betas={betas!r}; each of the two is at least 0 and less than 1")
+
+
+def _make_writable(
+    indices: list[int],
+    p: list,
+    g: list,
+    m: list,
+    v: list,
+) -> None:
+    """Replace leaves by copies for a kernel that works in place.
+
+    The kernel also takes all four tensors of a leaf to lie in memory alike.
+    """
+    for index in indices:
+        p[index] = writable(p[index])
+        g[index] = with_layout_of(g[index], p[index])
+        m[index] = writable_with_layout_of(m[index], p[index])
+        v[index] = writable_with_layout_of(v[index], p[index])
+
+
+def _fused_adamw_(
+    params: list[Tensor],
     *,
-    lr: torch.Tensor | float,
+    grads: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    step: Tensor,
+    lr: Tensor | float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """The fused kernel, in place: of params and of both moments."""
-    maxima: list[torch.Tensor] = []  # of amsgrad
+    """Torch's fused kernel, which updates params and both moments in place."""
+    maxima: list[Tensor] = []  # of amsgrad
     torch._fused_adamw_(
         params,
         grads,
         m,
         v,
         maxima,
-        count,
+        [step] * len(params),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],
@@ -172,12 +209,21 @@ def _adamw_(
     )
 
 
-def _scaled_(
-    kernel: Callable, params: list[torch.Tensor], rate: torch.Tensor, weight_decay: float
+def _update_(
+    kernel: Callable[..., None],
+    params: list[Tensor],
+    rate: Tensor | float,
+    weight_decay: float,
 ) -> None:
-    """An update with a rate that is a float64 tensor, which the kernel does not take on GPUs: it
-    updates zeros with rate 1."""
-    directions: Any = [torch.zeros_like(p) for p in params]
+    """Run the kernel on params, in place.
+
+    On GPUs it takes no rate that is a float64 tensor. For such a rate it updates zeros with rate 1,
+    and its result is scaled here.
+    """
+    if not isinstance(rate, Tensor) or rate.dtype != torch.float64:
+        kernel(params, lr=rate, weight_decay=weight_decay)
+        return
+    directions: Any = [torch.zeros_like(param) for param in params]
     kernel(directions, lr=1.0, weight_decay=0.0)
     if weight_decay:
         torch._foreach_mul_(params, 1 - rate * weight_decay)
@@ -185,12 +231,17 @@ def _scaled_(
 
 
 def sgd(
-    lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+    lr: float | Schedule,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
 ) -> Optimizer:
     r"""Stochastic gradient descent, with momentum and L2 regularization as in ``torch.optim.SGD``.
 
     .. math::
-        g_t &\leftarrow g_t + \lambda p_{t-1} \\ b_t &= \mu b_{t-1} + g_t \\ p_t &= p_{t-1} - \eta_t
+        g_t &\leftarrow g_t + \lambda p_{t-1} \\
+        b_t &= \mu b_{t-1} + g_t \\
+        p_t &= p_{t-1} - \eta_t
         \begin{cases} g_t + \mu b_t & \text{nesterov} \\ b_t & \text{else} \end{cases}
 
     Args:
@@ -209,9 +260,11 @@ def sgd(
     Example:
         >>> optimizer = sgd(lr=0.25)
         >>> params = [torch.ones(2), None]
-        >>> optimizer.update([torch.ones(2), None], optimizer.init(params), params)
-        ([tensor([0.7500, 0.7500]), None], SGDState(step=tensor(1., dtype=torch.float64),
-        momentum=()))
+        >>> params, state = optimizer.update([torch.ones(2), None], optimizer.init(params), params)
+        >>> params
+        [tensor([0.7500, 0.7500]), None]
+        >>> state
+        SGDState(step=tensor(1., dtype=torch.float64), momentum=())
 
     Reference:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013,
@@ -224,39 +277,48 @@ def sgd(
         )
 
     def init(params: Any) -> SGDState:
-        return SGDState(step_of(params), zeros_like(params) if momentum else ())
+        return SGDState(new_step_count(params), zeros_like(params) if momentum else ())
 
     @torch.no_grad()
     def update(
-        grads: Any, state: SGDState, params: Any, factors: Sequence[Factors] | None = None
+        grads: Any,
+        state: SGDState,
+        params: Any,
+        factors: Sequence[Factors] | None = None,
     ) -> tuple[Any, SGDState]:
-        p, spec = tree.flatten(params)
-        scale = factors or [Factors()] * len(p)
-        g = leaves_beside(params, grads, "grads")
-        b = (
-            leaves_beside(params, state.momentum, "opt_state.momentum", same_dtype=True)
-            if momentum
-            else []
-        )
-        rate = scheduled(lr, state.step)
-        for (device, dtype, factor), at in groups(p, lambda i: scale[i]).items():
-            ps: Any = pick(p, at)
-            gs: Any = [laid_out(g[i], p[i]) for i in at]
-            if weight_decay * factor.weight_decay:
-                gs = torch._foreach_add(gs, ps, alpha=weight_decay * factor.weight_decay)
+        p, spec = pytree.flatten(params)
+        g = matching_leaves(params, grads, "grads")
+        buffers: list[Tensor] = []
+        if momentum:
+            buffers = matching_leaves(params, state.momentum, "opt_state.momentum", same_dtype=True)
+        leaf_factors = factors or [Factors()] * len(p)
+        rate = setting_at(state.step, lr)
+        for group in group_leaves(p, lambda index: leaf_factors[index]):
+            factor = group.key
+            params_in: Any = group.select(p)
+            moves: Any = list(map(with_layout_of, group.select(g), params_in))
+            shrink = weight_decay * factor.weight_decay
+            if shrink:
+                moves = torch._foreach_add(moves, params_in, alpha=shrink)
             if momentum:
-                bs = torch._foreach_add(torch._foreach_mul(pick(b, at), momentum), gs)
-                gs = torch._foreach_add(gs, bs, alpha=momentum) if nesterov else bs
-                put(b, at, bs)
-            put(p, at, _descend(ps, gs, rate_on(device, dtype, rate * factor.lr)))
-        return spec.unflatten(p), SGDState(state.step + 1, spec.unflatten(b) if momentum else ())
+                decayed = torch._foreach_mul(group.select(buffers), momentum)
+                sums = torch._foreach_add(decayed, moves)
+                group.assign(buffers, sums)
+                moves = torch._foreach_add(moves, sums, alpha=momentum) if nesterov else sums
+            group_rate = rate_on(group.device, group.dtype, rate * factor.lr)
+            group.assign(p, _descend(params_in, moves, group_rate))
+        new_momentum = spec.unflatten(buffers) if momentum else ()
+        return spec.unflatten(p), SGDState(state.step + 1, new_momentum)
 
     return Optimizer(init, update)
 
 
-def _descend(params: Any, directions: Any, rate: Any) -> Any:
-    """``params - rate * directions``; a tensor cannot be the ``alpha``, which the host has to
-    know."""
-    if isinstance(rate, torch.Tensor):
-        return torch._foreach_sub(params, torch._foreach_mul(directions, rate))
-    return torch._foreach_add(params, directions, alpha=-rate)
+def _descend(
+    params: Any,
+    moves: Any,
+    rate: Any,
+) -> Any:
+    """``params - rate * moves``. A tensor cannot be ``alpha``, whose value the host has to have."""
+    if isinstance(rate, Tensor):
+        return torch._foreach_sub(params, torch._foreach_mul(moves, rate))
+    return torch._foreach_add(params, moves, alpha=-rate)

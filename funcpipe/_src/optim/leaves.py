@@ -1,28 +1,25 @@
-"""Leaves of params as optimizers see them: which are trained, which belong together, how they lie
-in memory.
+"""Leaves of params as optimizers see them: which are trained, and which one kernel call may take.
 
-Terms. A leaf is *trained* if it is a floating-point (or complex) tensor; all others are frozen. A
-tree *beside* params has a
-leaf where params has one: gradients, moments. Leaves of one *group* go through one call of a
-kernel. *Factors* are what the settings of an optimizer are multiplied by for one leaf.
+A leaf is trained if it is a floating-point tensor. Every other leaf is frozen.
 
-In: params, and trees beside them. Out: lists of leaves in the order of params, or an OptimError
-that names the path.
+In: params, and trees with a leaf where params has one (gradients, moments).
+Out: lists of leaves in the order of params, or an OptimError that names the path.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
+from torch import Tensor
 
-from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import pytree
 from funcpipe._src.core.buffer_donation import writable
 from funcpipe.errors import OptimError
 
-Schedule = Callable[[torch.Tensor], torch.Tensor | float]
+Schedule = Callable[[Tensor], Tensor | float]
 T = TypeVar("T")
 
 
@@ -38,91 +35,123 @@ class Optimizer(NamedTuple):
 
     Args:
         init: ``params -> opt_state``.
-        update: ``(grads, opt_state, params) -> (new_params, new_opt_state)``. A fourth argument
-            ``factors``, one `Factors` for each of ``tree.leaves(params)`` or None, is what
-            `per_leaf` calls it with.
+        update: ``(grads, opt_state, params) -> (new_params, new_opt_state)``. `per_leaf` passes a
+            fourth argument ``factors``: one `Factors` for each of ``tree.leaves(params)``, or None.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
 
 
-def trained(leaf: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a leaf is trained."""
-    return isinstance(leaf, torch.Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+def is_trained(leaf: Any) -> TypeGuard[Tensor]:
+    """Whether an optimizer updates a leaf. (A complex leaf counts as trained, to be refused.)"""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def step_of(params: Any) -> torch.Tensor:
-    """A new step count, where the parameters are: read on the device. In float64 it is exact for
-    longer than anyone trains, and schedules compute in float64."""
-    device = next((leaf.device for leaf in tree.leaves(params) if trained(leaf)), None)
+def new_step_count(params: Any) -> Tensor:
+    """Zero, on the device of the parameters, where kernels read it.
+
+    It is float64: exact for longer than anyone trains, and schedules compute in float64.
+    """
+    device = None
+    for leaf in pytree.leaves(params):
+        if is_trained(leaf):
+            device = leaf.device
+            break
     return torch.zeros((), dtype=torch.float64, device=device)
 
 
 def zeros_like(params: Any) -> Any:
-    """Zeros for every tensor, frozen ones too, so that the state of a leaf is sharded as the leaf
-    is."""
-    return tree.map_tensors(lambda leaf: torch.zeros_like(leaf, requires_grad=False), params)
+    """Zeros for every tensor, the frozen ones too: so the state is sharded as the params are."""
+    return pytree.map_tensors(lambda leaf: torch.zeros_like(leaf, requires_grad=False), params)
 
 
-def by_path(fn: Callable[[str], T]) -> Callable[[Any], list[T]]:
-    """From the structure of a tree to ``fn`` of every leaf's path; remembered, since paths take
-    longer than an update.
+def cached_by_path(fn: Callable[[str], T]) -> Callable[[Any], list[T]]:
+    """A function from the structure of a tree to ``fn(path)`` of every leaf.
 
-    >>> by_path(len)(tree.flatten({"w": 1, "long": 2})[1])
+    Results are cached by structure, because making the paths takes longer than an update.
+
+    >>> cached_by_path(len)(pytree.flatten({"w": 1, "long": 2})[1])
     [8, 5]
     """
 
     @functools.cache
-    def of(spec: Any) -> list[T]:
-        return [fn(path) for path in tree.paths(tree.unflatten(spec, range(spec.num_leaves)))]
+    def of_structure(spec: Any) -> list[T]:
+        numbered = pytree.unflatten(spec, range(spec.num_leaves))
+        return [fn(path) for path in pytree.paths(numbered)]
 
-    return of
-
-
-def groups(params: list[Any], key: Callable[[int], Any] = lambda i: None) -> dict[tuple, list[int]]:
-    """Which trained leaves one kernel call may take together: one device, one dtype, one key (of
-    the leaf's number)."""
-    out: dict[tuple, list[int]] = {}
-    for i, leaf in enumerate(params):
-        if trained(leaf):
-            out.setdefault((leaf.device, leaf.dtype, key(i)), []).append(i)
-    return out
+    return of_structure
 
 
-def pick(leaves: list[Any], numbers: list[int]) -> list[torch.Tensor]:
-    """The leaves of these numbers."""
-    return [leaves[i] for i in numbers]
+class LeafGroup(NamedTuple):
+    """Trained leaves that one kernel call may take together.
+
+    Args:
+        device, dtype: of all of them.
+        key: what else they have in common.
+        indices: where they stand among the leaves of params.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    key: Any
+    indices: list[int]
+
+    def select(self, leaves: list[Any]) -> list[Tensor]:
+        """The leaves of this group."""
+        return [leaves[index] for index in self.indices]
+
+    def assign(self, leaves: list[Any], values: Iterable[Any]) -> None:
+        """Replace the leaves of this group."""
+        for index, value in zip(self.indices, values, strict=True):
+            leaves[index] = value
 
 
-def put(leaves: list[Any], numbers: list[int], values: Any) -> None:
-    """Set the leaves of these numbers."""
-    for i, value in zip(numbers, values, strict=True):
-        leaves[i] = value
+def _no_key(index: int) -> None:
+    return None
 
 
-def laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``x`` itself, or a copy if its dtype or its strides are not those of ``like``."""
-    same = x.dtype == like.dtype and x.stride() == like.stride()
-    return x if same else torch.empty_like(like).copy_(x)
+def group_leaves(leaves: list[Any], key: Callable[[int], Any] = _no_key) -> list[LeafGroup]:
+    """The trained leaves, grouped by device, dtype and the ``key`` of a leaf's index."""
+    groups: dict[tuple, LeafGroup] = {}
+    for index, leaf in enumerate(leaves):
+        if not is_trained(leaf):
+            continue
+        common = (leaf.device, leaf.dtype, key(index))
+        group = groups.setdefault(common, LeafGroup(*common, indices=[]))
+        group.indices.append(index)
+    return list(groups.values())
 
 
-def fresh(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A copy of ``x`` with the strides of ``like``, or ``x`` itself if it lies so and is
-    donated."""
-    y = laid_out(x, like)
-    return writable(x) if y is x else y
+def with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` itself, or a copy if its dtype or its strides are not those of ``like``."""
+    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
 
 
-def scheduled(value: float | Schedule, step: torch.Tensor) -> torch.Tensor | float:
-    """A setting at a step."""
-    return value(step) if callable(value) else value
+def writable_with_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy with the strides of ``like``; the tensor itself if it has them and is donated."""
+    laid_out = with_layout_of(tensor, like)
+    return writable(tensor) if laid_out is tensor else laid_out
 
 
-def rate_on(device: torch.device, dtype: torch.dtype, rate: torch.Tensor | float) -> Any:
-    """A rate as leaves of a dtype take it: a number stays a number (no copy to the device); a
-    tensor goes where they are, with no less precision than theirs."""
-    if not isinstance(rate, torch.Tensor):
+def setting_at(step: Tensor, setting: float | Schedule) -> Tensor | float:
+    """The value of a setting at a step, be it a number or a schedule."""
+    return setting(step) if callable(setting) else setting
+
+
+def rate_on(
+    device: torch.device,
+    dtype: torch.dtype,
+    rate: Tensor | float,
+) -> Any:
+    """A rate as leaves of a device and a dtype take it.
+
+    A number stays a number, which needs no copy to the device. A tensor is moved to the leaves,
+    with no less precision than theirs.
+    """
+    if not isinstance(rate, Tensor):
         return float(rate)
     return rate.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
 
@@ -130,64 +159,104 @@ def rate_on(device: torch.device, dtype: torch.dtype, rate: torch.Tensor | float
 # ---- what is refused
 
 
-def check_settings(who: str, lr: float | Schedule, **settings: float) -> None:
+def check_settings(
+    optimizer: str,
+    lr: float | Schedule,
+    **settings: float,
+) -> None:
     """OptimError where a setting is negative or NaN."""
     if not callable(lr):
         settings["lr"] = lr
     for name, value in settings.items():
         if not value >= 0.0:
-            raise OptimError(f"{who}: {name}={value!r} must not be negative")
+            raise OptimError(f"{optimizer}: {name}={value!r} must not be negative")
 
 
-def up_to(params: Any, other: Any, who: str) -> list[Any]:
-    """What ``other`` has at the leaves of params, subtrees and None included; OptimError where the
-    trees differ."""
+def flatten_like(
+    params: Any,
+    tree: Any,
+    name: str,
+) -> list[Any]:
+    """What ``tree`` has at the leaves of params, subtrees and None included.
+
+    Raises:
+        OptimError: the two have other structures.
+    """
+    spec = pytree.flatten(params)[1]
     try:
-        return tree.flatten(params)[1].flatten_up_to(other)
+        return spec.flatten_up_to(tree)
     except (ValueError, TypeError) as error:
-        raise OptimError(_difference(params, other, who, str(error))) from None
+        raise OptimError(_structure_error(params, tree, name, str(error))) from None
 
 
-def leaves_beside(params: Any, other: Any, who: str, same_dtype: bool = False) -> list[Any]:
-    """The leaves of ``other`` in the order of those of ``params``; OptimError where the two do not
-    fit."""
-    leaves, beside = tree.leaves(params), up_to(params, other, who)
-    for i, (p, x) in enumerate(zip(leaves, beside, strict=True)):
-        if trained(p) and _misfit("", p, x, who, same_dtype):
-            raise OptimError(_misfit(tree.paths(params)[i], p, x, who, same_dtype))
-    return beside
+def matching_leaves(
+    params: Any,
+    tree: Any,
+    name: str,
+    same_dtype: bool = False,
+) -> list[Any]:
+    """The leaves of ``tree`` in the order of those of ``params``.
+
+    Raises:
+        OptimError: another structure; a trained leaf without a tensor of its shape and device.
+    """
+    leaves = pytree.leaves(params)
+    others = flatten_like(params, tree, name)
+    for index, (leaf, other) in enumerate(zip(leaves, others, strict=True)):
+        if is_trained(leaf) and not _matches(leaf, other, same_dtype):
+            path = pytree.paths(params)[index]
+            raise OptimError(_leaf_error(path, leaf, other, name))
+    return others
 
 
-def _difference(params: Any, other: Any, who: str, error: str) -> str:
-    """What to say of two trees of which the one does not fit upon the other."""
-    mine, theirs = tree.paths(params), tree.paths(other)
-    lost = [path for path in mine if not any(t.startswith(path) for t in theirs)]
-    added = [path for path in theirs if not any(path.startswith(m) for m in mine)]
-    if lost or added:
-        what = (
-            f"no leaf {lost[0]}, but params has one"
-            if lost
-            else f"a leaf {added[0]}, but params has none"
-        )
-        return f"{who} has {what}; both need the same tree"
-    return f"{who} and params are different trees: {error}"
+def _structure_error(
+    params: Any,
+    tree: Any,
+    name: str,
+    error: str,
+) -> str:
+    """The first leaf that only one of the trees has; else what optree says."""
+    params_paths = pytree.paths(params)
+    tree_paths = pytree.paths(tree)
+    for path in params_paths:
+        if not any(other.startswith(path) for other in tree_paths):
+            return f"{name} has no leaf {path}, but params has one; both need the same tree"
+    for path in tree_paths:
+        if not any(path.startswith(other) for other in params_paths):
+            return f"{name} has a leaf {path}, but params has none; both need the same tree"
+    return f"{name} and params are different trees: {error}"
 
 
-def _misfit(path: str, p: torch.Tensor, x: Any, who: str, same_dtype: bool) -> str | None:
-    if p.is_complex():
+def _matches(
+    leaf: Tensor,
+    other: Any,
+    same_dtype: bool,
+) -> bool:
+    if leaf.is_complex() or not isinstance(other, Tensor):
+        return False
+    if same_dtype and other.dtype != leaf.dtype:
+        return False
+    return other.shape == leaf.shape and other.device == leaf.device
+
+
+def _leaf_error(
+    path: str,
+    leaf: Tensor,
+    other: Any,
+    name: str,
+) -> str:
+    if leaf.is_complex():
         return (
-            f"params{path} is complex; keep torch.view_as_real of it: the kernels know real "
-            "numbers only"
+            f"params{path} is complex; keep torch.view_as_real of it: the kernels compute with "
+            "real numbers only"
         )
-    if x is None:
-        return f"{who}{path} is None, but params{path} is {_text(p)}; give zeros for an unused leaf"
-    fits = isinstance(x, torch.Tensor) and x.shape == p.shape and x.device == p.device
-    if not fits or (same_dtype and x.dtype != p.dtype):
-        return f"{who}{path} is {_text(x)}, but params{path} is {_text(p)}"
-    return None
+    wanted = f"params{path} is {_describe(leaf)}"
+    if other is None:
+        return f"{name}{path} is None, but {wanted}; give zeros for an unused leaf"
+    return f"{name}{path} is {_describe(other)}, but {wanted}"
 
 
-def _text(x: Any) -> str:
-    if not isinstance(x, torch.Tensor):
-        return f"of type {type(x).__name__}"
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)} on {x.device}"
+def _describe(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return f"of type {type(leaf).__name__}"
+    return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"

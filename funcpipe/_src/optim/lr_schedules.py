@@ -1,6 +1,7 @@
 """Learning rates that follow from the step.
 
-In: settings. Out: a `Schedule`.
+In: settings.
+Out: a `Schedule`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,18 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from funcpipe._src.optim.leaves import Schedule, check_settings
 from funcpipe.errors import OptimError
 
 
-def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> Schedule:
+def warmup_cosine(
+    peak: float,
+    warmup: int,
+    total: int,
+    floor: float = 0.1,
+) -> Schedule:
     r"""A learning rate that rises linearly over ``warmup`` steps, then falls along half a cosine.
 
     .. math::
@@ -49,10 +56,12 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.1) -> S
             f"warmup_cosine: warmup={warmup} and total={total}; 0 <= warmup < total is needed"
         )
 
-    def schedule(step: torch.Tensor) -> torch.Tensor:
+    def schedule(step: Tensor) -> Tensor:
         step = step.double()
         rise = ((step + 1) / max(warmup, 1)).clamp(max=1.0)
         fall = ((step - warmup) / (total - warmup)).clamp(0.0, 1.0)
-        return peak * rise * (floor + (1.0 - floor) * 0.5 * (1.0 + torch.cos(math.pi * fall)))
+        cosine = 1.0 + torch.cos(math.pi * fall)
+        fraction = floor + (1.0 - floor) * 0.5 * cosine
+        return peak * rise * fraction
 
     return schedule

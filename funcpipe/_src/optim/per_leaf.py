@@ -2,9 +2,10 @@
 
 A leaf is chosen by its path in params, as code: ``"['blocks'][0]['w']"``. On a mesh a rank holds
 some of the leaves, under the same paths, so every rank chooses alike. The functions of a path have
-to be pure: they are asked once for a tree.
+to be pure, because each is called once for a tree.
 
-In: an `Optimizer` and functions of a path. Out: an `Optimizer`.
+In: an `Optimizer` and functions of a path.
+Out: an `Optimizer`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from funcpipe._src.core import pytree as tree
-from funcpipe._src.optim.leaves import Factors, Optimizer, by_path, up_to
+from funcpipe._src.core import pytree
+from funcpipe._src.optim.leaves import Factors, Optimizer, cached_by_path, flatten_like
 from funcpipe.errors import OptimError
 
 
@@ -48,54 +50,71 @@ def freeze(optimizer: Optimizer, frozen: Callable[[str], bool]) -> Optimizer:
     Reference:
         ``requires_grad_(False)`` of torch.nn; ``optax.transforms.freeze``
     """
-    trained_leaves = by_path(lambda path: not frozen(path))
+    is_frozen = cached_by_path(frozen)
 
-    def shown(params: Any, leaves: list[Any]) -> Any:
-        spec = tree.flatten(params)[1]
-        return spec.unflatten(
-            x if t else None for x, t in zip(leaves, trained_leaves(spec), strict=True)
-        )
+    def without_frozen(spec: Any, leaves: list[Any]) -> Any:
+        pairs = zip(leaves, is_frozen(spec), strict=True)
+        return spec.unflatten(None if skip else leaf for leaf, skip in pairs)
 
     def init(params: Any) -> Any:
-        leaves = tree.leaves(params)
-        device = next(
-            (x.device for x in leaves if isinstance(x, torch.Tensor)), torch.get_default_device()
-        )
-        with device:  # of a step count beside leaves that are all frozen
-            return optimizer.init(shown(params, leaves))
+        leaves, spec = pytree.flatten(params)
+        with _device_of(leaves):  # for a step count beside leaves that are all frozen
+            return optimizer.init(without_frozen(spec, leaves))
 
     def update(
-        grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None
+        grads: Any,
+        state: Any,
+        params: Any,
+        factors: Sequence[Factors] | None = None,
     ) -> tuple[Any, Any]:
-        p, spec = tree.flatten(params)
-        kept = trained_leaves(spec)
-        rest = () if factors is None else ([f for f, t in zip(factors, kept, strict=True) if t],)
-        g = up_to(params, grads, "grads")
-        new, state = optimizer.update(shown(params, g), state, shown(params, p), *rest)
-        moved = iter(tree.leaves(new))
-        return spec.unflatten(
-            next(moved) if t else _still(x) for x, t in zip(p, kept, strict=True)
-        ), state
+        leaves, spec = pytree.flatten(params)
+        skips = is_frozen(spec)
+        trained_grads = without_frozen(spec, flatten_like(params, grads, "grads"))
+        trained_params = without_frozen(spec, leaves)
+        if factors is None:
+            new, state = optimizer.update(trained_grads, state, trained_params)
+        else:
+            trained_factors = [
+                factor for factor, skip in zip(factors, skips, strict=True) if not skip
+            ]
+            new, state = optimizer.update(trained_grads, state, trained_params, trained_factors)
+        updated = iter(pytree.leaves(new))
+        merged = []
+        for leaf, skip in zip(leaves, skips, strict=True):
+            merged.append(_detached(leaf) if skip else next(updated))
+        return spec.unflatten(merged), state
 
     return Optimizer(init, update)
 
 
-def _still(x: Any) -> Any:
-    """The leaf itself; without its graph, as trained leaves have none."""
-    return x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x
+def _device_of(leaves: list[Any]) -> torch.device:
+    """The device of the first tensor; torch's default device if there is none."""
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            return leaf.device
+    return torch.get_default_device()
+
+
+def _detached(leaf: Any) -> Any:
+    """A frozen leaf without its graph, as updated leaves have none."""
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+def _one(path: str) -> float:
+    return 1.0
 
 
 def per_leaf(
     optimizer: Optimizer,
-    lr: Callable[[str], float] = lambda path: 1.0,
-    weight_decay: Callable[[str], float] = lambda path: 1.0,
+    lr: Callable[[str], float] = _one,
+    weight_decay: Callable[[str], float] = _one,
 ) -> Optimizer:
     """Learning rates and weight decays that differ between leaves.
 
     Args:
         optimizer: `adamw`, `sgd`, a pair `from_optax` (``lr`` alone), or one of these in a
             `freeze`.
-        lr: from a leaf's path to what its learning rate is multiplied by: 0 or more.
+        lr: from a leaf's path to what its learning rate is multiplied by, 0 or more; 1 by default.
         weight_decay: the same for the weight decay, where ``optimizer`` decays the leaf at all (see
             ``decay`` of `adamw`).
 
@@ -123,32 +142,39 @@ def per_leaf(
             "per_leaf: the update of this optimizer takes no factors; write it as update(grads, "
             "state, params, factors=None), with one fp.optim.Factors for each leaf of params"
         )
-    of = by_path(
-        lambda path: Factors(
-            _checked("lr", path, lr(path)), _checked("weight_decay", path, weight_decay(path))
+
+    @cached_by_path
+    def own_factors(path: str) -> Factors:
+        return Factors(
+            lr=_checked("lr", path, lr(path)),
+            weight_decay=_checked("weight_decay", path, weight_decay(path)),
         )
-    )
 
     def update(
-        grads: Any, state: Any, params: Any, factors: Sequence[Factors] | None = None
+        grads: Any,
+        state: Any,
+        params: Any,
+        factors: Sequence[Factors] | None = None,
     ) -> tuple[Any, Any]:
-        mine = of(tree.flatten(params)[1])
+        products = own_factors(pytree.flatten(params)[1])
         if factors is not None:
-            mine = [
-                Factors(a.lr * b.lr, a.weight_decay * b.weight_decay)
-                for a, b in zip(mine, factors, strict=True)
-            ]
-        return optimizer.update(grads, state, params, mine)
+            products = [_product(*pair) for pair in zip(products, factors, strict=True)]
+        return optimizer.update(grads, state, params, products)
 
     return Optimizer(optimizer.init, update)
 
 
-def _checked(name: str, path: str, factor: Any) -> float:
-    if (
-        isinstance(factor, bool)
-        or not isinstance(factor, int | float)
-        or not 0.0 <= factor < math.inf
-    ):
+def _product(inner: Factors, outer: Factors) -> Factors:
+    return Factors(inner.lr * outer.lr, inner.weight_decay * outer.weight_decay)
+
+
+def _checked(
+    name: str,
+    path: str,
+    factor: Any,
+) -> float:
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not is_number or not 0.0 <= factor < math.inf:
         raise OptimError(
             f"per_leaf: {name} of params{path} is {factor!r}; a factor is a number, 0 or more"
         )

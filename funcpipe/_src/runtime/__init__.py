@@ -1,14 +1,18 @@
-"""The runtime: everything from a transformed step to a step that runs.
+"""Runtime: from a transformed step to a step that runs.
 
-- `planning/pipeline.py`, `planning/plan.py`: what will run, decided before it does;
-  `planning/plan_text.py`, `planning/plan_bytes.py`: a plan as text, its bytes.
-- `planning/predict.py`, `profile_units.py`, `record.py`: how long it will take, what units cost,
-  how long it took.
-- `runner.py`, `simulate.py`, `spmd.py`: the two runners; `rank.py`: one rank's step;
-  `interpreter.py`: the loop over a program; `weight_buckets.py`: buckets; `state_buffers.py`:
-  states that steps take over; `mismatch_text.py`: what is said of ranks that differ.
-- `backends/backend.py`: compiled units; `backends/fusion.py`, `backends/grad_accumulation.py`,
-  `backends/grad_mean.py`: what they do better than one op after another.
-- `cuda_graph.py`: a whole step in one CUDA graph.
+Read in this order:
+
+- `runner.py`: what both runners have in common. `simulate.py`: every rank of a mesh in this
+  process. `spmd.py`, `spmd_options.py`, `spmd_runner.py`: the rank that this process is.
+- `rank.py`: one rank's step under a plan. `interpreter.py`: the loop over a program.
+  `weight_buckets.py`: gathers and reductions of sharded weights. `metrics.py`: metrics that some
+  ranks lack.
+- `state_buffers.py`: states that a step writes in place. `captured_steps.py`, `cuda_graph.py`,
+  `cuda_graph_memsets.py`: a whole step in one CUDA graph.
+- `agreement.py`, `replicas.py`, `replica_watch.py`, `mismatch_text.py`: what ranks compare before
+  they run, and what errors say.
+- `profile_units.py`, `profile_pieces.py`, `profile_timing.py`: what units cost here. `record.py`:
+  when the instructions of a step ran. `nonfinite.py`, `nonfinite_watch.py`, `nonfinite_ops.py`:
+  where a NaN comes from.
 - `launch.py`: the processes of a mesh on this machine.
 """

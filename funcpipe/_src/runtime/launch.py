@@ -1,8 +1,8 @@
 """Start the processes of a mesh on this machine, with torch's own elastic launcher.
 
-Terms. A *worker* is one of the processes. A *report* is what a worker that fails leaves in a file:
-when, which error, the traceback; the earliest one that does not follow from another rank's failure
-is the cause.
+The processes are the launcher's *workers*. A worker that fails leaves a report in a file: when,
+which error, the traceback. The cause of a failure is the earliest report of an error that does not
+follow from another rank's.
 
 In: a function, how many processes. Out: its results in rank order, or one RankError with the cause.
 """
@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 import torch
 
 from funcpipe._src.comm.failure_watch import one_line
-from funcpipe._src.runtime.spmd import leave
+from funcpipe._src.runtime.spmd_runner import leave
 from funcpipe.errors import RankError
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
@@ -99,9 +100,8 @@ def launch(
             raise _cause(error.failures, Path(logs)) from None
         except SignalException as error:
             stopped = signal.Signals(error.sigval)
-    if (
-        stopped is not None
-    ):  # now that the workers are gone, it does to this process what it does without a launch
+    if stopped is not None:
+        # Now that the workers are gone, it does to this process what it does without a launch.
         signal.raise_signal(stopped)
         raise RankError(f"the ranks were stopped: their launcher got {stopped.name}")
     return [pickle.loads(results[rank]) for rank in range(nprocs)]
@@ -135,7 +135,7 @@ _OF_WORKER = (
 
 def _take_over(environment: dict[str, str]) -> None:
     """Make a process's environment, as the server started with it, that of the launching one."""
-    own = {name: x for name, x in os.environ.items() if name.startswith(_OF_WORKER)}
+    own = {name: text for name, text in os.environ.items() if name.startswith(_OF_WORKER)}
     os.environ.clear()
     os.environ.update(environment | own)
 
@@ -146,11 +146,7 @@ def _worker(job: Job, nprocs: int) -> bytes:
     fn, args, timeout, logs, _ = job
     rank = int(os.environ["RANK"])
     torch.set_num_threads(max(1, _cores() // nprocs))
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        # Without it gloo looks the host name up, and complains where that fails.
-        names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        if names:
-            os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    _name_loopback()
     timer = threading.Timer(timeout or 0, _expire, (rank, timeout, Path(logs)))
     timer.daemon = True
     if timeout is not None:
@@ -164,12 +160,24 @@ def _worker(job: Job, nprocs: int) -> bytes:
     except Exception as error:
         _report(rank, error, traceback.format_exc(), Path(logs))
         if isinstance(error, RankError):
-            time.sleep(
-                0.3
-            )  # the launcher ends all workers with the first: let the cause write its report
+            # The launcher ends all workers with the first: let the cause write its report.
+            time.sleep(0.3)
         raise
     finally:
         timer.cancel()
+
+
+def _name_loopback() -> None:
+    """Tell gloo to use the loopback interface.
+
+    Otherwise gloo looks the host name up, and complains where that fails.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
 
 
 def _cores() -> int:
@@ -185,7 +193,13 @@ def _expire(rank: int, timeout: float, logs: Path) -> None:
 
 
 def _report(rank: int, error: BaseException, trace: str, logs: Path) -> None:
-    report = Report(rank, time.time(), isinstance(error, RankError), one_line(error), trace)
+    report = Report(
+        rank=rank,
+        time=time.time(),
+        follows=isinstance(error, RankError),
+        text=one_line(error),
+        trace=trace,
+    )
     # Written elsewhere and renamed: the process may be stopped at any time, and half a report is
     # none.
     part = logs / f"report-{rank}.part"
@@ -209,50 +223,49 @@ class Report(NamedTuple):
 def _cause(failures: dict[int, Any], logs: Path) -> RankError:
     """The error to raise for what the launcher saw (it sees one failure) and the workers
     reported."""
-    found = (Report(*json.loads(p.read_text())) for p in logs.glob("report-*.json"))
-    reports = sorted(found, key=lambda r: r.time)
-    causes = [r for r in reports if not r.follows]
+    found = [Report(*json.loads(path.read_text())) for path in logs.glob("report-*.json")]
+    reports = sorted(found, key=lambda report: report.time)
+    causes = [report for report in reports if not report.follows]
+    reported = {report.rank for report in reports}
     if not causes:
         for rank, failure in failures.items():
-            if rank not in {r.rank for r in reports}:
+            if rank not in reported:
                 return RankError(f"rank {rank} failed: {_end(failure.exitcode)}")
     report = (causes or reports)[0]
-    said = report.text.removeprefix("RankError: ")
-    error = RankError(said if report.follows else f"rank {report.rank} failed: {report.text}")
+    text = f"rank {report.rank} failed: {report.text}"
+    if report.follows:
+        text = report.text.removeprefix("RankError: ")
+    error = RankError(text)
     error.add_note(f"in rank {report.rank}:\n{report.trace}")
     return error
 
 
 def _end(exitcode: int) -> str:
-    return (
-        f"ended by {signal.Signals(-exitcode).name}"
-        if exitcode < 0
-        else f"exited with code {exitcode}"
-    )
+    if exitcode < 0:
+        return f"ended by {signal.Signals(-exitcode).name}"
+    return f"exited with code {exitcode}"
 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restore what the launcher changes in this process: signal handlers and one environment
-    variable; and
-    keep its pages of log about a failure off the console: the error that is raised tells it."""
-    name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
-    loggers = [logging.getLogger(n) for n in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    kept = os.environ.get(name)
-    main = threading.current_thread() is threading.main_thread()
-    signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT] if main else []
-    handlers = [(s, signal.getsignal(s)) for s in signals]
-    try:
-        for logger in loggers:
+    """Restore what the launcher changes in this process.
+
+    That is signal handlers and one environment variable. The launcher's pages of log about a
+    failure are kept off the console: the error that is raised tells it.
+    """
+    variable = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+    before = os.environ.get(variable)
+    with contextlib.ExitStack() as stack:
+        for name in _LOGGERS:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for s, handler in handlers:
-            signal.signal(s, handler)
-        if kept is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = kept
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                stack.callback(signal.signal, number, signal.getsignal(number))
+        try:
+            yield
+        finally:
+            os.environ.pop(variable, None)
+            if before is not None:
+                os.environ[variable] = before

@@ -1,13 +1,15 @@
-"""Watch: when ranks compare what they hold (`replicas.py`) and what their steps compute
-(`analysis/outside_ops.py`).
+"""Replica watch: when ranks compare what they hold (`replicas.py`) and what their steps compute.
+
+All ranks call the methods of `Watch` alike.
 
 In: the communicator of a rank, its params, states and batches. Out: nothing, or a MismatchError on
-every rank that names leaves and ranks. All ranks call the methods alike.
+every rank that names leaves and ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from funcpipe._src.analysis.outside_ops import Op
@@ -24,6 +26,7 @@ from funcpipe.errors import MismatchError
 BATCH, STATE, STEP = 1, 2, 4  # what is due
 
 
+@dataclass
 class Watch:
     """What this rank compares with the others.
 
@@ -31,54 +34,77 @@ class Watch:
         comm: its communicator.
         resolved: the transforms.
         every: how many steps lie between two comparisons; None: only the first ones are made.
-
-    Attributes:
-        due: what the next step compares. Ranks tell each other, so that it is the same on all.
+        due: what the next step compares. Ranks exchange it, so that it is the same on all.
+        steps: how many there were.
     """
 
-    def __init__(self, comm: Communicator, resolved: ResolvedStep, every: int | None) -> None:
-        self.due = 0
-        self._comm, self._every, self._steps = comm, every, 0
-        self._local = resolved.local
-        # The number of the rows that this rank brings, the same on ranks that bring the same.
-        self._rows = comm.mesh.index(comm.rank, resolved.row_axes) if self._local else None
+    comm: Communicator
+    resolved: ResolvedStep
+    every: int | None
+    due: int = 0
+    steps: int = 0
+
+    @property
+    def _rows(self) -> int | None:
+        """A number that ranks share which bring the same rows; None for a global batch."""
+        if not self.resolved.local:
+            return None
+        return self.comm.mesh.index(self.comm.rank, self.resolved.row_axes)
 
     def given(self, params: Any, checksums: Sequence[int], batch: Any) -> None:
         """Compare what ranks make a plan of: params by their checksums, and a batch."""
-        sums = replicas.of_params(checksums) | replicas.of_batch(batch, self._rows)
-        self._compare(sums, {"params": tree.paths(params), "batch": tree.paths(batch)})
+        sums = replicas.of_params(checksums)
+        sums |= replicas.of_batch(batch, self._rows)
+        paths = {
+            "params": tree.paths(params),
+            "batch": tree.paths(batch),
+        }
+        self._compare(sums, paths)
 
     def made(self, state: Any, placement: StatePlacement) -> None:
         """Compare the first state."""
-        sums = replicas.of_state(state, placement, self._comm.rank)
-        self._compare(sums, {"state": placement.analysis.state_paths})
-        self.due, self._steps = BATCH, 0
+        sums = replicas.of_state(state, placement, self.comm.rank)
+        paths = {"state": placement.analysis.state_paths}
+        self._compare(sums, paths)
+        self.due = BATCH
+        self.steps = 0
 
     def before_step(self, state: Any, batch: Any, planner: Planner) -> None:
         """Compare what is due."""
         if self.due:
             self._compare_due(state, batch, planner)
-        self.due, self._steps = 0, self._steps + 1
-        if self._every and self._steps % self._every == 0:
+        self.due = 0
+        self.steps += 1
+        if self.every and self.steps % self.every == 0:
             self.due = BATCH | STATE | STEP
 
     def _compare_due(self, state: Any, batch: Any, planner: Planner) -> None:
         placement = planner.placement
         assert placement is not None
-        sums = replicas.of_batch(batch, self._rows)
+        sums: replicas.Sums = {}
         if self.due & STATE:
-            sums = replicas.of_state(state, placement, self._comm.rank) | sums
-        self._compare(sums, {"state": placement.analysis.state_paths, "batch": tree.paths(batch)})
+            sums |= replicas.of_state(state, placement, self.comm.rank)
+        sums |= replicas.of_batch(batch, self._rows)
+        paths = {
+            "state": placement.analysis.state_paths,
+            "batch": tree.paths(batch),
+        }
+        self._compare(sums, paths)
         if self.due & STEP:
             self.step(planner.outside(batch))
 
-    def _compare(self, sums: replicas.Sums, paths: Mapping[str, Sequence[str]]) -> None:
-        replicas.compare(self._comm, sums, paths, self._local)
+    def _compare(self, sums: replicas.Sums, paths: replicas.Paths) -> None:
+        replicas.compare(self.comm, sums, paths, self.resolved.local)
 
     def step(self, ops: Sequence[Op]) -> None:
         """Compare what steps compute outside ``value_and_grad``."""
-        said = self._comm.exchange_digest(text_sum(repr([op for op, _ in ops])))
-        if len(set(said)) > 1:
-            most, odd = majority(said)
-            found = self._comm.exchange(ops if self._comm.rank in (most, odd[0]) else None)
-            raise MismatchError(other_step(found[most], found[odd[0]], most, odd))
+        text = repr([op for op, _ in ops])
+        digests = self.comm.exchange_digest(text_sum(text))
+        if len(set(digests)) == 1:
+            return
+        most, odd = majority(digests)
+        first_odd = odd[0]
+        shows = self.comm.rank in (most, first_odd)
+        found = self.comm.exchange(ops if shows else None)
+        text = other_step(found[most], found[first_odd], most, odd)
+        raise MismatchError(text)

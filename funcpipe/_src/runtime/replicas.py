@@ -6,6 +6,7 @@ every set; where digests differ, a text that names leaves and ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Set(NamedTuple):
 
 
 Sums = dict[Set, dict[int, int]]  # by set, the checksum of every leaf, by its number
+Groups = list[list[int]]  # of ranks that hold the same
+Paths = Mapping[str, Sequence[str]]  # for every tree the paths of its leaves
 
 
 def of_params(checksums: Sequence[int]) -> Sums:
@@ -47,41 +50,60 @@ def of_batch(batch: Any, rows: int | None) -> Sums:
         rows: None for the global batch; else the number of the rows that this rank shares with some
             others.
     """
-    leaves, out = tree.leaves(batch), Sums()
-    for i, (x, n) in enumerate(zip(leaves, checksums(leaves), strict=True)):
-        split = rows is not None and isinstance(x, torch.Tensor) and x.dim()
-        out.setdefault(Set("batch", (rows,) if split else ()), {})[i] = n
-    return out
+    sums: Sums = {}
+    leaves = tree.leaves(batch)
+    for index, checksum in enumerate(checksums(leaves)):
+        leaf = leaves[index]
+        holders: tuple = ()
+        if rows is not None and isinstance(leaf, torch.Tensor) and leaf.dim():
+            holders = (rows,)
+        sums.setdefault(Set("batch", holders), {})[index] = checksum
+    return sums
 
 
 def of_state(state: Any, placement: StatePlacement, rank: int) -> Sums:
     """Of what a rank holds of the state, as far as others hold copies."""
-    leaves, out = placement.state_leaves(state, "compare replicas"), Sums()
-    shared = [j for j in range(len(leaves)) if placement.copies(rank, j) > 1]
-    for j, n in zip(shared, checksums([leaves[j] for j in shared]), strict=True):
-        out.setdefault(Set("state", placement.held_as(rank, j)), {})[j] = n
-    return out
+    sums: Sums = {}
+    leaves = placement.state_leaves(state, "compare replicas")
+    shared = []
+    for index in range(len(leaves)):
+        if placement.copies(rank, index) > 1:
+            shared.append(index)
+    found = checksums([leaves[index] for index in shared])
+    for index, checksum in zip(shared, found, strict=True):
+        key = Set("state", placement.held_as(rank, index))
+        sums.setdefault(key, {})[index] = checksum
+    return sums
 
 
-def compare(
-    comm: Communicator, sums: Sums, paths: Mapping[str, Sequence[str]], local: bool
-) -> None:
-    """MismatchError, on every rank, unless ranks hold the same; all call it alike. Arguments as for
-    `check`."""
+def compare(comm: Communicator, sums: Sums, paths: Paths, local: bool) -> None:
+    """Compare what this rank holds with what the others hold; all ranks call it alike.
+
+    Args:
+        sums: what this rank holds.
+        paths, local: as for `check`.
+
+    Raises:
+        MismatchError, on every rank: they hold different values.
+    """
     sets = differing(comm.exchange(digests(sums)))
     if sets:
-        check(comm.exchange({key: sums[key] for key in sets if key in sums}), paths, local)
+        mine = {key: sums[key] for key in sets if key in sums}
+        check(comm.exchange(mine), paths, local)
 
 
-def check(found: Sequence[Sums], paths: Mapping[str, Sequence[str]], local: bool) -> None:
-    """MismatchError unless ranks hold the same.
+def check(found: Sequence[Sums], paths: Paths, local: bool) -> None:
+    """Compare what all ranks hold.
 
     Args:
         found: what every rank holds.
         paths: for every tree the paths of its leaves.
         local: whether ranks bring rows of their own.
+
+    Raises:
+        MismatchError: they hold different values.
     """
-    sets = differing([digests(sums) for sums in found])
+    sets = differing(list(map(digests, found)))
     if sets:
         raise MismatchError(difference(sets, found, paths, local))
 
@@ -92,28 +114,30 @@ def digests(sums: Sums) -> dict[Set, int]:
 
 
 def differing(found: Sequence[Mapping[Set, int]]) -> list[Set]:
-    """The sets of which ranks have told different digests."""
-    known: dict[Set, set[int]] = {}
-    for told in found:
-        for key, digest in told.items():
-            known.setdefault(key, set()).add(digest)
-    return [key for key, seen in known.items() if len(seen) > 1]
+    """The sets of which ranks have different digests."""
+    first: dict[Set, int] = {}
+    different: dict[Set, None] = {}
+    for of_rank in found:
+        for key, digest in of_rank.items():
+            if first.setdefault(key, digest) != digest:
+                different[key] = None
+    return [key for key in first if key in different]
 
 
-def difference(
-    sets: Sequence[Set], found: Sequence[Sums], paths: Mapping[str, Sequence[str]], local: bool
-) -> str:
+def difference(sets: Sequence[Set], found: Sequence[Sums], paths: Paths, local: bool) -> str:
     """Which leaves of ``sets``, which are `differing`, differ, and on which ranks."""
     name = sets[0].tree
-    each = [_split(key, found) for key in sets if key.tree == name]
-    leaves = sorted(set().union(*each))
-    leaf = next(iter(each[0]))
-    most, *others = sorted(
-        each[0][leaf], key=len, reverse=True
-    )  # of two as large, that of the lowest rank
+    groups = _groups(sets[0], found)
+    leaves: set[int] = set()
+    for key in sets:
+        if key.tree == name:
+            leaves.update(_groups(key, found))
+    leaf = next(iter(groups))
+    # Of two groups as large, the first is that of the lowest rank.
+    most, *others = sorted(groups[leaf], key=len, reverse=True)
+    odd = sorted(itertools.chain.from_iterable(others))
     count = len(leaves) - 1
     more = f" (and {count} more {'leaf' if count == 1 else 'leaves'})" if count else ""
-    odd = sorted(rank for ranks in others for rank in ranks)
     cure = _CURES["rows" if local and name == "batch" else name]
     return (
         f"{name}{paths[name][leaf]}{more} is not the same on {in_words(odd)} as on "
@@ -121,17 +145,18 @@ def difference(
     )
 
 
-def _split(key: Set, found: Sequence[Sums]) -> dict[int, list[list[int]]]:
-    """The leaves of a set that differ; for each, the ranks by what they hold."""
-    held = {rank: sums[key] for rank, sums in enumerate(found) if key in sums}
-    out = {}
-    for leaf in next(iter(held.values())):
-        groups: dict[int, list[int]] = {}
-        for rank, sums in held.items():
-            groups.setdefault(sums[leaf], []).append(rank)
+def _groups(key: Set, found: Sequence[Sums]) -> dict[int, Groups]:
+    """The leaves of a set that differ, with the groups of ranks that hold the same."""
+    ranks_of: dict[int, dict[int, list[int]]] = {}  # by leaf and checksum
+    for rank, sums in enumerate(found):
+        for leaf, checksum in sums.get(key, {}).items():
+            groups = ranks_of.setdefault(leaf, {})
+            groups.setdefault(checksum, []).append(rank)
+    different = {}
+    for leaf, groups in ranks_of.items():
         if len(groups) > 1:
-            out[leaf] = list(groups.values())
-    return out
+            different[leaf] = list(groups.values())
+    return different
 
 
 _CURES = {

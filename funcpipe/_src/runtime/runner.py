@@ -1,6 +1,7 @@
-"""Runner: what the two runners have in common. `simulate.py` runs every rank of a mesh in this
-process, `spmd.py` the rank that this process is. Both make the same plan and run the same programs;
-only the communicator differs.
+"""Runner: what the two runners have in common.
+
+`simulate.py` runs every rank of a mesh in this process, `spmd.py` the rank that this process is.
+Both make the same plan and run the same programs; only the communicator differs.
 
 In: a step with its transforms, a mesh. Out: an object with ``init``, ``place``, ``unplace``,
 ``plan``, which is called with ``(state, batch)``.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,11 +19,14 @@ from funcpipe._src.backends.backend import Backend
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.batch_leaves import read_batch
+from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.checksum import checksums
+from funcpipe._src.core.containers import check_containers
 from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
-from funcpipe._src.planning.lazy_init import read_params
+from funcpipe._src.functional import random
+from funcpipe._src.planning.lazy_init import LazyParams
 from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.planner import Planner
@@ -31,6 +35,20 @@ from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.record import Recording
 from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import StateError
+
+
+class GivenParams(NamedTuple):
+    """The params that ``run.init`` was given.
+
+    Args:
+        shapes: the full tree, for its shapes.
+        leaf: fetches or computes a leaf by its number.
+        checksums: computes a number for every leaf.
+    """
+
+    shapes: Any
+    leaf: Callable[[int], torch.Tensor]
+    checksums: Callable[[], list[int]]
 
 
 class Runner(abc.ABC):
@@ -53,21 +71,28 @@ class Runner(abc.ABC):
         return Recording(self)
 
     def _watch(self, ranks: list[Rank]) -> None:
+        """Let an open recording observe ranks."""
+        recording = self._recording
         for rank in ranks:
-            rank.observer = self._recording.observer(rank) if self._recording else None
+            rank.observer = None if recording is None else recording.observer(rank)
 
     @abc.abstractmethod
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
         """What every rank has, by rank."""
 
     @abc.abstractmethod
-    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
+    def _everywhere(
+        self,
+        fn: Callable[[Communicator, Backend], Any],
+        together: bool,
+    ) -> list[Any]:
         """``fn`` on ranks: on all of them if it needs to be ``together``."""
 
     def _plan_first(self, batch: Any) -> None:
         """The first plan; if the schedule is to be chosen for measured costs, those are measured
         now."""
-        plan, pipe = self._made.plan(batch), self._resolved.pipeline
+        plan = self._made.plan(batch)
+        pipe = self._resolved.pipeline
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
@@ -79,17 +104,23 @@ class Runner(abc.ABC):
     def _rehearse(self) -> bool:
         """Whether the step does what was planned as each rank that runs here; the same on all."""
 
-    def _read(
-        self, params: Any, key: torch.Tensor | int
-    ) -> tuple[Any, Callable[[int], torch.Tensor], Callable[[], list[int]]]:
-        """Params for their shapes, a function that fetches a leaf, and one that gives a checksum
-        for every leaf."""
+    def _read(self, params: Any, key: torch.Tensor | int) -> GivenParams:
+        """Read the params, or the function that makes them, that ``run.init`` was given."""
         refuse_inference_mode("run.init")
-        shapes, lazy = read_params(params, key)
-        if lazy is not None:
-            return shapes, lambda i: lazy.leaf(i).to(self.device), lazy.digests
-        leaves = tree.leaves(params)
-        return shapes, leaves.__getitem__, lambda: checksums(leaves)
+        if isinstance(params, torch.nn.Module):
+            check_containers("params", params)  # it is callable, but makes no params
+        if not callable(params):
+            refuse_invalidated("params", params)
+            leaves = tree.leaves(params)
+            return GivenParams(params, leaves.__getitem__, lambda: checksums(leaves))
+        if isinstance(key, int):
+            key = random.key(key)
+        lazy = LazyParams(params, key)
+
+        def leaf(number: int) -> torch.Tensor:
+            return lazy.leaf(number).to(self.device)
+
+        return GivenParams(lazy.fakes, leaf, lazy.digests)
 
     @abc.abstractmethod
     def _about_to_load(self) -> None:
@@ -97,13 +128,21 @@ class Runner(abc.ABC):
 
     def _scaled(self, init_state: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """An ``init_state`` whose state has room for what `mixed_precision` keeps there."""
-        p = self._resolved.precision
-        return scaled_init(init_state, self.device) if p is not None and p.dynamic else init_state
+        precision = self._resolved.precision
+        if precision is None or not precision.dynamic:
+            return init_state
+        return scaled_init(init_state, self.device)
 
     @abc.abstractmethod
     def _check_state(self, state: Any, what: str = "use a state") -> None:
-        """StateError unless a state is this runner's, and was not donated; ``what`` is to be done
-        with it."""
+        """Check that a state is this runner's, and was not donated.
+
+        Args:
+            what: what is to be done with it.
+
+        Raises:
+            StateError: it is not, or it was.
+        """
 
     @property
     @abc.abstractmethod
@@ -112,6 +151,7 @@ class Runner(abc.ABC):
 
     @property
     def _made(self) -> Planner:
+        """The planner that ``init`` made."""
         if self._planner is None:
             raise StateError("call run.init(init_state, params, batch) first: it makes the plan")
         return self._planner

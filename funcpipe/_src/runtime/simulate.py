@@ -1,6 +1,7 @@
 """Simulate: every rank of a mesh in this process.
 
-In: a step with its transforms, a mesh. Out: a runner; its state is a list with every rank's own.
+In: a step with its transforms, a mesh. Out: a runner, whose state is a list with the state of every
+rank.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
+from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues
 from funcpipe._src.runtime import replicas
@@ -26,13 +28,16 @@ from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.runner import Runner
 from funcpipe.errors import MismatchError, StateError
 
+Result = tuple[Any, Any]  # state and metrics
+
 
 class Simulation(Runner):
     """Every rank of a mesh in this process; see `simulate`."""
 
     def __init__(self, step: Callable, mesh: Mesh) -> None:
         super().__init__(step, mesh)
-        self._ranks, self._backend = Ranks(mesh), Backend()
+        self._ranks = Ranks(mesh)
+        self._backend = Backend()
         self._bound: dict[int, list[Rank]] = {}
 
     def init(
@@ -54,24 +59,34 @@ class Simulation(Runner):
         """
         shapes, leaf, _ = self._read(params, key)
         batch = read_batch(batch)
-        device = next(
-            (x.device for x in tree.leaves(shapes) if isinstance(x, torch.Tensor)), self.device
-        )
-        if device != self.device:
-            self._ranks.close()
-            self._ranks = Ranks(self.mesh, device)
+        self._move_to_device_of(shapes)
         init_state = self._scaled(init_state)
         self._planner = Planner(self._resolved, init_state, shapes)
         self._bound.clear()
         self._plan_first(batch)
-        with torch.no_grad():
-            states = [init_state(self._placement.params(leaf, r)) for r in range(self.mesh.size)]
-        held = [replicas.of_state(state, self._placement, r) for r, state in enumerate(states)]
-        replicas.check(held, {"state": self._placement.analysis.state_paths}, self._resolved.local)
+        placement = self._placement
+        states, held = [], []
+        for rank in range(self.mesh.size):
+            with torch.no_grad():
+                state = init_state(placement.params(leaf, rank))
+            states.append(state)
+            held.append(replicas.of_state(state, placement, rank))
+        paths = {"state": placement.analysis.state_paths}
+        replicas.check(held, paths, self._resolved.local)
         return states
 
     def _rehearse(self) -> bool:
-        return self._made.rehearse(range(self._resolved.ranks))
+        pipeline_ranks = range(self._resolved.ranks)
+        return self._made.rehearse(pipeline_ranks)
+
+    def _move_to_device_of(self, params: Any) -> None:
+        """Let the ranks compute where params are."""
+        for leaf in tree.leaves(params):
+            if isinstance(leaf, torch.Tensor):
+                if leaf.device != self.device:
+                    self._ranks.close()
+                    self._ranks = Ranks(self.mesh, leaf.device)
+                return
 
     @property
     def device(self) -> torch.device:
@@ -84,35 +99,51 @@ class Simulation(Runner):
         self._check_state(state)
         batch = read_batch(batch)
         try:
-            out = self._run(state, batch)
+            results = self._run(state, batch)
         except StaleValues:
             self._made.of(batch).forget()
             try:
-                out = self._run(state, batch)
+                results = self._run(state, batch)
             except StaleValues as problem:
                 raise StateError(problem.again) from None
-        for r, (_, metrics) in enumerate(out):
-            check_same(out[0][1], metrics, r)
-        return [s for s, _ in out], out[0][1]
+        _, first = results[0]
+        for rank, (_, metrics) in enumerate(results):
+            check_same(first, metrics, rank)
+        return [new_state for new_state, _ in results], first
 
-    def _run(self, state: list[Any], batch: Any) -> list[tuple[Any, Any]]:
+    def _run(self, state: list[Any], batch: Any) -> list[Result]:
         """One step of every rank, under the plan for what is read from Python now."""
-        plan = self._made.plan(batch)
-        ranks = self._bound.get(id(plan))
-        if ranks is None:
-            kept = set(map(id, self._made.plans))
-            self._bound = {key: some for key, some in self._bound.items() if key in kept}
-            ranks = self._bound[id(plan)] = [Rank(plan, comm) for comm in self._ranks.communicators]
+        ranks = self._ranks_of(self._made.plan(batch))
         self._watch(ranks)
-        return self._ranks.run(lambda comm: ranks[comm.rank].step(state[comm.rank], batch))
+
+        def step(comm: Communicator) -> Result:
+            rank = ranks[comm.rank]
+            return rank.step(state[comm.rank], batch)
+
+        return self._ranks.run(step)
+
+    def _ranks_of(self, plan: Plan) -> list[Rank]:
+        """The ranks under a plan; those of plans that are no longer kept are dropped."""
+        key = id(plan)
+        if key not in self._bound:
+            kept = set(map(id, self._made.plans))
+            for old in self._bound.keys() - kept:
+                del self._bound[old]
+            communicators = self._ranks.communicators
+            self._bound[key] = [Rank(plan, comm) for comm in communicators]
+        return self._bound[key]
 
     def _collect(self, mine: dict[int, Any]) -> dict[int, Any]:
         return mine
 
-    def _everywhere(self, fn: Callable[[Communicator, Backend], Any], together: bool) -> list[Any]:
-        if together:
-            return self._ranks.run(lambda comm: fn(comm, self._backend))
-        return [fn(self._ranks.communicators[0], self._backend)]
+    def _everywhere(
+        self,
+        fn: Callable[[Communicator, Backend], Any],
+        together: bool,
+    ) -> list[Any]:
+        if not together:
+            return [fn(self._ranks.communicators[0], self._backend)]
+        return self._ranks.run(lambda comm: fn(comm, self._backend))
 
     def _about_to_load(self) -> None:
         """Its ranks load together."""
@@ -129,50 +160,56 @@ class Simulation(Runner):
     def place(self, full: Any) -> list[Any]:
         """What every rank holds of a single-device state."""
         refuse_invalidated("state", full)
-        return [self._placement.place(full, r) for r in range(self.mesh.size)]
+        return [self._placement.place(full, rank) for rank in range(self.mesh.size)]
 
     def unplace(self, state: list[Any]) -> Any:
         """The single-device state again."""
         self._check_state(state)
-        leaves = [self._placement.state_leaves(s, "unplace") for s in state]
-        return self._placement.unplace(lambda rank, j: leaves[rank][j])
+        leaves = [self._placement.state_leaves(own, "unplace") for own in state]
+        return self._placement.unplace(lambda rank, number: leaves[rank][number])
 
 
 def check_same(first: Any, other: Any, rank: int) -> None:
-    """MismatchError unless two ranks' metrics are equal, bit by bit."""
-    names, structures = tree.paths(first), [tree.flatten(x)[1] for x in (first, other)]
-    if structures[0] != structures[1]:
+    """Check that the metrics of two ranks are equal, bit by bit.
+
+    Raises:
+        MismatchError: they are not.
+    """
+    leaves, structure = tree.flatten(first)
+    other_leaves, other_structure = tree.flatten(other)
+    if structure != other_structure:
         raise MismatchError(
-            f"metrics are {structures[0]} on rank 0 and {structures[1]} on rank {rank}: every rank "
+            f"metrics are {structure} on rank 0 and {other_structure} on rank {rank}: every rank "
             "returns the same metrics"
         )
-    for path, a, b in zip(names, tree.leaves(first), tree.leaves(other), strict=True):
-        if isinstance(a, torch.Tensor):
-            same = (
-                torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-                if a.is_floating_point()
-                else torch.equal(a, b)
-            )
-        else:
-            same = a == b
-        if not same:
+    for path, leaf, other_leaf in zip(tree.paths(first), leaves, other_leaves, strict=True):
+        if not _is_same(leaf, other_leaf):
             raise MismatchError(
-                f"metrics{path} is {a} on rank 0 and {b} on rank {rank}: a metric has to be the "
-                "same on all"
+                f"metrics{path} is {leaf} on rank 0 and {other_leaf} on rank {rank}: a metric has "
+                "to be the same on all"
             )
+
+
+def _is_same(leaf: Any, other: Any) -> bool:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf == other
+    if leaf.is_floating_point():
+        return torch.allclose(leaf, other, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(leaf, other)
 
 
 def simulate(step: Callable, mesh: Mesh) -> Simulation:
-    """Run a transformed step on every rank of a mesh in this process: the same programs, the same
-    interface as `spmd`.
+    """Run a transformed step on every rank of a mesh in this process.
+
+    Programs and interface are those of `spmd`.
 
     Args:
         step: a step with transforms on it.
         mesh: with every axis that they name.
 
     Returns:
-        a runner. Its state is a list with every rank's own; every step checks that metrics are the
-        same everywhere.
+        a runner. Its state is a list with the state of every rank; every step checks that metrics
+        are the same on all ranks.
 
     Raises:
         MeshError, StackError: the transforms do not fit the mesh or each other.

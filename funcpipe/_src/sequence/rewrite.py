@@ -1,7 +1,8 @@
-"""The hook of the trace: what a rank does for the calls that funcpipe knows.
+"""The hook of the trace: what a rank does for attention and the other intercepted calls.
 
-In: findings, and a member of the ranks that share the graph. Out: ops of a rank. While an attention
-is made no hook is bound, so that what is inside is torch's own.
+In: the proof of a split, and a sequence rank that stands for all with the same graph.
+Out: ops of a rank. While an attention is made no hook is bound, so that what is inside is torch's
+own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from funcpipe._src.core.mesh import Axes, as_axes
 from funcpipe._src.functional import dispatch as hook
@@ -26,11 +27,16 @@ from funcpipe.errors import SequenceError, TraceError
 
 
 @contextlib.contextmanager
-def rewriting(findings: Findings | None, member: int, split: bool) -> Iterator[None]:
-    """Run a loss function as a member does; without findings, on all positions. ``split``: the
-    batch is."""
+def rewriting(findings: Findings | None, sequence_rank: int, split: bool) -> Iterator[None]:
+    """Run a loss function as a rank does.
+
+    Args:
+        findings: how operands are split along positions; None: every rank has all positions.
+        sequence_rank: any one of the ranks that run the same graph; only its lengths are used.
+        split: whether the batch is split in any way.
+    """
     if findings is not None:
-        with hook.bound(Rewriting(findings, member)), Intercept():
+        with hook.bound(Rewriting(findings, sequence_rank)), Intercept():
             yield
     elif split:
         with hook.bound(Unsplit()):
@@ -40,76 +46,99 @@ def rewriting(findings: Findings | None, member: int, split: bool) -> Iterator[N
 
 
 class Unsplit:
-    """The `Hook` of a part of the batch that has all positions: known calls compute what they
-    say."""
+    """The `Hook` of a rank that has all positions: intercepted calls compute what they say."""
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
-    ) -> torch.Tensor:
-        return whole(q, k, v, spec)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spec: Spec,
+    ) -> Tensor:
+        return whole(query, key, value, spec)
 
-    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        return plain(x, dim)
+    def positions(self, tensor: Tensor, dim: int) -> Tensor:
+        return plain(tensor, dim)
 
     def cross_entropy(
-        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return losses.compute(x, head, labels, options)
+        self,
+        tensor: Tensor,
+        head: Tensor | None,
+        labels: Tensor,
+        options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return losses.compute(tensor, head, labels, options)
 
-    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+    def dropout(self, tensor: Tensor, rate: float, key: Tensor) -> Tensor:
         if key.dim() == 0:
             raise TraceError(
-                f"dropout of a tensor of shape {tuple(x.shape)} with one key for all: the batch is "
-                "split, and every part would drop the same places. Give every row a key: a leaf "
-                "fp.random.keys(key, rows) of the batch"
+                f"dropout of a tensor of shape {tuple(tensor.shape)} with one key for all: the "
+                "batch is split, and every part would drop the same places. Give every row a key: "
+                "a leaf fp.random.keys(key, rows) of the batch"
             )
-        return random.dropped(x, rate, key, {})
+        return random.dropped(tensor, rate, key, {})
 
 
 class Rewriting(Unsplit):
-    """The `Hook` of a slice; ``member`` stands for all ranks that run the same graph, so it is
-    asked for lengths only."""
+    """The `Hook` of a rank with its local positions, for all ranks that run the same graph."""
 
-    def __init__(self, findings: Findings, member: int) -> None:
-        self.findings, self.member = findings, member
+    def __init__(self, findings: Findings, sequence_rank: int) -> None:
+        self.findings = findings
+        self.sequence_rank = sequence_rank  # only its lengths are used
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
-    ) -> torch.Tensor:
-        held = self.findings.attention(q, k, v, spec)
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spec: Spec,
+    ) -> Tensor:
+        layouts = self.findings.attention(query, key, value, spec)
         with hook.bound(None):
-            return split_attention(q, k, v, spec, held, self.member)
+            return split_attention(query, key, value, spec, layouts, self.sequence_rank)
 
-    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        part = self.findings.positions(x, dim)
-        return plain(x, dim) if part is None else member_positions(part, self.member, x.device)
+    def positions(self, tensor: Tensor, dim: int) -> Tensor:
+        layout = self.findings.positions(tensor, dim)
+        if layout is None:
+            return plain(tensor, dim)
+        return member_positions(layout, self.sequence_rank, tensor.device)
 
     def cross_entropy(
-        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        part = self.findings.cross_entropy(x, head, labels, options)
-        if part is not None and options.axis is not None and not part.even:
-            options = replace(options, tokens=self._tokens(as_axes(options.axis), part, labels))
-        return losses.compute(x, head, labels, options)
+        self,
+        tensor: Tensor,
+        head: Tensor | None,
+        labels: Tensor,
+        options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        layout = self.findings.cross_entropy(tensor, head, labels, options)
+        if layout is not None and options.axis is not None and not layout.even:
+            tokens = self._tokens_of_ranks(as_axes(options.axis), layout, labels)
+            options = replace(options, tokens=tokens)
+        return losses.compute(tensor, head, labels, options)
 
-    def _tokens(
-        self, axes: Axes, part: SequenceLayout, labels: torch.Tensor
+    def _tokens_of_ranks(
+        self,
+        axes: Axes,
+        layout: SequenceLayout,
+        labels: Tensor,
     ) -> tuple[int, ...] | None:
         """How many tokens each rank of some axes holds; None: all as many as this one."""
-        if not set(axes) & set(part.axes):
+        if not set(axes) & set(layout.axes):
             return None
-        if axes != part.axes:
+        if axes != layout.axes:
             raise SequenceError(
-                f"losses.cross_entropy over {axes}: the sequence of {part.size} positions is split "
-                f"unevenly over {part.axes}, so name those axes, all of them and in this order, or "
-                "others alone"
+                f"losses.cross_entropy over {axes}: the sequence of {layout.size} positions is "
+                f"split unevenly over {layout.axes}, so name those axes, all of them and in this "
+                "order, or others alone"
             )
-        rows = labels.numel() // max(part.length(self.member), 1)
-        return tuple(rows * part.length(m) for m in range(part.members))
+        rows = labels.numel() // max(layout.length(self.sequence_rank), 1)
+        lengths = map(layout.length, range(layout.members))
+        return tuple(rows * length for length in lengths)
 
-    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
-        sliced = self.findings.dropout(x, rate, key)
-        if sliced is None:
-            return super().dropout(x, rate, key)
-        dim, part = sliced
-        return random.dropped(x, rate, key, {dim: member_positions(part, self.member, x.device)})
+    def dropout(self, tensor: Tensor, rate: float, key: Tensor) -> Tensor:
+        split = self.findings.dropout(tensor, rate, key)
+        if split is None:
+            return super().dropout(tensor, rate, key)
+        dim, layout = split
+        own_positions = member_positions(layout, self.sequence_rank, tensor.device)
+        return random.dropped(tensor, rate, key, {dim: own_positions})

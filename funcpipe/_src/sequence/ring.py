@@ -1,50 +1,34 @@
 """Ring attention: a rank keeps its queries, while keys and values travel around the ring.
 
-Terms. A ring of R ranks takes R *steps*. At step ``s`` a rank has the *block* of its *source*, the
-rank ``s`` places before
-it: that rank's keys and values, padded to the longest block. What of it is attended to are *tiles*
-(`blockwise.py`), one by one; a *piece* is a half where a zigzag balances a causal mask, else all.
-Ranks with equal lengths share one graph: what depends on the rank follows from its place on the
-ring, an op of the graph.
+A ring of R ranks takes R steps. At each step a rank computes the tiles of its queries against the
+keys and values at hand (`ring_tiles.py` says which, `blockwise.py` computes them), and sends those
+keys and values on. A message is padded to the longest local sequence.
 
-=====================  =====================================================================================
-attention              tiles of a step
-=====================  =====================================================================================
-to all, even           all against all
-causal, even, zigzag   own block: each half against itself, causally, and the second against the first half;
-                       other blocks: the second against the first half, and either first against
-                       first (the source is earlier) or second against second
-causal, even           own block: all, causally; other blocks: all, which counts if the source is earlier
-any other              all against all, masked by positions in the whole sequence
-=====================  =====================================================================================
+Backward is a second pass (Liu et al. 2023, "Ring Attention with Blockwise Transformers", appendix
+B). The gradients of keys and values travel with them, and one place further, back to their rank.
+Sums are in float32 (or float64), so that errors do not grow with the ring.
 
-Backward is a second trip (Liu et al. 2023, "Ring Attention with Blockwise Transformers", appendix
-B). The gradients of a
-block travel with it, and one place further: home. Sums are wide, so that errors do not grow with
-    the ring.
-
-In: what one ring rank has of queries, keys and values. Out: its queries' attention over the whole
-sequence.
+In: queries, keys and values of one ring rank.
+Out: its queries' attention over the whole sequence.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from funcpipe._src.collectives import axis_index, ppermute
 from funcpipe._src.functional.dispatch import Spec
 from funcpipe._src.functional.sequence_layout import SequenceLayout
-from funcpipe._src.sequence.blockwise import Attended, Choice, Kernel, Tile, kernel, pick, shares
+from funcpipe._src.sequence.blockwise import Attended, Choice, kernel, pick, shares
+from funcpipe._src.sequence.ring_tiles import RingCall, follows_rank_order, tiles_of_steps
 from funcpipe.errors import AxisError, TraceError
 
-Tensor = torch.Tensor
-Tiles = Callable[[int], Sequence[Tile]]  # of a step
-Sums = dict[int, Tensor]  # of every piece
+SumsByShard = dict[int, Tensor]
 
 
 def ring_attention(
@@ -52,146 +36,138 @@ def ring_attention(
     k: Tensor,
     v: Tensor,
     spec: Spec,
-    part_q: SequenceLayout,
-    part_k: SequenceLayout,
-    r: int,
+    q_layout: SequenceLayout,
+    k_layout: SequenceLayout,
+    ring_rank: int,
 ) -> Tensor:
     """Attention over a sequence that is split over a ring, as one rank of the ring computes it.
 
-    Ring attention (Liu et al. 2023), balanced under a causal mask if the parts are a zigzag (Zhu
-    2024, ring-flash-attention). R - 1 messages forward, each keys and values of a rank; backward R
-    - 1, and R of gradients.
+    Ring attention (Liu et al. 2023), balanced under a causal mask if the layouts are a zigzag (Zhu
+    2024, ring-flash-attention). Forward it sends R - 1 messages, each with keys and values of a
+    rank; backward R - 1 such messages, and R with gradients.
 
     Args:
-        q: ``(batch, heads, positions, head dim)``: the queries of this ring rank, one piece after
-            another.
+        q: ``(batch, heads, positions, head dim)``: the queries of this ring rank, in the order of
+            its layout.
         k, v: its keys and values, of the dtype of ``q``; their number of heads divides that of
             ``q``; ``v`` may have another head dim.
         spec: the attention. ``bias`` has 1 or all local heads, 1 or all local queries, and 1 or all
             keys, in the order of the whole sequence. ``cu_seqlens`` counts positions of the whole
             sequence.
-        part_q, part_k: how the positions of queries, and of keys and values, are split; over the
-            same ring.
-        r: a ring rank with the lengths of this one; it is asked for nothing else.
+        q_layout, k_layout: how queries, and keys and values, are split; over the same ring.
+        ring_rank: a ring rank with the lengths of this one; nothing else of it is used.
 
     Returns:
         ``(batch, heads, positions, head dim of v)``, of the dtype of ``q``. Zeros for a query that
         sees no key.
 
     Raises:
-        AxisError: the parts are of different rings, or an operand has not the lengths that they
-        say.
+        AxisError: the layouts are of different rings, or an operand has other lengths than they
+            say.
         TraceError: at the gradient, if it is to be differentiated again.
 
     >>> from funcpipe._src.collectives import bind_mesh, bind_rank
     >>> from funcpipe._src.comm.simulated import run_ranks
     >>> from funcpipe._src.core.mesh import Mesh
-    >>> part, v = SequenceLayout(4, ("seq",), (), 4, 1), torch.tensor([2.0, 4.0, 6.0, 8.0])
+    >>> layout, values = SequenceLayout(4, ("seq",), (), 4, 1), torch.tensor([2.0, 4.0, 6.0, 8.0])
     >>> def body(comm):
-    ...     own = v[comm.rank].view(1, 1, 1, 1)
+    ...     own = values[comm.rank].view(1, 1, 1, 1)
+    ...     spec = Spec(causal=True)
     ...     with bind_rank(comm), bind_mesh(comm.mesh, ("seq",)):
-    ...         return ring_attention(0 * own, own, own, Spec(causal=True), part, part, comm.rank).view(1)
-    >>> torch.cat(run_ranks(Mesh(seq=4), body)).round(decimals=4)  # equal scores: the mean of the values so far
+    ...         return ring_attention(0 * own, own, own, spec, layout, layout, comm.rank).view(1)
+    >>> out = torch.cat(run_ranks(Mesh(seq=4), body))
+    >>> out.round(decimals=4)  # equal scores: the mean of the values so far
     tensor([2., 3., 4., 5.])
     """
-    _check(q, k, spec, part_q, part_k, r)
+    _check_layouts(q_layout, k_layout)
+    _check_lengths(q, k, spec, q_layout, k_layout, ring_rank)
     scale = 1 / math.sqrt(q.shape[-1]) if spec.scale is None else spec.scale
-    masked = (
-        spec.bias is not None
-        or spec.cu_seqlens is not None
-        or not _even(spec.causal, part_q, part_k)
-    )
-    call = _Call(part_q, part_k, scale, spec.causal, masked, kernel(q, v, not masked))
-    with torch.autocast(
-        q.device.type, enabled=False
-    ):  # it would narrow the products of wide operands
+    has_mask = spec.bias is not None or spec.cu_seqlens is not None
+    masked = has_mask or not follows_rank_order(spec.causal, q_layout, k_layout)
+    call = RingCall(q_layout, k_layout, scale, spec.causal, masked, kernel(q, v, not masked))
+    # Autocast would narrow products of float32 sums.
+    with torch.autocast(q.device.type, enabled=False):
         out, _ = _Ring.apply(q, k, v, spec.bias, spec.cu_seqlens, call)
     return out
 
 
-def _even(causal: bool, part_q: SequenceLayout, part_k: SequenceLayout) -> bool:
-    """Whether what is seen of a block does not depend on positions, but on the order of ranks at
-    most."""
-    if causal:
-        return part_q == part_k and part_k.size % (part_k.ring * (2 if part_k.zigzag else 1)) == 0
-    return len({part_k.ring_length(s) for s in range(part_k.ring)}) == 1
-
-
-def _check(
-    q: Tensor, k: Tensor, spec: Spec, part_q: SequenceLayout, part_k: SequenceLayout, r: int
-) -> None:
-    if (part_q.ring_axes, part_q.ring) != (part_k.ring_axes, part_k.ring):
+def _check_layouts(q_layout: SequenceLayout, k_layout: SequenceLayout) -> None:
+    q_ring = (q_layout.ring_axes, q_layout.ring)
+    k_ring = (k_layout.ring_axes, k_layout.ring)
+    if q_ring != k_ring:
         raise AxisError(
-            f"ring_attention: queries are split over a ring of {part_q.ring} on "
-            f"{part_q.ring_axes}, keys over one of {part_k.ring} on {part_k.ring_axes}: keys meet "
-            "all queries on one ring only. Split both over the same axes"
+            f"ring_attention: queries are split over a ring of {q_layout.ring} on "
+            f"{q_layout.ring_axes}, keys over one of {k_layout.ring} on {k_layout.ring_axes}: keys "
+            "meet all queries on one ring only. Split both over the same axes"
         )
+
+
+class _Length(NamedTuple):
+    """How many positions a dim has, and how many its layout says."""
+
+    name: str
+    dim: int
+    found: int
+    wanted: int
+    may_be_one: bool = False
+
+
+def _check_lengths(
+    q: Tensor,
+    k: Tensor,
+    spec: Spec,
+    q_layout: SequenceLayout,
+    k_layout: SequenceLayout,
+    ring_rank: int,
+) -> None:
+    queries = q_layout.ring_length(ring_rank)
     lengths = [
-        ("q", 2, q.shape[2], part_q.ring_length(r)),
-        ("k", 2, k.shape[2], part_k.ring_length(r)),
+        _Length("q", 2, q.shape[2], queries),
+        _Length("k", 2, k.shape[2], k_layout.ring_length(ring_rank)),
     ]
     if spec.bias is not None:
-        lengths += [
-            ("the bias", 2, spec.bias.shape[2], part_q.ring_length(r)),
-            ("the bias", 3, spec.bias.shape[3], part_k.size),
-        ]
-    for name, dim, found, wanted in lengths:
-        if found != wanted and not (name == "the bias" and found == 1):
-            raise AxisError(
-                f"ring_attention: dim {dim} of {name} has {found} positions, not {wanted}, on ring "
-                f"rank {r} of {part_q.ring} on {part_q.ring_axes}: give it the queries and keys of "
-                "the ring rank (heads are exchanged before), and a bias with 1 or these queries "
-                "and 1 or all keys"
-            )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What stays the same on a trip; ``masked``: what is seen follows from positions."""
-
-    part_q: SequenceLayout
-    part_k: SequenceLayout
-    scale: float
-    causal: bool
-    masked: bool
-    kernel: Kernel
-
-    @property
-    def ring(self) -> int:
-        return self.part_k.ring
-
-    @property
-    def halves(self) -> bool:
-        return self.causal and self.part_k.zigzag and not self.masked
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        """The pieces of a tensor along its positions."""
-        return x.chunk(2, 2) if self.halves else [x]
-
-    def passed_on(self, x: Tensor) -> Tensor:
-        """Send a message to the next rank; what comes from the one before."""
-        return ppermute(
-            x, self.part_k.ring_axes, [(s, (s + 1) % self.ring) for s in range(self.ring)]
+        shape = spec.bias.shape
+        lengths.append(_Length("the bias", 2, shape[2], queries, may_be_one=True))
+        lengths.append(_Length("the bias", 3, shape[3], k_layout.size, may_be_one=True))
+    for name, dim, found, wanted, may_be_one in lengths:
+        if found == wanted or (may_be_one and found == 1):
+            continue
+        raise AxisError(
+            f"ring_attention: dim {dim} of {name} has {found} positions, not {wanted}, on ring "
+            f"rank {ring_rank} of {q_layout.ring} on {q_layout.ring_axes}: give it the queries and "
+            "keys of the ring rank (heads are exchanged before), and a bias with 1 or these "
+            "queries and 1 or all keys"
         )
 
 
-# ---- the two trips
+# ---- the two passes
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, call: _Call
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        call: RingCall,
     ) -> tuple[Tensor, Tensor]:
-        tiles, queries = _tiles(q, bias, cu_seqlens, call), call.split(q)
-        found: dict[int, Attended] = {}
-        for s, block in _blocks(k, v, call):
-            for t in tiles(s):
-                keys, values = (pick(x, t.cols) for x in block)
-                out, lse = call.kernel.forward(pick(queries, t.rows), keys, values, t, call.scale)
-                for i, share in shares(lse, t.rows, -math.inf):
-                    found[i] = Attended(out, share).merged(found.get(i))
-        out, lse = (_joined({i: x[which] for i, x in found.items()}) for which in (0, 1))
+        tiles = tiles_of_steps(q, bias, cu_seqlens, call)
+        queries = call.shards(q)
+        attended: dict[int, Attended] = {}
+        for step, (keys, values) in _keys_and_values(k, v, call):
+            for tile in tiles(step):
+                tile_keys = pick(keys, tile.cols)
+                tile_values = pick(values, tile.cols)
+                tile_queries = pick(queries, tile.rows)
+                out, lse = call.kernel.forward(
+                    tile_queries, tile_keys, tile_values, tile, call.scale
+                )
+                for index, share in shares(lse, tile.rows, -math.inf):
+                    attended[index] = Attended(out, share).merged(attended.get(index))
+        out = _join({index: shard.out for index, shard in attended.items()})
+        lse = _join({index: shard.lse for index, shard in attended.items()})
         return out.to(q.dtype), lse
 
     @staticmethod
@@ -214,7 +190,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _backward(
-    call: _Call,
+    call: RingCall,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -225,170 +201,114 @@ def _backward(
     lse: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the operands, given that of the result."""
-    tiles = _tiles(q, bias, cu_seqlens, call)
-    own = [call.split(x) for x in (q, dout, out, lse)]
-    dq: Sums = {}
-    dbias: list[tuple[Tensor, Tensor]] = []
-    travelling: list[Tensor] = []  # the gradients of the block, once there are some
-    for s, block in _blocks(k, v, call):
-        arriving = [call.passed_on(x) for x in travelling]
-        dk: Sums = {}
-        dv: Sums = {}
-        for t in tiles(s):
-            rows, cols = (pick(x, t.rows) for x in own), (pick(x, t.cols) for x in block)
-            g = call.kernel.backward(*rows, *cols, t, call.scale)
-            for sums, x, choice in ((dq, g.q, t.rows), (dk, g.k, t.cols), (dv, g.v, t.cols)):
-                _add(sums, x, choice)
-            if bias is not None and g.scores is not None and t.positions is not None:
-                dbias.append((_over(g.scores, bias.shape), t.positions))
-        here = _packed([_joined(dk), _joined(dv)])
-        travelling = [x + here for x in arriving] or [here]
-    (home,) = (call.passed_on(x) if call.ring > 1 else x for x in travelling)
-    dkv = zip(_unpacked(home, k, v, call), (k, v), strict=True)
+    tiles = tiles_of_steps(q, bias, cu_seqlens, call)
+    own = [call.shards(tensor) for tensor in (q, dout, out, lse)]
+    dq: SumsByShard = {}
+    dbias: list[_BiasGradient] = []
+    travelling: Tensor | None = None  # the gradients of the keys and values at hand
+    for step, keys_values in _keys_and_values(k, v, call):
+        arriving = None if travelling is None else call.send_on(travelling)
+        dk: SumsByShard = {}
+        dv: SumsByShard = {}
+        for tile in tiles(step):
+            rows = [pick(shards, tile.rows) for shards in own]
+            cols = [pick(shards, tile.cols) for shards in keys_values]
+            grads = call.kernel.backward(*rows, *cols, tile, call.scale)
+            _add(dq, grads.q, tile.rows)
+            _add(dk, grads.k, tile.cols)
+            _add(dv, grads.v, tile.cols)
+            if bias is not None and grads.scores is not None and tile.positions is not None:
+                gradient = _summed_like(grads.scores, bias.shape)
+                dbias.append(_BiasGradient(gradient, tile.positions))
+        here = _message([_join(dk), _join(dv)])
+        travelling = here if arriving is None else arriving + here
+    assert travelling is not None
+    if call.ring > 1:
+        travelling = call.send_on(travelling)  # to the rank of these keys and values
+    own_dk, own_dv = _from_message(travelling, k, v, call)
     return (
-        _joined(dq).to(q.dtype),
-        *(dx[:, :, : x.shape[2]].to(x.dtype) for dx, x in dkv),
-        None if bias is None or not dbias else _bias_gradient(bias, dbias),
-        None,
-        None,
+        _join(dq).to(q.dtype),
+        own_dk[:, :, : k.shape[2]].to(k.dtype),
+        own_dv[:, :, : v.shape[2]].to(v.dtype),
+        _bias_gradient(bias, dbias) if dbias else None,
+        None,  # cu_seqlens
+        None,  # call
     )
 
 
-def _blocks(k: Tensor, v: Tensor, call: _Call) -> Iterator[tuple[int, list[Sequence[Tensor]]]]:
-    """Every step, with the pieces of the keys, and of the values, of its source."""
-    missing = _longest(call.part_k) - k.shape[2]
-    block = _packed(
-        [torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (k, v)] if missing else (k, v)
-    )
-    for s in range(call.ring):
+def _keys_and_values(
+    k: Tensor,
+    v: Tensor,
+    call: RingCall,
+) -> Iterator[tuple[int, list[Sequence[Tensor]]]]:
+    """Every step, with the shards of the keys, and of the values, that are at hand."""
+    missing = call.longest - k.shape[2]
+    if missing:
+        message = _message([F.pad(x, (0, 0, 0, missing)) for x in (k, v)])
+    else:
+        message = _message([k, v])
+    for step in range(call.ring):
         # It is sent before it is used here, so that it travels while this step computes.
-        coming = call.passed_on(block) if s + 1 < call.ring else block
-        yield s, [call.split(x) for x in _unpacked(block, k, v, call)]
-        block = coming
+        is_last = step + 1 == call.ring
+        coming = message if is_last else call.send_on(message)
+        keys_values = _from_message(message, k, v, call)
+        yield step, [call.shards(x) for x in keys_values]
+        message = coming
 
 
-def _longest(part: SequenceLayout) -> int:
-    return max(part.ring_length(s) for s in range(part.ring))
+def _message(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _packed(xs: Iterable[Tensor]) -> Tensor:
-    """One message."""
-    return torch.cat([x.flatten() for x in xs])
+def _from_message(
+    message: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: RingCall,
+) -> list[Tensor]:
+    """Padded keys and values, or their gradients; ``k`` and ``v`` are this rank's, for shapes."""
+    shapes = [(*x.shape[:2], call.longest, x.shape[3]) for x in (k, v)]
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = message.split(sizes)
+    return [part.view(shape) for part, shape in zip(flat, shapes, strict=True)]
 
 
-def _unpacked(block: Tensor, k: Tensor, v: Tensor, call: _Call) -> list[Tensor]:
-    """Keys and values, or their gradients, padded; ``k`` and ``v`` are the own."""
-    shapes = [(*x.shape[:2], _longest(call.part_k), x.shape[3]) for x in (k, v)]
-    flat = block.split([math.prod(shape) for shape in shapes])
-    return [x.view(shape) for x, shape in zip(flat, shapes, strict=True)]
+def _add(
+    sums: SumsByShard,
+    result: Tensor,
+    choice: Choice,
+) -> None:
+    for index, share in shares(result, choice, 0):
+        sums[index] = sums[index] + share if index in sums else share
 
 
-def _add(sums: Sums, x: Tensor, choice: Choice) -> None:
-    for i, share in shares(x, choice, 0):
-        sums[i] = sums[i] + share if i in sums else share
+def _join(shards: SumsByShard) -> Tensor:
+    in_order = [shards[index] for index in sorted(shards)]
+    return torch.cat(in_order, 2)
 
 
-def _joined(pieces: Sums) -> Tensor:
-    return torch.cat([pieces[i] for i in sorted(pieces)], 2)
+# ---- the gradient of a bias
 
 
-def _over(dscores: Tensor, shape: Sequence[int]) -> Tensor:
-    """The gradient of what a tile sees of a bias: summed over the dims along which the bias is the
-    same."""
-    return dscores.sum_to_size(*shape[:3], 1 if shape[3] == 1 else dscores.shape[3])
+class _BiasGradient(NamedTuple):
+    """The gradient of a bias in one tile, and the positions of the tile's columns."""
+
+    scores: Tensor
+    positions: Tensor
 
 
-def _bias_gradient(bias: Tensor, tiles: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The gradient of a bias from its gradients in all tiles, each with the positions of its
-    columns."""
-    dscores, positions = zip(*tiles, strict=True)
+def _summed_like(dscores: Tensor, shape: Sequence[int]) -> Tensor:
+    """Summed over the dims along which a bias of this shape is the same."""
+    columns = 1 if shape[3] == 1 else dscores.shape[3]
+    return dscores.sum_to_size(*shape[:3], columns)
+
+
+def _bias_gradient(bias: Tensor | None, tiles: list[_BiasGradient]) -> Tensor:
+    assert bias is not None
+    dscores = [tile.scores for tile in tiles]
     if bias.shape[3] == 1:
         return torch.stack(dscores).sum(0).to(bias.dtype)
     zeros = torch.zeros(bias.shape, dtype=dscores[0].dtype, device=bias.device)
-    return zeros.index_add(3, torch.cat(positions).clamp(min=0), torch.cat(dscores, 3)).to(
-        bias.dtype
-    )
-
-
-# ---- what is seen
-
-
-def _tiles(q: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, call: _Call) -> Tiles:
-    index = axis_index(call.part_k.ring_axes, q.device)
-    if call.masked:
-        return _masked_tiles(q, bias, cu_seqlens, call, index)
-    first, second = ((0, None),), ((1, None),)
-
-    def tiles(s: int) -> Sequence[Tile]:
-        if not call.causal:
-            return [Tile()]
-        if s == 0 and call.halves:
-            return [
-                Tile(first, first, causal=True),
-                Tile(second, first),
-                Tile(second, second, causal=True),
-            ]
-        if s == 0:
-            return [Tile(causal=True)]
-        earlier = (index - s) % call.ring < index
-        if not call.halves:
-            return [Tile(((0, earlier),), ((0, earlier),))]
-        either = ((0, earlier), (1, ~earlier))
-        return [Tile(second, first), Tile(either, either)]
-
-    return tiles
-
-
-def _masked_tiles(
-    q: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, call: _Call, index: Tensor
-) -> Tiles:
-    own = _row(_positions(call.part_q, q.device), index)[: q.shape[2]]
-    positions = _positions(call.part_k, q.device)
-
-    def tiles(s: int) -> Sequence[Tile]:
-        keys = _row(positions, (index - s) % call.ring)
-        seen = (keys >= 0).view(1, 1, 1, -1)
-        if call.causal:
-            seen = seen & (keys <= own.unsqueeze(1))
-        if cu_seqlens is not None:
-            seen = seen & _same_document(cu_seqlens, own, keys)
-        if bias is None:
-            return [Tile(seen=seen)]
-        part = bias if bias.shape[3] == 1 else bias.index_select(3, keys.clamp(min=0))
-        if bias.dtype == torch.bool:
-            return [Tile(seen=seen & part)]
-        return [Tile(seen=seen, bias=part, positions=keys)]
-
-    return tiles
-
-
-def _positions(part: SequenceLayout, device: torch.device) -> Tensor:
-    """The positions of all ring ranks: int64 ``(ring, longest)``, -1 behind those that a rank
-    has."""
-    rows = []
-    for s in range(part.ring):
-        row = torch.cat([torch.arange(*piece, device=device) for piece in part.ring_ranges(s)])
-        rows.append(
-            torch.nn.functional.pad(row, (0, _longest(part) - part.ring_length(s)), value=-1)
-        )
-    return torch.stack(rows)
-
-
-def _row(table: Tensor, index: Tensor) -> Tensor:
-    return table.index_select(0, index.view(1)).squeeze(
-        0
-    )  # table[index] would ask for the value of the index
-
-
-def _same_document(cu_seqlens: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """Whether positions are of one document, ``(1 or batch, 1, rows, columns)``; not if they are of
-    none."""
-    starts = cu_seqlens.long().reshape(-1, cu_seqlens.shape[-1]).contiguous()
-    row, col = (
-        torch.searchsorted(starts, x.expand(len(starts), -1).contiguous(), right=True)
-        for x in (rows, cols)
-    )
-    row = row.masked_fill(row == starts.shape[1], 0).unsqueeze(
-        -1
-    )  # 0: of none, in front of all or behind them
-    return ((row == col.unsqueeze(1)) & (row > 0)).unsqueeze(1)
+    positions = torch.cat([tile.positions for tile in tiles])
+    gradient = zeros.index_add(3, positions.clamp(min=0), torch.cat(dscores, 3))
+    return gradient.to(bias.dtype)

@@ -1,7 +1,7 @@
 """Narrowing: where a loss function goes on in fewer bits than came in.
 
-In: a planned ``value_and_grad``. Out: the lines at which an op turns a floating tensor into one of
-fewer bits, with both dtypes.
+In: a planned ``value_and_grad``.
+Out: the lines at which an op turns a floating tensor into one of fewer bits, with both dtypes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from funcpipe._src.analysis.call_results import with_values
 from funcpipe._src.analysis.state import PrimitiveCall, StepAnalysis
 from funcpipe._src.collectives import one_rank
-from funcpipe._src.core import pytree as tree
+from funcpipe._src.core import pytree
 from funcpipe._src.core.loss_types import Microbatches
 from funcpipe._src.core.source_lines import Line, user_line
 from funcpipe._src.graph.fake_tensors import fake, looking
@@ -29,32 +30,43 @@ _MOST = 3  # lines that are named
 _ROUNDINGS = 2.0**12  # so many of a dtype may add up
 
 
-def rounded_inside(call: PrimitiveCall, analysis: StepAnalysis, error: float) -> str:
-    """What to say of a relative error that is no larger than the roundings of a dtype inside the
-    loss.
+class Narrowed(NamedTuple):
+    """An op that turns a floating tensor into one of fewer bits."""
+
+    wide: torch.dtype
+    narrow: torch.dtype
+    line: Line | None
+
+    def __str__(self) -> str:
+        return f"{_name(self.wide)} becomes {_name(self.narrow)}{self.line or ''}"
+
+
+def rounded_inside(
+    call: PrimitiveCall,
+    analysis: StepAnalysis,
+    error: float,
+) -> str:
+    """An explanation of a relative error that roundings inside the loss account for.
 
     Args:
-        call, dyed: as planned.
-        error: what was found.
+        call, analysis: as planned.
+        error: the error that was found.
 
     Returns:
-        a sentence with the lines; nothing where the loss keeps its bits, or the error is larger.
+        a sentence with the lines; nothing if the loss keeps its bits, or the error is larger.
     """
-    found = [
-        (wide, narrow, line)
-        for wide, narrow, line in _narrowed(call, analysis)
-        if error <= _allowed(narrow)
-    ]
+    found = [each for each in _narrowed(call, analysis) if error <= _allowed(each.narrow)]
     if not found:
         return ""
-    places = [f"{_name(wide)} becomes {_name(narrow)}{line or ''}" for wide, narrow, line in found]
-    more = f" and {len(places) - _MOST} more" * (len(places) > _MOST)
-    worst = max((narrow for _, narrow, _ in found), key=lambda dtype: torch.finfo(dtype).eps)
-    rtol = 10.0 ** math.ceil(math.log10(_allowed(worst) / 100))
+    lines = ", ".join(map(str, found[:_MOST]))
+    if len(found) > _MOST:
+        lines += f" and {len(found) - _MOST} more"
+    worst = max(torch.finfo(each.narrow).eps for each in found)
+    rtol = 10.0 ** math.ceil(math.log10(_ROUNDINGS * worst / 100))
     return (
-        ". The loss function computes in fewer bits than came in: "
-        f"{', '.join(places[:_MOST])}{more}. There it rounds, and sums of other parts round "
-        f"otherwise: keep to {_name(found[0][0])}, or allow rtol={rtol:.0e}"
+        f". The loss function computes in fewer bits than came in: {lines}. There it rounds, and "
+        "sums of other parts round otherwise: keep to "
+        f"{_name(found[0].wide)}, or allow rtol={rtol:.0e}"
     )
 
 
@@ -66,52 +78,58 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-Narrowed = tuple[torch.dtype, torch.dtype, Line | None]
-
-
 def _narrowed(call: PrimitiveCall, analysis: StepAnalysis) -> list[Narrowed]:
     mode = FakeTensorMode()
     fakes = []
     for param, dtype in zip(call.params, call.dtypes, strict=True):
         fakes.append(fake(analysis.shapes[param], torch.empty(0, dtype=dtype), mode))
-    params = tree.unflatten(call.params_spec, fakes)
+    params = pytree.unflatten(call.params_spec, fakes)
     batch = call.batch.parts[0] if isinstance(call.batch, Microbatches) else call.batch
-    batch, _ = with_values(batch, range(len(tree.leaves(batch))))
-    batch = tree.map_tensors(torch.Tensor.cpu, batch)
-    noted = _Narrowing()
-    # What is wrong is said already: a loss that cannot be looked at has nothing to add.
+    batch, _ = with_values(batch, range(len(pytree.leaves(batch))))
+    batch = pytree.map_tensors(Tensor.cpu, batch)
+    recorder = _NarrowingRecorder()
+    # The error itself is reported anyway: a loss that does not run on fakes has nothing to add.
     with (
         contextlib.suppress(Exception),
         restored(call.loss_fn),
         looking(params, mode) as seen,
         one_rank(),
-        noted,
+        recorder,
     ):
         call.loss_fn(seen, batch)
-    return list(noted.found)
+    return list(recorder.found)
 
 
-class _Narrowing(TorchDispatchMode):
-    """Notes every line at which an op gives fewer bits than it gets, once."""
+class _NarrowingRecorder(TorchDispatchMode):
+    """Records every line at which an op gives fewer bits than it gets, once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[Narrowed, None] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
-        widest = max(_dtypes((args, kwargs)), key=_bits, default=None)
-        made = min(_dtypes(out), key=_bits, default=None)
-        if widest is not None and made is not None and _bits(made) < _bits(widest):
-            self.found[widest, made, user_line()] = None
+        widest = max(_dtypes((args, kwargs)), key=_precision, default=None)
+        narrowest = min(_dtypes(out), key=_precision, default=None)
+        if widest is None or narrowest is None:
+            return out
+        if _precision(narrowest) < _precision(widest):
+            self.found[Narrowed(widest, narrowest, user_line())] = None
         return out
 
 
-def _dtypes(x: Any) -> Iterator[torch.dtype]:
-    for leaf in tree_leaves(x):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+def _dtypes(value: Any) -> Iterator[torch.dtype]:
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf.dtype
 
 
-def _bits(dtype: torch.dtype) -> float:
+def _precision(dtype: torch.dtype) -> float:
+    """A number to compare dtypes by: larger for more bits."""
     return -torch.finfo(dtype).eps

@@ -1,13 +1,15 @@
 """Hypothesis strategies: random models, meshes, microbatch counts and schedules.
 
-What is drawn prints as the Python that makes it again. Needs Hypothesis, which funcpipe itself does
-not.
+What is drawn prints as the Python that makes it again. This module needs Hypothesis, which funcpipe
+itself does not.
 
-In: bounds. Out: strategies.
+In: bounds.
+Out: strategies.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ _SOMETIMES = st.sampled_from([False, False, False, True])
 
 @st.composite
 def models(
-    draw: st.DrawFn, max_segments: int = 5, tops: tuple[str, ...] = ("none", "scale")
+    draw: st.DrawFn,
+    max_segments: int = 5,
+    tops: tuple[str, ...] = ("none", "scale"),
 ) -> Model:
     """Random models.
 
@@ -41,47 +45,59 @@ def models(
     count = draw(st.integers(1, max_segments))
     sizes = dict.fromkeys("MVSP", 0)
     segments = []
-    for k in range(count):
-        kinds = [kind for kind in LAYERS if kind != "skip" or k > 1]
+    for number in range(count):
+        kinds = [kind for kind in LAYERS if kind != "skip" or number > 1]
+        layers = []
         drawn = draw(st.lists(st.sampled_from(kinds), max_size=3))
-        segments.append(tuple(Layer(kind, draw(_leaves(kind, sizes, k))) for kind in drawn))
+        for kind in drawn:
+            leaves = draw(_leaves(kind, sizes, number))
+            layers.append(Layer(kind, leaves))
+        segments.append(tuple(layers))
+    any_segment = st.integers(0, count - 1)
     carry = draw(st.sampled_from(["tensor", "dict", "tuple"]))
     return Model(
         segments=tuple(segments),
         width=draw(st.sampled_from([4, 6])),
         carry=carry,
-        carried=None if carry == "tensor" else draw(st.none() | st.integers(0, count - 1)),
+        carried=None if carry == "tensor" else draw(st.none() | any_segment),
         tied_head=draw(st.booleans()),
         top=draw(st.sampled_from(tops)),
-        aux=draw(st.none() | st.integers(0, count - 1)),
+        aux=draw(st.none() | any_segment),
         unused=draw(st.booleans()),
         zero_rows=draw(st.booleans()),
     )
 
 
 @st.composite
-def _leaves(draw: st.DrawFn, kind: str, sizes: dict[str, int], segment: int) -> tuple[int, ...]:
+def _leaves(
+    draw: st.DrawFn,
+    kind: str,
+    sizes: dict[str, int],
+    segment: int,
+) -> tuple[int, ...]:
     """The leaves of a layer: mostly new ones, sometimes tied; ``sizes`` counts those there are."""
     if kind == "skip":
         return (draw(st.integers(0, segment - 2)),)
     out = []
     for pool in LAYERS[kind]:
-        if sizes[pool] and draw(_SOMETIMES):
-            out.append(draw(st.integers(0, sizes[pool] - 1)))
+        size = sizes[pool]
+        if size and draw(_SOMETIMES):
+            out.append(draw(st.integers(0, size - 1)))
         else:
-            out.append(sizes[pool])
+            out.append(size)
             sizes[pool] += 1
     return tuple(out)
 
 
 def meshes(**most: int) -> st.SearchStrategy[Mesh]:
-    """Meshes with these axes, in this order, each of at most so many ranks.
+    """Meshes with these axes, in this order, each with at most so many ranks.
 
     >>> from hypothesis import find
     >>> find(meshes(pipe=4, data=2), lambda mesh: mesh.size > 4)
     Mesh(pipe=3, data=2)
     """
-    return st.builds(Mesh, **{axis: st.integers(1, n) for axis, n in most.items()})
+    sizes = {axis: st.integers(1, size) for axis, size in most.items()}
+    return st.builds(Mesh, **sizes)
 
 
 def microbatch_counts(most: int = 4) -> st.SearchStrategy[int]:
@@ -95,8 +111,7 @@ def microbatch_counts(most: int = 4) -> st.SearchStrategy[int]:
 
 
 def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
-    """Schedules with at most ``v`` stages a rank: those of the library that need no more, and
-    random tables.
+    """Schedules with at most ``v`` stages a rank: those of the library, and random tables.
 
     >>> from hypothesis import find
     >>> print(find(schedules(v=2), lambda schedule: True)(2, 2))
@@ -104,22 +119,25 @@ def schedules(v: int = 1) -> st.SearchStrategy[ScheduleFn]:
     rank 1: 1F0 1B0 1F1 1B1
     """
     fixed = [library.one_f_one_b, library.gpipe, library.zb_h1]
-    fixed += [library.zb_v, library.dual_pipe_v, library.v_half, library.v_min] if v > 1 else []
-    looped = [library.interleaved_1f1b, library.looped_bfs, library.interleaved_zb]
-    named: list[Any] = [st.sampled_from([make() for make in fixed])]
-    named += [st.builds(make, st.integers(2, v)) for make in looped] if v > 1 else []
-    tables = st.builds(RandomTable, st.integers(0, 2**16), st.integers(1, v))
-    return st.one_of(*named, tables)
+    if v > 1:
+        fixed += [library.zb_v, library.dual_pipe_v, library.v_half, library.v_min]
+    one_of_fixed = st.sampled_from([make() for make in fixed])
+    strategies: list[Any] = [one_of_fixed]
+    if v > 1:
+        for make in (library.interleaved_1f1b, library.looped_bfs, library.interleaved_zb):
+            strategies.append(st.builds(make, st.integers(2, v)))
+    seeds = st.integers(0, 2**16)
+    strategies.append(st.builds(RandomTable, seeds, st.integers(1, v)))
+    return st.one_of(*strategies)
 
 
 @dataclass(frozen=True)
 class RandomTable:
-    """A schedule in random order, of any size: every action as soon as chance has it after what it
-    needs.
+    """A schedule of any size, with actions in random order, each after those that it needs.
 
     Args:
-        seed: which one.
-        v: stages a rank; they lie on the ranks in random order.
+        seed: of the random order.
+        v: stages a rank; they are placed on ranks in random order.
 
     >>> print(RandomTable(seed=1)(1, 2))
     rank 0: 0F0 0F1 0B0 0I1 0W1
@@ -133,29 +151,53 @@ class RandomTable:
         rng = random.Random(self.seed)
         placement = list(range(ranks)) * self.v
         rng.shuffle(placement)
+        stages = len(placement)
         rows: list[list[Action]] = [[] for _ in range(ranks)]
-        cells = [(stage, m) for stage in range(len(placement)) for m in range(microbatches)]
-        whole = {cell for cell in cells if rng.random() < 0.5}  # B in one; the others as I and W
-        todo = [
-            Action(kind, *cell) for cell in cells for kind in ("FB" if cell in whole else "FIW")
-        ]
-        done: set[tuple[str, int, int]] = set()
-        while todo:
-            ready = [a for a in todo if all(x in done for x in _needs(a, len(placement)))]
+        remaining = _actions(rng, stages, microbatches)
+        done: set[Done] = set()
+        while remaining:
+            ready = []
+            for action in remaining:
+                if done.issuperset(_needs(action, stages)):
+                    ready.append(action)
             action = rng.choice(ready)
-            todo.remove(action)
+            remaining.remove(action)
             rows[placement[action.stage]].append(action)
-            done.add(("B" if action.kind == "I" else action.kind, action.stage, action.microbatch))
-        return Schedule(repr(self), tuple(map(tuple, rows)), tuple(placement), microbatches)
+            kind = "B" if action.kind == "I" else action.kind
+            done.add((kind, action.stage, action.microbatch))
+        return Schedule(
+            repr(self),
+            tuple(map(tuple, rows)),
+            tuple(placement),
+            microbatches,
+        )
 
 
-def _needs(a: Action, stages: int) -> Iterator[tuple[str, int, int]]:
-    if a.kind == "W":
-        yield "B", a.stage, a.microbatch
-    elif a.kind == "F":
-        if a.stage:
-            yield "F", a.stage - 1, a.microbatch
+Done = tuple[str, int, int]  # kind, stage and microbatch; an I counts as B
+
+
+def _actions(
+    rng: random.Random,
+    stages: int,
+    microbatches: int,
+) -> list[Action]:
+    """All actions; about half of the backwards are one B, the others two, I and W."""
+    actions = []
+    for stage, microbatch in itertools.product(range(stages), range(microbatches)):
+        kinds = "FB" if rng.random() < 0.5 else "FIW"
+        actions += [Action(kind, stage, microbatch) for kind in kinds]
+    return actions
+
+
+def _needs(action: Action, stages: int) -> Iterator[Done]:
+    """What must be done before an action."""
+    stage, microbatch = action.stage, action.microbatch
+    if action.kind == "W":
+        yield "B", stage, microbatch
+    elif action.kind == "F":
+        if stage:
+            yield "F", stage - 1, microbatch
     else:
-        yield "F", a.stage, a.microbatch
-        if a.stage < stages - 1:
-            yield "B", a.stage + 1, a.microbatch
+        yield "F", stage, microbatch
+        if stage < stages - 1:
+            yield "B", stage + 1, microbatch
