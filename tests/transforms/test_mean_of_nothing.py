@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from funcpipe._src.core.step import mean
+from funcpipe._src.core.loss_types import mean
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
