@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,8 +78,10 @@ class Run:
         self.device = inputs[0].device if inputs else None
         try:
             unbound = bind_context(PlainContext())  # a boundary is nothing here
+            batch = tree.unflatten(subject.spec, data)
+            call = partial(self._call, held, batch)
             with restored(subject.loss_fn), unbound, self._axes(mesh):
-                run(self.tape, lambda: self._call(held, tree.unflatten(subject.spec, data)))
+                run(self.tape, call)
         except Exception as error:
             self.error = error
 
@@ -96,7 +99,8 @@ class Run:
         as_written = torch.backends.opt_einsum.flags(enabled=False)  # whose order depends on sizes
         with traceable(), Intercept(), whole_ops, named, as_written:
             with backward.NoHooks(self.tape if self.part else None):
-                self.loss = read_loss(self.subject.loss_fn(params, batch), self.subject.has_aux)
+                out = self.subject.loss_fn(params, batch)
+                self.loss = read_loss(out, self.subject.has_aux)
             backward.record(self.tape, self.loss[0], tree.leaves(params), self.part is not None)
 
     def _named(
