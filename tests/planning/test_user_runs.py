@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import funcpipe as fp
-from funcpipe._src.planning.pipeline import Planner
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.planning.planner import Planner
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import StateError
 
 PIPE = fp.pipelined(axis="pipe", microbatches=4)

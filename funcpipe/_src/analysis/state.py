@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 
+from funcpipe._src.analysis.analysis_text import analysis_text
 from funcpipe._src.analysis.call_results import loss_and_aux, origin
 from funcpipe._src.analysis.elementwise import ElementwiseOnly
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
@@ -105,6 +106,8 @@ class StepAnalysis:
     sums: tuple[Reduction, ...]
     free: frozenset[int]
     outside: tuple[Op, ...] = ()
+
+    __str__ = analysis_text
 
 
 class _Feeds(BaseException):

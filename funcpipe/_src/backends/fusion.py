@@ -7,8 +7,8 @@ another.
 - F and B (or I) of a segment that run back to back, as in the last stage, are compiled as one: what
   only the second reads of the first is then no value that has to be kept, as the log-probabilities
   of a cross entropy.
-- Sums of gradients with fewer bits than `Backend.sums` are held in that dtype, until the last
-  summand is in.
+- Sums of gradients with fewer bits than `Backend.accumulate_dtype` are held in that dtype, until
+  the last summand is in.
 
 In: a program, a backend. Out: for RUN and ADD instructions what runs, in place of the plain
 function of the unit and the plain addition, and what that changes about memory. Instructions keep
@@ -116,7 +116,7 @@ def _dtype(row: Row, turns: int, backend: Backend) -> torch.dtype | None:
     own: torch.dtype | None = row.dtype or value
     gradient = row.writes[0][0] in ("grad", "whole")
     if own is not None and own.is_floating_point and gradient and turns and backend.fuses:
-        return torch.promote_types(own, backend.sums)
+        return torch.promote_types(own, backend.accumulate_dtype)
     return own if row.dtype or backend.fuses else None
 
 

@@ -72,6 +72,12 @@ class Traced:
     aux: Any
     aux_count: int
 
+    def __str__(self) -> str:
+        loss = "fp.Mean" if self.has_weight else "a plain scalar"
+        counts = f"boundaries: {self.boundaries}, params: {self.params}, batch: {self.batch}"
+        code = self.module.print_readable(print_output=False)
+        return f"loss: {loss}, {counts}, aux outputs: {self.aux_count}\n{code}"
+
 
 class TraceContext(PlainContext):
     """The context of a loss that is being traced: boundaries are marked; everything else is plain

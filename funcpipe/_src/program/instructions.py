@@ -189,3 +189,8 @@ class Program:
     partials: dict[tuple[int, int], int]
     slots: int
     usage: Usage
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{name} {count}" for name, count in self.usage._asdict().items())
+        lines = [f"pipeline rank {self.place}, slots: {self.slots}, bytes at their peak: {peaks}"]
+        return "\n".join([*lines, *(f"  {instruction.text}" for instruction in self.instructions)])

@@ -32,7 +32,7 @@ from funcpipe._src.program.instructions import (
     Piece,
     Row,
 )
-from funcpipe._src.spec.transform_spec import Shard
+from funcpipe._src.spec.requests import WeightSharding
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sharded:
     summed: Axes
     grad: torch.dtype
     whole: torch.dtype
-    options: Shard
+    options: WeightSharding
 
 
 Sharding = Mapping[int, Sharded]  # by the leaf's number; the others are held whole

@@ -19,7 +19,7 @@ import torch
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.loss_types import Microbatches
-from funcpipe._src.planning.plan import PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
 from funcpipe._src.program import ADD, RUN, WAIT
 from funcpipe._src.program.instructions import Row
 from funcpipe._src.runtime.interpreter import Bound, Slots, execute
@@ -220,7 +220,7 @@ class CallWatch:
         """Where the unit of an instruction stands in the order of one microbatch."""
         if row.unit is None:
             return _LAST
-        units = self.planned.cuts[row.action.microbatch].units
+        units = self.planned.microbatch_units[row.action.microbatch].units
         key = row.unit.kind, row.unit.segment
         return list(units).index(key)
 
@@ -233,7 +233,7 @@ class CallWatch:
             return f"params{self.paths[which]}, gathered"
         if kind != "value":
             return f"the gradient of params{self.paths[which]}, summed so far"
-        units = self.planned.cuts[name[2]]
+        units = self.planned.microbatch_units[name[2]]
         if which in units.heads:
             return _output_name(self.planned, units.heads.index(which))
         for param, partials in enumerate(units.grads):
@@ -247,7 +247,7 @@ class CallWatch:
 def _output_name(planned: PlannedCall, number: int) -> str:
     """What an output of a loss function is called."""
     names = ["the loss"]
-    if planned.cuts[0].traced.has_weight:
+    if planned.joint.has_weight:
         names = ["Mean.total", "Mean.weight"]
     return names[number] if number < len(names) else "an aux value"
 
@@ -258,4 +258,4 @@ def _batch_paths(planned: PlannedCall) -> list[list[str]]:
     if isinstance(batch, Microbatches):
         parts = [batch.parts[ready] for ready in planned.ready]
         return list(map(tree.paths, parts))
-    return [tree.paths(batch)] * len(planned.cuts)
+    return [tree.paths(batch)] * len(planned.microbatch_units)

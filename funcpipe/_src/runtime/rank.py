@@ -37,8 +37,9 @@ from funcpipe._src.core.reductions import join_shown
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
 from funcpipe._src.planning.batch_split import signature
-from funcpipe._src.planning.placement import Layout
-from funcpipe._src.planning.plan import Plan, PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
+from funcpipe._src.planning.placement import LeafLayout
+from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_bytes import most
 from funcpipe._src.planning.variants import stale
 from funcpipe._src.program import SEND, Usage, ended, usage
@@ -56,7 +57,7 @@ class Rank:
         # What runs programs instead of `execute`, while a recording is open.
         self.observer: Callable[[list[Bound], Slots, Communicator], None] | None = None
         mesh, axis = comm.mesh, plan.resolved.pipe_axis
-        self.place = plan.placement.stage_rank(comm.rank)
+        self.place = plan.placement.pipeline_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
         with bind_rank(comm):
@@ -95,8 +96,8 @@ class Rank:
         for layout in self.plan.placement.layouts:
             used |= {layout.axes, tuple(a for a in self.split_axes if a not in layout.axes)}
             used.add(tuple(a for a in layout.axes if a in self.split_axes))
-        cuts = {m for c in self.plan.calls for variant in c.variants.values() for m in variant.cuts}
-        graphs = [u.code.module.graph for m in cuts for u in m.units.values()]
+        cuts = {units for call in self.plan.calls for units in call.distinct_units}
+        graphs = [unit.code.module.graph for cut in cuts for unit in cut.units.values()]
         used |= {part.axes for c in self.plan.calls for _, part in c.rows.values()}
         used = used.union(*map(axes_of, graphs))
         lanes = self._lanes().union(*(channels_of(g, self.comm.mesh) for g in graphs))
@@ -108,7 +109,7 @@ class Rank:
         out: set[tuple[int, int, str]] = set()
         mesh, axis = self.comm.mesh, self.plan.resolved.pipe_axis
         for rank in range(mesh.size if axis else 0):
-            ranks, place = mesh.group(rank, axis or ()), self.plan.placement.stage_rank(rank)
+            ranks, place = mesh.group(rank, axis or ()), self.plan.placement.pipeline_rank(rank)
             for call in self.calls:
                 for i in call.planned.programs[place].instructions:
                     if i.op == SEND:
@@ -142,7 +143,7 @@ class _BoundCall:
         slots = self._slots(leaves, batch)
         (self.rank.observer or execute)(self.bound, slots, self.rank.comm)
         heads = self._heads(slots)
-        weight = heads[1] if self.planned.cuts[0].traced.has_weight else None
+        weight = heads[1] if self.planned.joint.has_weight else None
         grads = self._grads(leaves, slots)
         divisor = self._divisor(weight)
         if divisor is not None:
@@ -216,11 +217,11 @@ class _BoundCall:
             )
         slots: Slots = [None] * program.slots
         for i, slot in program.params.items():
-            x, dtype = leaves[i], planned.casts.get(i)
+            x, dtype = leaves[i], planned.weights.casts.get(i)
             slots[slot] = x if x is None or dtype is None else x.to(dtype)
         for slot, x in self.constants.items():
             slots[slot] = x
-        micro = planned.splits.microbatches(batch, self.rank.comm.rank)
+        micro = planned.split.local_leaves(batch, self.rank.comm.rank)
         for (m, i), slot in program.batch.items():
             moving = planned.moving[m]
             scaled = current().loss_scale if i == len(moving) else None
@@ -249,7 +250,7 @@ class _BoundCall:
         return out
 
     def _aux(self, heads: dict[int, torch.Tensor], slots: Slots) -> Any:
-        traced = self.planned.cuts[0].traced
+        traced = self.planned.joint
         first = 1 + traced.has_weight
 
         def finish(x: Any) -> Any:
@@ -265,11 +266,10 @@ class _BoundCall:
         """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches
         one after the other."""
         comm = self.rank.comm
-        pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.cuts))]
-        out = (
-            pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-        )  # a message must not change
-        resolved, splits = self.rank.plan.resolved, self.planned.splits
+        pieces = [slots[self.program.kept[h, m]] for m in range(len(self.planned.losses))]
+        # A message must not change, so that a single piece is copied.
+        out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+        resolved, splits = self.rank.plan.resolved, self.planned.split
         if h in self.planned.rows:
             out = _in_order(comm, out, *self.planned.rows[h])
         if not resolved.row_axes or dim is None:
@@ -288,7 +288,7 @@ class _BoundCall:
         mesh, row_axes = self.rank.comm.mesh, self.rank.plan.resolved.row_axes
         call = self.rank.plan.calls[int(self.name)]
         alike = [call.of_rank(rank) for rank in mesh.group(self.rank.comm.rank, row_axes)]
-        return [sum(cut.heads[h].shape[dim] for cut in planned.cuts) for planned in alike]
+        return [planned.output_size(h, dim) for planned in alike]
 
     # ---- gradients
 
@@ -371,7 +371,7 @@ class _BoundCall:
             for i, x in zip(some, packed.split([sums[i].numel() for i in some]), strict=True):
                 sums[i] = x.view(sums[i].shape)
 
-    def _layout(self, i: int) -> Layout:
+    def _layout(self, i: int) -> LeafLayout:
         return self.rank.plan.placement.layouts[self.planned.call.params[i]]
 
 
