@@ -245,9 +245,9 @@ def report(
     call = plan.calls[0]
     table = Table("rank on pipe", "stages", "segments", "peak activations", "parameters")
     for pipeline_rank, memory in enumerate(plan.memory):
-        placed = enumerate(call.schedule.placement)
+        placed = enumerate(call.schedule.table.placement)
         stages = [stage for stage, on_rank in placed if on_rank == pipeline_rank]
-        segments = [str(segment) for stage in stages for segment in call.stages[stage]]
+        segments = [str(segment) for stage in stages for segment in call.schedule.stages[stage]]
         table.add_row(
             str(pipeline_rank),
             ", ".join(map(str, stages)),

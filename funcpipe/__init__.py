@@ -4,7 +4,7 @@ Write a training step once, as a pure function ``(state, batch) -> (state, metri
 device; stack transforms on it; run it on a mesh. This is the public interface, in one list.
 """
 
-from funcpipe import checkpoint, data, errors, losses, optim, random, schedules, testing
+from funcpipe import checkpoint, data, errors, extend, losses, optim, random, schedules, testing
 from funcpipe._src.collectives import (
     all_gather,
     all_to_all,
@@ -29,6 +29,8 @@ from funcpipe._src.functional.checkpoint_name import checkpoint_name
 from funcpipe._src.functional.positions import positions
 from funcpipe._src.modules.buffers import buffer_means, update_buffers
 from funcpipe._src.modules.from_module import from_module, to_module
+from funcpipe._src.planning.lower import lower
+from funcpipe._src.planning.lowered import Lowered
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.predict import Prediction
 from funcpipe._src.planning.remat_curve import RematCurve
@@ -60,6 +62,7 @@ except ModuleNotFoundError as error:  # they lie beside the package in a checkou
     ) from error
 
 __all__ = [
+    "Lowered",
     "Mean",
     "Mesh",
     "Microbatches",
@@ -85,12 +88,14 @@ __all__ = [
     "data",
     "data_parallel",
     "errors",
+    "extend",
     "find_nonfinite",
     "from_module",
     "global_norm",
     "global_sum",
     "launch",
     "losses",
+    "lower",
     "mixed_precision",
     "optim",
     "pipelined",

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from funcpipe._src.spec.transform_spec import Micro, TransformSpec, record, require_positive
+from funcpipe._src.spec.requests import MicrobatchSplit
+from funcpipe._src.spec.transform_spec import TransformSpec, require_positive, with_spec
+
+
+@dataclass(frozen=True)
+class AccumulatedSpec(TransformSpec):
+    """What `accumulated` asks for."""
+
+    name: str = "accumulated"
+    split: MicrobatchSplit = field(kw_only=True)
+
+    def microbatches(self) -> MicrobatchSplit:
+        return self.split
 
 
 def accumulated(
@@ -24,9 +37,9 @@ def accumulated(
         A step with the same interface. Loss and gradients are sums over microbatches in order,
         divided once.
 
-    >>> accumulated(lambda state, batch: (state, {}), microbatches=4).records[0].micro.count
+    >>> accumulated(lambda state, batch: (state, {}), microbatches=4).specs[0].split.count
     4
     """
     if microbatches is not None:
         require_positive("accumulated", "microbatches", microbatches)
-    return record(step, TransformSpec("accumulated", micro=Micro(microbatches, dims)))
+    return with_spec(step, AccumulatedSpec(split=MicrobatchSplit(microbatches, dims)))

@@ -4,10 +4,23 @@ once per step."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
+from funcpipe._src.spec.requests import RowSplit
+from funcpipe._src.spec.transform_spec import TransformSpec, with_spec
+
+
+@dataclass(frozen=True)
+class DataParallelSpec(TransformSpec):
+    """What `data_parallel` asks for."""
+
+    name: str = "data_parallel"
+    split: RowSplit = field(kw_only=True)
+
+    def split_rows(self) -> RowSplit:
+        return self.split
 
 
 def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], dims: Any = 0) -> Any:
@@ -30,4 +43,4 @@ def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], di
     <step <lambda>
       data_parallel(axis='data')>
     """
-    return record(step, TransformSpec("data_parallel", as_axes(axis), split=Split(dims)))
+    return with_spec(step, DataParallelSpec(axes=as_axes(axis), split=RowSplit(dims)))

@@ -5,13 +5,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from funcpipe._src.core.mixed_precision import DYNAMIC, Precision
-from funcpipe._src.spec.transform_spec import TransformSpec, record, require_positive
+from funcpipe._src.core.mixed_precision import DYNAMIC, Precision, computed, scaled_step
+from funcpipe._src.spec.transform_spec import TransformSpec, require_positive, with_spec
 from funcpipe.errors import StackError
+
+
+@dataclass(frozen=True)
+class MixedPrecisionSpec(TransformSpec):
+    """What `mixed_precision` asks for."""
+
+    name: str = "mixed_precision"
+    options: Precision = field(kw_only=True)
+
+    def precision(self) -> Precision:
+        return self.options
+
+    def dtype_of(self, path: str, dtype: torch.dtype) -> torch.dtype:
+        return self.options.of_param(path, dtype)
+
+    def wrap_loss(self, loss_fn: Callable, has_aux: bool) -> Callable:
+        return computed(loss_fn, has_aux, self.options)
+
+    def wrap_step(self, step: Callable) -> Callable | None:
+        return scaled_step(step, self.options) if self.options.dynamic else None
+
+    def __str__(self) -> str:
+        return str(self.options)
+
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -109,7 +134,7 @@ def mixed_precision(
             "path to one of them"
         )
     options = Precision(_DTYPES[compute], loss_scale, growth_interval, growth, backoff, keep, batch)
-    return record(step, TransformSpec("mixed_precision", precision=options))
+    return with_spec(step, MixedPrecisionSpec(options=options))
 
 
 def _positive(x: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from funcpipe._src.core.describe_value import describe
@@ -13,8 +14,24 @@ from funcpipe._src.schedule.actions import ScheduleFn
 from funcpipe._src.schedule.catalogue import by_name
 from funcpipe._src.schedule.library import one_f_one_b
 from funcpipe._src.schedule.search import auto
-from funcpipe._src.spec.transform_spec import Micro, Pipe, TransformSpec, record, require_positive
+from funcpipe._src.spec.requests import MicrobatchSplit, Pipeline
+from funcpipe._src.spec.transform_spec import TransformSpec, require_positive, with_spec
 from funcpipe.errors import ScheduleError, StackError
+
+
+@dataclass(frozen=True)
+class PipelinedSpec(TransformSpec):
+    """What `pipelined` asks for."""
+
+    name: str = "pipelined"
+    split: MicrobatchSplit = field(kw_only=True)
+    cut: Pipeline = field(kw_only=True)
+
+    def microbatches(self) -> MicrobatchSplit:
+        return self.split
+
+    def pipeline(self) -> Pipeline:
+        return self.cut
 
 
 def pipelined(
@@ -84,10 +101,8 @@ def pipelined(
         for n in stages:
             require_positive("pipelined", "each entry of stages", n)
         stages = tuple(stages)
-    pipe = Pipe(schedule, stages, profile)
-    return record(
-        step, TransformSpec("pipelined", as_axes(axis), micro=Micro(microbatches, dims), pipe=pipe)
-    )
+    split, cut = MicrobatchSplit(microbatches, dims), Pipeline(schedule, stages, profile)
+    return with_spec(step, PipelinedSpec(axes=as_axes(axis), split=split, cut=cut))
 
 
 def _by_name(name: str) -> ScheduleFn:

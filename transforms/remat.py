@@ -4,10 +4,27 @@ less memory, more FLOPs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from funcpipe._src.spec.transform_spec import Remat, TransformSpec, record
+from funcpipe._src.spec.requests import Remat
+from funcpipe._src.spec.transform_spec import TransformSpec, with_spec
 from funcpipe.errors import StackError
+
+
+@dataclass(frozen=True)
+class RematSpec(TransformSpec):
+    """What `remat` asks for."""
+
+    name: str = "remat"
+    choice: Remat = field(kw_only=True)
+
+    def remat(self) -> Remat:
+        return self.choice
+
+    def __str__(self) -> str:
+        return str(self.choice)
+
 
 _POLICIES = ("block", "products")
 
@@ -93,7 +110,7 @@ def remat(
         recompute=_names("recompute", recompute),
         segments=segments if callable(segments) else _numbers(segments),
     )
-    return record(step, TransformSpec("remat", remat=what))
+    return with_spec(step, RematSpec(choice=what))
 
 
 def _is_part(x: Any) -> bool:

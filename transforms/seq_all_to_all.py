@@ -4,11 +4,24 @@ exchanged for heads."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
+from funcpipe._src.spec.requests import PositionSplit
+from funcpipe._src.spec.transform_spec import TransformSpec, with_spec
 from funcpipe.errors import StackError
+
+
+@dataclass(frozen=True)
+class SeqAllToAllSpec(TransformSpec):
+    """What `seq_all_to_all` asks for."""
+
+    name: str = "seq_all_to_all"
+    split: PositionSplit = field(kw_only=True)
+
+    def split_positions(self) -> PositionSplit:
+        return self.split
 
 
 def seq_all_to_all(
@@ -49,4 +62,4 @@ def seq_all_to_all(
         raise StackError(
             f"seq_all_to_all: axis={axis!r}; name the mesh axis or axes to split the sequence over"
         )
-    return record(step, TransformSpec("seq_all_to_all", axes, split=Split(dims, "heads")))
+    return with_spec(step, SeqAllToAllSpec(axes=axes, split=PositionSplit(dims)))

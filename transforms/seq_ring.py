@@ -4,11 +4,24 @@ ring of its ranks."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Split, TransformSpec, record
+from funcpipe._src.spec.requests import PositionSplit
+from funcpipe._src.spec.transform_spec import TransformSpec, with_spec
 from funcpipe.errors import StackError
+
+
+@dataclass(frozen=True)
+class SeqRingSpec(TransformSpec):
+    """What `seq_ring` asks for."""
+
+    name: str = "seq_ring"
+    split: PositionSplit = field(kw_only=True)
+
+    def split_positions(self) -> PositionSplit:
+        return self.split
 
 
 def seq_ring(
@@ -45,4 +58,4 @@ def seq_ring(
     axes = as_axes(axis)
     if not axes:
         raise StackError(f"seq_ring: axis={axis!r}; name the mesh axis or axes of the ring")
-    return record(step, TransformSpec("seq_ring", axes, split=Split(dims, "ring", bool(zigzag))))
+    return with_spec(step, SeqRingSpec(axes=axes, split=PositionSplit(dims, "ring", bool(zigzag))))

@@ -4,13 +4,37 @@ a unit needs them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from funcpipe._src.core.mesh import as_axes
-from funcpipe._src.spec.transform_spec import Shard, TransformSpec, record, require_positive
+from funcpipe._src.spec.requests import WeightSharding
+from funcpipe._src.spec.transform_spec import TransformSpec, require_positive, with_spec
 from funcpipe.errors import StackError
+
+
+@dataclass(frozen=True)
+class ShardedWeightsSpec(TransformSpec):
+    """What `sharded_weights` asks for."""
+
+    name: str = "sharded_weights"
+    options: WeightSharding = field(kw_only=True)
+    only: Callable[[str], bool] | None = field(kw_only=True, default=None)
+
+    def shards_weights(self) -> bool:
+        return True
+
+    def weight_layout(self, path: str, shape: tuple[int, ...]) -> WeightSharding | None:
+        chosen = self.only is None or self.only(path)
+        return self.options if chosen else None
+
+    def may_share_axes(self, other: TransformSpec) -> bool:
+        """Each may shard its own leaves, which are known with the params."""
+        if not isinstance(other, ShardedWeightsSpec):
+            return False
+        return self.only is not None or other.only is not None
 
 
 def sharded_weights(
@@ -93,8 +117,8 @@ def sharded_weights(
             f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or "
             "False"
         )
-    options = Shard(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype, only)
-    return record(step, TransformSpec("sharded_weights", axes, shard=options))
+    options = WeightSharding(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype)
+    return with_spec(step, ShardedWeightsSpec(axes=axes, options=options, only=only))
 
 
 def _positive(x: object) -> bool:

@@ -209,7 +209,8 @@ def test_profiles_time_what_is_fused() -> None:
         costs.of("F", s) > 0 and costs.of("I", s) > 0 and costs.of("W", s) > 0
         for s in range(segments)
     )
-    units = {unit.code for unit in run._made.split_cut(run.plan(state, batch()), 0).units.values()}
+    separate = run._made.separate_units(run.plan(state, batch()), 0)
+    units = {unit.code for unit in separate.units.values()}
     assert any(gemms for _, gemms in backend.asked)
     assert any(code not in units for code, _ in backend.asked)  # two that are one
 
@@ -441,6 +442,7 @@ def test_a_captured_step_donates() -> None:
 def test_sums_are_for_compiled_units() -> None:
     for backend, sums in (("eager", torch.float32), ("inductor", torch.int64)):
         with pytest.raises(
-            StackError, match=r"sums=torch.*give a floating-point dtype, with backend='inductor'"
+            StackError,
+            match=r"accumulate_dtype=torch.*give a floating-point dtype, with backend='inductor'",
         ):
-            fp.spmd(step_of(loss_fn), fp.Mesh(), backend=backend, sums=sums)
+            fp.spmd(step_of(loss_fn), fp.Mesh(), backend=backend, accumulate_dtype=sums)

@@ -66,7 +66,7 @@ def ours(run, ranks: int, microbatches: int) -> tuple[Callable[[], object], int]
     for rank in [r for some in bound for r in (some if isinstance(some, list) else [some])]:
         for call in rank.calls:
             emptied(call)
-    row = run.plan(state, batch).calls[0].schedule.ranks[0]
+    row = run.plan(state, batch).calls[0].schedule.table.ranks[0]
     return lambda: run(state, batch), len(row)
 
 
@@ -134,7 +134,11 @@ def worker(microbatches: int, rounds: int) -> tuple[list[list], int]:
     run = fp.spmd(pipeline(ranks, microbatches), mesh)
     mine, actions = ours(run, ranks, microbatches)
     theirs = torchs(ranks, microbatches)
-    row = run.plan(None, torch.zeros(ROWS * microbatches, WIDTH)).calls[0].schedule.ranks[run.rank]
+    row = (
+        run.plan(None, torch.zeros(ROWS * microbatches, WIDTH))
+        .calls[0]
+        .schedule.table.ranks[run.rank]
+    )
     wire = bare(list(row))
     for fn in (mine, theirs, wire) * 2:
         fn()
@@ -157,7 +161,7 @@ def main() -> None:
         run = fp.simulate(pipeline(ranks, m), fp.Mesh(pipe=ranks))
         fn, _ = ours(run, ranks, m)
         times = [seconds(fn) for _ in range(rounds)]
-        row = run.plan(None, torch.zeros(ROWS * m, WIDTH)).calls[0].schedule.ranks
+        row = run.plan(None, torch.zeros(ROWS * m, WIDTH)).calls[0].schedule.table.ranks
         _, wall = per_action(
             times, sum(map(len, row))
         )  # ranks are threads: their host time is the wall time

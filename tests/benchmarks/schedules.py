@@ -103,7 +103,7 @@ def worker(
             times.append(time.perf_counter() - start)
         predicted = run.plan(state, batch).predict(seconds)
         steady = (in_a_row(run, state, batch, 1 + rounds) - in_a_row(run, state, batch, 1)) / rounds
-        laid_out = run.plan(state, batch).calls[0].schedule.name
+        laid_out = run.plan(state, batch).calls[0].schedule.table.name
         shown = f"auto, found {laid_out}" if name == "auto" else laid_out
         out.append(
             (shown, predicted.step_time, statistics.median(times[1:]), predicted.period, steady)

@@ -98,7 +98,7 @@ def measure(layers: int) -> list[str]:
         )
         state = run.init(lambda p: p, params, batch)
         times.append(time.perf_counter() - start)
-    units = {u.code.key for u in run.plan(state, batch).calls[0].cuts[0].units.values()}
+    units = {u.code.key for u in run.plan(state, batch).calls[0].units.units.values()}
     return [*(f"{1e3 * seconds / layers:.0f}" for seconds in times), str(len(units))]
 
 

@@ -11,7 +11,7 @@ from support.models import refused
 from support.worlds import make_step, names, rand, same, schedules, setup
 
 import funcpipe as fp
-from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
+from funcpipe._src.collectives import axes_of, bind_rank, channels_of
 from funcpipe._src.comm.simulated import run_ranks
 from funcpipe.errors import BatchError
 from funcpipe.testing import assert_equivalent
@@ -132,7 +132,7 @@ def test_one_graph_serves_all_ranks():
     """Nodes name the axis, and nothing else of the mesh; every collective is a start and a wait,
     where the loss put it."""
     plan = plan_of(["normalized", "shifted", "contrasted"], fp.Mesh(pipe=2, data=2))
-    units = plan.calls[0].cuts[0].units
+    units = plan.calls[0].units.units
     psums = lambda kind, segment: len(nodes_of(units[kind, segment], "psum_start"))  # noqa: E731
     assert [psums("F", s) for s in range(4)] == [3, 0, 0, 0]  # never computed again in another unit
     assert [psums(k, 0) for k in "BIW"] == [
@@ -155,19 +155,24 @@ def test_one_graph_serves_all_ranks():
         assert all([str(u.target) for u in n.users] == ["funcpipe.wait.default"] for n in starts)
         assert all(n.args[1] == "data" for n in starts)
     assert set().union(*(axes_of(u.code.module.graph) for u in units.values())) == {("data",)}
-    lanes = set().union(
-        *(lanes_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values())
+    channels = set().union(
+        *(channels_of(u.code.module.graph, fp.Mesh(pipe=2, data=2)) for u in units.values())
     )
-    assert lanes == {(0, 1, "ppermute"), (2, 3, "ppermute"), (1, 0, "ppermute"), (3, 2, "ppermute")}
+    assert channels == {
+        (0, 1, "ppermute"),
+        (2, 3, "ppermute"),
+        (1, 0, "ppermute"),
+        (3, 2, "ppermute"),
+    }
 
 
 def test_the_place_of_a_rank_is_a_constant_of_the_rank():
     """Folded once on every rank, not in the graph; labels that follow from it are, too."""
     plan = plan_of(["contrasted"], fp.Mesh(pipe=2, data=2))
     call = plan.calls[0]
-    units = call.cuts[0].units.values()
+    units = call.units.units.values()
     assert not any(nodes_of(u, "axis_index") for u in units)
-    constants = call.cuts[0].constants
+    constants = call.units.constants
     (labels,) = (fold for v, fold in constants.items() if v.dtype == torch.int64)
 
     def body(comm):
@@ -175,7 +180,7 @@ def test_the_place_of_a_rank_is_a_constant_of_the_rank():
             return labels().tolist()
 
     first, last = list(range(4)), list(range(4, 8))
-    assert run_ranks(call.splits.mesh, body) == [first, last, first, last]
+    assert run_ranks(call.split.mesh, body) == [first, last, first, last]
 
 
 # ---- constants and numbers

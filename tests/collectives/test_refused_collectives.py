@@ -80,7 +80,7 @@ def test_what_does_not_fit():
     )
     assert text_of(two(lambda x: fp.all_to_all(x, "i", 0, 0, tiled=False)), x) == (
         "all_to_all: dim 0 of a tensor of shape (3,) is not 2, the number of ranks on 'i'; use "
-        "tiled=True to cut it into pieces"
+        "tiled=True to cut it into shards"
     )
     assert (
         text_of(two(lambda x: fp.all_gather(x, "i", 1)), x)
@@ -93,7 +93,7 @@ def test_what_does_not_fit():
         "pmax: complex numbers (torch.complex64) have no maximum; take it of x.abs()"
     )
     assert text_of(two(lambda x: fp.ppermute(x, "i", [(0, 2)])), x) == (
-        "ppermute: destination 2 is no place on an axis of 2 ranks: 0 to 1"
+        "ppermute: destination 2 is not on an axis of 2 ranks: 0 to 1"
     )
     assert text_of(two(lambda x: fp.ppermute(x, "i", [(0, 1), (0, 0)])), x) == (
         "ppermute: [(0, 1), (0, 0)] names a source twice; use all_gather to send to several ranks"

@@ -93,10 +93,16 @@ def test_a_script_that_is_told_to_end_does(tmp_path):
     with subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
-        assert process.stdout.readline() == b"here\n"
-        time.sleep(3)  # the launcher listens
-        process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout.readline() == b"here\n"
+            time.sleep(3)  # the launcher listens
+            process.terminate()
+            assert process.wait(30) == -signal.SIGTERM
+        finally:
+            watchdog.cancel()
+            process.kill()
 
 
 def fail(how):
@@ -190,8 +196,8 @@ def test_a_rank_that_returns_early(how, told):
 
 RESTARTED = """
 import os, signal, torch
-from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.mesh import Mesh
+from funcpipe._src.comm.process_group import ProcessGroupCommunicator
+from funcpipe import Mesh
 
 comm = ProcessGroupCommunicator(Mesh(data=2), "cpu", timeout=20.0)
 comm.prepare([("data",)])
@@ -243,9 +249,9 @@ def test_no_process_at_all():
 
 SCRIPT = """
 import os, torch
-from funcpipe.comm.process_group import ProcessGroupCommunicator
-from funcpipe.mesh import Mesh
-from funcpipe.runtime.launch import launch
+from funcpipe._src.comm.process_group import ProcessGroupCommunicator
+from funcpipe import Mesh
+from funcpipe import launch
 
 def total():
     comm = ProcessGroupCommunicator(Mesh(data=2))

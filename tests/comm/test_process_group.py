@@ -158,10 +158,10 @@ def flush_waits_for_what_was_started():
         comm.start_all_gather(torch.ones(2), ("pipe",)),
         comm.start_reduce_scatter(torch.ones(2, 2), ("pipe",)),
     ]
-    assert list(comm._begun) == begun
+    assert list(comm._started) == begun
     begun[0].wait()
     comm.flush()
-    assert not comm._begun
+    assert not comm._started
     comm.close()
 
 

@@ -65,7 +65,7 @@ def a_rank_raises_while_messages_are_awaited():
     rank gives up."""
 
     def body(comm):
-        HELD.append(comm._groups.mail.recv([torch.empty(1)], (comm.rank + 1) % 4, 7))
+        HELD.append(comm._groups.messages.recv([torch.empty(1)], (comm.rank + 1) % 4, 7))
         if comm.rank == 1:
             raise ValueError("boom")
         comm.recv([ZEROS], 0 if comm.rank == 2 else 1, "F")
@@ -293,7 +293,9 @@ def test_a_killed_rank_stops_the_others_and_is_named(victim):
         for worker in workers:
             worker.kill()
     told = "receiving (float32[2]) on channel 'F': " if victim == 1 else "in exchange_digest: "
-    for _, text, seconds in [answers.get(), answers.get()]:
+    for _ in range(2):
+        assert not answers.empty()  # every worker has ended, so it has answered by now
+        _, text, seconds = answers.get()
         assert re.match(
             rf"rank {victim} failed: it lost contact with rank [^{victim}], which was {re.escape(told)}",
             text,

@@ -332,9 +332,9 @@ def test_a_transformed_step_called_plainly_is_the_step() -> None:
 def test_compose_applies_the_first_first_and_transforms_do_not_change_their_step() -> None:
     once = fp.accumulated(step_of(), microbatches=2)
     both = fp.compose(fp.accumulated(microbatches=2), fp.data_parallel(axis="data"))(step_of())
-    assert [r.name for r in both.records] == ["accumulated", "data_parallel"]
+    assert [r.name for r in both.specs] == ["accumulated", "data_parallel"]
     fp.data_parallel(once, axis="data")
-    assert [r.name for r in once.records] == ["accumulated"]
+    assert [r.name for r in once.specs] == ["accumulated"]
     with refused(StackError, "data_parallel: the step is a str"):
         fp.compose(fp.data_parallel(axis="data"))("step")  # type: ignore[arg-type]
 

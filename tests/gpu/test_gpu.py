@@ -160,7 +160,7 @@ def halves() -> dict[str, float]:
         {"torch": error(gradients(torch.bfloat16), gradients(torch.float32))},
     )
     for name, sums in (("ours", torch.bfloat16), ("ours in float32", None)):
-        run = runner(half_step, cuda_graph=True, backend="inductor", sums=sums)
+        run = runner(half_step, cuda_graph=True, backend="inductor", accumulate_dtype=sums)
         params, batch = example(torch.bfloat16)
         state, _ = run(run.init(init_state, params, batch), batch)
         found = run.unplace(state).grads

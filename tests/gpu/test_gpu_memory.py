@@ -100,7 +100,7 @@ def ratios(name: str) -> dict[str, list[float]]:
             torch.cuda.synchronize()
             took = torch.cuda.max_memory_allocated() - before
         plan = run.plan(state, batch)
-        memory = plan.memory[plan.placement.stage_rank(run.rank)]
+        memory = plan.memory[plan.placement.pipeline_rank(run.rank)]
         out[mode] = [took / memory["step"]] + [memory["graph"] / memory["step"]] * (
             "cuda_graph" in options
         )

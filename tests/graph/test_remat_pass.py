@@ -30,7 +30,7 @@ from funcpipe._src.graph.partition import Units, cut
 from funcpipe._src.graph.remat import check_used, rematerialise
 from funcpipe._src.graph.remat_min_cut import Choice, Item, Outcome, _cheapest, outcome, within
 from funcpipe._src.graph.trace import Traced, trace
-from funcpipe._src.spec.transform_spec import Remat
+from funcpipe._src.spec.requests import Remat
 from funcpipe.errors import StackError, TraceError
 from funcpipe.testing import Model, models
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support.models import refused
 
 import funcpipe as fp
-from funcpipe._src.planning.batch_split import BatchSplit, plan_splits, signature
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.planning.batch_split import BatchSplit, signature, split_batch
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import BatchError
 
 
@@ -26,7 +26,7 @@ def splits_of(
         step = fp.pipelined(step, axis="pipe", microbatches=microbatches, dims=dims)
     else:
         step = fp.accumulated(step, microbatches=microbatches, dims=dims)
-    return plan_splits(resolve(step, mesh), batch)
+    return split_batch(resolve(step, mesh), batch)
 
 
 @st.composite
@@ -57,7 +57,7 @@ def test_microbatches_in_order_are_the_batch(
     batch, dims, mesh, axes, microbatches = case
     splits = splits_of(batch, mesh, microbatches, axes, dims)
     group = mesh.group(0, axes)  # one rank for every place on the data axes, the first axis major
-    pieces = [part for rank in group for part in splits.microbatches(batch, rank)]
+    pieces = [part for rank in group for part in splits.local_leaves(batch, rank)]
     assert len(pieces) == len(group) * microbatches
     for i, name in enumerate(sorted(batch)):
         assert torch.equal(torch.cat([p[i] for p in pieces], dims[name]), batch[name])
@@ -66,14 +66,14 @@ def test_microbatches_in_order_are_the_batch(
     for rank in range(mesh.size):  # ranks that differ on the pipe axis alone get the same
         first = mesh.rank({**mesh.coords(rank), "pipe": 0})
         for a, b in zip(
-            splits.microbatches(batch, rank), splits.microbatches(batch, first), strict=True
+            splits.local_leaves(batch, rank), splits.local_leaves(batch, first), strict=True
         ):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_data_axes_are_major_and_microbatches_minor() -> None:
     splits = splits_of(torch.arange(8), fp.Mesh(data=2), 2, ("data",))
-    assert [[x.tolist() for (x,) in splits.microbatches(torch.arange(8), r)] for r in (0, 1)] == [
+    assert [[x.tolist() for (x,) in splits.local_leaves(torch.arange(8), r)] for r in (0, 1)] == [
         [[0, 1], [2, 3]],
         [[4, 5], [6, 7]],
     ]
@@ -94,15 +94,15 @@ def test_what_goes_to_everyone_whole() -> None:
         2,
         dims={"x": 0, "n": 0, "name": 0, "k": 0, "none": 0, "table": None},
     )
-    k, n, name, table, x = splits.microbatches(batch, 0)[1]
+    k, n, name, table, x = splits.local_leaves(batch, 0)[1]
     assert (k, n.item(), name, table.tolist(), x.tolist()) == (5, 3, "text", [0, 1, 2], [2, 3])
 
 
 def test_ready_microbatches_differ_in_shape_and_are_split_over_data_axes_only() -> None:
     ready = fp.Microbatches([{"x": torch.arange(4)}, {"x": torch.arange(2)}])
     splits = splits_of(ready, fp.Mesh(pipe=1, data=2), None, ("data",))
-    assert splits.count == 2
-    assert [[x.tolist() for (x,) in splits.microbatches(ready, r)] for r in (0, 1)] == [
+    assert splits.microbatches == 2
+    assert [[x.tolist() for (x,) in splits.local_leaves(ready, r)] for r in (0, 1)] == [
         [[0, 1], [0]],
         [[2, 3], [1]],
     ]

@@ -95,12 +95,12 @@ def test_parts_go_to_ranks_in_order_and_rows_that_divide_are_cut_as_before() -> 
     batch = parts_of(3, 5, 2, 6)
     state = run.init(keep, W, batch)
     call = run.plan(state, batch).calls[0]
-    rows = [[len(x) for (x,) in call.splits.microbatches(batch, rank)] for rank in (0, 1)]
+    rows = [[len(x) for (x,) in call.split.local_leaves(batch, rank)] for rank in (0, 1)]
     assert rows == [[3, 5], [2, 6]] and call.of_rank(1).ready == (2, 3)
     run(state, batch)
     batch = parts_of(4, 2, 2, 6)
     call = run.plan(state, batch).calls[0]
-    assert [[len(x) for (x,) in call.splits.microbatches(batch, rank)] for rank in (0, 1)] == [
+    assert [[len(x) for (x,) in call.split.local_leaves(batch, rank)] for rank in (0, 1)] == [
         [2, 1, 1, 3]
     ] * 2
 

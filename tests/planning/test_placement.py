@@ -1,4 +1,4 @@
-"""Placement: place and unplace, owners, who counts."""
+"""StatePlacement: place and unplace, owners, who counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from support.models import D, batch, body, count, descend, params, pipe, same_bits, start
 
 import funcpipe as fp
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.program.shard_shapes import extent
 
 MESHES = [fp.Mesh(pipe=3), fp.Mesh(pipe=3, data=2), fp.Mesh(data=2, pipe=3)]
@@ -45,7 +45,7 @@ def init(p: Any) -> Any:
     return {"params": p, "m": optree.tree_map(torch.zeros_like, p), "n": 0}
 
 
-def placed(mesh: fp.Mesh) -> tuple[Any, list[Any], Placement]:
+def placed(mesh: fp.Mesh) -> tuple[Any, list[Any], StatePlacement]:
     stacked = pipe(step, stages="even")
     run, state = start(
         fp.data_parallel(stacked, axis="data") if "data" in mesh.axes else stacked,
@@ -106,7 +106,7 @@ def test_every_leaf_counts_once(mesh: fp.Mesh) -> None:
         assert param is None or placement.holds(counting[0], param)
     for leaf in range(len(placement.analysis.state)):
         (holder,) = placement.holders(leaf)
-        assert placement.present[placement.stage_rank(holder)][leaf]
+        assert placement.present[placement.pipeline_rank(holder)][leaf]
 
 
 def test_norms_and_sums_are_those_of_one_device() -> None:

@@ -307,7 +307,7 @@ def test_residuals_and_sums_of_fused_units_are_those_predicted(
         run = fp.simulate(transformed, fp.Mesh(pipe=2 if model.segments else 1))
         run(run.init(lambda p: p, params, batch), batch)
         (ranks,) = run._bound.values()
-    cut = ranks[0].calls[0].planned.cuts[0]
+    cut = ranks[0].calls[0].planned.units
     # Where F and B are one unit, what both hand out is there at once, but goes to slots one after
     # the other.
     last = sum(v.nbytes for v in cut.units["F", cut.segments - 1].outputs)

@@ -84,7 +84,7 @@ def test_stages_that_exchange_nothing() -> None:
         fp.pipelined(step, axis="pipe", microbatches=2, stages=[1, 1]), fp.Mesh(pipe=2)
     )
     plan = run.plan(run.init(lambda p: p, torch.ones(3), torch.ones(4, 3)), torch.ones(4, 3))
-    assert plan.calls[0].report.messages == 0
+    assert plan.calls[0].schedule.report.messages == 0
     assert plan.predict({"F": 1.0, "B": 2.0}).step_time == 6.0
 
 
@@ -170,7 +170,9 @@ def test_a_recorded_step(schedule: Any, tmp_path: Path) -> None:
         got = run(state, batch)
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(want), tree.leaves(got), strict=True))
     line = recording.timeline()
-    for spans, row in zip(line.spans, run.plan(state, batch).calls[0].schedule.ranks, strict=True):
+    for spans, row in zip(
+        line.spans, run.plan(state, batch).calls[0].schedule.table.ranks, strict=True
+    ):
         assert [span.action for span in spans] == list(row)
         assert all(0 <= a.start <= a.end <= b.start for a, b in pairwise(spans))
     assert recording.costs().of("F", 0) > 0
@@ -209,9 +211,9 @@ def test_plans_are_saved_with_memory_and_as_traces(tmp_path: Path) -> None:
     assert "memory" in texts and any(text and text.endswith(" ms") for text in texts)
     events = json.loads(plan.save(tmp_path / "x.json").read_text())["traceEvents"]
     boxes = [e for e in events if e["ph"] == "X" and e["cat"] in "FB"]
-    assert len(boxes) == plan.calls[0].report.actions
+    assert len(boxes) == plan.calls[0].schedule.report.actions
     starts, ends = ([e["id"] for e in events if e["ph"] == kind] for kind in "sf")
-    assert sorted(starts) == sorted(ends) and len(starts) == plan.calls[0].report.messages
+    assert sorted(starts) == sorted(ends) and len(starts) == plan.calls[0].schedule.report.messages
     assert max(e["args"]["bytes"] for e in events if e["ph"] == "C") == max(
         plan.predict().peak_memory
     )

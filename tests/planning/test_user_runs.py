@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import funcpipe as fp
-from funcpipe._src.planning.pipeline import Planner
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.planning.planner import Planner
+from funcpipe._src.spec.resolve import resolve
+from funcpipe.errors import StateError
 
 PIPE = fp.pipelined(axis="pipe", microbatches=4)
 OPTIMIZER = fp.optim.adamw(1e-2)
@@ -79,15 +80,34 @@ def test_a_step_runs_once_while_it_is_planned(ranks: int) -> None:
     assert stepped == (ranks, 0)
 
 
-def rank_runs() -> Runs:
-    """Of one process of a pipeline, until it may take its first step."""
+def counting_leaves(state: Any, batch: Any) -> Any:
+    """The last rank holds fewer leaves, and none of the first block."""
+    _, grads = fp.value_and_grad(first_block)(state[0], batch)
+    return state, {"leaves": len(optree.tree_leaves(grads))}
+
+
+def first_block(params: Any, batch: Any) -> fp.Mean:
+    out = fp.stage_boundary(batch @ params["blocks"][0]) @ params["blocks"][1]
+    return fp.Mean(out.square().sum(), torch.tensor(float(batch.numel())))
+
+
+def process() -> tuple[Runs, str]:
+    """Of one process of a pipeline: runs until it may take its first step, and why another step is
+    refused."""
     runs, step, init_state = counted()
-    run = fp.spmd(PIPE(step), fp.Mesh(pipe=2), device="cpu", timeout=60)
-    return runs_while(runs, lambda: run.init(init_state, params(), BATCH))[0]
+    pipeline = fp.Mesh(pipe=2)
+    run = fp.spmd(PIPE(step), pipeline, device="cpu", timeout=60)
+    begun, _ = runs_while(runs, lambda: run.init(init_state, params(), BATCH))
+    other = fp.spmd(PIPE(counting_leaves), pipeline, device="cpu", timeout=60)
+    with pytest.raises(StateError) as caught:
+        other.init(init_state, params(), BATCH)
+    return begun, str(caught.value)
 
 
 def test_a_process_rehearses_as_its_own_rank() -> None:
-    assert fp.launch(rank_runs, 2, timeout=120) == [(2, 3), (2, 3)]
+    first, second = fp.launch(process, 2, timeout=120)
+    assert first == second and first[0] == (2, 3)
+    assert "the step computes another metrics['leaves'] on a rank that does not hold" in first[1]
 
 
 def test_trees_that_go_with_leaves_are_rehearsed_by_the_planner() -> None:
@@ -120,7 +140,7 @@ def test_a_leaf_that_is_missing_against_the_plan() -> None:
 
     run = fp.simulate(PIPE(with_gate), fp.Mesh(pipe=2))
     begun, state = runs_while(runs, lambda: run.init(gated, params(), BATCH))
-    assert begun == (5, 7)  # planned, one rank rehearsed, planned, both rehearsed; init twice more
+    assert begun == (5, 7)  # planned, one rank rehearsed, planned, both rehearsed; init_state twice
     assert [rank[1] is not None for rank in state] == [True, False]
     _, metrics = run(state, BATCH)
     assert metrics["gate"] == 2 * metrics["loss"]

@@ -216,7 +216,7 @@ def test_sums_go_to_the_other_places_as_soon_as_they_may(name: str, ranks: int) 
     """Behind the action that follows the last summand, which may be one unit with the last
     forward."""
     plan = planned(SCHEDULES[name], ranks=ranks, layers=12)
-    maker = plan.calls[0].schedule.placement[-1]
+    maker = plan.calls[0].schedule.table.placement[-1]
     p = programs(plan)[maker]
     told = [(k, i) for k, i in enumerate(p.instructions) if i.action.kind[-2:] == "_H"]
     assert [(i.op, i.peer) for _, i in told] == [("send", q) for q in range(ranks) if q != maker]
@@ -254,7 +254,7 @@ def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
     """As long as they are not sent, no place comes to where it receives them, whatever the order in
     which ranks run."""
     plan = planned(SCHEDULES[name], ranks=ranks, layers=12)
-    maker, some = plan.calls[0].schedule.placement[-1], programs(plan)
+    maker, some = plan.calls[0].schedule.table.placement[-1], programs(plan)
     sent = next(k for k, row in enumerate(some[maker].instructions) if row.action.kind == "SEND_H")
     reached = run_until(some, (maker, sent))
     received = {
@@ -266,7 +266,7 @@ def test_no_place_waits_for_sums_but_at_its_end(name: str, ranks: int) -> None:
         assert reached[p] < k or k == len(some[p].instructions) - 1
     # The place that sends the maker its last activations gets their gradients back, and knows by
     # that.
-    neighbour = plan.calls[0].schedule.placement[-2]
+    neighbour = plan.calls[0].schedule.table.placement[-2]
     if neighbour != maker:
         assert received[neighbour][0] < len(some[neighbour].instructions) - 1
 
@@ -286,7 +286,7 @@ def test_what_is_sent_is_held_until_it_has_surely_arrived(name: str, ranks: int)
                 held |= dict.fromkeys(row.writes, row.action)
             if row.op != "recv" or row.action.kind == "RECV_H":
                 continue
-            peer = plan.calls[0].schedule.placement[row.action.peer]
+            peer = plan.calls[0].schedule.table.placement[row.action.peer]
             there = [
                 a
                 for a, other in rows[peer]
@@ -351,7 +351,7 @@ def test_a_plan_reads_as_text_and_tells_its_memory() -> None:
 
 def test_a_program_reads_as_text() -> None:
     title, *lines = str(programs(planned(one_f_one_b(), 2))[0]).splitlines()
-    assert title.startswith("program of rank 0 of the pipeline: 17 instructions, 18 slots, at most")
+    assert title.startswith("pipeline rank 0, slots: 18, bytes at their peak: activations ")
     assert lines[0] == "  0F0 run F0 (batch 0@0, param 0) -> (value tanh@0, value add@0)"
     assert "  0B1 add summand 1 (value mm_8@1) -> (sum 1#0) frees (value mm_8@1)" in lines
     (sent,) = (line for line in lines if line.startswith("  0SEND_F1>1"))

@@ -101,7 +101,7 @@ def test_it_names_unit_microbatch_and_rank(
     assert found.unit is not None and found.unit[1:] == str(segment)
     assert found.unit[0] == "F" if sign == 1 else found.unit[0] in "BI"
     assert (found.call, found.microbatch) == (0, rest // 2)
-    assert found.rank == 2 * planned.place_of(segment) + data
+    assert found.rank == 2 * planned.pipeline_rank_of(segment) + data
     assert found.op == "aten.div.Tensor"
     again = run.plan(state, marked())
     assert again.calls[0] is planned  # nothing was planned anew

@@ -20,7 +20,7 @@ import funcpipe as fp
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.graph.ops import is_heavy
 from funcpipe._src.graph.partition import Units
-from funcpipe._src.planning.pipeline import Planner
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.schedule import Action, Schedule, ScheduleFn
 from funcpipe.testing import Layer, Model, models
 
@@ -31,7 +31,7 @@ class Pipelines:
     """One model and batch on any number of pipelines. The model is traced once for all of them."""
 
     def __init__(self, model: Model, microbatches: int) -> None:
-        self.model, self.microbatches, self.cuts = model, microbatches, {}
+        self.model, self.microbatches, self.losses = model, microbatches, {}
         self.params, self.batch = model.init(seed=0), model.batch(seed=0, rows=microbatches)
 
     @property
@@ -52,7 +52,7 @@ class Pipelines:
         )
         run = fp.simulate(transformed, fp.Mesh(pipe=ranks))
         run._planner = Planner(run._resolved, lambda params: params, self.params)
-        run._planner.cuts = self.cuts
+        run._planner.memory.losses = self.losses
         run._planner.plan(self.batch)
         state, metrics = run(run.place(self.params), self.batch)
         return tree.leaves((metrics, run.unplace(state)))
@@ -192,7 +192,7 @@ def test_each_product_once(long: tuple[Pipelines, list[Any]]) -> None:
     checkpoints too."""
     pipelines, _ = long
     pipelines.run(fp.schedules.zb_h1(), 2)
-    cuts = [f.cut for f in pipelines.cuts.values() if ("W", 0) in f.cut.units]
+    cuts = [loss.units for loss in pipelines.losses.values() if ("W", 0) in loss.units.units]
     step = lambda p, b: (p, {"loss": fp.value_and_grad(checkpointed)(p, b)[0]})  # noqa: E731
     run = fp.simulate(
         fp.pipelined(step, axis="pipe", microbatches=2, schedule=fp.schedules.zb_h1()),
@@ -200,7 +200,7 @@ def test_each_product_once(long: tuple[Pipelines, list[Any]]) -> None:
     )
     params, batch = [torch.ones(3, 3) for _ in range(3)], torch.ones(4, 3)
     run.plan(run.init(lambda p: p, params, batch), batch)
-    cuts += [f.cut for f in run._planner.cuts.values()]
+    cuts += [loss.units for loss in run._planner.memory.losses.values()]
     for one in cuts:
         both = products(one, "IW")
         assert both == products(one, "B") and both

@@ -290,9 +290,9 @@ def test_a_memory_limit_in_a_pipeline() -> None:
     assert capped.predict().period >= free.predict().period * (1 - 1e-9)
     run, state = planned(None)
     a, b = run.plan(state, model.batch(rows=8)), run.plan(state, model.batch(rows=16))
-    assert (a.calls[0].stages, a.calls[0].schedule.placement) == (
-        b.calls[0].stages,
-        b.calls[0].schedule.placement,
+    assert (a.calls[0].schedule.stages, a.calls[0].schedule.table.placement) == (
+        b.calls[0].schedule.stages,
+        b.calls[0].schedule.table.placement,
     )
     with pytest.raises(
         ScheduleError,
@@ -426,9 +426,11 @@ def test_what_a_plan_holds_keeps_to_the_limit(
             fp.Mesh(pipe=ranks),
         )
         plan = run.plan(run.init(lambda p: p, params, batch), batch)
-        call, cut = plan.calls[0], run._made.split_cut(plan, 0)
+        call, cut = plan.calls[0], run._made.separate_units(plan, 0)
         load = load_of(cut, as_costs(None, cut))
-        return max(m["activations"] for m in plan.memory), _most(load, call.schedule, call.stages)
+        return max(m["activations"] for m in plan.memory), _most(
+            load, call.schedule.table, call.schedule.stages
+        )
 
     held, counted = planned(None)
     limit = share * held

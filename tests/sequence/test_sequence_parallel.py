@@ -18,7 +18,7 @@ from support.transformers import Transformer, transformed, transformers
 import funcpipe as fp
 from funcpipe._src.collectives import collectives_of
 from funcpipe._src.program import check_same_order
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import BatchError, CutError, SequenceError, StackError
 from funcpipe.testing import assert_equivalent
 
@@ -138,7 +138,7 @@ def test_every_order_of_stacking_is_the_same_program() -> None:
         fp.pipelined(axis="pipe", microbatches=2),
     ]  # fmt: skip
     mesh, orders = fp.Mesh(pipe=2, data=2, seq=2), list(itertools.permutations(some))
-    resolved = [resolve(fp.compose(*order)(model.step), mesh).records for order in orders]
+    resolved = [resolve(fp.compose(*order)(model.step), mesh).specs for order in orders]
     assert all(records == resolved[0] for records in resolved)
     found = []
     for order in orders[::5]:
@@ -179,7 +179,7 @@ def planned(model: Transformer, step: Callable, mesh: fp.Mesh) -> fp.Plan:
 def exchanges(plan: fp.Plan, kind: str) -> dict[str, int]:
     """How many collectives of a kind the units of one microbatch hold, by kind of unit."""
     out: dict[str, int] = {}
-    for unit in plan.calls[0].cuts[0].units.values():
+    for unit in plan.calls[0].units.units.values():
         found = [x for x in collectives_of(unit.code.module.graph) if x.startswith(kind)]
         out[unit.kind] = out.get(unit.kind, 0) + len(found)
     return out

@@ -194,7 +194,7 @@ def test_a_transform_that_was_never_applied(transform: Any, name: str) -> None:
     ],
 )
 def test_a_schedule_by_its_name(name: str, same: Callable) -> None:
-    found = pipe(STEP, schedule=name).records[0].pipe.schedule
+    found = pipe(STEP, schedule=name).specs[0].cut.schedule
     assert found.__name__ == same.__name__ and found(2, 4) == same(2, 4)
 
 

@@ -21,7 +21,7 @@ class Fusing(Backend):
     """A backend that fuses, and runs graphs op by op."""
 
     def __init__(self, sums: torch.dtype = torch.bfloat16) -> None:
-        super().__init__("inductor", sums=sums)
+        super().__init__("inductor", accumulate_dtype=sums)
         self.asked: list[tuple[Code, tuple[int, ...]]] = []
 
     def __call__(self, code: Code, gemms: tuple[int, ...] = ()) -> Any:

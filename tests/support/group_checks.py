@@ -46,7 +46,7 @@ def run_checks(checks):
         keeper.exchange_digest(0)  # the next check's communicator may have a short timeout
     keeper.close()
     assert not dist.is_initialized()
-    assert not [t for t in threading.enumerate() if t.name == "funcpipe-alarm"]
+    assert not [t for t in threading.enumerate() if t.name == "funcpipe-failure-watch"]
     return out
 
 

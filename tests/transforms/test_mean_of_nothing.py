@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from funcpipe._src.core.step import mean
 
 import funcpipe as fp
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.loss_types import mean
 from funcpipe.testing import assert_equivalent
 
 FLOAT64 = 1e-12

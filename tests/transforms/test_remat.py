@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from funcpipe.transforms import remat
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fusing_backend import fusing
 from support.models import (
     D,
     batch,
@@ -29,7 +30,6 @@ from support.models import (
     step_of,
 )
 from test_equivalence import batches, descending, equal, pieces, pipelines
-from test_fusion import fusing
 from test_plan_bytes import slots_seen
 from torch.utils.checkpoint import checkpoint
 
@@ -211,7 +211,7 @@ def test_exchanges_of_attention_are_not_repeated(split: Callable) -> None:
             b,
         )
         plan, state = run.plan(state, b), run.unplace(run(state, b)[0])
-        units = plan.calls[0].cuts[0].units.values()
+        units = plan.calls[0].units.units.values()
         found.append(
             (state, plan.traffic, [collectives_of(u.code.module.graph) for u in units], plan.memory)
         )
@@ -299,7 +299,7 @@ def test_recomputation_happens_once() -> None:
         flops = []
         for transforms in ([], [remat()], [remat(budget=0.6)]):
             plan, _ = ran(*transforms, schedule=schedule)
-            units = plan.calls[0].cuts[0].units.values()
+            units = plan.calls[0].units.units.values()
             kinds = "FB" if schedule == "b" else "FIW"
             flops.append(sum(u.code.flops for u in units if u.kind in kinds))
         # Of three products in a block, the last is not needed again; within the budget none is.

@@ -86,5 +86,5 @@ def test_rows_are_as_wide_as_asked(schedule: Schedule, width: int) -> None:
 
 @pytest.mark.parametrize("draw", [timeline_svg, timeline_html, timeline_text])
 def test_no_time_at_all(draw) -> None:
-    """Costs of zero draw an empty lane instead of dividing by zero."""
+    """Costs of zero draw an empty track instead of dividing by zero."""
     assert draw(timeline(table("0F0 0B0"), unit_costs(0, 0, 0)))

@@ -23,6 +23,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from funcpipe._src.analysis.host_code import EVERY, is_user_file, names_of
+from funcpipe._src.analysis.host_places import (
+    identities,
+    identities_of_defaults,
+    identity_at,
+    identity_in_cell,
+    identity_in_slot,
+    trained_flags,
+    value_in_slot,
+    version_of,
+)
 from funcpipe._src.analysis.host_shell import (
     FIELDS,
     MISSING,
@@ -94,7 +104,7 @@ class Walk:
         while self.queue:
             self.visit(*self.queue.popleft())
         if self.params:
-            self.poll(_requires_grad, self.params)
+            self.poll(trained_flags, self.params)
         self.group()
 
     def group(self) -> None:
@@ -140,7 +150,7 @@ class Walk:
             return
         if own:
             self.kept.append(x)
-            self.poll(functools.partial(_number_at, key), box)
+            self.poll(functools.partial(identity_at, key), box)
         else:
             self.dicts.append((box, key))
             self.last.append(x)
@@ -178,7 +188,7 @@ class Walk:
             self.module(x, path, depth)
         elif isinstance(x, torch.Tensor):
             if self.tensors and not _is_uncounted(x):
-                self.poll(_version, x)
+                self.poll(version_of, x)
                 self.values.append(
                     (path, Token("Tensor", repr(x.tolist()) if _is_small(x) else x._version))
                 )
@@ -219,11 +229,11 @@ class Walk:
             held = contents(cell)
             if self.put(name, held, depth):
                 self.cells.append((cell, held))
-                self.poll(_identity, cell)
+                self.poll(identity_in_cell, cell)
         for name, value in defaults_of(fn):
             self.put(name, value, depth)
         self.kept.append((fn.__defaults__, dict(fn.__kwdefaults__ or {})))
-        self.poll(_defaults_at, fn)
+        self.poll(identities_of_defaults, fn)
         self.attributes_of_function(fn, path, depth)
         self.code(fn, depth)
 
@@ -249,7 +259,7 @@ class Walk:
         if len(x) > LONGEST:
             self.size(x)
             return
-        self.poll(_numbers, x)
+        self.poll(identities, x)
         self.lists.append((x, list(x)))
         for n, value in enumerate(x):
             self.put(f"{path}[{n}]", value, depth, whole)
@@ -270,9 +280,9 @@ class Walk:
         for base in kind.__mro__:
             for name, slot in base.__dict__.items():
                 if isinstance(slot, MemberDescriptorType) and (whole or name in self.names):
-                    self.kept.append(_slot(slot, x))
+                    self.kept.append(value_in_slot(slot, x))
                     self.put(f"{path}.{name}", self.kept[-1], depth, whole)
-                    self.poll(functools.partial(_number_in, slot), x)
+                    self.poll(functools.partial(identity_in_slot, slot), x)
 
     def names_for(self, kind: type) -> set[str]:
         """The attributes that are read of an object: also those that methods of a library, which
@@ -343,44 +353,6 @@ class Walk:
         if name in ("__init__", "__post_init__", "__new__"):
             return not instance and isinstance(x, FunctionType)
         return name.startswith("__") and name not in _NOT_READ and isinstance(x, FunctionType)
-
-
-# ---- reading and writing places
-
-
-def _number_at(key: Any, box: dict) -> int:
-    return id(dict.get(box, key, MISSING))
-
-
-def _slot(slot: Any, x: Any) -> Any:
-    try:
-        return slot.__get__(x)
-    except AttributeError:  # not set
-        return MISSING
-
-
-def _number_in(slot: Any, x: Any) -> int:
-    return id(_slot(slot, x))
-
-
-def _identity(cell: CellType) -> int:
-    return id(contents(cell))
-
-
-def _numbers(x: Any) -> list[int]:
-    return list(map(id, x))
-
-
-def _defaults_at(fn: FunctionType) -> list[int]:
-    return [id(fn.__defaults__), *map(id, (fn.__kwdefaults__ or {}).values())]
-
-
-def _requires_grad(params: list[dict]) -> list[bool]:
-    return [p is not None and p.requires_grad for some in params for p in some.values()]
-
-
-def _version(x: torch.Tensor) -> int:
-    return x._version
 
 
 def _is_uncounted(x: torch.Tensor) -> bool:

@@ -2,7 +2,8 @@
 such as a learning rate. Ranks compare it, since what an update does on one rank alone lets replicas
 drift apart.
 
-In: ops, as a dyed run (`state.py`) meets them. Out: a text for every op, and the user's line of it.
+In: ops, as a run on tagged fakes (`state.py`) meets them. Out: a text for every op, and the user's
+line of it.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 
 A rank holds some leaves of the params, or parts of them; so outside ``value_and_grad`` a step may
 touch leaves only elementwise, or through `global_norm` and its kin. Both questions are answered by
-running ``init_state`` and the step
-once on *dyed* fakes and the real batch: every leaf of params gets a first dim of a size that
-nothing else has, so moments, masters and averages are known by their size, and an op that is not
-elementwise is caught in the act. `rehearsal` runs both again as ranks do.
+running ``init_state`` and the step once on *tagged* fakes and the real batch. Every leaf of params
+gets a first dim of a size that nothing else has, its tag. Moments, masters and averages have it
+too, and an op that is not elementwise is refused as it runs (`elementwise.py`). `rehearsal.py` runs
+both again as ranks do.
 
-In: `Resolved`, ``init_state``, params and batch. Out: `Dyed`: for every leaf of the state the
-parameter it belongs to (or
-None: replicated), and every ``value_and_grad`` and global sum that the step makes, in order.
+In: the step, ``init_state``, params and batch. Out: `StepAnalysis`: for every leaf of the state the
+parameter that it belongs to (None: replicated), and every ``value_and_grad`` and global sum that
+the step makes, in order.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 
-from funcpipe._src.analysis.call_results import Origin, hand_on, loss_and_aux, origin
+from funcpipe._src.analysis.analysis_text import analysis_text
+from funcpipe._src.analysis.call_results import loss_and_aux, origin
+from funcpipe._src.analysis.elementwise import ElementwiseOnly
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe._src.analysis.host_values import Follower, Reading
 from funcpipe._src.analysis.outside_ops import Op, Outside
@@ -36,27 +37,13 @@ from funcpipe._src.core.containers import check_containers
 from funcpipe._src.core.context import Join, PlainContext, bind_context
 from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.gradients import check_params
-from funcpipe._src.core.source_lines import line_of, user_line
-from funcpipe._src.graph.fake_tensors import BatchIsReal, fake
+from funcpipe._src.core.source_lines import line_of
+from funcpipe._src.graph.fake_tensors import fake
 from funcpipe._src.graph.trace_errors import BY_VALUE
 from funcpipe.errors import StateError
 
 if TYPE_CHECKING:
     from funcpipe._src.analysis.rehearsal import Rehearsal
-
-_COPIES = ("clone", "detach", "alias", "_to_copy", "copy", "copy_", "contiguous", "lift_fresh")
-_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "new_empty_strided")
-_ELEMENTWISE = frozenset([*_COPIES, *_LIKE])
-_FILLS = frozenset(["zeros", "ones", "full", "empty", "empty_strided"])
-_FOREACH_REDUCTIONS = frozenset(["_foreach_norm", "_foreach_max"])
-_OF_EACH = dict.fromkeys(
-    ["norm", "linalg_vector_norm", "_foreach_norm", "sum"],
-    ", fp.clip_by_global_norm in place of an optimizer's own clipping, "
-    "fp.optim.statistics(tree).norm for the norm of each leaf",
-) | dict.fromkeys(
-    ["max", "amax", "_foreach_max", "aminmax"],
-    ", fp.optim.statistics(tree).max_abs for the largest value of each leaf",
-)
 
 
 @dataclass(frozen=True)
@@ -95,7 +82,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class StepAnalysis:
-    """What a run on dyed fakes told.
+    """The result of running the step once on tagged fakes.
 
     Args:
         params_spec: the structure of the full params.
@@ -120,13 +107,15 @@ class StepAnalysis:
     free: frozenset[int]
     outside: tuple[Op, ...] = ()
 
+    __str__ = analysis_text
+
 
 class _Feeds(BaseException):
     """A step uses results in a later batch: it is run again, with losses whose dtype is known."""
 
 
 class AnalysisContext(PlainContext):
-    """The context of a dyed run: notes calls, and hands back fakes.
+    """The context of a run on tagged fakes: notes calls, and hands back fakes.
 
     Args:
         seen: makes of a call the one that is traced.
@@ -174,8 +163,8 @@ class AnalysisContext(PlainContext):
         numbers = [
             self._param(path, leaf) for path, leaf in zip(tree.paths(params), leaves, strict=True)
         ]
-        for path, x in zip(tree.paths(batch), tree.leaves(batch), strict=True):
-            param = self.tags.of(x)
+        for path, leaf in zip(tree.paths(batch), tree.leaves(batch), strict=True):
+            param = self.tags.of(leaf)
             if param is not None:
                 raise StateError(
                     f"value_and_grad: batch{path} is {self.tags.name(param)}, which a rank may not "
@@ -185,26 +174,27 @@ class AnalysisContext(PlainContext):
         if (
             self.calls
             and not self.exact
-            and any(isinstance(x, FakeTensor) for x in tree.leaves(batch))
+            and any(isinstance(leaf, FakeTensor) for leaf in tree.leaves(batch))
         ):
             raise _Feeds
         reading = (
             None if self.follower is None else Reading(loss_fn, self.follower(len(self.calls)))
         )
-        dtypes, origins = tuple(x.dtype for x in leaves), tree.map(origin, batch)
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        origins = tree.map(origin, batch)
         self.calls.append(
             PrimitiveCall(loss_fn, has_aux, tuple(numbers), spec, dtypes, batch, origins, reading)
         )
         self.given.append(Given(self.numbers(leaves), self.numbers(tree.leaves(batch))))
-        for x in tree.leaves(batch):
-            self.expressions.whole(x)
+        for leaf in tree.leaves(batch):
+            self.expressions.whole(leaf)
         with contextlib.nullcontext() if reading is None else reading.running():
             self.results.append(self._loss_and_aux(self.calls[-1], leaves))
         return self.returned(len(self.results) - 1, leaves, spec, self.results[-1], has_aux)
 
     def numbers(self, leaves: Sequence[Any]) -> Numbers:
         """The numbers of leaves."""
-        return [None if x is None else self.expressions.of(x) for x in leaves]
+        return [None if leaf is None else self.expressions.of(leaf) for leaf in leaves]
 
     def returned(
         self,
@@ -215,11 +205,12 @@ class AnalysisContext(PlainContext):
         has_aux: bool,
     ) -> Any:
         """What a call returns, for the leaves that are held."""
-        grads, name = [torch.empty_like(x) for x in leaves], self.expressions.name
-        for i, x in enumerate(tree.leaves(result)):
-            name(x, ("result", k, i))
-        for leaf, x in zip(leaves, grads, strict=True):
-            name(x, ("gradient", k, self.expressions.of(leaf)))
+        grads = list(map(torch.empty_like, leaves))
+        name = self.expressions.name
+        for number, value in enumerate(tree.leaves(result)):
+            name(value, ("result", k, number))
+        for leaf, grad in zip(leaves, grads, strict=True):
+            name(grad, ("gradient", k, self.expressions.of(leaf)))
         return (result if has_aux else result[0]), tree.unflatten(spec, grads)
 
     def _loss_and_aux(
@@ -247,113 +238,18 @@ class AnalysisContext(PlainContext):
             for x, i in zip(flat, numbers, strict=True)
         ]
         out = local(whole)
-        for x in flat:
-            self.expressions.whole(x)
+        for leaf in flat:
+            self.expressions.whole(leaf)
         self.expressions.name(out, ("sum", len(self.sums)))
         self.summed.append(self.numbers(flat))
         self.sums.append(Reduction(spec, numbers, out.dtype))
         return functools.partial(self._join, len(self.sums) - 1), out
 
     def _join(self, k: int, values: Sequence[Any]) -> Any:
-        for x, i in zip(values, self.sums[k].params, strict=True):
-            if i is not None:
-                self.expressions.entry(x, (k, i))
+        for value, param in zip(values, self.sums[k].params, strict=True):
+            if param is not None:
+                self.expressions.entry(value, (k, param))
         return tree.unflatten(self.sums[k].spec, values)
-
-
-class _Elementwise(BatchIsReal):
-    """Refuses ops on dyed leaves that a rank, which holds a part of the leaves, could not
-    repeat."""
-
-    def __init__(self, context: AnalysisContext) -> None:
-        super().__init__(context.tags.mode)
-        self.tags, self.row_ranks, self.expressions = (
-            context.tags,
-            context.row_ranks,
-            context.expressions,
-        )
-        self.outside = context.outside
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._run(func, types, args, kwargs or {})
-        self.expressions.record(func, args, kwargs or {}, out)
-        if self.outside is not None:
-            self.outside.note(func, args, kwargs or {}, out)
-        return out
-
-    def _run(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = func.overloadpacket.__name__
-        analysis = [
-            i for i in map(self.tags.of, pytree.tree_leaves((args, kwargs))) if i is not None
-        ]
-        sized = [] if analysis else self.tags.sizes(args)
-        if sized and name in _FILLS:
-            with self.mode:
-                return func(*args, **kwargs)
-        if (analysis or sized) and func.namespace != "prim":
-            self._check(func, name, [*analysis, *sized], (*args, *kwargs.values()))
-        try:
-            out = super().__torch_dispatch__(func, types, args, kwargs)
-        except RuntimeError as error:
-            if self.row_ranks > 1 and {Origin.ROWS, Origin.BATCH} <= self._origins((args, kwargs)):
-                raise StateError(
-                    f"{func.overloadpacket}{user_line() or ''} combines fp.Rows of a "
-                    "value_and_grad, which have the rows of all ranks, with a tensor of the "
-                    "batch, which has this rank's alone (batch='local'): pass both through the "
-                    "batch of a second value_and_grad and combine them there, or use "
-                    "batch='global'"
-                ) from error
-            raise
-        if not analysis:
-            hand_on(pytree.tree_leaves((args, kwargs)), out)
-        return out
-
-    @staticmethod
-    def _origins(args: Any) -> set[Origin]:
-        return {origin(x) for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)}
-
-    def _check(self, func: Any, name: str, analysis: list[int], args: tuple) -> None:
-        who, what = self.tags.name(analysis[0]), str(func.overloadpacket)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise StateError(
-                f"the step draws random values ({what}) for {who} outside value_and_grad: ranks "
-                "that hold copies or parts of it would draw different ones. Draw them before the "
-                "step and pass them through the state or batch"
-            )
-        listed = (
-            name.startswith(("_foreach_", "_fused_"))
-            and name.rstrip("_") not in _FOREACH_REDUCTIONS
-        )
-        if not (listed or torch.Tag.pointwise in func.tags or name in _ELEMENTWISE):
-            raise StateError(
-                f"the step applies {what} to {who} (or its gradient or state) outside "
-                f"value_and_grad{user_line() or ''}: that is not elementwise, and a rank holds "
-                "only part of the leaves. Use fp.global_norm or fp.global_sum for a "
-                f"reduction{_OF_EACH.get(name, '')}, or move it into the loss function"
-            )
-        lists = [x for x in args if isinstance(x, list | tuple)]
-        for together in zip(*lists, strict=False) if listed else [pytree.tree_leaves(args)]:
-            mixed = sorted({i for i in map(self.tags.of, together) if i is not None})
-            if len(mixed) > 1:
-                a, b = map(self.tags.name, mixed[:2])
-                raise StateError(
-                    f"the step mixes {a} and {b} in {what}: a rank may hold only one of them"
-                )
-        for x in [] if listed else pytree.tree_leaves(args):
-            self._check_shape(what, x, analysis[0])
-
-    def _check_shape(self, what: str, x: Any, param: int) -> None:
-        """Refuse a tensor that would be broadcast with a leaf: it does not fit a flat shard, or
-        would reshape it."""
-        if not isinstance(x, torch.Tensor) or self.tags.of(x) is not None:
-            return
-        if x.numel() != 1 or x.dim() > self.tags.leaves[param].dim():
-            raise StateError(
-                f"the step combines {self.tags.name(param)} (or its gradient or state) with a "
-                f"tensor of shape {tuple(x.shape)} in {what} outside value_and_grad: a rank may "
-                "hold a flat part of the leaf. Keep to numbers and 0-d tensors here, or do it in "
-                "the loss function"
-            )
 
 
 def run_on_fakes(
@@ -371,10 +267,11 @@ def run_on_fakes(
             fit it is not stepped.
     """
     tags, name = context.tags, context.expressions.name
-    with torch.no_grad(), bind_context(context), _Elementwise(context):
+    with torch.no_grad(), bind_context(context), ElementwiseOnly(context):
         params = tags.params(held)
-        for i, x in zip(filter(held, range(len(tags.leaves))), tree.leaves(params), strict=True):
-            name(x, ("parameter", i))
+        present = filter(held, range(len(tags.leaves)))
+        for param, leaf in zip(present, tree.leaves(params), strict=True):
+            name(leaf, ("parameter", param))
         state = init_state(params)
         check_containers("state", state)
         try:
@@ -382,8 +279,8 @@ def run_on_fakes(
         except ValueError:
             return Seen(context.expressions, state)
         init = context.numbers(leaves)
-        for j, x in enumerate(leaves):
-            name(x, ("state", j))
+        for number, leaf in enumerate(leaves):
+            name(leaf, ("state", number))
         context.running, context.donation = "the step", DonationAnalysis(tree.leaves(state))
         with context.donation.watch():
             new_state, metrics = _returned(step(state, batch))
@@ -403,7 +300,7 @@ def analyse(
     row_ranks: int = 1,
     follower: Callable[[int], Follower] | None = None,
 ) -> tuple[StepAnalysis, Rehearsal]:
-    """Run ``init_state`` and the step once on dyed fakes.
+    """Run ``init_state`` and the step once on tagged fakes.
 
     Args:
         seen: makes of a call the one that is traced, which says the shapes and dtypes of its
@@ -460,9 +357,9 @@ def _look(
             f"the step returns a state of another structure than it takes: {new_spec} instead of "
             f"{spec}"
         )
-    for path, i, j in zip(tree.paths(state), numbers, new_numbers, strict=True):
-        if i != j:
-            was, now = ("no parameter" if k is None else tags.name(k) for k in (i, j))
+    for path, *params in zip(tree.paths(state), numbers, new_numbers, strict=True):
+        if params[0] != params[1]:
+            was, now = ("no parameter" if p is None else tags.name(p) for p in params)
             raise StateError(
                 f"state{path} belongs to {was} before the step and to {now} after it: keep its "
                 "place and shape"
@@ -477,7 +374,7 @@ def _look(
         tags.spec,
         tags.paths,
         tags.shapes,
-        tuple(x.dtype for x in tags.leaves),
+        tuple(leaf.dtype for leaf in tags.leaves),
         spec,
         tuple(tree.paths(state)),
         numbers,

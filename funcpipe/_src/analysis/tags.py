@@ -1,5 +1,5 @@
-"""Dyes: fakes of params, each with a size in its first dim that nothing else has, by which its
-tensors are known.
+"""Tags: the fake of each param has a size in its first dim that nothing else has, by which tensors
+that belong to the param are known.
 
 In: params and a batch. Out: `Tags`, which makes the fakes, and tells from a tensor which parameter
 it belongs to.
@@ -38,13 +38,13 @@ class Tags:
         self.moved: frozenset[int] = frozenset()
 
     def resized(self, params: frozenset[int]) -> Tags:
-        """Dyes that give these parameters other sizes, in all dims."""
+        """Tags that give these parameters other sizes, in all dims."""
         out = copy.copy(self)
         out.moved = params
         return out
 
     def fake_shape(self, i: int) -> list[int]:
-        """The shape of a parameter's fake: its dye in the first dim (a 0-d leaf gets one), ones in
+        """The shape of a parameter's fake: its tag in the first dim (a 0-d leaf gets one), ones in
         the others."""
         size, rest = (
             (self.first + len(self.leaves) + i, 2) if i in self.moved else (self.first + i, 1)

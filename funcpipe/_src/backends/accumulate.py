@@ -1,7 +1,7 @@
 """Accumulate: how a backend adds gradients and outputs up over microbatches.
 
-A compiled backend holds the sums of gradients with fewer bits than `Backend.sums` in that dtype,
-until the last summand is in.
+A compiled backend holds the sums of gradients with fewer bits than `Backend.accumulate_dtype` in
+that dtype, until the last summand is in.
 
 In: ADD instructions of a program, a backend. Out: for each a function from what the sum holds (None
 at first) and a summand to what the sum holds then.
@@ -59,7 +59,7 @@ def sum_dtype(
         own = program.tensors[summand].dtype
     widens = backend.fuses and last and is_gradient(total)
     if widens and own is not None and own.is_floating_point:
-        return torch.promote_types(own, backend.sums)
+        return torch.promote_types(own, backend.accumulate_dtype)
     return own if add.dtype or backend.fuses else None
 
 

@@ -41,8 +41,8 @@ class Backend:
     Args:
         name: "eager" or "inductor".
         progress: called with a line of text while units compile.
-        sums: the dtype in which gradients with fewer bits are added up over microbatches by a
-            backend that fuses.
+        accumulate_dtype: the dtype in which gradients with fewer bits are added up over
+            microbatches by a backend that fuses.
         captured: whether units run in a CUDA graph: then what the host does between them takes no
             time.
     """
@@ -51,11 +51,11 @@ class Backend:
         self,
         name: str = "eager",
         progress: Callable[[str], None] | None = None,
-        sums: torch.dtype = torch.float32,
+        accumulate_dtype: torch.dtype = torch.float32,
         captured: bool = False,
     ) -> None:
         self.name, self.progress = name, progress or _silent
-        self.sums, self.captured = sums, captured
+        self.accumulate_dtype, self.captured = accumulate_dtype, captured
         self._made: dict[Key, Run] = {}
         self._peaks: dict[Key, int] = {}
 

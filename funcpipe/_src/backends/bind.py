@@ -20,7 +20,7 @@ from funcpipe._src.backends.fusion import fused_pairs, gradient_gemms, numbers_o
 from funcpipe._src.backends.grad_accumulation import materialized
 from funcpipe._src.backends.weight_buckets import Tensors
 from funcpipe._src.comm import Communicator
-from funcpipe._src.comm.tensor_layout import is_dense, wire_strides
+from funcpipe._src.comm.tensor_layout import is_dense, message_strides
 from funcpipe._src.graph.ids import ValueId
 from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program import GATHER, RECV, REDUCE, SEND, Instruction, Program
@@ -222,7 +222,7 @@ class _Layout:
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.stride() == self.strides:
             return tensor
-        if wire_strides(tensor) == wire_strides(self.like):
+        if message_strides(tensor) == message_strides(self.like):
             return tensor
         return self.empty().copy_(tensor)
 

@@ -76,14 +76,15 @@ class Leaves:
             return torch.empty(param.shape, dtype=param.dtype, device=run.device)
 
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            state = planner.init_state(pytree.map_tensors(fake_like, planner.params))
+            inputs = planner.inputs
+            state = inputs.init_state(pytree.map_tensors(fake_like, inputs.params))
         self.fakes = pytree.leaves(state)
         self.names = [f"state{path}" for path in self.placement.analysis.state_paths]
         self.leaves = [_leaf_like(fake) for fake in self.fakes]
 
     def shards(self, rank: int) -> Iterator[LeafShard | None]:
         """What a rank holds of every leaf; None where it holds nothing."""
-        pipeline_rank = self.placement.stage_rank(rank)
+        pipeline_rank = self.placement.pipeline_rank(rank)
         for index, is_present in enumerate(self.placement.present[pipeline_rank]):
             yield self._shard(index, rank) if is_present else None
 

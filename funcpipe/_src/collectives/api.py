@@ -1,29 +1,45 @@
-"""The collectives that a loss function calls, by axis name: the signatures of jax.lax, on pytrees
-of tensors.
+"""The collectives that a loss function calls, by axis name; their signatures are those of jax.lax.
 
-Every function takes an axis name, or a tuple of names of which the first is major, and works on
-what one rank holds. How the name is bound decides what runs (`axis_scope.py`); with one rank, or in
-plain PyTorch, nothing does. Shapes below are of one leaf; ``n`` is the number of ranks.
+In: a pytree of tensors and numbers, and an axis name, or a tuple of names of which the first is
+major.
+Out: a pytree of the same structure, differentiable.
 
-In: a pytree of tensors and numbers, an axis. Out: a pytree of the same structure, differentiable.
+Every function works on what one rank holds. How the name is bound decides what runs
+(`axis_scope.py`); with one rank, or in plain PyTorch, nothing runs. Shapes below are of one leaf;
+``n`` is the number of ranks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from funcpipe._src.collectives import batching_rules as rules
-from funcpipe._src.collectives import ops
-from funcpipe._src.collectives.axis_scope import Run, is_free, operand, runs, tap
+from funcpipe._src.collectives import over_spans
+from funcpipe._src.collectives.axis_scope import (
+    axis_spans,
+    current_interceptor,
+    is_free,
+    operand,
+)
+from funcpipe._src.collectives.over_spans import (
+    Spans,
+    axes_of_spans,
+    check_pairs,
+    counted,
+    dim_of,
+    joined,
+    ranks_on,
+    shards_of,
+)
 from funcpipe._src.core import pytree as tree
 from funcpipe.errors import AxisError
 
 Axis = str | Iterable[str]
-Runs = tuple[Run, ...]
+# What a collective makes of a tensor over spans.
+OfLeaf = Callable[[torch.Tensor, Spans], torch.Tensor]
 
 
 def psum(x: Any, axis: Axis) -> Any:
@@ -38,24 +54,29 @@ def psum(x: Any, axis: Axis) -> Any:
         leaves of the same shape, the same on every rank. The gradient of psum is psum.
 
     >>> from funcpipe._src.collectives import vmap
-    >>> vmap(lambda x: psum({"x": x, "ones": torch.ones(())}, "i"), "i")(torch.tensor([1.0, 2.0, 3.0]))
+    >>> def sums(x):
+    ...     return psum({"x": x, "ones": torch.ones(())}, "i")
+    >>> vmap(sums, "i")(torch.tensor([1.0, 2.0, 3.0]))
     {'x': tensor([6., 6., 6.]), 'ones': tensor([3., 3., 3.])}
     """
-    return _map("psum", _psum, x, axis)
+    return _map("psum", over_spans.psum, x, axis)
 
 
 def pmean(x: Any, axis: Axis) -> Any:
-    """The mean over all ranks of an axis: ``psum(x) / n``. Ranks with unequal numbers of rows count
-    alike.
+    """The mean over all ranks of an axis: ``psum(x) / n``.
+
+    Ranks with unequal numbers of rows count alike.
 
     >>> from funcpipe._src.collectives import vmap
     >>> vmap(lambda x: pmean(x, "i"), "i")(torch.tensor([1.0, 2.0, 6.0]))
     tensor([3., 3., 3.])
     """
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        n = _count(found)
-        return t if n == 1 and t.is_floating_point() else _psum(t, found) / n
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        ranks = ranks_on(spans)
+        if ranks == 1 and tensor.is_floating_point():
+            return tensor
+        return over_spans.psum(tensor, spans) / ranks
 
     return _map("pmean", leaf, x, axis)
 
@@ -76,21 +97,28 @@ def pmax(x: Any, axis: Axis) -> Any:
     tensor([6., 6., 6.])
     """
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        if t.is_complex():
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        if tensor.is_complex():
             raise AxisError(
-                f"pmax: complex numbers ({t.dtype}) have no maximum; take it of x.abs()"
+                f"pmax: complex numbers ({tensor.dtype}) have no maximum; take it of x.abs()"
             )
-        for a in reversed(_names(found)):
-            t = rules.pmax(t, next(iter(runs(a, "pmax"))))
-        return t
+        for name in reversed(axes_of_spans(spans)):
+            (span,) = axis_spans(name, "pmax")
+            tensor = rules.pmax(tensor, span)
+        return tensor
 
     return _map("pmax", leaf, x, axis)
 
 
-def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
-    """What all ranks of an axis hold, in rank order, on each of them. Its transpose is
-    `psum_scatter`.
+def all_gather(
+    x: Any,
+    axis: Axis,
+    dim: int = 0,
+    tiled: bool = True,
+) -> Any:
+    """What all ranks of an axis hold, in rank order, on each of them.
+
+    Its transpose is `psum_scatter`.
 
     Args:
         x: a pytree of tensors.
@@ -105,21 +133,28 @@ def all_gather(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
             [1, 2, 3, 4]])
     """
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        d = _dim("all_gather", t, dim, extra=not tiled)
-        return _joined(_gather(t, found), d) if tiled else _gather(t, found).movedim(0, d)
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        where = dim_of("all_gather", tensor, dim, extra=not tiled)
+        gathered = over_spans.all_gather(tensor, spans)
+        return joined(gathered, where) if tiled else gathered.movedim(0, where)
 
     return _map("all_gather", leaf, x, axis, dim=dim, tiled=tiled)
 
 
-def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
-    """The sum over all ranks of an axis, of which each rank gets its piece. Its transpose is
-    `all_gather`.
+def psum_scatter(
+    x: Any,
+    axis: Axis,
+    dim: int = 0,
+    tiled: bool = True,
+) -> Any:
+    """The sum over all ranks of an axis, of which each rank gets its shard.
+
+    Its transpose is `all_gather`.
 
     Args:
         x: a pytree of tensors. Bools are counted, in int64.
         axis: an axis name or several.
-        dim: the dim that is cut into ``n`` pieces, of which rank ``i`` gets the ``i``-th.
+        dim: the dim that is cut into ``n`` shards, of which rank ``i`` gets the ``i``-th.
         tiled: ``dim`` shrinks from ``n * k`` to ``k``; if False, it has size ``n`` and is removed.
 
     Raises:
@@ -131,27 +166,35 @@ def psum_scatter(x: Any, axis: Axis, dim: int = 0, tiled: bool = True) -> Any:
             [6]])
     """
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        pieces = _pieces("psum_scatter", _counted(t), _dim("psum_scatter", t, dim), found, tiled)
-        out = pieces.unflatten(0, [run.size for run in found] or [1])
-        if not found:
-            return out[0]
-        for run in found:
-            out = rules.linear("psum_scatter", out, run)
-        return out
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        where = dim_of("psum_scatter", tensor, dim)
+        summed = shards_of("psum_scatter", counted(tensor), where, spans, tiled)
+        summed = summed.unflatten(0, over_spans.sizes(spans))
+        if not spans:
+            return summed[0]
+        for span in spans:
+            summed = rules.linear("psum_scatter", summed, span)
+        return summed
 
     return _map("psum_scatter", leaf, x, axis, dim=dim, tiled=tiled)
 
 
-def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool = True) -> Any:
-    """Every rank of an axis gets a piece of what every rank holds. Its transpose is itself, with
-    the dims swapped.
+def all_to_all(
+    x: Any,
+    axis: Axis,
+    split_dim: int,
+    concat_dim: int,
+    tiled: bool = True,
+) -> Any:
+    """Every rank of an axis gets a shard of what every rank holds.
+
+    Its transpose is itself, with the dims swapped.
 
     Args:
         x: a pytree of tensors.
         axis: an axis name or several.
-        split_dim: the dim that is cut into ``n`` pieces, the ``i``-th for rank ``i``.
-        concat_dim: where the pieces that came from all ranks are put one after another.
+        split_dim: the dim that is cut into ``n`` shards, the ``i``-th for rank ``i``.
+        concat_dim: where the shards that came from all ranks are put one after another.
         tiled: ``split_dim`` shrinks from ``n * k`` to ``k``, and ``concat_dim`` grows from ``m`` to
             ``n * m``; if False, ``split_dim`` has size ``n`` and is removed, and ``concat_dim`` is
             a new dim of size ``n``.
@@ -160,8 +203,9 @@ def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool 
         AxisError: the dim is not a multiple of ``n`` (not ``n``, if not tiled).
 
     >>> from funcpipe._src.collectives import vmap
-    >>> rows = torch.arange(8).view(2, 1, 4)  # two ranks, each with one row of four heads
-    >>> vmap(lambda x: all_to_all(x, "i", split_dim=1, concat_dim=0), "i")(rows)  # ... and with all rows of two heads
+    >>> def by_heads(x):  # from one row of four heads to all rows of two heads
+    ...     return all_to_all(x, "i", split_dim=1, concat_dim=0)
+    >>> vmap(by_heads, "i")(torch.arange(8).view(2, 1, 4))  # on two ranks
     tensor([[[0, 1],
              [4, 5]],
     <BLANKLINE>
@@ -169,56 +213,61 @@ def all_to_all(x: Any, axis: Axis, split_dim: int, concat_dim: int, tiled: bool 
              [6, 7]]])
     """
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        d, c = _dim("all_to_all", t, split_dim), _dim("all_to_all", t, concat_dim)
-        out = _exchange(_pieces("all_to_all", t, d, found, tiled), found)
-        return _joined(out, c) if tiled else out.movedim(0, c)
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        split = dim_of("all_to_all", tensor, split_dim)
+        concat = dim_of("all_to_all", tensor, concat_dim)
+        shards = shards_of("all_to_all", tensor, split, spans, tiled)
+        received = over_spans.all_to_all(shards, spans)
+        return joined(received, concat) if tiled else received.movedim(0, concat)
 
-    return _map(
-        "all_to_all", leaf, x, axis, split_dim=split_dim, concat_dim=concat_dim, tiled=tiled
-    )
+    options = {"split_dim": split_dim, "concat_dim": concat_dim, "tiled": tiled}
+    return _map("all_to_all", leaf, x, axis, **options)
 
 
-def ppermute(x: Any, axis: Axis, perm: Iterable[tuple[int, int]]) -> Any:
-    """Every rank of an axis sends what it holds to at most one other. Its transpose turns the pairs
-    around.
+def ppermute(
+    x: Any,
+    axis: Axis,
+    perm: Iterable[tuple[int, int]],
+) -> Any:
+    """Every rank of an axis sends what it holds to at most one other.
+
+    Its transpose turns the pairs around.
 
     Args:
         x: a pytree of tensors.
         axis: an axis name or several.
-        perm: (source, destination) pairs of places on the axis; no source and no destination comes
-            twice.
+        perm: (source, destination) pairs of ranks' indices on the axis; no source and no
+            destination comes twice.
 
     Returns:
-        what came; zeros on a rank that is nobody's destination. Where no axis is bound, ``x``,
-        unless there are no pairs.
+        what came; zeros on a rank that is no destination. Where no axis is bound, ``x``, unless
+        there are no pairs.
 
     Raises:
-        AxisError: a place that the axis does not have, or that comes twice.
+        AxisError: an index that the axis does not have, or that comes twice.
 
     >>> from funcpipe._src.collectives import vmap
     >>> vmap(lambda x: ppermute(x, "i", [(0, 1), (1, 2)]), "i")(torch.tensor([1, 2, 3]))
     tensor([0, 1, 2])
     """
-    found = runs(axis, "ppermute")
-    pairs = _checked(
-        tuple((int(s), int(d)) for s, d in perm), None if is_free(axis) else _count(found)
-    )
+    spans = axis_spans(axis, "ppermute")
+    pairs = tuple((int(source), int(destination)) for source, destination in perm)
+    # Where no axis is bound, every pair stands for the one rank.
+    ranks = None if is_free(axis) else ranks_on(spans)
+    check_pairs(pairs, ranks)
 
-    def leaf(t: torch.Tensor, found: Runs) -> torch.Tensor:
-        if not found:
-            return t if pairs else torch.zeros_like(t)
-        return (
-            rules.linear("ppermute", t, found[0], pairs)
-            if len(found) == 1
-            else _permute_over(t, found, pairs)
-        )
+    def leaf(tensor: torch.Tensor, spans: Spans) -> torch.Tensor:
+        if not spans:
+            return tensor if pairs else torch.zeros_like(tensor)
+        if len(spans) == 1:
+            return rules.linear("ppermute", tensor, spans[0], pairs)
+        return over_spans.permute(tensor, spans, pairs)
 
     return _map("ppermute", leaf, x, axis, perm=pairs)
 
 
 def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Tensor:
-    """The place of this rank on an axis: a 0-d int64 tensor. Over several axes, the first is major.
+    """The index of this rank on an axis: a 0-d int64 tensor. Over several axes, the first is major.
 
     Args:
         axis: an axis name or several.
@@ -229,121 +278,36 @@ def axis_index(axis: Axis, device: torch.device | str | None = None) -> torch.Te
     tensor([ 1, 12, 23])
     """
     device = torch.get_default_device() if device is None else torch.device(device)
-    seen, found = tap(), runs(axis, "axis_index")
-    if seen is None:
-        return _index(found, device)
-    return seen("axis_index", lambda _, found: _index(found, device), None, axis, {})
+    interceptor = current_interceptor()
+    spans = axis_spans(axis, "axis_index")
+    if interceptor is None:
+        return over_spans.axis_index(spans, device)
+
+    def index(_: Any, spans: Spans) -> torch.Tensor:
+        return over_spans.axis_index(spans, device)
+
+    return interceptor("axis_index", index, None, axis, {})
 
 
 # ---- leaves
 
 
 def _map(
-    who: str, fn: Callable[[torch.Tensor, Runs], torch.Tensor], x: Any, axis: Axis, **options: Any
+    caller: str,
+    of_leaf: OfLeaf,
+    x: Any,
+    axis: Axis,
+    **options: Any,
 ) -> Any:
-    """Every leaf of a tree, by what a collective makes of a tensor over some runs; ``options``:
-    what it was called with."""
+    """What a collective makes of every leaf; ``options``: with what else it was called."""
     axis = axis if isinstance(axis, str) else tuple(axis)
-    seen, found = tap(), runs(axis, who)
-    if seen is None:
-        return tree.map(lambda t: fn(operand(who, t), found), x)
-    return tree.map(lambda t: seen(who, fn, operand(who, t), axis, options), x)
+    interceptor = current_interceptor()
+    spans = axis_spans(axis, caller)
 
+    def mapped(leaf: Any) -> torch.Tensor:
+        tensor = operand(caller, leaf)
+        if interceptor is not None:
+            return interceptor(caller, of_leaf, tensor, axis, options)
+        return of_leaf(tensor, spans)
 
-def _names(found: Runs) -> list[str]:
-    return [a for run in found for a in run.axes]
-
-
-def _count(found: Runs) -> int:
-    return math.prod(run.size for run in found)
-
-
-def _counted(t: torch.Tensor) -> torch.Tensor:
-    return t.to(torch.int64) if t.dtype == torch.bool else t
-
-
-def _psum(t: torch.Tensor, found: Runs) -> torch.Tensor:
-    t = _counted(t)
-    for run in reversed(found):
-        t = rules.linear("psum", t, run)
-    return t
-
-
-def _gather(t: torch.Tensor, found: Runs) -> torch.Tensor:
-    """``(n, *s)``."""
-    for run in reversed(found):
-        t = rules.linear("all_gather", t, run)
-    return t.flatten(0, len(found) - 1) if found else t.unsqueeze(0)
-
-
-def _exchange(t: torch.Tensor, found: Runs) -> torch.Tensor:
-    """All-to-all of ``(n, *s)`` over several runs: one after another, each along its own dim."""
-    t = t.unflatten(0, [run.size for run in found] or [1])
-    for k, run in enumerate(found):
-        t = rules.linear("all_to_all", t.movedim(k, 0), run).movedim(0, k)
-    return t.flatten(0, len(found) - 1) if found else t
-
-
-def _index(found: Runs, device: torch.device) -> torch.Tensor:
-    out: torch.Tensor | None = None
-    for run in found:
-        own = ops.axis_index(run.axes, device) if run.index is None else run.index.to(device)
-        out = own if out is None else out * run.size + own
-    return torch.zeros((), dtype=torch.int64, device=device) if out is None else out
-
-
-def _permute_over(t: torch.Tensor, found: Runs, pairs: rules.Pairs) -> torch.Tensor:
-    """A permutation over several runs, which none of them can do alone: pieces for all ranks, at
-    most one not zero."""
-    index, zero, sources = _index(found, t.device), torch.zeros_like(t), {d: s for s, d in pairs}
-    pieces = [
-        torch.where(index == sources[d], t, zero) if d in sources else zero
-        for d in range(_count(found))
-    ]
-    got = _exchange(torch.stack(pieces), found)
-    out = zero
-    for s, d in pairs:
-        out = torch.where(index == d, got[s], out)
-    return out
-
-
-def _pieces(who: str, t: torch.Tensor, dim: int, found: Runs, tiled: bool) -> torch.Tensor:
-    """``(n, *s)``: the pieces of a dim."""
-    n, size = _count(found), t.shape[dim]
-    if size % n if tiled else size != n:
-        raise AxisError(
-            f"{who}: dim {dim} of a tensor of shape {tuple(t.shape)} "
-            f"{'is no multiple of' if tiled else 'is not'} {n}, the number of ranks on "
-            f"{', '.join(map(repr, _names(found))) or 'the axis'}; "
-            f"{'pad it, or name another dim' if tiled else 'use tiled=True to cut it into pieces'}"
-        )
-    return t.unflatten(dim, (n, size // n)).movedim(dim, 0) if tiled else t.movedim(dim, 0)
-
-
-def _joined(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """From ``(n, *s)`` to the pieces one after another along a dim of ``s``."""
-    return t.movedim(0, dim).flatten(dim, dim + 1)
-
-
-def _dim(who: str, t: torch.Tensor, dim: int, extra: bool = False) -> int:
-    dims = t.dim() + extra
-    if not -dims <= dim < dims:
-        raise AxisError(f"{who}: a tensor of shape {tuple(t.shape)} has no dim {dim}")
-    return dim % dims
-
-
-def _checked(pairs: rules.Pairs, n: int | None) -> rules.Pairs:
-    """The pairs. ``n``: the number of ranks, None where no axis is bound: there every pair stands
-    for the one rank."""
-    for what, places in (("source", [s for s, _ in pairs]), ("destination", [d for _, d in pairs])):
-        for p in places:
-            if n is not None and not 0 <= p < n:
-                raise AxisError(
-                    f"ppermute: {what} {p} is no place on an axis of {n} ranks: 0 to {n - 1}"
-                )
-        if len(set(places)) < len(places):
-            raise AxisError(
-                f"ppermute: {list(pairs)} names a {what} twice; use all_gather to send to several "
-                "ranks"
-            )
-    return pairs
+    return tree.map(mapped, x)

@@ -1,8 +1,11 @@
-"""How a collective over one run is differentiated and mapped.
+"""Batching rules: how a collective over one span is differentiated and mapped.
 
-Terms. A *linear* collective is its own derivative, and its *transpose* is linear, too. Every rank
-seeds 1 on its local loss, so a gradient is that of the sum of all ranks' losses: the transpose of
-psum is psum.
+In: an operand of a rank (or of all elements of a mapped axis) and a span.
+Out: the result.
+
+A linear collective is its own derivative, and its transpose is linear, too. Every rank seeds 1 on
+its local loss, so a gradient is that of the sum of all ranks' losses: the transpose of psum is
+psum.
 
 =============  ===============  ===========================  ==================================
 kind           operand          result                       transpose
@@ -15,21 +18,22 @@ ppermute       ``s``            ``s``                        ppermute, every pai
 pmax           ``s``            ``s``                        (not linear)
 =============  ===============  ===========================  ==================================
 
-In: an operand of a rank (or of all elements of a mapped axis) and a run. Out: the result. Under
-vmap over the run's own axis a collective is ordinary tensor code, which autograd and every outer
-transform know; under another vmap it moves the foreign dim out of the way; on a mesh it is a pair
-of ops.
+Under vmap over the span's own axis a collective is ordinary tensor code, which autograd and every
+outer transform understand. Under another vmap it moves the foreign dim out of the way. On a mesh it
+is a pair of ops (`ops.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 
 from funcpipe._src.collectives import ops
-from funcpipe._src.collectives.axis_scope import Run
+from funcpipe._src.collectives.axis_scope import AxisSpan
 from funcpipe._src.core.mesh import Axes
 from funcpipe.errors import AxisError
 
@@ -43,132 +47,208 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A collective: its kind, axes, their size, and (source, destination) pairs of a ppermute."""
+class _Collective:
+    """A collective.
+
+    Args:
+        kind: as in the table above.
+        axes, size: of its span.
+        pairs: of a ppermute: (source, destination).
+    """
 
     kind: str
     axes: Axes
     size: int
     pairs: Pairs = ()
 
-    def transposed(self) -> _Call:
+    def transposed(self) -> _Collective:
         if self.kind == "ppermute":
-            return replace(self, pairs=tuple((d, s) for s, d in self.pairs))
+            turned = tuple((destination, source) for source, destination in self.pairs)
+            return replace(self, pairs=turned)
         return replace(self, kind=_TRANSPOSES[self.kind])
 
+    def result_shape(self, operand: torch.Tensor) -> tuple[int, ...]:
+        if self.kind == "all_gather":
+            return (self.size, *operand.shape)
+        if self.kind == "psum_scatter":
+            return operand.shape[1:]
+        return operand.shape
 
-def linear(kind: str, x: torch.Tensor, run: Run, pairs: Pairs = ()) -> torch.Tensor:
-    """A linear collective over one run; see the table above."""
-    return _Linear.apply(x, run.index, _Call(kind, run.axes, run.size, pairs))
+    def run(self, operand: torch.Tensor) -> torch.Tensor:
+        """Run it on a mesh."""
+        perm = None
+        if self.kind == "ppermute":
+            perm = list(chain.from_iterable(self.pairs))
+        shape = self.result_shape(operand)
+        return ops.collective(self.kind, operand, self.axes, shape, perm)
 
 
-def pmax(x: torch.Tensor, run: Run) -> torch.Tensor:
-    """The maximum over one run. Ranks that hold it share its gradient equally, as in
-    ``torch.amax``."""
-    return _Max.apply(x, run.index, _Call("pmax", run.axes, run.size))
+def linear(
+    kind: str,
+    operand: torch.Tensor,
+    span: AxisSpan,
+    pairs: Pairs = (),
+) -> torch.Tensor:
+    """A linear collective over one span; see the table above."""
+    collective = _Collective(kind, span.axes, span.size, pairs)
+    return _Linear.apply(operand, span.index, collective)
+
+
+def pmax(operand: torch.Tensor, span: AxisSpan) -> torch.Tensor:
+    """The maximum over one span.
+
+    Ranks that hold it share its gradient equally, as in ``torch.amax``.
+    """
+    collective = _Collective("pmax", span.axes, span.size)
+    return _Max.apply(operand, span.index, collective)
 
 
 class _Linear(torch.autograd.Function):
-    """``index`` is the run's own place, an operand so that vmap over the run's axis always calls
-    the rule below."""
+    """A linear collective.
+
+    ``index`` is the span's own index, an operand so that vmap over the span's axis always calls the
+    rule below.
+    """
 
     @staticmethod
-    def forward(x: torch.Tensor, index: torch.Tensor | None, call: _Call) -> torch.Tensor:  # type: ignore[override]
-        _refuse_escaped(index, call)
-        shapes = {"all_gather": (call.size, *x.shape), "psum_scatter": x.shape[1:]}
-        perm = [i for pair in call.pairs for i in pair] if call.kind == "ppermute" else None
-        return ops.collective(call.kind, x, call.axes, shapes.get(call.kind, x.shape), perm)
+    def forward(  # type: ignore[override]
+        operand: torch.Tensor,
+        index: torch.Tensor | None,
+        collective: _Collective,
+    ) -> torch.Tensor:
+        _refuse_escaped(index, collective)
+        return collective.run(operand)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        _, index, ctx.call = inputs
+        _, index, ctx.collective = inputs
         ctx.save_for_backward(index)
         ctx.save_for_forward(index)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:  # type: ignore[override]
-        return _Linear.apply(g, *ctx.saved_tensors, ctx.call.transposed()), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        transposed = ctx.collective.transposed()
+        return _Linear.apply(grad, index, transposed), None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
-        return _Linear.apply(t, *ctx.saved_tensors, ctx.call)
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return _Linear.apply(tangent, index, ctx.collective)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call
+        info: Any,
+        in_dims: tuple,
+        operand: torch.Tensor,
+        index: Any,
+        collective: _Collective,
     ) -> tuple[torch.Tensor, int | None]:
-        if in_dims[1] is not None:
-            return _in_one_tensor(call, _spread(x, in_dims[0], call.size))
-        before = (
-            1 if call.kind in ("psum_scatter", "all_to_all") else 0
-        )  # where the operand has its pieces in dim 0
-        after = 1 if call.kind in ("all_gather", "all_to_all") else 0
-        out = _Linear.apply(x.movedim(in_dims[0], before), index, call)
-        return out.movedim(after, 0), 0
+        mapped, index_mapped, _ = in_dims
+        if index_mapped is not None:
+            together = _elements_first(operand, mapped, collective.size)
+            return _in_one_tensor(collective, together)
+        # The foreign dim stays behind dim 0 where that has one entry for each rank.
+        before = 1 if collective.kind in ("psum_scatter", "all_to_all") else 0
+        after = 1 if collective.kind in ("all_gather", "all_to_all") else 0
+        result = _Linear.apply(operand.movedim(mapped, before), index, collective)
+        return result.movedim(after, 0), 0
 
 
 class _Max(torch.autograd.Function):
+    """The maximum, and as its derivative the mean over the ranks that hold it."""
+
     @staticmethod
-    def forward(x: torch.Tensor, index: torch.Tensor | None, call: _Call) -> torch.Tensor:  # type: ignore[override]
-        _refuse_escaped(index, call)
-        return ops.collective("pmax", x, call.axes, x.shape)
+    def forward(  # type: ignore[override]
+        operand: torch.Tensor,
+        index: torch.Tensor | None,
+        collective: _Collective,
+    ) -> torch.Tensor:
+        _refuse_escaped(index, collective)
+        return collective.run(operand)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, index, ctx.call = inputs
-        ctx.save_for_backward(x, index, output)
-        ctx.save_for_forward(x, index, output)
+        operand, index, ctx.collective = inputs
+        ctx.save_for_backward(operand, index, output)
+        ctx.save_for_forward(operand, index, output)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:  # type: ignore[override]
-        x, index, y = ctx.saved_tensors
-        call = replace(ctx.call, kind="psum")
-        mine = x == y
-        holders = _Linear.apply(mine.to(g.dtype), index, call)
-        return torch.where(mine, _Linear.apply(g, index, call) / holders, 0), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        holds, holders, psum = _holders(ctx, grad)
+        share = psum(grad) / holders
+        return torch.where(holds, share, 0), None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
-        x, index, y = ctx.saved_tensors
-        call = replace(ctx.call, kind="psum")
-        mine = x == y
-        holders = _Linear.apply(mine.to(t.dtype), index, call)
-        return _Linear.apply(torch.where(mine, t, 0), index, call) / holders
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:  # type: ignore[override]
+        holds, holders, psum = _holders(ctx, tangent)
+        held = torch.where(holds, tangent, 0)
+        return psum(held) / holders
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple, x: torch.Tensor, index: Any, call: _Call
+        info: Any,
+        in_dims: tuple,
+        operand: torch.Tensor,
+        index: Any,
+        collective: _Collective,
     ) -> tuple[torch.Tensor, int | None]:
-        if in_dims[1] is not None:
-            return _spread(x, in_dims[0], call.size).amax(0), None
-        return _Max.apply(x.movedim(in_dims[0], 0), index, call), 0
+        mapped, index_mapped, _ = in_dims
+        if index_mapped is not None:
+            together = _elements_first(operand, mapped, collective.size)
+            return together.amax(0), None
+        return _Max.apply(operand.movedim(mapped, 0), index, collective), 0
 
 
-def _spread(x: torch.Tensor, dim: int | None, n: int) -> torch.Tensor:
+def _holders(
+    ctx: Any,
+    like: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Whether this rank holds the maximum, how many ranks do, and the psum over them."""
+    operand, index, maximum = ctx.saved_tensors
+    collective = replace(ctx.collective, kind="psum")
+
+    def psum(tensor: torch.Tensor) -> torch.Tensor:
+        return _Linear.apply(tensor, index, collective)
+
+    holds = operand == maximum
+    return holds, psum(holds.to(like.dtype)), psum
+
+
+def _elements_first(operand: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     """The operands of all elements of a mapped axis, along dim 0."""
-    return x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+    if dim is None:
+        return operand.expand(size, *operand.shape)
+    return operand.movedim(dim, 0)
 
 
-def _in_one_tensor(call: _Call, x: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-    """A linear collective among the elements of dim 0; the result, and the dim in which its
-    elements lie (None: all are the same)."""
-    if call.kind == "psum":
-        return x.sum(0, dtype=x.dtype), None
-    if call.kind == "all_gather":
-        return x, None
-    if call.kind == "psum_scatter":
-        return x.sum(0, dtype=x.dtype), 0
-    if call.kind == "all_to_all":
-        return x.transpose(0, 1), 0
-    sources = {d: s for s, d in call.pairs}
-    nothing = torch.zeros_like(x[0])
-    return torch.stack([x[sources[d]] if d in sources else nothing for d in range(call.size)]), 0
+def _in_one_tensor(
+    collective: _Collective,
+    operands: torch.Tensor,
+) -> tuple[torch.Tensor, int | None]:
+    """A linear collective among the elements of dim 0.
+
+    Returns:
+        the result, and the dim in which its elements lie (None: all are the same).
+    """
+    if collective.kind == "psum":
+        return operands.sum(0, dtype=operands.dtype), None
+    if collective.kind == "all_gather":
+        return operands, None
+    if collective.kind == "psum_scatter":
+        return operands.sum(0, dtype=operands.dtype), 0
+    if collective.kind == "all_to_all":
+        return operands.transpose(0, 1), 0
+    received = [torch.zeros_like(operands[0])] * collective.size
+    for source, destination in collective.pairs:
+        received[destination] = operands[source]
+    return torch.stack(received), 0
 
 
-def _refuse_escaped(index: torch.Tensor | None, call: _Call) -> None:
+def _refuse_escaped(index: torch.Tensor | None, collective: _Collective) -> None:
     if index is not None:
         raise AxisError(
-            f"{call.kind}: a collective over axis {call.axes[0]!r} runs outside of the fp.vmap "
-            "that binds it: a closure of the mapped function was called after it had returned. "
-            "Return what it computes instead"
+            f"{collective.kind}: a collective over axis {collective.axes[0]!r} runs outside of the "
+            "fp.vmap that binds it: a closure of the mapped function was called after it had "
+            "returned. Return what it computes instead"
         )

@@ -1,14 +1,14 @@
-"""Collectives as ops of a graph, and what they do on a rank.
-
-Terms. A *start* op begins a collective and hands out a *token*, a tensor without elements;
-``funcpipe::wait`` takes it, and the operand, which must live until then, and hands out the result.
-Passes may move the two apart. Where the communicator has no asynchronous form, the start does all
-the work. Ops name axes (``"data,seq"``) and carry no process group, rank number or axis size, so
-one graph serves every rank.
+"""Ops: collectives as a graph holds them, and what they do on a rank.
 
 In: a tensor of a rank, axes, and the rank's communicator, which the runner binds (`bind_rank`)
 where it runs a graph.
-Out: a new contiguous tensor. Pieces for, or from, every rank of a group lie along dim 0.
+Out: a new contiguous tensor. What goes to, or comes from, every rank of a group lies along dim 0.
+
+A start op begins a collective and returns a token, a tensor without elements. ``funcpipe::wait``
+takes the token, and the operand, which must live until then, and returns the result. Passes may
+move the two apart. If the communicator has no asynchronous form, the start does all the work. Ops
+name axes (``"data,seq"``) and carry no process group, rank number or axis size, so one graph serves
+every rank.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from funcpipe._src.comm import Communicator, Done, Pending
-from funcpipe._src.comm import tensor_layout as wire
+from funcpipe._src.comm import Channel, Communicator, Done, Pending, tensor_layout
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe.errors import AxisError
 
 _rank: ContextVar[Communicator | None] = ContextVar("funcpipe_rank", default=None)
-CHANNEL = "ppermute"  # of messages between two ranks
+CHANNEL = "ppermute"  # the name of the channels on which its messages go
 
 
 @contextlib.contextmanager
@@ -68,57 +67,89 @@ def _axes(text: str) -> Axes:
 # ---- on a rank
 
 
-def _psum(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
-    return Done(comm.all_reduce(x, axes))
+def _psum(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
+    return Done(comm.all_reduce(operand, axes))
 
 
-def _pmax(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
-    return Done(comm.all_reduce(x, axes, "max"))
+def _pmax(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
+    return Done(comm.all_reduce(operand, axes, "max"))
 
 
-def _all_gather(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
-    return comm.start_all_gather(x, axes)
+def _all_gather(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
+    return comm.start_all_gather(operand, axes)
 
 
-def _psum_scatter(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
-    return comm.start_reduce_scatter(x, axes)
+def _psum_scatter(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
+    return comm.start_reduce_scatter(operand, axes)
 
 
-def _all_to_all(comm: Communicator, x: torch.Tensor, axes: Axes) -> Pending:
-    return Done(comm.all_to_all(x, axes))
+def _all_to_all(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+) -> Pending:
+    return Done(comm.all_to_all(operand, axes))
 
 
-def _ppermute(comm: Communicator, x: torch.Tensor, axes: Axes, perm: Sequence[int]) -> Pending:
-    group, me = comm.mesh.group(comm.rank, axes), comm.mesh.index(comm.rank, axes)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    source = next((s for s, d in _pairs(perm) if d == me), None)
-    for s, d in _pairs(perm):
-        if s == me != d:
-            comm.send(
-                [wire.fresh(x)], group[d], CHANNEL
-            )  # a copy: x's memory may be used again before it has left
+def _ppermute(
+    comm: Communicator,
+    operand: torch.Tensor,
+    axes: Axes,
+    perm: Sequence[int],
+) -> Pending:
+    group = comm.mesh.group(comm.rank, axes)
+    own = comm.mesh.index(comm.rank, axes)
+    source = None
+    for start, end in _pairs(perm):
+        if end == own:
+            source = start
+        elif start == own:
+            # A copy: the operand's memory may be used again before it has left.
+            comm.send([tensor_layout.fresh(operand)], group[end], CHANNEL)
+    result = torch.empty_like(operand, memory_format=torch.contiguous_format)
     if source is None:
-        return Done(out.zero_())
-    if source == me:
-        return Done(out.copy_(x))
-    (got,) = comm.recv([out], group[source], CHANNEL)
-    return Done(got)
+        return Done(result.zero_())
+    if source == own:
+        return Done(result.copy_(operand))
+    (received,) = comm.recv([result], group[source], CHANNEL)
+    return Done(received)
 
 
 def _pairs(perm: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(perm[::2], perm[1::2], strict=True))
 
 
-def _wait(token: torch.Tensor, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    out = token.pending.wait()  # type: ignore[attr-defined]
-    token.pending = Done(out)  # type: ignore[attr-defined]
-    return out
+def _wait(
+    token: torch.Tensor,
+    operand: torch.Tensor,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    result = token.pending.wait()  # type: ignore[attr-defined]
+    token.pending = Done(result)  # type: ignore[attr-defined]
+    return result
 
 
 def _axis_index(axes: str, device: torch.device) -> torch.Tensor:
     comm = _comm("axis_index")
     own = comm.device if comm.device.type == device.type else device
-    return torch.tensor(comm.mesh.index(comm.rank, _axes(axes)), device=own)
+    index = comm.mesh.index(comm.rank, _axes(axes))
+    return torch.tensor(index, device=own)
 
 
 # ---- the ops
@@ -126,7 +157,11 @@ def _axis_index(axes: str, device: torch.device) -> torch.Tensor:
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
 
 
-def _op(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+def _op(
+    schema: str,
+    run: Callable,
+    fake: Callable,
+) -> torch._ops.OpOverload:
     name = schema.split("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, run, "CompositeExplicitAutograd")
@@ -137,56 +172,87 @@ def _op(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
 def _start(begin: Callable[..., Pending], extra: str = "") -> torch._ops.OpOverload:
     name = begin.__name__[1:] + "_start"
 
-    def run(x: torch.Tensor, axes: str, *rest: Any) -> torch.Tensor:
-        token = x.new_empty(0)
-        token.pending = begin(_comm(name), x, _axes(axes), *rest)  # type: ignore[attr-defined]
+    def run(operand: torch.Tensor, axes: str, *rest: Any) -> torch.Tensor:
+        token = operand.new_empty(0)
+        pending = begin(_comm(name), operand, _axes(axes), *rest)
+        token.pending = pending  # type: ignore[attr-defined]
         return token
 
-    return _op(f"{name}(Tensor x, str axes{extra}) -> Tensor", run, lambda x, *_: x.new_empty(0))
+    def fake(operand: torch.Tensor, *_: Any) -> torch.Tensor:
+        return operand.new_empty(0)
+
+    return _op(f"{name}(Tensor x, str axes{extra}) -> Tensor", run, fake)
+
+
+def _fake_wait(
+    token: torch.Tensor,
+    operand: torch.Tensor,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    return token.new_empty(shape)
+
+
+def _fake_axis_index(axes: str, device: torch.device) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
 
 
 STARTS = {
-    f.__name__[1:]: _start(f) for f in (_psum, _pmax, _all_gather, _psum_scatter, _all_to_all)
+    "psum": _start(_psum),
+    "pmax": _start(_pmax),
+    "all_gather": _start(_all_gather),
+    "psum_scatter": _start(_psum_scatter),
+    "all_to_all": _start(_all_to_all),
+    "ppermute": _start(_ppermute, ", int[] perm"),
 }
-STARTS["ppermute"] = _start(_ppermute, ", int[] perm")
 _KINDS = {op: kind for kind, op in STARTS.items()}
 WAIT = _op(
     "wait(Tensor token, Tensor x, int[] shape) -> Tensor",
     _wait,
-    lambda token, x, shape: token.new_empty(shape),
+    _fake_wait,
 )
 AXIS_INDEX = _op(
     "axis_index(str axes, Device device) -> Tensor",
     _axis_index,
-    lambda axes, device: torch.empty((), dtype=torch.int64, device=device),
+    _fake_axis_index,
 )
 
 
 def collective(
-    kind: str, x: torch.Tensor, axes: Axes, shape: Sequence[int], perm: Sequence[int] | None = None
+    kind: str,
+    operand: torch.Tensor,
+    axes: Axes,
+    shape: Sequence[int],
+    perm: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """A start and its wait.
 
     Args:
+        kind: one of ``STARTS``.
         shape: of the result.
         perm: of a ppermute: source, destination, source, destination, …
     """
-    x = _variable(x)
-    token = STARTS[kind](x, ",".join(axes), *(() if perm is None else (perm,)))
-    return WAIT(token, x, shape)
+    operand = _variable(operand)
+    options = () if perm is None else (perm,)
+    token = STARTS[kind](operand, ",".join(axes), *options)
+    return WAIT(token, operand, shape)
 
 
-def _variable(x: torch.Tensor) -> torch.Tensor:
-    """The operand of an op that is traced as such: a fake whose number is known would be computed
-    with on the spot, on no rank."""
-    if not isinstance(x, FakeTensor) or x.constant is None:
-        return x
-    return torch.where(torch.ones((), dtype=torch.bool, device=x.device), x, x)
+def _variable(operand: torch.Tensor) -> torch.Tensor:
+    """The operand of an op, as one that tracing takes for a variable.
+
+    A fake whose number is known would be computed with on the spot, on no rank.
+    """
+    if not isinstance(operand, FakeTensor) or operand.constant is None:
+        return operand
+    always = torch.ones((), dtype=torch.bool, device=operand.device)
+    return torch.where(always, operand, operand)
 
 
 def axis_index(axes: str | Axes, device: torch.device) -> torch.Tensor:
-    """The place of a rank in its group: a 0-d int64 tensor. A constant of the rank, not of the
-    graph."""
+    """The index of a rank in its group: a 0-d int64 tensor.
+
+    It is a constant of the rank, not of the graph.
+    """
     return AXIS_INDEX(axes if isinstance(axes, str) else ",".join(axes), device)
 
 
@@ -200,44 +266,56 @@ def names_axes(graph: fx.Graph) -> bool:
 
 def collectives_of(graph: fx.Graph) -> list[str]:
     """The collectives of a graph in order: kind and axes."""
-    return [
-        f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in STARTS.values()
-    ]
+    return [f"{node.target.__name__} over {node.args[1]}" for node in _starts(graph)]
 
 
 def received(graph: fx.Graph, mesh: Mesh) -> dict[Axes, int]:
-    """Bytes that a rank receives where a graph runs, by axes: counted as rings do, ``n - 1`` of
-    ``n`` parts for a gather, a reduce-scatter or an all-to-all, twice that for an all-reduce; a
-    ppermute's operand."""
-    out: dict[Axes, int] = {}
-    for node in graph.nodes:
-        kind = _KINDS.get(node.target)
-        if kind is None:
-            continue
-        axes, x = _axes(node.args[1]), node.args[0].meta["val"]
-        n, nbytes = mesh.axis_size(axes), x.numel() * x.element_size()
-        parts = {
-            "psum": 2 * (n - 1) / n,
-            "pmax": 2 * (n - 1) / n,
-            "all_gather": n - 1,
-            "ppermute": 1,
-        }
-        out[axes] = out.get(axes, 0) + round(nbytes * parts.get(kind, (n - 1) / n))
-    return out
+    """Bytes that a rank receives where a graph runs, by axes.
+
+    They are counted as rings do: ``n - 1`` of ``n`` parts for a gather, a reduce-scatter or an
+    all-to-all, twice that for an all-reduce; of a ppermute, the operand.
+    """
+    by_axes: dict[Axes, int] = {}
+    for node in _starts(graph):
+        axes = _axes(node.args[1])
+        operand = node.args[0].meta["val"]
+        nbytes = operand.numel() * operand.element_size()
+        operands = _operands_received(_KINDS[node.target], mesh.axis_size(axes))
+        by_axes[axes] = by_axes.get(axes, 0) + round(nbytes * operands)
+    return by_axes
+
+
+def _operands_received(kind: str, ranks: int) -> float:
+    """How many times the size of its operand a rank receives."""
+    others = ranks - 1
+    if kind in ("psum", "pmax"):
+        return 2 * others / ranks
+    if kind == "all_gather":
+        return others
+    if kind == "ppermute":
+        return 1
+    return others / ranks
 
 
 def axes_of(graph: fx.Graph) -> set[Axes]:
     """The axes over which a graph communicates, for ``Communicator.prepare``."""
-    return {_axes(node.args[1]) for node in graph.nodes if node.target in STARTS.values()}
+    return {_axes(node.args[1]) for node in _starts(graph)}
 
 
-def lanes_of(graph: fx.Graph, mesh: Mesh) -> set[tuple[int, int, str]]:
-    """The lanes on which the ranks of a mesh send messages when all of them run a graph."""
-    out = set()
-    for node in graph.nodes:
-        if node.target is STARTS["ppermute"]:
-            groups = {mesh.group(r, _axes(node.args[1])) for r in range(mesh.size)}
-            out |= {
-                (g[s], g[d], CHANNEL) for g in groups for s, d in _pairs(node.args[2]) if s != d
-            }
-    return out
+def channels_of(graph: fx.Graph, mesh: Mesh) -> set[Channel]:
+    """The channels on which the ranks of a mesh send messages when all of them run a graph."""
+    channels = set()
+    for node in _starts(graph):
+        if node.target is not STARTS["ppermute"]:
+            continue
+        axes = _axes(node.args[1])
+        for rank in range(mesh.size):
+            group = mesh.group(rank, axes)
+            for source, destination in _pairs(node.args[2]):
+                if source != destination:
+                    channels.add((group[source], group[destination], CHANNEL))
+    return channels
+
+
+def _starts(graph: fx.Graph) -> list[Any]:
+    return [node for node in graph.nodes if node.target in _KINDS]

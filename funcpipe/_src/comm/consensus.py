@@ -1,20 +1,23 @@
-"""A number that every rank tells all others, before every step.
+"""Consensus: before every step all ranks exchange one number.
 
-Terms. In *round* ``k`` a rank tells the rank ``2**k`` before it all numbers that it knows: its own
-and the next ranks'. It hears as many from the rank ``2**k`` after it (Bruck et al. 1997, "Efficient
-Algorithms for All-to-All Communications in Multiport Message-Passing Systems", concatenation).
+In: a gloo group of all ranks, a number of this rank.
+Out: the numbers of all ranks. Errors are those of torch.distributed.
 
-In: a gloo group of all ranks, a number. Out: all numbers. Errors are those of torch.distributed.
+In round ``k`` a rank sends the rank ``2**k`` before it all numbers that have arrived: its own and
+those of the ranks after it. It receives as many from the rank ``2**k`` after it (Bruck et al. 1997,
+"Efficient Algorithms for All-to-All Communications in Multiport Message-Passing Systems",
+concatenation).
 
 Why not a collective: the host of a captured step does little else, and each time that a thread of
 gloo is woken counts. A message whose receive has begun is sent at once, where gloo else asks the
-receiver first (gloo/transport/tcp/pair.cc), and a collective takes a thread of its own too. So what
-the next call hears is received from the end of this one on.
+receiver first (gloo/transport/tcp/pair.cc), and a collective takes a thread of its own too. So the
+receives of the next exchange begin at the end of this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,46 +25,64 @@ import torch.distributed as dist
 _TAG = 0
 
 
-class Digests:
+class _Receive(NamedTuple):
+    """A receive that has begun: from how many ranks after this one, into which numbers."""
+
+    distance: int
+    numbers: torch.Tensor
+    work: dist.Work
+
+
+class DigestExchange:
     """The numbers of all ranks, again and again. All ranks make it, and call it, alike."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._rank, self._size = group, group.rank(), group.size()
-        self._expected: list[
-            tuple[int, torch.Tensor, dist.Work]
-        ] = []  # how far the teller is, what it tells
-        self._expect()
+        self._group = group
+        self._rank = group.rank()
+        self._size = group.size()
+        self._receives = self._begin_receives()
 
-    def _expect(self) -> None:
-        for far, count in _rounds(self._size):
-            told = torch.empty(count, dtype=torch.int64)
-            work = self._group.recv([told], (self._rank + far) % self._size, _TAG)
-            self._expected.append((far, told, work))
+    def _begin_receives(self) -> list[_Receive]:
+        receives = []
+        for distance, count in _rounds(self._size):
+            numbers = torch.empty(count, dtype=torch.int64)
+            source = (self._rank + distance) % self._size
+            work = self._group.recv([numbers], source, _TAG)
+            receives.append(_Receive(distance, numbers, work))
+        return receives
 
-    def exchange(self, n: int, meanwhile: Callable[[], object]) -> list[int]:
-        """Every rank's 64-bit number, in rank order; ``meanwhile`` runs when the own one is on its
-        way."""
-        known, sent = [n], []
-        for far, told, work in self._expected:
-            mine = torch.tensor(known[: len(told)])
-            sent.append((mine, self._group.send([mine], (self._rank - far) % self._size, _TAG)))
-            if far == 1:
+    def exchange(self, number: int, meanwhile: Callable[[], object]) -> list[int]:
+        """Every rank's 64-bit number, in rank order.
+
+        ``meanwhile`` runs when this rank's own number is on its way.
+        """
+        arrived = [number]  # from this rank on, round the ranks
+        sent = []
+        for distance, numbers, receive in self._receives:
+            mine = torch.tensor(arrived[: len(numbers)])
+            destination = (self._rank - distance) % self._size
+            send = self._group.send([mine], destination, _TAG)
+            sent.append((send, mine))  # the tensor lives until it has left
+            if distance == 1:
                 meanwhile()
-            work.wait()
-            known += told.tolist()
+            receive.wait()
+            arrived += numbers.tolist()
         if self._size == 1:
             meanwhile()
-        for _, work in sent:  # they have left, unless this rank is ahead of who hears it
-            work.wait()
-        self._expected = []
-        self._expect()
-        return known[self._size - self._rank :] + known[: self._size - self._rank]
+        for send, _ in sent:  # it has left, unless this rank is ahead of the receiver
+            send.wait()
+        self._receives = self._begin_receives()
+        first = self._size - self._rank
+        return arrived[first:] + arrived[:first]
 
 
-def _rounds(size: int) -> list[tuple[int, int]]:
-    """How far the teller of each round is, and how many numbers it tells.
+def _rounds(size: int) -> Iterator[tuple[int, int]]:
+    """For each round, how far the sender is and how many numbers it sends.
 
-    >>> _rounds(5)
+    >>> list(_rounds(5))
     [(1, 1), (2, 2), (4, 1)]
     """
-    return [(far, min(far, size - far)) for far in (2**k for k in range((size - 1).bit_length()))]
+    distance = 1
+    while distance < size:
+        yield distance, min(distance, size - distance)
+        distance *= 2

@@ -1,14 +1,13 @@
-"""Who failed first: one note in the store of torch.distributed that every rank can write and all
-ranks watch.
+"""Failure watch: which rank failed first, as a report in the store of torch.distributed.
 
-Terms. A *failure* says which rank is at fault (None: not known) and what happened, in one line. The
-first one written counts; the later ones follow from it. A rank whose peers fall silent cannot know
-why: it looks here. A rank that closes its communicator leaves a note of that too. It is no failure
+In: a store that all ranks reach, errors.
+Out: the first failure; a call of ``on_failure``, from a daemon thread, where another rank wrote it.
+
+A failure says which rank is at fault, if that is known, and what happened, in one line. The first
+one written counts; later ones follow from it. A rank whose peers fall silent looks into the store
+to find out why. The thread is needed because a rank may wait for a healthy one that itself is far
+from any communication. A rank that closes its communicator reports that, too; it is no failure
 unless another rank waits for it.
-
-In: a store, errors. Out: the first failure; a call of ``on_alarm``, from a daemon thread, where
-another rank wrote it. The thread is needed because a rank may wait for a healthy one that itself is
-far from any communication.
 """
 
 from __future__ import annotations
@@ -28,17 +27,23 @@ _LINE = 1000  # characters of an error text that travel to the other ranks
 
 
 class Failure(NamedTuple):
-    """What the ranks know about the first error."""
+    """The first error among the ranks.
+
+    Args:
+        rank: the one at fault; None if that is not known.
+        text: what happened, in one line.
+        reporter: the rank that wrote it.
+    """
 
     rank: int | None
     text: str
-    teller: int
+    reporter: int
 
     def error(self) -> RankError:
         """The error that every other rank raises."""
-        return RankError(
-            self.text if self.rank is None else f"rank {self.rank} failed: {self.text}"
-        )
+        if self.rank is None:
+            return RankError(self.text)
+        return RankError(f"rank {self.rank} failed: {self.text}")
 
 
 def one_line(error: BaseException) -> str:
@@ -51,14 +56,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:_LINE] if text else type(error).__name__
 
 
-class Alarm:
+class FailureWatch:
     """The first failure among the ranks that share ``key`` in ``store``.
 
     Args:
         store: a key-value store that all ranks reach.
         key: where the failure is kept.
         rank: the own rank.
-        on_alarm: called once from a daemon thread when another rank's failure is seen there.
+        on_failure: called once from a daemon thread when another rank's failure is seen there.
         period: seconds between two looks at the store.
     """
 
@@ -67,15 +72,20 @@ class Alarm:
         store: dist.Store,
         key: str,
         rank: int,
-        on_alarm: Callable[[], None],
+        on_failure: Callable[[], None],
         period: float = 0.5,
     ) -> None:
         self.failure: Failure | None = None
         self.reachable = True  # whether the store answered when it was looked at last
-        self._store, self._key, self._rank = store, key, rank
+        self._store = store
+        self._key = key
+        self._rank = rank
         self._closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._watch, args=(on_alarm, period), name="funcpipe-alarm", daemon=True
+            target=self._watch,
+            args=(on_failure, period),
+            name="funcpipe-failure-watch",
+            daemon=True,
         )
         self._thread.start()
 
@@ -98,7 +108,7 @@ class Alarm:
         return self.failure
 
     def _look(self) -> bool:
-        """Whether a failure is known or the store gone."""
+        """Whether there is a failure, or the store is gone."""
         if self.failure is None:
             try:
                 if self._store.check([self._key]):
@@ -109,23 +119,23 @@ class Alarm:
         return self.failure is not None
 
     def leave(self) -> None:
-        """Note that this rank is about to close its communicator."""
+        """Report that this rank is about to close its communicator."""
         with contextlib.suppress(RuntimeError):  # the store may be gone first
             self._store.set(f"{self._key}/left/{self._rank}", "1")
 
     def has_left(self, rank: int) -> bool:
-        """Whether a rank has noted that it closes its communicator."""
+        """Whether a rank has reported that it closes its communicator."""
         try:
             return self._store.check([f"{self._key}/left/{rank}"])
         except RuntimeError:
             self.reachable = False
             return False
 
-    def _watch(self, on_alarm: Callable[[], None], period: float) -> None:
+    def _watch(self, on_failure: Callable[[], None], period: float) -> None:
         while not self._closed.wait(period):
             if self._look():
-                if self.failure is not None and self.failure.teller != self._rank:
-                    on_alarm()
+                if self.failure is not None and self.failure.reporter != self._rank:
+                    on_failure()
                 return
 
     def close(self) -> None:

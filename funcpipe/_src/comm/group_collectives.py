@@ -1,12 +1,11 @@
 """Collectives over process groups.
 
-Terms. A *team* is the process group of a rank over some axes (`groups.py`). What only moves, moves
-as bytes, so every dtype can. A *fold* is a sum or maximum taken in the order of the team.
+In: a tensor, and the process group of this rank over some axes (`groups.py`).
+Out: a new contiguous tensor. Errors are those of torch.distributed.
 
-In: a team and a tensor. Out: a new contiguous tensor. Errors are those of torch.distributed.
-
-On CPUs reductions move the operands and fold them here, in team order: the bits are then those of
-the in-process ranks, whatever the size of the team, and no dtype is missing. On GPUs NCCL reduces.
+On CPUs a reduction moves the operands and folds them here, in the order of the mesh. The bits are
+then those of the simulated ranks, whatever the size of the group, and no dtype is missing. On GPUs
+NCCL reduces. Operations that only move elements move bytes, so every dtype can.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from funcpipe._src.comm import Done, Pending
-from funcpipe._src.comm import tensor_layout as wire
-from funcpipe._src.comm.groups import Team
+from funcpipe._src.comm import Done, Pending, tensor_layout
+from funcpipe._src.comm.groups import AxesGroup
 
-_SMALL = (
-    1 << 16
-)  # bytes that a gather may hand to every member at once, rather than in a ring of steps
+# Bytes that a gather may hand to every rank at once, rather than in a ring of steps.
+_SMALL = 1 << 16
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _REDUCED_BY_NCCL = frozenset(
     {
@@ -42,106 +39,154 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(-1).view(torch.uint8)
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
-def all_gather(x: torch.Tensor, team: Team) -> torch.Tensor:
-    """Every member's ``x``, stacked: shape ``(n, *x.shape)``."""
-    n = len(team.ranks)
-    if team.group is None or x.numel() == 0:
-        return torch.stack([x] * n)
-    if x.device.type == "cpu" and n * x.nbytes <= _SMALL:
-        return all_to_all(x.expand(n, *x.shape), team)
-    out = x.new_empty((n, *x.shape))
-    _gather(_bytes(out), _bytes(x.contiguous()), group=team.group)
-    return out if team.places is None else out[team.places]
+def _folded_here(tensor: torch.Tensor) -> bool:
+    """Whether a reduction moves the operands and folds them, rather than NCCL."""
+    return tensor.device.type == "cpu" or tensor.dtype not in _REDUCED_BY_NCCL
 
 
-class _Work:
+def _moves_nothing(tensor: torch.Tensor, group: AxesGroup) -> bool:
+    return group.process_group is None or tensor.numel() == 0
+
+
+def all_gather(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
+    """The tensors of all ranks, stacked: shape ``(n, *tensor.shape)``."""
+    size = len(group.ranks)
+    if _moves_nothing(tensor, group):
+        return torch.stack([tensor] * size)
+    if tensor.device.type == "cpu" and size * tensor.nbytes <= _SMALL:
+        return all_to_all(tensor.expand(size, *tensor.shape), group)
+    gathered = tensor.new_empty((size, *tensor.shape))
+    operand = _bytes(tensor.contiguous())
+    _gather(_bytes(gathered), operand, group=group.process_group)
+    return _in_mesh_order(gathered, group)
+
+
+class _Started:
     """A collective under way, and what becomes of what it wrote."""
 
     def __init__(
-        self, work: dist.Work, finish: Callable[[], torch.Tensor], *held: torch.Tensor
+        self,
+        work: dist.Work,
+        finish: Callable[[], torch.Tensor],
+        operand: torch.Tensor,
     ) -> None:
-        self.work, self.finish, self.held = work, finish, held
+        self.work = work
+        self.finish = finish
+        self.operand = operand  # lives until the end
 
     def wait(self) -> torch.Tensor:
         self.work.wait()
         return self.finish()
 
 
-def start_all_gather(x: torch.Tensor, team: Team) -> Pending:
+def start_all_gather(tensor: torch.Tensor, group: AxesGroup) -> Pending:
     """``all_gather``, waited for later."""
-    if team.group is None or x.numel() == 0:
-        return Done(all_gather(x, team))
-    x = x.contiguous()
-    out = x.new_empty((len(team.ranks), *x.shape))
-    work = _gather(_bytes(out), _bytes(x), group=team.group, async_op=True)
-    return _Work(work, lambda: out if team.places is None else out[team.places], x)
+    if _moves_nothing(tensor, group):
+        return Done(all_gather(tensor, group))
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty((len(group.ranks), *tensor.shape))
+    work = _gather(
+        _bytes(gathered),
+        _bytes(tensor),
+        group=group.process_group,
+        async_op=True,
+    )
+
+    def finish() -> torch.Tensor:
+        return _in_mesh_order(gathered, group)
+
+    return _Started(work, finish, tensor)
 
 
-def start_reduce_scatter(x: torch.Tensor, team: Team) -> Pending:
+def start_reduce_scatter(tensor: torch.Tensor, group: AxesGroup) -> Pending:
     """``reduce_scatter``, waited for later."""
-    if team.group is None or x.numel() == 0:
-        return Done(reduce_scatter(x, team))
-    x = _by_rank(x, team)
-    if x.device.type == "cpu" or x.dtype not in _REDUCED_BY_NCCL:
-        pieces = torch.empty_like(x)
-        work = dist.all_to_all_single(_bytes(pieces), _bytes(x), group=team.group, async_op=True)
-        order = team.places or range(len(team.ranks))
-        return _Work(work, lambda: wire.fold([pieces[i] for i in order], "sum"), x)
-    out = x.new_empty(x.shape[1:])
-    work = _reduce_scatter(out.view(-1), x.view(-1), group=team.group, async_op=True)
-    return _Work(work, lambda: out, x)
+    if _moves_nothing(tensor, group):
+        return Done(reduce_scatter(tensor, group))
+    tensor = _in_group_order(tensor, group)
+    if _folded_here(tensor):
+        received = torch.empty_like(tensor)
+        work = dist.all_to_all_single(
+            _bytes(received),
+            _bytes(tensor),
+            group=group.process_group,
+            async_op=True,
+        )
+
+        def finish() -> torch.Tensor:
+            order = group.positions or range(len(group.ranks))
+            return tensor_layout.fold([received[position] for position in order], "sum")
+
+        return _Started(work, finish, tensor)
+    reduced = tensor.new_empty(tensor.shape[1:])
+    work = _reduce_scatter(
+        reduced.view(-1),
+        tensor.view(-1),
+        group=group.process_group,
+        async_op=True,
+    )
+    return _Started(work, lambda: reduced, tensor)
 
 
-def all_to_all(x: torch.Tensor, team: Team) -> torch.Tensor:
-    """Piece ``x[i]`` goes to member ``i``; what came from each, same shape."""
-    if team.group is None or x.numel() == 0:
-        return wire.fresh(x)
-    x = _by_rank(x, team)
-    out = torch.empty_like(x)
-    dist.all_to_all_single(_bytes(out), _bytes(x), group=team.group)
-    return out if team.places is None else out[team.places]
+def all_to_all(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
+    """``tensor[i]`` goes to rank ``i`` of the group; the result has what came from each."""
+    if _moves_nothing(tensor, group):
+        return tensor_layout.fresh(tensor)
+    tensor = _in_group_order(tensor, group)
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(_bytes(received), _bytes(tensor), group=group.process_group)
+    return _in_mesh_order(received, group)
 
 
-def _by_rank(x: torch.Tensor, team: Team) -> torch.Tensor:
-    """Pieces in team order, put into the order of the process group."""
-    if team.places is None:
-        return x.contiguous()
-    return x[[team.places.index(i) for i in range(len(team.places))]].contiguous()
+def reduce_scatter(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
+    """The sum over ranks of their ``tensor[i]``, where ``i`` is the own index in the group."""
+    if _folded_here(tensor) or _moves_nothing(tensor, group):
+        received = all_to_all(tensor, group)
+        return tensor_layout.fold(list(received), "sum")
+    tensor = _in_group_order(tensor, group)
+    reduced = tensor.new_empty(tensor.shape[1:])
+    _reduce_scatter(reduced.view(-1), tensor.view(-1), group=group.process_group)
+    return reduced
 
 
-def reduce_scatter(x: torch.Tensor, team: Team) -> torch.Tensor:
-    """The sum over members of their ``x[i]``, where ``i`` is the own place."""
-    if (
-        x.device.type == "cpu"
-        or team.group is None
-        or x.dtype not in _REDUCED_BY_NCCL
-        or x.numel() == 0
-    ):
-        return wire.fold(list(all_to_all(x, team)), "sum")
-    x = _by_rank(x, team)
-    out = x.new_empty(x.shape[1:])
-    _reduce_scatter(out.view(-1), x.view(-1), group=team.group)
-    return out
+def all_reduce(
+    tensor: torch.Tensor,
+    op: str,
+    group: AxesGroup,
+) -> torch.Tensor:
+    """The sum or maximum over ranks."""
+    size = len(group.ranks)
+    if _moves_nothing(tensor, group):
+        return tensor_layout.fresh(tensor)
+    if not _folded_here(tensor):
+        reduced = tensor_layout.fresh(tensor)
+        dist.all_reduce(reduced, _OPS[op], group=group.process_group)
+        return reduced
+    if size * tensor.nbytes <= _SMALL:
+        gathered = all_gather(tensor, group)
+        return tensor_layout.fold(list(gathered), op)
+    # Every rank folds one n-th of the elements, as in a reduce-scatter followed by an all-gather.
+    share = -(-tensor.numel() // size)
+    padded = tensor.new_zeros(size * share)
+    padded[: tensor.numel()] = tensor.reshape(-1)
+    received = all_to_all(padded.view(size, share), group)
+    folded = tensor_layout.fold(list(received), op)
+    gathered = all_gather(folded, group)
+    return gathered.view(-1)[: tensor.numel()].view(tensor.shape)
 
 
-def all_reduce(x: torch.Tensor, op: str, team: Team) -> torch.Tensor:
-    """The sum or maximum over members."""
-    n = len(team.ranks)
-    if team.group is None or x.numel() == 0:
-        return wire.fresh(x)
-    if x.device.type != "cpu" and x.dtype in _REDUCED_BY_NCCL:
-        out = wire.fresh(x)
-        dist.all_reduce(out, _OPS[op], group=team.group)
-        return out
-    if n * x.nbytes <= _SMALL:
-        return wire.fold(list(all_gather(x, team)), op)
-    # Every member folds one n-th of the elements, as in a reduce-scatter followed by an all-gather.
-    piece = -(-x.numel() // n)
-    padded = x.new_zeros(n * piece)
-    padded[: x.numel()] = x.reshape(-1)
-    folded = wire.fold(list(all_to_all(padded.view(n, piece), team)), op)
-    return all_gather(folded, team).view(-1)[: x.numel()].view(x.shape)
+def _in_mesh_order(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
+    """What came from each rank, from the order of the process group to that of the mesh."""
+    return tensor if group.positions is None else tensor[group.positions]
+
+
+def _in_group_order(tensor: torch.Tensor, group: AxesGroup) -> torch.Tensor:
+    """What goes to each rank, from the order of the mesh to that of the process group."""
+    positions = group.positions
+    if positions is None:
+        return tensor.contiguous()
+    order = [positions.index(position) for position in range(len(positions))]
+    return tensor[order].contiguous()

@@ -1,9 +1,8 @@
-"""Ranks inside this process: one thread a rank, exactly one of which runs at a time
-(`cooperative_scheduler.py`).
+"""Simulated ranks: each is a thread of this process, and exactly one of them runs at a time.
 
-In: a mesh and ``body(comm) -> result``. Out: the results in rank order, or the first error. Both
-are the same
-in every run: the interleaving depends on nothing but the program.
+In: a mesh and ``body(comm) -> result``.
+Out: the results in rank order, or the first error. Both are the same in every run, since the
+interleaving depends on nothing but the program (`cooperative_scheduler.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from funcpipe._src.comm import Done, Pending
-from funcpipe._src.comm import tensor_layout as wire
-from funcpipe._src.comm.cooperative_scheduler import DONE, READY, Call, Combine, World
+from funcpipe._src.comm import Channel, Done, Pending, nothing, tensor_layout
+from funcpipe._src.comm.cooperative_scheduler import (
+    DONE,
+    READY,
+    CollectiveCall,
+    Combine,
+    Scheduler,
+)
 from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe.errors import FuncpipeError, MismatchError
 
@@ -28,104 +32,130 @@ _CPU = torch.device("cpu")
 
 
 class InProcessCommunicator:
-    """One rank's way to the others, as ``funcpipe._src.comm.Communicator`` describes it. ``Ranks``
-    makes them.
+    """One rank's way to the others, as ``funcpipe._src.comm.Communicator`` describes it.
 
-    Messages and exchanged objects are handed over by reference, so nobody may change them
-    afterwards; the results of collectives are new tensors that no two ranks share. Sums are taken
-    in group order.
+    ``Ranks`` makes them. Messages and exchanged objects are handed over by reference, so nobody may
+    change them afterwards. The results of collectives are new tensors that no two ranks share. Sums
+    are taken in group order.
     """
 
-    def __init__(self, world: World, rank: int) -> None:
-        self.mesh, self.rank, self.device = world.mesh, rank, world.device
-        self._world = world
+    def __init__(self, scheduler: Scheduler, rank: int) -> None:
+        self.mesh = scheduler.mesh
+        self.rank = rank
+        self.device = scheduler.device
+        self._scheduler = scheduler
 
-    def _collective(self, kind: str, x: torch.Tensor, axes: Axes, combine: Combine) -> torch.Tensor:
+    def _collective(
+        self,
+        kind: str,
+        tensor: torch.Tensor,
+        axes: Axes,
+        combine: Combine,
+    ) -> torch.Tensor:
         group = self.mesh.group(self.rank, axes)
         if len(group) == 1:
-            return combine([x])[0]
-        return self._world.meet(
-            self.rank, Call(kind, axes, tuple(x.shape), x.dtype), group, x, combine
-        )
+            return combine([tensor])[0]
+        call = CollectiveCall(kind, axes, tuple(tensor.shape), tensor.dtype)
+        return self._scheduler.meet(self.rank, call, group, tensor, combine)
 
-    def all_reduce(self, x: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
-        wire.check_op(op)
-        return self._collective(
-            f"all_reduce({op})", x, axes, lambda xs: _copies(wire.fold(xs, op), len(xs))
-        )
+    def all_reduce(self, tensor: torch.Tensor, axes: Axes, op: str = "sum") -> torch.Tensor:
+        tensor_layout.check_op(op)
 
-    def all_gather(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
-        return self._collective("all_gather", x, axes, lambda xs: _copies(torch.stack(xs), len(xs)))
+        def combine(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return _copies(tensor_layout.fold(tensors, op), len(tensors))
 
-    def reduce_scatter(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
-        wire.check_pieces("reduce_scatter", x, axes, self.mesh.axis_size(axes))
-        return self._collective(
-            "reduce_scatter",
-            x,
-            axes,
-            lambda xs: [wire.fold([x[i] for x in xs], "sum") for i in range(len(xs))],
-        )
+        return self._collective(f"all_reduce({op})", tensor, axes, combine)
 
-    def start_all_gather(self, x: torch.Tensor, axes: Axes) -> Done:
-        return Done(self.all_gather(x, axes))
+    def all_gather(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        def combine(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return _copies(torch.stack(tensors), len(tensors))
 
-    def start_reduce_scatter(self, x: torch.Tensor, axes: Axes) -> Done:
-        return Done(self.reduce_scatter(x, axes))
+        return self._collective("all_gather", tensor, axes, combine)
 
-    def all_to_all(self, x: torch.Tensor, axes: Axes) -> torch.Tensor:
-        wire.check_pieces("all_to_all", x, axes, self.mesh.axis_size(axes))
-        return self._collective(
-            "all_to_all",
-            x,
-            axes,
-            lambda xs: [torch.stack([x[i] for x in xs]) for i in range(len(xs))],
-        )
+    def reduce_scatter(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        tensor_layout.check_shards("reduce_scatter", tensor, axes, self.mesh.axis_size(axes))
 
-    def send(self, xs: Sequence[torch.Tensor], dst: int, channel: str) -> Sequence[Done]:
-        world = self._world
-        if world.error is not None:
-            raise world.stopped()
-        box = world.box(self.rank, dst, channel)
-        box.messages.append(xs)
-        if world.waits[dst] is box:
-            world.wake(dst)
-        return [Done(x) for x in xs]
+        def combine(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [tensor_layout.fold(shards, "sum") for shards in _for_each_rank(tensors)]
+
+        return self._collective("reduce_scatter", tensor, axes, combine)
+
+    def start_all_gather(self, tensor: torch.Tensor, axes: Axes) -> Done:
+        return Done(self.all_gather(tensor, axes))
+
+    def start_reduce_scatter(self, tensor: torch.Tensor, axes: Axes) -> Done:
+        return Done(self.reduce_scatter(tensor, axes))
+
+    def all_to_all(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        tensor_layout.check_shards("all_to_all", tensor, axes, self.mesh.axis_size(axes))
+
+        def combine(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [torch.stack(shards) for shards in _for_each_rank(tensors)]
+
+        return self._collective("all_to_all", tensor, axes, combine)
+
+    def send(
+        self,
+        tensors: Sequence[torch.Tensor],
+        destination: int,
+        channel: str,
+    ) -> Sequence[Done]:
+        scheduler = self._scheduler
+        scheduler.check_running()
+        mailbox = scheduler.mailbox((self.rank, destination, channel))
+        mailbox.messages.append(tensors)
+        if scheduler.waits[destination] is mailbox:
+            scheduler.wake(destination)
+        return [Done(tensor) for tensor in tensors]
 
     def settle(self, sent: Sequence[Pending]) -> None:
         pass
 
-    def recv(self, outs: Sequence[torch.Tensor], src: int, channel: str) -> Sequence[torch.Tensor]:
-        world = self._world
-        if world.error is not None:
-            raise world.stopped()
-        box = world.box(src, self.rank, channel)
-        if not box.messages:
-            box.expects = outs
-            world.block(self.rank, box)
-        xs = box.messages.popleft()
-        if not wire.same_layout(xs, outs):
+    def recv(
+        self,
+        buffers: Sequence[torch.Tensor],
+        source: int,
+        channel: str,
+    ) -> Sequence[torch.Tensor]:
+        scheduler = self._scheduler
+        scheduler.check_running()
+        mailbox = scheduler.mailbox((source, self.rank, channel))
+        if not mailbox.messages:
+            mailbox.expected = buffers
+            scheduler.block(self.rank, mailbox)
+        tensors = mailbox.messages.popleft()
+        if not tensor_layout.same_layout(tensors, buffers):
+            sent = tensor_layout.specs(tensors, strides=True)
+            expected = tensor_layout.specs(buffers, strides=True)
             raise MismatchError(
-                f"rank {src} sent {wire.specs(xs, strides=True)} on channel {channel!r}, but rank "
-                f"{self.rank} receives {wire.specs(outs, strides=True)}; both ends need the same "
-                "shapes, dtypes and strides"
+                f"rank {source} sent {sent} on channel {channel!r}, but rank {self.rank} receives "
+                f"{expected}; both ends need the same shapes, dtypes and strides"
             )
-        return xs
+        return tensors
 
-    def exchange(self, what: Any) -> list[Any]:
-        return self._exchange("exchange", what)
+    def exchange(self, value: Any) -> list[Any]:
+        return self._exchange("exchange", value)
 
-    def exchange_digest(self, n: int, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+    def exchange_digest(
+        self,
+        digest: int,
+        meanwhile: Callable[[], object] = nothing,
+    ) -> list[int]:
         meanwhile()
-        return self._exchange("exchange_digest", n)
+        return self._exchange("exchange_digest", digest)
 
-    def _exchange(self, kind: str, what: Any) -> list[Any]:
+    def _exchange(self, kind: str, value: Any) -> list[Any]:
         everyone = tuple(range(self.mesh.size))
-        return self._world.meet(
-            self.rank, Call(kind), everyone, what, lambda xs: [list(xs) for _ in xs]
-        )
+
+        def combine(values: list[Any]) -> list[list[Any]]:
+            return [list(values) for _ in values]
+
+        return self._scheduler.meet(self.rank, CollectiveCall(kind), everyone, value, combine)
 
     def prepare(
-        self, axes_sets: Iterable[Axes], lanes: Iterable[tuple[int, int, str]] = ()
+        self,
+        axes_sets: Iterable[Axes],
+        channels: Iterable[Channel] = (),
     ) -> None:
         for axes in axes_sets:
             self.mesh.check(axes, "prepare")
@@ -134,35 +164,43 @@ class InProcessCommunicator:
         pass
 
     def fail(self, error: BaseException) -> BaseException:
-        world = self._world
-        world.stop(self.rank, error)
-        return error if world.error is None or world.error[1] is error else world.stopped()
+        scheduler = self._scheduler
+        scheduler.stop(self.rank, error)
+        assert scheduler.error is not None
+        _, first = scheduler.error
+        return error if first is error else scheduler.stopped()
 
     def close(self) -> None:
         pass
 
 
 @torch.no_grad()
-def _copies(x: torch.Tensor, n: int) -> list[torch.Tensor]:
-    return [x, *(x.clone() for _ in range(n - 1))]
+def _copies(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    copies = [tensor.clone() for _ in range(count - 1)]
+    return [tensor, *copies]
 
 
-def _serve(world: World, rank: int) -> None:
-    """A rank's thread: sleep until the floor comes, run the job, hand the floor on; no job means
-    the end."""
-    gate = world.gates[rank]
+def _for_each_rank(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """For each rank its shards of all operands, in group order."""
+    of_operands = [list(tensor) for tensor in tensors]
+    return [list(shards) for shards in zip(*of_operands, strict=True)]
+
+
+def _serve(scheduler: Scheduler, rank: int) -> None:
+    """A rank's thread: sleep until it may run, run the job, let others run; no job is the end."""
+    lock = scheduler.locks[rank]
     while True:
-        gate.acquire()
-        if world.job is None:
+        lock.acquire()
+        if scheduler.job is None:
             return
-        world.job(rank)
-        world.finish(rank)
+        scheduler.job(rank)
+        scheduler.finish(rank)
 
 
-def _dismiss(world: World, threads: list[threading.Thread]) -> None:
-    world.job = None
-    for gate in world.gates if threads else ():
-        gate.release()
+def _dismiss(scheduler: Scheduler, threads: list[threading.Thread]) -> None:
+    scheduler.job = None
+    for lock in scheduler.locks if threads else ():
+        lock.release()
     for thread in threads:
         thread.join()
     threads.clear()
@@ -183,24 +221,26 @@ class Ranks:
 
     def __init__(self, mesh: Mesh, device: torch.device | str = _CPU) -> None:
         self.mesh = mesh
-        self._world = World(mesh, torch.device(device))
-        self.communicators = [InProcessCommunicator(self._world, r) for r in range(mesh.size)]
+        self._scheduler = Scheduler(mesh, torch.device(device))
+        ranks = range(mesh.size)
+        self.communicators = [InProcessCommunicator(self._scheduler, rank) for rank in ranks]
         self._threads: list[threading.Thread] = []
         self._busy = threading.Lock()
-        self._closer = weakref.finalize(self, _dismiss, self._world, self._threads)
+        self._closer = weakref.finalize(self, _dismiss, self._scheduler, self._threads)
 
     def run(self, body: Callable[[InProcessCommunicator], T]) -> list[T]:
-        """Run ``body(comm)`` once per rank, without gradients, in a copy of the caller's context
-        variables.
+        """Run ``body(comm)`` once per rank, without gradients.
+
+        Each rank has a copy of the caller's context variables.
 
         Returns:
             the results in rank order.
 
         Raises:
-            DeadlockError: every unfinished rank waits for another one; says where each of them
-            stands.
-            MismatchError: members of a group called different collectives, a message is not what
-                its receiver expects, or nobody received it.
+            DeadlockError: every unfinished rank waits for another one; the text says where each
+                of them stands.
+            MismatchError: ranks of a group called different collectives, a message is not what its
+                receiver expects, or no rank received it.
             Exception: the first error that a rank raised, with a note that names the rank; the
                 others were stopped.
         """
@@ -213,11 +253,11 @@ class Ranks:
         try:
             return self._run(body)
         finally:
-            self._world.reset()
+            self._scheduler.reset()
             self._busy.release()
 
     def _run(self, body: Callable[[InProcessCommunicator], T]) -> list[T]:
-        world, size = self._world, self.mesh.size
+        scheduler, size = self._scheduler, self.mesh.size
         results: list[Any] = [None] * size
         contexts = [contextvars.copy_context() for _ in range(size)]
         threads = torch.get_num_threads()
@@ -226,28 +266,30 @@ class Ranks:
             try:
                 if torch.get_num_threads() != threads:
                     torch.set_num_threads(threads)
-                with torch.no_grad(), _on(world.device):
+                with torch.no_grad(), _on(scheduler.device):
                     results[rank] = contexts[rank].run(body, self.communicators[rank])
             except BaseException as error:
-                world.stop(rank, error)
+                scheduler.stop(rank, error)
 
-        world.job = job
-        world.state[:] = bytes([READY]) * size
+        scheduler.job = job
+        scheduler.state[:] = bytes([READY]) * size
         self._start()
-        world.gates[0].release()
-        _wait(world)
-        world.job = None
-        _raise_first(world)
+        scheduler.locks[0].release()
+        _wait(scheduler)
+        scheduler.job = None
+        _raise_first(scheduler)
         return results
 
     def _start(self) -> None:
         if not self._threads:
-            names = [f"funcpipe-rank-{r}" for r in range(self.mesh.size)]
-            self._threads += [
-                threading.Thread(target=_serve, args=(self._world, r), name=name, daemon=True)
-                for r, name in enumerate(names)
-            ]
-            for thread in self._threads:
+            for rank in range(self.mesh.size):
+                thread = threading.Thread(
+                    target=_serve,
+                    args=(self._scheduler, rank),
+                    name=f"funcpipe-rank-{rank}",
+                    daemon=True,
+                )
+                self._threads.append(thread)
                 thread.start()
 
     def close(self) -> None:
@@ -266,30 +308,36 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _wait(world: World) -> None:
-    """Sleep until every rank has finished; an interrupt stops them at their next call of the
-    communicator."""
-    while world.state.count(DONE) < world.mesh.size:
+def _wait(scheduler: Scheduler) -> None:
+    """Sleep until every rank has finished.
+
+    An interrupt stops them at their next call of the communicator.
+    """
+    while scheduler.state.count(DONE) < scheduler.mesh.size:
         try:
-            world.home.acquire()
+            scheduler.caller_lock.acquire()
         except BaseException as error:
-            world.stop(None, error)
+            scheduler.stop(None, error)
 
 
-def _raise_first(world: World) -> None:
-    if world.error is not None:
-        rank, error = world.error
-        world.error = None
+def _raise_first(scheduler: Scheduler) -> None:
+    if scheduler.error is not None:
+        rank, error = scheduler.error
+        scheduler.error = None
         if rank is not None:
-            error.add_note(f"raised by rank {rank} of {world.mesh!r}")
+            error.add_note(f"raised by rank {rank} of {scheduler.mesh!r}")
         raise error
-    for box in world.boxes.values():
-        if box.messages:
-            raise MismatchError(f"rank {box.dst} finished without receiving {box.unread()}")
+    for mailbox in scheduler.mailboxes.values():
+        if mailbox.messages:
+            raise MismatchError(
+                f"rank {mailbox.destination} finished without receiving {mailbox.unread()}"
+            )
 
 
 def run_ranks(
-    mesh: Mesh, body: Callable[[InProcessCommunicator], T], device: torch.device | str = _CPU
+    mesh: Mesh,
+    body: Callable[[InProcessCommunicator], T],
+    device: torch.device | str = _CPU,
 ) -> list[T]:
     """Run ``body(comm)`` once per rank of the mesh in this process; ``Ranks.run`` for a single run.
 

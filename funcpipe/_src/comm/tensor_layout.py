@@ -1,12 +1,11 @@
-"""Tensors on the wire: how they are laid out there, what both communicators refuse, how errors name
-them.
+"""Tensor layout: in which order the elements of a message travel, and what errors call tensors.
 
-Terms. A tensor is *dense* when its elements fill its storage range without gaps or overlaps, in any
-order of dims. Its *wire order* is the order in which its elements travel: memory order when it is
-dense, row-major otherwise. The wire carries elements only, so both ends must have the same wire
-order.
+In: tensors.
+Out: flat views of them, yes or no, words.
 
-In: tensors. Out: flat views of them, yes or no, words.
+A tensor is dense when its elements fill its storage range without gaps or overlaps, in any order of
+dims. Its elements travel in memory order when it is dense, else in row-major order. A message is
+the elements alone, so both ends must have the same order.
 """
 
 from __future__ import annotations
@@ -18,83 +17,98 @@ import torch
 from funcpipe._src.core.mesh import Axes
 
 
-def wire_strides(x: torch.Tensor) -> tuple[int, ...]:
-    """The strides of the wire order, with 0 for dims that have one element.
+def message_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides of the order in which elements travel, with 0 for dims that have one element.
 
-    >>> wire_strides(torch.empty(2, 1, 3).permute(2, 1, 0)), wire_strides(torch.empty(4, 9)[:, :3])
-    ((1, 0, 3), (3, 1))
+    >>> message_strides(torch.empty(2, 1, 3).permute(2, 1, 0))
+    (1, 0, 3)
+    >>> message_strides(torch.empty(4, 9)[:, :3])
+    (3, 1)
     """
-    strides = x.stride() if is_dense(x) else _row_major(x.shape)
-    return tuple(s if n > 1 else 0 for n, s in zip(x.shape, strides, strict=True))
+    strides = tensor.stride() if is_dense(tensor) else _row_major(tensor.shape)
+    dims = zip(tensor.shape, strides, strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in dims)
 
 
-def is_dense(x: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill their storage range without gaps or overlaps, in any order of dims.
 
-    >>> is_dense(torch.empty(2, 3).T), is_dense(torch.empty(2, 3)[:, :2]), is_dense(torch.empty(1).expand(3))
-    (True, False, False)
+    >>> is_dense(torch.empty(2, 3).T), is_dense(torch.empty(2, 3)[:, :2])
+    (True, False)
+    >>> is_dense(torch.empty(1).expand(3))
+    False
     """
-    if x.is_contiguous():
+    if tensor.is_contiguous():
         return True
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
     expected = 1
-    for stride, n in sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1):
+    for stride, size in sorted(dim for dim in dims if dim[1] > 1):
         if stride != expected:
             return False
-        expected *= n
+        expected *= size
     return True
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
+    strides = []
+    step = 1
+    for size in reversed(shape):
         strides.append(step)
-        step *= n
+        step *= size
     return tuple(reversed(strides))
 
 
-def flat(x: torch.Tensor) -> torch.Tensor:
-    """The elements in wire order as a 1-d tensor: a view where the tensor is dense, a copy
-    otherwise.
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements in the order in which they travel, as a 1-d tensor.
 
-    >>> flat(torch.arange(6).view(2, 3).T).tolist(), flat(torch.arange(6).view(2, 3)[:, 1:]).tolist()
-    ([0, 1, 2, 3, 4, 5], [1, 2, 4, 5])
+    A view where the tensor is dense, a copy otherwise.
+
+    >>> flat(torch.arange(6).view(2, 3).T).tolist()
+    [0, 1, 2, 3, 4, 5]
+    >>> flat(torch.arange(6).view(2, 3)[:, 1:]).tolist()
+    [1, 2, 4, 5]
     """
-    if x.is_contiguous():
-        return x.view(-1)
-    return x.as_strided((x.numel(),), (1,)) if is_dense(x) else x.contiguous().view(-1)
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if is_dense(tensor):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.contiguous().view(-1)
 
 
 @torch.no_grad()
-def fresh(x: torch.Tensor) -> torch.Tensor:
+def fresh(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy."""
-    return x.clone(memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
-def fold(xs: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """The sum (``"sum"``) or maximum (``"max"``) of tensors of one shape, in the given order: a new
-    tensor.
+def fold(tensors: Sequence[torch.Tensor], op: str) -> torch.Tensor:
+    """The sum (``"sum"``) or maximum (``"max"``) of tensors of one shape, in the given order.
+
+    The result is a new tensor.
 
     >>> fold([torch.tensor([1, 5]), torch.tensor([2, 3])], "max")
     tensor([2, 5])
     """
-    out = fresh(xs[0])
-    for x in xs[1:]:
+    folded = fresh(tensors[0])
+    for tensor in tensors[1:]:
         if op == "sum":
-            out.add_(x)
+            folded.add_(tensor)
         else:
-            torch.maximum(out, x, out=out)
-    return out
+            torch.maximum(folded, tensor, out=folded)
+    return folded
 
 
-def same_layout(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor]) -> bool:
-    """Whether the two ends of a message agree in number, shapes, dtypes and wire order."""
-    if len(xs) != len(ys):
+def same_layout(sent: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether the two ends of a message agree in number, shapes, dtypes and order of elements."""
+    if len(sent) != len(expected):
         return False
-    for x, y in zip(xs, ys, strict=True):
-        if x.shape != y.shape or x.dtype != y.dtype:
+    for one, other in zip(sent, expected, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
             return False
-        if x.stride() != y.stride() and x.numel() and wire_strides(x) != wire_strides(y):
+        if one.stride() == other.stride() or not one.numel():
+            continue
+        if message_strides(one) != message_strides(other):
             return False
     return True
 
@@ -105,19 +119,24 @@ def spec(shape: Sequence[int], dtype: torch.dtype | None) -> str:
     >>> spec((2, 3), torch.float32)
     'float32[2, 3]'
     """
-    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
+    name = str(dtype).removeprefix("torch.")
+    sizes = ", ".join(map(str, shape))
+    return f"{name}[{sizes}]"
 
 
-def specs(xs: Sequence[torch.Tensor], strides: bool = False) -> str:
+def specs(tensors: Sequence[torch.Tensor], strides: bool = False) -> str:
     """The tensors of a message in words.
 
     >>> specs([torch.empty(2, 3).T, torch.empty(())], strides=True)
     '(float32[3, 2] with strides (1, 3), float32[] with strides ())'
     """
-    tails = [f" with strides {x.stride()}" if strides else "" for x in xs]
-    return (
-        f"({', '.join(spec(x.shape, x.dtype) + tail for x, tail in zip(xs, tails, strict=True))})"
-    )
+    texts = []
+    for tensor in tensors:
+        text = spec(tensor.shape, tensor.dtype)
+        if strides:
+            text += f" with strides {tensor.stride()}"
+        texts.append(text)
+    return f"({', '.join(texts)})"
 
 
 def check_op(op: str) -> None:
@@ -126,10 +145,15 @@ def check_op(op: str) -> None:
         raise ValueError(f"all_reduce takes op='sum' or op='max', not {op!r}")
 
 
-def check_pieces(kind: str, x: torch.Tensor, axes: Axes, n: int) -> None:
-    """ValueError unless ``x`` has one piece for every member along dim 0."""
-    if x.dim() == 0 or x.shape[0] != n:
-        what = spec(x.shape, x.dtype)
+def check_shards(
+    kind: str,
+    tensor: torch.Tensor,
+    axes: Axes,
+    ranks: int,
+) -> None:
+    """ValueError unless a tensor has one shard for every rank along dim 0."""
+    if tensor.dim() == 0 or tensor.shape[0] != ranks:
+        found = spec(tensor.shape, tensor.dtype)
         raise ValueError(
-            f"{kind} over {axes} takes one piece for each of {n} ranks along dim 0, not {what}"
+            f"{kind} over {axes} takes one shard for each of {ranks} ranks along dim 0, not {found}"
         )

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from funcpipe._src.collectives import api
+from funcpipe._src.collectives import all_gather, axis_index, over_spans
 from funcpipe._src.collectives import batching_rules as rules
-from funcpipe._src.collectives.axis_scope import Run, runs
+from funcpipe._src.collectives.axis_scope import AxisSpan, axis_spans
 from funcpipe._src.core.loss_types import Mean
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.functional import dispatch as hook
@@ -112,7 +112,7 @@ def compute(
 ) -> Sums:
     """Total and weight of `cross_entropy`; no hook is asked, and operands fit each other."""
     axis = () if options.axis is None else options.axis
-    found = runs(axis, "cross_entropy")
+    found = axis_spans(axis, "cross_entropy")
     ranks = math.prod(run.size for run in found)
     vocab, held = x.shape[-1] if head is None else head.shape[0], labels.numel()
     labels = labels.flatten()
@@ -122,8 +122,8 @@ def compute(
     pad = _padding(options, ranks, held)
     rows = _padded(x.reshape(held, x.shape[-1]), pad)
     everyone, place = (
-        api.all_gather(_padded(labels, pad), axis, tiled=False),
-        api.axis_index(axis, x.device),
+        all_gather(_padded(labels, pad), axis, tiled=False),
+        axis_index(axis, x.device),
     )
     how = _How(
         tuple(replace(run, index=None) for run in found),
@@ -143,7 +143,7 @@ class _How:
     """What `_Sums` is told beside tensors; the runs are those of the axis where the loss is
     called."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[AxisSpan, ...]
     vocab: int
     smoothing: float
     chunk: int
@@ -287,11 +287,11 @@ class _Ranks:
 
     def gather(self, t: torch.Tensor) -> torch.Tensor:
         """From ``s`` to ``(n, *s)``."""
-        return api._gather(t, self.runs)
+        return over_spans.all_gather(t, self.runs)
 
     def exchange(self, t: torch.Tensor) -> torch.Tensor:
         """From ``(n, *s)`` to ``(n, *s)``."""
-        return api._exchange(t, self.runs)
+        return over_spans.all_to_all(t, self.runs)
 
     def scatter(self, t: torch.Tensor) -> torch.Tensor:
         """From ``(n, *s)`` to ``s``: this rank's piece of the sum."""

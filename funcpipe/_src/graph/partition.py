@@ -1,38 +1,41 @@
-"""Cut: a joint graph becomes units, and every value that goes between two units becomes explicit.
+"""Partition: a joint graph becomes units, and every value between two units becomes explicit.
 
-Terms. Boundary ``k`` begins *segment* ``k``; a loss with ``n`` boundaries has segments ``0..n``. A
-segment has the *units* F (forward) and B (backward), or F, I (gradient with respect to what came
-in) and W (gradient with respect to the params). A *value* is what a unit reads or writes: a leaf of
-params or batch, a folded constant, or an activation, residual or gradient that one unit makes and
-another reads.
+Boundary ``k`` begins *segment* ``k``; a loss with ``n`` boundaries has segments ``0..n``. A segment
+has the *units* F (forward) and B (backward), or F, I (gradient with respect to what came in) and W
+(gradient with respect to the params). A *value* is what a unit reads or writes: a leaf of params or
+batch, a folded constant, or an activation, residual or gradient that one unit makes and another
+reads.
 
-One liveness rule: a node used in another unit is an output of its own and an input there.
-Exceptions are *rebuilt*
-where they are used instead of being carried: views, and what follows from the batch or the params
-    alone by cheap ops.
-What follows from neither is *folded*: computed once per rank, then an input.
+There is one rule of liveness: a node used in another unit is an output of its own unit and an input
+there. Two kinds of nodes are not carried. Views, and what follows from the batch or the params
+alone by cheap ops, are *rebuilt* where they are used. What follows from neither is *folded*:
+computed once per rank, then an input. A tied param gets one partial gradient per segment that uses
+it; they are kept apart here and summed once per step.
 
-A tied parameter gets one partial gradient per segment that uses it, kept apart here and summed once
-per step.
-
-In: `Traced`. Out: `Units`: units in the order of one microbatch, with shared code where two segments
-are alike.
+In: `Traced`. Out: `Units`, in the order of one microbatch, with shared code where two segments are
+alike.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from funcpipe._src.graph import unit_code as code_
 from funcpipe._src.graph.node_labels import Nodes, read_nodes
 from funcpipe._src.graph.ops import is_carried, is_heavy
-from funcpipe._src.graph.remat import Saved
+from funcpipe._src.graph.remat import Saved, rematerialise
 from funcpipe._src.graph.trace import Traced
 from funcpipe._src.graph.unit_code import Code, Value
+
+if TYPE_CHECKING:
+    from funcpipe._src.spec.requests import Remat
+
+_SAME_HALF = {"B": "IW", "I": "B", "W": "B"}  # units that do the same, or a part of it
 
 Key = tuple[str, int]  # kind and segment of a unit
 
@@ -82,129 +85,201 @@ class Units:
     traced: Traced
     saved: tuple[Saved, ...] = ()
 
+    def __str__(self) -> str:
+        lines = []
+        for unit in self.units.values():
+            inputs = ", ".join(map(str, unit.inputs))
+            outputs = ", ".join(map(str, unit.outputs))
+            lines.append(f"{unit}: ({inputs}) -> ({outputs}), {unit.code.flops} FLOP")
+        return "\n".join(lines)
 
-def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
-    """Cut a joint graph into units.
+
+def partition_graph(
+    joint: Traced, labels: Nodes, remats: Sequence[Remat] = (), separate_w: bool = True
+) -> Units:
+    """Cut a joint graph at its boundaries into units.
 
     Args:
-        traced: its graph is used up.
-        nodes: what ``read_nodes`` said of it, if that is known already.
-        split: whether to make I and W units beside B.
+        joint: its graph is used up.
+        labels: what ``read_nodes`` made of it.
+        remats: what transforms ask to be computed again.
+        separate_w: whether to make I and W units beside B.
+
+    Raises:
+        StackError: two of ``remats`` choose for one segment.
     """
+    saved = rematerialise(labels, remats)
+    return replace(cut(joint, labels, separate_w), saved=saved)
+
+
+def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
+    """Cut a joint graph as it is."""
     return _Cutter(traced, nodes or read_nodes(traced), split).cut()
 
 
 class _Cutter:
-    def __init__(self, traced: Traced, n: Nodes, split: bool) -> None:
-        self.traced, self.n, self.split = traced, n, split
-        self.final = set(n.outputs) | {x for partials in n.grads for x in partials}
-        self.deferred = deferred(n) if split else set()
+    """Builds the units of a graph, last unit first, so that all readers of a value are known before
+    its own unit is built.
+
+    Attributes:
+        final: the outputs of the graph, which are made once, in their own unit.
+        readers: for every node the units that read it.
+        own: the nodes by label.
+    """
+
+    def __init__(self, joint: Traced, labels: Nodes, separate_w: bool) -> None:
+        self.joint, self.labels = joint, labels
+        self.separate_w = separate_w
+        self.deferred = deferred(labels) if separate_w else set()
+        self.final = set(labels.outputs)
+        self.final.update(*labels.grads)
         self.values: dict[fx.Node, Value] = {}
         self.readers: dict[fx.Node, set[Key]] = {}
         self.codes: dict[str, Code] = {}
         self.own: dict[int, list[fx.Node]] = {}
-        for x, label in n.label.items():
-            self.own.setdefault(label, []).append(x)
+        for node, label in labels.label.items():
+            self.own.setdefault(label, []).append(node)
 
     def cut(self) -> Units:
-        # Last unit first, so that all readers of a value are known before its own unit is built.
         units = {key: self._unit(key) for key in self._keys()}
-        grads = tuple(tuple(map(self._value, partials)) for partials in self.n.grads)
-        heads = tuple(map(self._value, self.n.outputs))
-        folded = {
-            v: code_.folded(self.traced.module, x)
-            for x, v in self.values.items()
-            if v.kind == "const"
-        }
-        in_order = dict(reversed(units.items()))
-        return Units(in_order, self.n.segments, heads, grads, folded, self.traced)
+        grads = []
+        for partials in self.labels.grads:
+            grads.append(tuple(map(self._value, partials)))
+        heads = tuple(map(self._value, self.labels.outputs))
+        return Units(
+            units=dict(reversed(units.items())),
+            segments=self.labels.segments,
+            heads=heads,
+            grads=tuple(grads),
+            constants=self._constants(),
+            traced=self.joint,
+        )
 
     def _keys(self) -> Iterator[Key]:
-        for s in range(self.n.segments):
-            yield from (("W", s), ("I", s)) if self.split else ()
-            yield "B", s
-        yield from (("F", s) for s in reversed(range(self.n.segments)))
+        for segment in range(self.labels.segments):
+            if self.separate_w:
+                yield "W", segment
+                yield "I", segment
+            yield "B", segment
+        for segment in reversed(range(self.labels.segments)):
+            yield "F", segment
 
-    def _nodes(self, kind: str, segment: int) -> list[fx.Node]:
-        nodes = self.own.get(segment if kind == "F" else self.n.backward(segment), [])
-        return (
-            nodes if kind in "FB" else [x for x in nodes if (x in self.deferred) == (kind == "W")]
-        )
+    def _constants(self) -> dict[Value, code_.Folded]:
+        found = {}
+        for node, value in self.values.items():
+            if value.kind == "const":
+                found[value] = code_.folded(self.joint.module, node)
+        return found
+
+    # ---- one unit
 
     def _unit(self, key: Key) -> Unit:
         own = dict.fromkeys(self._nodes(*key))
-        # B computes what I and W do: neither reads from the other.
-        others = {(k, key[1]) for k in {"B": "IW", "I": "B", "W": "B"}.get(key[0], "")}
-        read = {x for x in own if self.readers.get(x, set()) - others and x not in self.n.constant}
-        roots = [x for x in own if x in self.final or x in read]
+        roots = [node for node in own if self._is_output(node, key)]
         body, inputs = self._body(key, own, roots)
-        order = list(dict.fromkeys(a for x in body for a in x.all_input_nodes if a in inputs))
-        code = code_.compile_unit(self.traced.module, body, order, roots, self.codes)
-        return Unit(*key, code, tuple(map(self._value, order)), tuple(map(self._value, roots)))
+        order: dict[fx.Node, None] = {}
+        for node in body:
+            order |= dict.fromkeys(read for read in node.all_input_nodes if read in inputs)
+        code = code_.compile_unit(self.joint.module, body, list(order), roots, self.codes)
+        return Unit(
+            kind=key[0],
+            segment=key[1],
+            code=code,
+            inputs=tuple(map(self._value, order)),
+            outputs=tuple(map(self._value, roots)),
+        )
+
+    def _nodes(self, kind: str, segment: int) -> list[fx.Node]:
+        """What a unit computes, if somebody reads it."""
+        if kind == "F":
+            return self.own.get(segment, [])
+        nodes = self.own.get(self.labels.backward(segment), [])
+        if kind == "B":
+            return nodes
+        is_w = kind == "W"
+        return [node for node in nodes if (node in self.deferred) == is_w]
+
+    def _is_output(self, node: fx.Node, key: Key) -> bool:
+        """Whether another unit reads a node. B computes what I and W do: neither reads the
+        other."""
+        if node in self.final:
+            return True
+        if node in self.labels.constant:
+            return False
+        kind, segment = key
+        same = {(other, segment) for other in _SAME_HALF.get(kind, "")}
+        return not self.readers.get(node, set()) <= same
 
     def _body(
-        self, key: Key, own: dict[fx.Node, None], roots: list[fx.Node]
+        self, key: Key, own: Collection[fx.Node], roots: list[fx.Node]
     ) -> tuple[list[fx.Node], set[fx.Node]]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
-        place, body, inputs = self.n.position, [], set()
+        place, body, inputs = self.labels.position, [], set()
         seen = set(roots)
-        heap = [(-place[x], x) for x in roots]
+        heap = [(-place[node], node) for node in roots]
         heapq.heapify(heap)
         while heap:  # the latest node first, so that each is met once, after all its users
-            _, x = heapq.heappop(heap)
-            if not self._computes(x, own):
-                inputs.add(x)
-                self.readers.setdefault(x, set()).add(key)
+            _, node = heapq.heappop(heap)
+            if not self._computes(node, own):
+                inputs.add(node)
+                self.readers.setdefault(node, set()).add(key)
                 continue
-            body.append(x)
-            for a in x.all_input_nodes:
-                if a not in seen:
-                    seen.add(a)
-                    heapq.heappush(heap, (-place[a], a))
+            body.append(node)
+            for read in node.all_input_nodes:
+                if read not in seen:
+                    seen.add(read)
+                    heapq.heappush(heap, (-place[read], read))
         return body[::-1], inputs
 
-    def _computes(self, x: fx.Node, own: dict[fx.Node, None]) -> bool:
-        if x in self.final:
-            return x in own
-        if x in self.n.constant:
-            return not is_carried(x)
-        return x in own or x in self.n.rebuilt
+    def _computes(self, node: fx.Node, own: Collection[fx.Node]) -> bool:
+        """Whether a unit computes a node that it needs; else it reads it."""
+        if node in self.final:
+            return node in own
+        if node in self.labels.constant:
+            return not is_carried(node)
+        return node in own or node in self.labels.rebuilt
 
-    def _value(self, x: fx.Node) -> Value:
-        if x not in self.values:
-            kind, index = "value", -1
-            if x.op == "placeholder":
-                kind, index = (
-                    ("param", self.n.params[x])
-                    if x in self.n.params
-                    else ("batch", self.n.batch[x])
-                )
-            elif x in self.n.constant and x not in self.final:
-                kind = "const"
-            self.values[x] = code_.value_of(x, kind, index)
-        return self.values[x]
+    def _value(self, node: fx.Node) -> Value:
+        if node not in self.values:
+            self.values[node] = code_.value_of(node, *self._kind(node))
+        return self.values[node]
+
+    def _kind(self, node: fx.Node) -> tuple[str, int]:
+        """The kind of a node's value, and its number among params or batch leaves."""
+        if node in self.labels.params:
+            return "param", self.labels.params[node]
+        if node.op == "placeholder":
+            return "batch", self.labels.batch[node]
+        if node in self.labels.constant and node not in self.final:
+            return "const", -1
+        return "value", -1
 
 
-def deferred(n: Nodes) -> set[fx.Node]:
+def deferred(labels: Nodes) -> set[fx.Node]:
     """The nodes of W: heavy ops off the path to an earlier segment, and what hangs off them.
 
     In segment 0 nothing is on such a path; there, what feeds another heavy op is on it. Qi et al.
     2023, "Zero Bubble Pipeline Parallelism", section 2.
     """
-    backward = [x for x, label in n.label.items() if label >= n.segments]
+    label, first = labels.label, labels.backward(0)
+    backward = [node for node in label if label[node] >= labels.segments]
     needed: set[fx.Node] = set()
     feeds: set[fx.Node] = set()
-    for x in reversed(backward):
-        same = [u for u in x.users if n.label.get(u) == n.label[x]]
-        elsewhere = any(u in n.label and n.label[u] != n.label[x] for u in x.users)
-        if any(u in feeds or is_heavy(u) for u in same):
-            feeds.add(x)
-        first = n.label[x] == n.backward(0) and x in feeds
-        if elsewhere or first or any(u in needed for u in same):
-            needed.add(x)
-    out: set[fx.Node] = set()
-    for x in backward:
-        hangs = any(a in out and n.label[a] == n.label[x] for a in x.all_input_nodes)
-        if x not in needed and (is_heavy(x) or hangs):
-            out.add(x)
-    return out
+    for node in reversed(backward):
+        own = label[node]
+        users = [user for user in node.users if user in label]
+        inside = [user for user in users if label[user] == own]
+        if any(user in feeds or is_heavy(user) for user in inside):
+            feeds.add(node)
+        leaves = len(inside) < len(users)
+        stays = own == first and node in feeds
+        if leaves or stays or any(user in needed for user in inside):
+            needed.add(node)
+    found: set[fx.Node] = set()
+    for node in backward:
+        if node in needed:
+            continue
+        inside = [read for read in node.all_input_nodes if label.get(read) == label[node]]
+        if is_heavy(node) or any(read in found for read in inside):
+            found.add(node)
+    return found

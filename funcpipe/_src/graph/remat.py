@@ -40,7 +40,7 @@ from funcpipe._src.graph.unit_code import flops, nbytes_of
 from funcpipe.errors import StackError
 
 if TYPE_CHECKING:
-    from funcpipe._src.spec.transform_spec import Remat
+    from funcpipe._src.spec.requests import Remat
 
 # Work for every element that an op makes of which it is not known how many FLOPs it takes, such as
 # an attention of one's own.

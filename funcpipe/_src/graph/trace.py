@@ -72,6 +72,12 @@ class Traced:
     aux: Any
     aux_count: int
 
+    def __str__(self) -> str:
+        loss = "fp.Mean" if self.has_weight else "a plain scalar"
+        counts = f"boundaries: {self.boundaries}, params: {self.params}, batch: {self.batch}"
+        code = self.module.print_readable(print_output=False)
+        return f"loss: {loss}, {counts}, aux outputs: {self.aux_count}\n{code}"
+
 
 class TraceContext(PlainContext):
     """The context of a loss that is being traced: boundaries are marked; everything else is plain
@@ -94,24 +100,24 @@ class TraceContext(PlainContext):
     def boundaries(self) -> int:
         return len(self.ages)
 
-    def stage_boundary(self, x: Any) -> Any:
+    def stage_boundary(self, value: Any) -> Any:
         if self.segment is not None:
             raise CutError(
                 "stage_boundary is called again while a checkpoint recomputes: a boundary inside "
                 "torch.utils.checkpoint cannot be cut. Put the boundary outside: checkpoint one "
                 "block, then stage_boundary"
             )
-        if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(x)):
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree.leaves(value)):
             raise CutError(
-                f"stage_boundary got {type(x).__name__} without any tensor: nothing to cut; pass "
-                "what goes on"
+                f"stage_boundary got {type(value).__name__} without any tensor: nothing to cut; "
+                "pass what goes on"
             )
         self.ages.append(torch.autograd._get_sequence_nr())
         MARK(self.boundaries)
-        return x
+        return value
 
-    def checkpoint_name(self, x: torch.Tensor, name: str) -> None:
-        NAMED(x, name)
+    def checkpoint_name(self, value: torch.Tensor, name: str) -> None:
+        NAMED(value, name)
 
     def backward(self) -> None:
         """The backward half begins, in the last segment."""

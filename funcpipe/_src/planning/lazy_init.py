@@ -14,10 +14,30 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from funcpipe._src.core import pytree as tree
+from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.checksum import checksums, text_sum
+from funcpipe._src.core.containers import check_containers
+from funcpipe._src.functional import random
 from funcpipe._src.graph.ops import extract, is_seeded
 from funcpipe._src.graph.unit_code import without_device_numbers
 from funcpipe.errors import StateError
+
+
+def read_params(params: Any, key: torch.Tensor | int) -> tuple[Any, LazyParams | None]:
+    """A tree with the shapes of params, and what makes them where they are given as a function.
+
+    Raises:
+        StateError: params are a module, or were donated.
+    """
+    if isinstance(params, torch.nn.Module):
+        check_containers("params", params)  # it is callable, but makes no params
+    if not callable(params):
+        refuse_invalidated("params", params)
+        return params, None
+    if isinstance(key, int):
+        key = random.key(key)
+    lazy = LazyParams(params, key)
+    return lazy.fakes, lazy
 
 
 class LazyParams:
@@ -50,8 +70,10 @@ class LazyParams:
                     "could not agree on what they hold: draw from its key with fp.random.normal "
                     "or fp.random.uniform"
                 )
-        self.outputs = next(n for n in self.module.graph.nodes if n.op == "output").args[0]
-        self.fakes = tree.unflatten(specs[0], [n.meta["val"] for n in self.outputs])
+        (output,) = self.module.graph.find_nodes(op="output")
+        self.outputs: Any = output.args[0]
+        values = [node.meta["val"] for node in self.outputs]
+        self.fakes = tree.unflatten(specs[0], values)
 
     def digests(self) -> list[int]:
         """For every leaf a number: equal where the same ops make it of the same key and
@@ -69,5 +91,6 @@ class LazyParams:
 
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""
-        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
-        return extract(self.module, self.outputs[number], inputs)(self.key)
+        inputs = list(self.module.graph.find_nodes(op="placeholder"))
+        make = extract(self.module, self.outputs[number], inputs)
+        return make(self.key)

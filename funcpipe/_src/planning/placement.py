@@ -1,19 +1,18 @@
-"""Placement: which rank holds which leaf, and the way there and back.
+"""Placement: which rank holds which leaf of the state, and the way there and back.
 
-Terms. A *layout* says, for one parameter, which places on the pipe axis (its *owners*) hold it, and
-over which axes it is *sharded*: cut flat into equal pieces, one for each rank of the group on those
-axes. To *place* a tree is to turn the single-device pytree into what one rank holds, to *unplace*
-to turn what all ranks hold into it again. A leaf that a rank does not hold is None there.
+A param lies on the pipeline ranks that use it, its *owners*, and may be sharded over axes: cut flat
+into equal pieces, one for each rank of the group on those axes. To *place* a tree is to turn the
+single-device pytree into what one rank holds, to *unplace* to turn what all ranks hold into it
+again. A leaf that a rank does not hold is None there.
 
-In: `StepAnalysis` (which leaf of the state is which parameter) and the owners of every parameter. Out:
-`Placement`.
+In: `StepAnalysis`, the pipeline ranks that use each param. Out: `StatePlacement`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from funcpipe._src.program.shard_shapes import extent, shard_shape
 from funcpipe.errors import StateError
 
 if TYPE_CHECKING:
-    from funcpipe._src.analysis.rehearsal import Held, Rehearsal
+    pass
 
 
 def take(x: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
@@ -40,13 +39,13 @@ def join(shards: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class LeafLayout:
     """Where a parameter is held.
 
     Args:
-        owners: the places on the pipe axis, lowest first (place 0 without a pipe axis).
-        shape: of the whole leaf.
-        axes: the axes it is sharded over, in mesh order; none: each owner holds it whole.
+        owners: the pipeline ranks, lowest first (0 without a pipeline).
+        shape: of the unsharded leaf.
+        axes: the axes it is sharded over, in mesh order; none: each owner holds it unsharded.
     """
 
     owners: tuple[int, ...]
@@ -56,23 +55,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class LeafMetric:
-    """A metric that some ranks do not compute: its number, a place on the pipe axis that does, and
-    what it is like there (a fake, or a value of Python)."""
+    """A metric that some ranks do not compute: its number, a pipeline rank that does, and what it is
+    like there (a fake, or a value of Python)."""
 
     number: int
-    place: int
+    pipeline_rank: int
     like: Any
 
 
 @dataclass(frozen=True)
-class Placement:
+class StatePlacement:
     """Which rank holds which leaf of the state.
 
     Args:
-        mesh: the mesh; pipe_axis: the axis along which ranks hold different leaves.
-        dyed: which leaf is which.
-        layouts: of every parameter.
-        present: for every place on the pipe axis, which leaves of the state its ranks hold.
+        mesh: the mesh.
+        pipe_axis: the axis along which ranks hold different leaves.
+        analysis: which leaf of the state is which param.
+        layouts: of every param.
+        present: for every pipeline rank, which leaves of the state it holds.
         apart: the global sums whose trees have, on a rank, entries of the leaves that it holds.
         metrics_spec: the structure of the metrics.
         leaf_metrics: those that some ranks do not compute, for want of a leaf.
@@ -81,113 +81,149 @@ class Placement:
     mesh: Mesh
     pipe_axis: str | None
     analysis: StepAnalysis
-    layouts: tuple[Layout, ...]
+    layouts: tuple[LeafLayout, ...]
     present: tuple[tuple[bool, ...], ...]
     apart: frozenset[int] = frozenset()
     metrics_spec: Any = None
     leaf_metrics: tuple[LeafMetric, ...] = ()
 
-    def stage_rank(self, rank: int) -> int:
-        """The place of a rank on the pipe axis."""
+    def __str__(self) -> str:
+        analysis, lines = self.analysis, []
+        for path, layout in zip(analysis.paths, self.layouts, strict=True):
+            over = f", sharded over {', '.join(layout.axes)}" if layout.axes else ""
+            ranks = ", ".join(map(str, layout.owners))
+            lines.append(f"params{path} {layout.shape} on pipeline ranks {ranks}{over}")
+        for pipeline_rank, present in enumerate(self.present):
+            held = f"{sum(present)} of {len(present)} leaves of the state"
+            lines.append(f"pipeline rank {pipeline_rank} holds {held}")
+        return "\n".join(lines)
+
+    # ---- ranks
+
+    def pipeline_rank(self, rank: int) -> int:
+        """The pipeline rank of a rank of the mesh."""
         return self.mesh.coords(rank)[self.pipe_axis] if self.pipe_axis else 0
 
     def holds(self, rank: int, param: int) -> bool:
-        """Whether a rank holds a parameter."""
-        return self.stage_rank(rank) in self.layouts[param].owners
+        """Whether a rank holds a param."""
+        return self.pipeline_rank(rank) in self.layouts[param].owners
 
     def shape(self, rank: int, param: int) -> tuple[int, ...]:
-        """The shape of what a rank holds of a parameter."""
+        """The shape of what a rank holds of a param."""
         layout = self.layouts[param]
         if not layout.axes:
             return layout.shape
-        parts, index = self.mesh.axis_size(layout.axes), self.mesh.index(rank, layout.axes)
-        start, end = extent(math.prod(layout.shape), parts, index)
+        elements = math.prod(layout.shape)
+        shards = self.mesh.axis_size(layout.axes)
+        start, end = extent(elements, shards, self.mesh.index(rank, layout.axes))
         return shard_shape(layout.shape, end - start)
 
     def counts(self, rank: int, param: int | None) -> bool:
         """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that
         hold the part."""
-        here = self.mesh.coords(rank)
-        layout = Layout((0,), ()) if param is None else self.layouts[param]
-        fixed = {a: 0 for a in self.mesh.axes if a not in layout.axes}
-        return all(
-            here[a] == (layout.owners[0] if a == self.pipe_axis else n) for a, n in fixed.items()
-        )
+        if param is None:
+            return self.tells(rank, 0)
+        layout = self.layouts[param]
+        return self._is_lowest(rank, layout.owners[0], layout.axes)
 
-    def tells(self, rank: int, place: int) -> bool:
-        """Whether a rank is the lowest at a place on the pipe axis."""
-        return all(
-            n == (place if a == self.pipe_axis else 0) for a, n in self.mesh.coords(rank).items()
-        )
+    def tells(self, rank: int, pipeline_rank: int) -> bool:
+        """Whether a rank is the lowest with a pipeline rank."""
+        return self._is_lowest(rank, pipeline_rank, ())
+
+    def _is_lowest(self, rank: int, pipeline_rank: int, free: Axes) -> bool:
+        """Whether a rank is the lowest with a pipeline rank and its coordinates on free axes."""
+        for axis, coordinate in self.mesh.coords(rank).items():
+            lowest = pipeline_rank if axis == self.pipe_axis else 0
+            if axis not in free and coordinate != lowest:
+                return False
+        return True
+
+    # ---- leaves of the state
 
     def free(self, rank: int) -> frozenset[int]:
-        """The places, among the leaves of a rank's state, of those that a step may write to
+        """Which of the leaves that a rank holds, counted among those, a step may write to
         (`core/buffer_donation.py`)."""
-        held = [j for j, here in enumerate(self.present[self.stage_rank(rank)]) if here]
-        return frozenset(k for k, j in enumerate(held) if j in self.analysis.free)
+        present = self.present[self.pipeline_rank(rank)]
+        held = [leaf for leaf, here in enumerate(present) if here]
+        overwritable = self.analysis.free
+        return frozenset(number for number, leaf in enumerate(held) if leaf in overwritable)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
         """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in
         order."""
-        place = next(p for p, present in enumerate(self.present) if present[leaf])
-        zero = dict.fromkeys(self.mesh.axes, 0)
-        first = self.mesh.rank(zero | ({self.pipe_axis: place} if self.pipe_axis else {}))
+        coordinates = dict.fromkeys(self.mesh.axes, 0)
+        if self.pipe_axis:
+            coordinates[self.pipe_axis] = self._holding(leaf)[0]
+        first = self.mesh.rank(coordinates)
         return self.mesh.group(first, self._axes(leaf))
+
+    def held_as(self, rank: int, leaf: int) -> tuple:
+        """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
+        axes = self._axes(leaf)
+        return self._holding(leaf), axes, self.mesh.index(rank, axes)
+
+    def copies(self, rank: int, leaf: int) -> int:
+        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
+        none."""
+        holding = self._holding(leaf)
+        if self.pipeline_rank(rank) not in holding:
+            return 0
+        shards = self.mesh.axis_size(self._axes(leaf))
+        return len(holding) * self.mesh.size // (len(self.present) * shards)
+
+    def _holding(self, leaf: int) -> tuple[int, ...]:
+        """The pipeline ranks that hold a leaf of the state."""
+        ranks = enumerate(self.present)
+        return tuple(rank for rank, present in ranks if present[leaf])
 
     def _axes(self, leaf: int) -> Axes:
         param = self.analysis.state[leaf]
         return () if param is None else self.layouts[param].axes
 
-    def held_as(self, rank: int, leaf: int) -> tuple:
-        """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
-        places, axes = self._places(leaf), self._axes(leaf)
-        return places, axes, self.mesh.index(rank, axes)
-
-    def copies(self, rank: int, leaf: int) -> int:
-        """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
-        none."""
-        places = self._places(leaf)
-        if self.stage_rank(rank) not in places:
-            return 0
-        return (
-            len(places)
-            * self.mesh.size
-            // (len(self.present) * self.mesh.axis_size(self._axes(leaf)))
-        )
-
-    def _places(self, leaf: int) -> tuple[int, ...]:
-        return tuple(p for p, present in enumerate(self.present) if present[leaf])
+    # ---- trees
 
     def params(self, leaf: Callable[[int], torch.Tensor], rank: int) -> Any:
-        """What a rank holds of the params, in tensors of its own; ``leaf(i)`` makes or fetches a
-        whole one."""
-        held = [
-            own(self._part(leaf(i), layout.axes, rank)) if self.holds(rank, i) else None
-            for i, layout in enumerate(self.layouts)
-        ]
+        """What a rank holds of the params, in tensors of its own.
+
+        Args:
+            leaf: makes or fetches an unsharded one, by number.
+        """
+        held: list[Any] = []
+        for param, layout in enumerate(self.layouts):
+            if self.holds(rank, param):
+                held.append(own(self._part(leaf(param), layout.axes, rank)))
+            else:
+                held.append(None)
         return tree.unflatten(self.analysis.params_spec, held)
 
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
         leaves = self.state_leaves(full, "place")
-        present = self.present[self.stage_rank(rank)]
-        held = [
-            own(self._part(x, self._axes(j), rank)) if here else None
-            for j, (x, here) in enumerate(zip(leaves, present, strict=True))
-        ]
+        present = self.present[self.pipeline_rank(rank)]
+        held = []
+        for number, here in enumerate(present):
+            part = None
+            if here:
+                part = own(self._part(leaves[number], self._axes(number), rank))
+            held.append(part)
         return tree.unflatten(self.analysis.state_spec, held)
 
-    def _part(self, x: Any, axes: Axes, rank: int) -> Any:
-        return take(x, self.mesh, rank, axes) if axes else x
+    def _part(self, leaf: Any, axes: Axes, rank: int) -> Any:
+        return take(leaf, self.mesh, rank, axes) if axes else leaf
 
     def unplace(self, leaf: Callable[[int, int], Any]) -> Any:
-        """The full state; ``leaf(rank, number)`` fetches what a rank holds of a leaf of the
-        state."""
+        """The full state.
+
+        Args:
+            leaf: fetches what a rank holds of a leaf of the state, by rank and number.
+        """
         out = []
-        for j, param in enumerate(self.analysis.state):
-            parts = [leaf(rank, j) for rank in self.holders(j)]
-            sharded = bool(self._axes(j)) and param is not None
-            out.append(join(parts, self.layouts[param].shape) if sharded else own(parts[0]))  # type: ignore[index]
+        for number, param in enumerate(self.analysis.state):
+            parts = [leaf(rank, number) for rank in self.holders(number)]
+            if param is not None and self.layouts[param].axes:
+                out.append(join(parts, self.layouts[param].shape))
+            else:
+                out.append(own(parts[0]))
         return tree.unflatten(self.analysis.state_spec, out)
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
@@ -207,96 +243,3 @@ def own(x: Any) -> Any:
     """A tensor in memory of its own (ranks of one process must not share any); anything else as it
     is."""
     return x.detach().clone() if isinstance(x, torch.Tensor) else x
-
-
-def place_params(
-    mesh: Mesh,
-    pipe_axis: str | None,
-    analysis: StepAnalysis,
-    rehearsal: Rehearsal,
-    owners: Sequence[Iterable[int]],
-    axes: Sequence[Axes],
-) -> Placement:
-    """The placement that follows from the owners of every parameter and the axes it is sharded
-    over."""
-    layouts = tuple(
-        Layout(tuple(sorted(set(o))) or (0,), shape, a)
-        for o, shape, a in zip(owners, analysis.shapes, axes, strict=True)
-    )
-    places = mesh.axis_size(pipe_axis) if pipe_axis else 1
-    if rehearsal.predictable:
-        apart: frozenset[int] = frozenset()
-        held = [rehearsal.predicted(_held_at(layouts, place)) for place in range(places)]
-    else:
-        rehearsal.resized(_sharded(layouts))
-        apart, held = _rehearsed(rehearsal, layouts, places)
-    placement = Placement(mesh, pipe_axis, analysis, layouts, ())
-    leaves = [placement.state_leaves(rank.state, "init_state") for rank in held]
-    present = tuple(tuple(x is not None for x in some) for some in leaves)
-    metrics, spec = tree.flatten(rehearsal.first.metrics)
-    own = _leaf_metrics(metrics, [rank.lacks for rank in held])
-    return replace(placement, present=present, apart=apart, metrics_spec=spec, leaf_metrics=own)
-
-
-def _leaf_metrics(
-    metrics: Sequence[Any], lacks: Sequence[frozenset[int]]
-) -> tuple[LeafMetric, ...]:
-    out = []
-    for number in sorted(frozenset().union(*lacks)):
-        place = next((p for p, some in enumerate(lacks) if number not in some), None)
-        if place is None:
-            raise StateError(
-                f"metric {number} is None on every rank, though not on one device: compute metrics "
-                "of leaves with optree.tree_map"
-            )
-        out.append(LeafMetric(number, place, metrics[number]))
-    return tuple(out)
-
-
-def rehearse(rehearsal: Rehearsal, placement: Placement, places: Iterable[int]) -> bool:
-    """Run the step on fakes as ranks at some places on the pipe axis will run it.
-
-    Returns:
-        whether they have what the placement says. If not, a placement is to be made of runs as
-        every rank (``rehearsal.everywhere``).
-
-    Raises:
-        StateError: the step fails there, or computes something else than on one device.
-    """
-    rehearsal.resized(_sharded(placement.layouts))
-    for place in places:
-        held = rehearsal.of_rank(_held_at(placement.layouts, place))
-        leaves = placement.state_leaves(held.state, "init_state")
-        present = tuple(leaf is not None for leaf in leaves)
-        if held.lacks or present != placement.present[place]:
-            return False
-    return True
-
-
-def _held_at(layouts: Sequence[Layout], place: int) -> Callable[[int], bool]:
-    def held(param: int) -> bool:
-        return place in layouts[param].owners
-
-    return held
-
-
-def _sharded(layouts: Sequence[Layout]) -> list[int]:
-    return [param for param, layout in enumerate(layouts) if layout.axes]
-
-
-def _rehearsed(
-    rehearsal: Rehearsal, layouts: Sequence[Layout], places: int
-) -> tuple[frozenset[int], list[Held]]:
-    """What every place on the pipe axis has. Trees of global sums are whole there, unless the step
-    takes them leaf by leaf."""
-
-    def all_places(apart: frozenset[int]) -> list[Held]:
-        return [rehearsal.of_rank(_held_at(layouts, p), apart) for p in range(places)]
-
-    whole: frozenset[int] = frozenset()
-    try:
-        return whole, all_places(whole)
-    except StateError:
-        if not rehearsal.separable:
-            raise
-    return rehearsal.separable, all_places(rehearsal.separable)

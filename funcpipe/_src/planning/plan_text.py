@@ -1,69 +1,108 @@
-"""Plans to read: for people, and for ranks that compare what they are about to run.
+"""Plan text: a plan for people to read, and for ranks that compare what they are about to run.
 
 In: a `Plan`. Out: lines of text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from funcpipe._src.graph.unit_code import bytes_text
-from funcpipe._src.planning import remat_curve as tradeoff
-from funcpipe._src.program import GATHER, RECV, REDUCE, RUN, SEND, Program
+from funcpipe._src.planning import remat_curve
+from funcpipe._src.planning.scheduling import span
+from funcpipe._src.program import GATHER, RECV, REDUCE, RUN, SEND, Instruction, Program
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import Plan, PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
+    from funcpipe._src.planning.plan import Plan
+
+
+# ---- what ranks compare
 
 
 def sections(plan: Plan) -> dict[str, list[str]]:
     """Everything that has to be the same on all ranks, by topic."""
-    analysis = plan.placement.analysis
     out = {
         "the mesh": [repr(plan.resolved.mesh)],
-        "the transforms": [
-            f"{r.text}{' of local batches' * plan.resolved.local}" for r in plan.resolved.records
-        ],
-        "where params lie": [
-            f"params{p}: {x}" for p, x in zip(analysis.paths, plan.placement.layouts, strict=True)
-        ],
-        "what the state holds": [
-            f"state{p}: {'replicated' if i is None else f'of params{analysis.paths[i]}'}"
-            for p, i in zip(analysis.state_paths, analysis.state, strict=True)
-        ],
-        "the global sums": [
-            f"{s.params} {s.dtype} {k in plan.placement.apart}" for k, s in enumerate(analysis.sums)
-        ],
+        "the transforms": _transforms(plan),
+        "where params lie": _params(plan),
+        "what the state holds": _state(plan),
+        "the global sums": _global_sums(plan),
         "the precision of products": [precision()],
     }
-    for k, c in enumerate(plan.calls):
-        name = f"value_and_grad {k}"
-        out[f"the stages of {name}"] = [str(s) for s in c.stages]
-        out[f"the schedule of {name}"] = [" ".join(map(str, row)) for row in c.schedule.ranks]
-        out[f"the splits of the batch of {name}"] = [
-            str(leaf) for part in c.splits.cuttings for leaf in part
-        ]
-        cuts = dict.fromkeys(m for variant in c.variants.values() for m in variant.cuts)
-        out[f"the units of {name}"] = [f"{u} {u.code.key}" for m in cuts for u in m.units.values()]
-        folded = [x for m in cuts for x in m.constants.values()]
-        out[f"the constants of {name}"] = [x.key for x in folded]
-        for p, program in enumerate(c.programs):
-            out[f"the program of {name} on rank {p} of the pipeline"] = [
-                str(i) for i in program.instructions
-            ]
+    for number, call in enumerate(plan.calls):
+        name = f"value_and_grad {number}"
+        table = call.schedule.table
+        out[f"the stages of {name}"] = list(map(str, call.schedule.stages))
+        out[f"the schedule of {name}"] = [" ".join(map(str, actions)) for actions in table.ranks]
+        out[f"the splits of the batch of {name}"] = _cuts(call)
+        out[f"the units of {name}"] = _unit_keys(call)
+        out[f"the constants of {name}"] = _constant_keys(call)
+        for rank, program in enumerate(call.programs):
+            topic = f"the program of {name} on rank {rank} of the pipeline"
+            out[topic] = list(map(str, program.instructions))
+    return out
+
+
+def _transforms(plan: Plan) -> list[str]:
+    local = " of local batches" if plan.resolved.local else ""
+    return [f"{spec.text}{local}" for spec in plan.resolved.specs]
+
+
+def _params(plan: Plan) -> list[str]:
+    paths, layouts = plan.placement.analysis.paths, plan.placement.layouts
+    return [f"params{path}: {layout}" for path, layout in zip(paths, layouts, strict=True)]
+
+
+def _state(plan: Plan) -> list[str]:
+    analysis = plan.placement.analysis
+    out = []
+    for path, param in zip(analysis.state_paths, analysis.state, strict=True):
+        what = "replicated" if param is None else f"of params{analysis.paths[param]}"
+        out.append(f"state{path}: {what}")
+    return out
+
+
+def _global_sums(plan: Plan) -> list[str]:
+    out = []
+    for number, reduction in enumerate(plan.placement.analysis.sums):
+        is_apart = number in plan.placement.apart
+        out.append(f"{reduction.params} {reduction.dtype} {is_apart}")
+    return out
+
+
+def _cuts(call: PlannedCall) -> list[str]:
+    out: list[str] = []
+    for of_leaves in call.split.cuts:
+        out += map(str, of_leaves)
+    return out
+
+
+def _unit_keys(call: PlannedCall) -> list[str]:
+    out = []
+    for units in call.distinct_units:
+        out += [f"{unit} {unit.code.key}" for unit in units.units.values()]
+    return out
+
+
+def _constant_keys(call: PlannedCall) -> list[str]:
+    out = []
+    for units in call.distinct_units:
+        out += [constant.key for constant in units.constants.values()]
     return out
 
 
 def values(plan: Plan) -> dict[str, list[str]]:
     """What losses read from Python, by loss: why plans of two ranks differ. (Where they are equal
     it does not matter: a setting may name the rank.)"""
-    found = [c.call.reading for c in plan.calls if c.call.reading is not None]
-    return {
-        f"what {x.name} (value_and_grad {k}) reads from Python": x.lines()
-        for k, x in enumerate(found)
-    }
+    readings = [call.call.reading for call in plan.calls if call.call.reading is not None]
+    out = {}
+    for number, reading in enumerate(readings):
+        topic = f"what {reading.name} (value_and_grad {number}) reads from Python"
+        out[topic] = reading.lines()
+    return out
 
 
 def precision() -> str:
@@ -74,74 +113,98 @@ def precision() -> str:
     "products of float32: 'none' on GPUs, 'none' in cuDNN, 'none' on CPUs ('none': PyTorch's
     default); partial sums in half: bfloat16 True, float16 True"
     """
-    b: Any = torch.backends
-    matmul = b.cuda.matmul
+    backends: Any = torch.backends
+    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn.matmul
     return (
-        f"products of float32: {matmul.fp32_precision!r} on GPUs, {b.cudnn.fp32_precision!r} in "
-        f"cuDNN, {b.mkldnn.matmul.fp32_precision!r} on CPUs ('none': PyTorch's default); partial "
+        f"products of float32: {matmul.fp32_precision!r} on GPUs, {cudnn.fp32_precision!r} in "
+        f"cuDNN, {mkldnn.fp32_precision!r} on CPUs ('none': PyTorch's default); partial "
         f"sums in half: bfloat16 {matmul.allow_bf16_reduced_precision_reduction}, float16 "
         f"{matmul.allow_fp16_reduced_precision_reduction}"
     )
 
 
+# ---- what people read
+
+
 def text(plan: Plan) -> list[str]:
     """A plan as text, line by line."""
-    r = plan.resolved
-    out, memory = [f"{r.mesh!r}", precision()], plan.memory
-    moved = [f"{bytes_text(n)} along {', '.join(axes)}" for axes, n in plan.traffic[0].items()]
-    out += [f"a rank of the first stage receives {', '.join(moved)} per step"] if moved else []
-    for k, c in enumerate(plan.calls):
-        s = c.schedule
-        out.append(
-            f"value_and_grad {k}: {c.cuts[0].segments} segments in {len(c.stages)} stages, "
-            f"{s.microbatches} microbatches, {s.name}, bubble {plan.timeline(k).bubble:.1%} by "
-            f"FLOPs, {len(_codes(c))} distinct units"
-        )
-        out += tradeoff.lines(c.cuts[0].saved)
-        for place, program in enumerate(c.programs):
-            held = ", ".join(f"{name} {bytes_text(n)}" for name, n in memory[place].items())
-            stages = ", ".join(
-                f"stage {i} = segments {_span(c.stages[i])}"
-                for i, p in enumerate(s.placement)
-                if p == place
-            )
-            out.append(f"  rank {place} of the pipeline: {stages}; {held}; {program.slots} slots")
-            out += _program_text(c, program)
+    out = [f"{plan.resolved.mesh!r}", precision()]
+    received = plan.traffic[0].items()
+    moved = [f"{bytes_text(count)} along {', '.join(axes)}" for axes, count in received]
+    if moved:
+        out.append(f"a rank of the first stage receives {', '.join(moved)} per step")
+    memory = plan.memory
+    for number, call in enumerate(plan.calls):
+        bubble = plan.timeline(number).bubble
+        out.append(f"value_and_grad {number}: {_call_text(call, bubble)}")
+        out += remat_curve.lines(call.units.saved)
+        for rank, program in enumerate(call.programs):
+            out.append(_rank_text(call, rank, memory[rank]))
+            out += _program_text(call, program)
     return out
 
 
-def _codes(c: PlannedCall) -> set[str]:
-    return {u.code.key for m in set(c.cuts) for u in m.units.values()}
+def _call_text(call: PlannedCall, bubble: float) -> str:
+    table, stages = call.schedule.table, call.schedule.stages
+    codes: set[str] = set()
+    for units in set(call.microbatch_units):
+        codes.update(unit.code.key for unit in units.units.values())
+    return (
+        f"{call.units.segments} segments in {len(stages)} stages, "
+        f"{table.microbatches} microbatches, {table.name}, bubble {bubble:.1%} by "
+        f"FLOPs, {len(codes)} distinct units"
+    )
 
 
-def _span(segments: Sequence[int]) -> str:
-    return f"{segments[0]}" if len(segments) == 1 else f"{segments[0]}-{segments[-1]}"
+def _rank_text(call: PlannedCall, rank: int, memory: dict[str, int]) -> str:
+    held = [f"{name} {bytes_text(count)}" for name, count in memory.items()]
+    stages = []
+    for stage, holder in enumerate(call.schedule.table.placement):
+        if holder == rank:
+            stages.append(f"stage {stage} = segments {span(call.schedule.stages[stage])}")
+    slots = call.programs[rank].slots
+    return f"  rank {rank} of the pipeline: {', '.join(stages)}; {', '.join(held)}; {slots} slots"
 
 
-def _program_text(c: PlannedCall, program: Program) -> list[str]:
+def _program_text(call: PlannedCall, program: Program) -> list[str]:
+    """The instructions that compute, move or reduce; waits and additions are left out."""
     out = []
-    for i in program.instructions:
-        if i.op == RUN:
-            assert i.unit is not None
-            made = ", ".join(map(str, i.unit.outputs[:3])) + (
-                ", …" if len(i.unit.outputs) > 3 else ""
-            )
-            size = bytes_text(sum(v.nbytes for v in i.unit.outputs))
-            if i.unit.kind == "F":
-                kept = c.cuts[i.action.microbatch].saved[i.unit.segment].outcome.nbytes
-                size += f", {bytes_text(kept)} saved"
-            out.append(
-                f"    {i.action!s:<10} {i.unit!s:<5} -> {len(i.unit.outputs)} values, {size}: "
-                f"{made}"
-            )
-        elif i.op in (GATHER, REDUCE):
-            assert i.bucket is not None
-            out.append(
-                f"    {i.action!s:<10} {i.op} {i.bucket}, {bytes_text(i.bucket.nbytes)} a rank"
-            )
-        elif i.op in (SEND, RECV):
-            size = bytes_text(sum(v.nbytes for v in i.values))
-            way = "to" if i.op == SEND else "from"
-            names = ", ".join(map(str, i.values)) or "nothing"
-            out.append(f"    {i.action!s:<10} {i.op} {way} rank {i.peer}, {size}: {names}")
+    for instruction in program.instructions:
+        if instruction.op == RUN:
+            what = _unit_text(call, instruction)
+        elif instruction.op in (GATHER, REDUCE):
+            what = _bucket_text(instruction)
+        elif instruction.op in (SEND, RECV):
+            what = _message_text(instruction)
+        else:
+            continue
+        out.append(f"    {instruction.action!s:<10} {what}")
     return out
+
+
+def _unit_text(call: PlannedCall, instruction: Instruction) -> str:
+    unit = instruction.unit
+    assert unit is not None
+    made = ", ".join(map(str, unit.outputs[:3]))
+    if len(unit.outputs) > 3:
+        made += ", …"
+    size = bytes_text(sum(value.nbytes for value in unit.outputs))
+    if unit.kind == "F":
+        units = call.microbatch_units[instruction.action.microbatch]
+        saved = units.saved[unit.segment]
+        size += f", {bytes_text(saved.outcome.nbytes)} saved"
+    return f"{unit!s:<5} -> {len(unit.outputs)} values, {size}: {made}"
+
+
+def _bucket_text(instruction: Instruction) -> str:
+    bucket = instruction.bucket
+    assert bucket is not None
+    return f"{instruction.op} {bucket}, {bytes_text(bucket.nbytes)} a rank"
+
+
+def _message_text(instruction: Instruction) -> str:
+    values = instruction.values
+    size = bytes_text(sum(value.nbytes for value in values))
+    way = "to" if instruction.op == SEND else "from"
+    names = ", ".join(map(str, values)) or "nothing"
+    return f"{instruction.op} {way} rank {instruction.peer}, {size}: {names}"

@@ -8,14 +8,14 @@ not. Without costs, a unit costs its FLOPs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from funcpipe._src.graph.partition import Unit, Units
-from funcpipe._src.graph.unit_code import bytes_text
+from funcpipe._src.graph.partition import Key, Unit, Units
+from funcpipe._src.graph.unit_code import Value, bytes_text
 from funcpipe._src.program import RECV, RUN, SEND, Program
 from funcpipe._src.program.memory import held
 from funcpipe._src.schedule.actions import Action
@@ -25,7 +25,7 @@ from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
 
 Curve = tuple[tuple[float, int], ...]
 Given = Costs | Mapping[Any, float] | Callable[[str, int], float] | None
@@ -40,7 +40,7 @@ class Prediction:
 
     Args:
         timeline: start and end of every action, in the unit of the costs.
-        memory: for every place on the pipe axis (time, bytes held from then on): activations,
+        memory: for every pipeline rank (time, bytes held from then on): activations,
             residuals, and what units take for themselves while they run.
         unit: of time: ``"s"``, or ``""`` for FLOPs made relative.
     """
@@ -68,13 +68,13 @@ class Prediction:
 
     @property
     def busy(self) -> tuple[float, ...]:
-        """For every place on the pipe axis how long it computes."""
+        """For every pipeline rank how long it computes."""
         return self.timeline.busy
 
     @cached_property
     def peak_memory(self) -> tuple[int, ...]:
-        """For every place on the pipe axis the most bytes that it holds."""
-        return tuple(max((nbytes for _, nbytes in curve), default=0) for curve in self.memory)
+        """For every pipeline rank the most bytes that it holds."""
+        return tuple(map(_peak, self.memory))
 
     def save(self, path: str | Path, title: str = "") -> Path:
         """Draw it: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for
@@ -87,38 +87,52 @@ class Prediction:
             f", {self.period:.4g}{unit} in steady state" if self.period < self.step_time else ""
         )
         out = [f"step {self.step_time:.4g}{unit}{steady}, bubble {self.bubble:.1%}"]
-        for place, (busy, peak) in enumerate(zip(self.busy, self.peak_memory, strict=True)):
-            out.append(
-                f"  rank {place} of the pipeline: busy {busy:.4g}{unit}, peak {bytes_text(peak)}"
-            )
+        for rank, peak in enumerate(self.peak_memory):
+            busy = f"{self.busy[rank]:.4g}{unit}"
+            out.append(f"  rank {rank} of the pipeline: busy {busy}, peak {bytes_text(peak)}")
         return "\n".join(out)
 
 
-def predict(c: PlannedCall, costs: Given = None) -> Prediction:
+def _peak(curve: Curve) -> int:
+    return max((nbytes for _, nbytes in curve), default=0)
+
+
+def predict(call: PlannedCall, costs: Given = None) -> Prediction:
     """What a planned ``value_and_grad`` will do.
 
     Args:
-        c: the planned call.
+        call: the planned call.
         costs: `Costs`, what they are made of (a dict or a function of kind and segment), or None
             for FLOPs.
     """
-    costs = as_costs(costs, c.cuts[0])
-    nbytes = {
-        i.action: sum(v.nbytes for v in i.values)
-        for p in c.programs
-        for i in p.instructions
-        if i.op == SEND
-    }
+    known = as_costs(costs, call.units)
+    nbytes = _message_bytes(call.programs)
 
     def cost(action: Action) -> float:
-        segments = c.stages[action.stage]
-        some = segments if action.segment is None else [segments[action.segment]]
-        return sum(costs.of(action.kind, s) for s in some)
+        segments = call.schedule.stages[action.stage]
+        if action.segment is not None:
+            segments = (segments[action.segment],)
+        return sum(known.of(action.kind, segment) for segment in segments)
+
+    def message(send: Action) -> float:
+        return known.message(nbytes[send])
 
     # The transfers of a plan are settled: stages that exchange nothing get none here either.
-    line = timeline(c.schedule, cost, lambda send: costs.message(nbytes[send]), edges=())
-    curves = (_curve(p, spans, costs) for p, spans in zip(c.programs, line.spans, strict=True))
-    return Prediction(line, tuple(curves), costs.unit)
+    line = timeline(call.schedule.table, cost, message, edges=())
+    curves = []
+    for program, spans in zip(call.programs, line.spans, strict=True):
+        curves.append(_curve(program, spans, known))
+    return Prediction(line, tuple(curves), known.unit)
+
+
+def _message_bytes(programs: Sequence[Program]) -> dict[Action, int]:
+    """By its send, the bytes of every message."""
+    found = {}
+    for program in programs:
+        for instruction in program.instructions:
+            if instruction.op == SEND:
+                found[instruction.action] = sum(value.nbytes for value in instruction.values)
+    return found
 
 
 def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
@@ -126,25 +140,28 @@ def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
     starts = {span.action: span.start for span in spans}
     out: list[tuple[float, int]] = [(0.0, 0)]
     now, doing = 0.0, None
-    for i, (peak, after) in zip(program.instructions, held(program), strict=True):
-        if i.op in (RUN, SEND, RECV) and i.action != doing:
-            doing, now = (
-                i.action,
-                starts.get(i.action, now),
-            )  # messages with sums are in no schedule
+    bytes_held = held(program)
+    for instruction, (peak, after) in zip(program.instructions, bytes_held, strict=True):
+        if instruction.op in (RUN, SEND, RECV) and instruction.action != doing:
+            doing = instruction.action
+            now = starts.get(doing, now)  # messages with sums are in no schedule
         out.append((now, peak))
-        if i.unit is not None:
-            now += costs.of(i.unit.kind, i.unit.segment)
+        unit = instruction.unit
+        if unit is not None:
+            now += costs.of(unit.kind, unit.segment)
         out.append((now, after))
     return tuple(out)
 
 
-def as_costs(costs: Given, cut: Units) -> Costs:
+# ---- costs
+
+
+def as_costs(costs: Given, units: Units) -> Costs:
     """Costs as they were given; FLOPs if they were not."""
     if isinstance(costs, Costs):
         return costs
     if costs is None:
-        return flop_costs(cut)
+        return flop_costs(units)
     if not (callable(costs) or isinstance(costs, Mapping)):
         raise PlanError(
             f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', "
@@ -153,57 +170,112 @@ def as_costs(costs: Given, cut: Units) -> Costs:
     return Costs(costs)
 
 
-def flop_costs(cut: Units) -> Costs:
+def flop_costs(units: Units) -> Costs:
     """Costs that are FLOPs, scaled so that F of a segment costs 1 on average; F = I = W = 1 where
     nothing has any."""
-    flops = {key: float(unit.code.flops) for key, unit in cut.units.items()}
-    forward = sum(n for (kind, _), n in flops.items() if kind == "F") / cut.segments
+    flops, forward = {}, 0.0
+    for key, unit in units.units.items():
+        flops[key] = float(unit.code.flops)
+        if unit.kind == "F":
+            forward += flops[key]
+    forward /= units.segments
     if not forward:
         return Costs({"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}, unit="")
-    return Costs({key: max(n / forward, _LEAST) for key, n in flops.items()}, unit="")
+    scaled = {key: max(count / forward, _LEAST) for key, count in flops.items()}
+    return Costs(scaled, unit="")
 
 
-def load_of(cut: Units, costs: Costs) -> Load:
-    """A cut as a search sees it. Bytes that two segments share are counted in both, so that caps
-    are kept."""
-    made = {v: u for u in cut.units.values() for v in u.outputs}
-    segments = range(cut.segments)
+# ---- what a search may know
 
-    def kept(unit: Unit | None, kinds: str) -> float:
-        """Bytes of what a unit reads that units of these kinds made."""
-        read = [v for v in (unit.inputs if unit else ()) if v in made and made[v].kind in kinds]
-        return float(sum({v.storage: v.nbytes for v in read}.values()))
 
-    def work(kind: str, s: int) -> float:
-        """What a unit takes beside what is counted as held: for itself, and what other segments
-        have just handed it."""
-        unit = cut.units[kind, s]
-        out = {v.storage: v.nbytes for v in unit.outputs if kind == "F" and v in later}
-        strange = (v for v in unit.inputs if v in made and made[v].segment != s)
-        arrived = {v.storage: v.nbytes for v in strange if made[v].kind != "F" or v not in later}
-        return float(unit.code.peak - sum(out.values()) + sum(arrived.values()) + sums)
+def load_of(units: Units, costs: Costs) -> Load:
+    """A loss as a search sees it. Bytes that two segments share are counted in both, so that memory
+    limits are kept."""
+    loads = _Loads(units)
+    segments = range(units.segments)
 
-    read = {v for u in cut.units.values() for v in u.inputs}
-    # Of numbers that no unit reads, such as the loss: they are added up over microbatches.
-    sums = sum(v.nbytes for v in made if made[v].kind == "F" and not v.shape and v not in read)
-    later = {v for u in cut.units.values() if u.kind != "F" for v in u.inputs}
-    times = {k: tuple(costs.of(k, s) for s in segments) for k in "FBIW"}
+    def times(kind: str) -> tuple[float, ...]:
+        return tuple(costs.of(kind, segment) for segment in segments)
+
     return Load(
-        **times,
-        held=tuple(kept(cut.units["B", s], "F") for s in segments),
-        waiting=tuple(kept(cut.units.get(("W", s)), "FI") for s in segments),
-        work=tuple(max(work(k, s) for k in "FBIW" if (k, s) in cut.units) for s in segments),
-        flows=_flows(cut, made),
+        F=times("F"),
+        B=times("B"),
+        I=times("I"),
+        W=times("W"),
+        held=tuple(loads.read_by(("B", segment), "F") for segment in segments),
+        waiting=tuple(loads.read_by(("W", segment), "FI") for segment in segments),
+        work=tuple(map(loads.work, segments)),
+        flows=loads.flows(),
         link=costs.message,
     )
 
 
-def _flows(cut: Units, made: dict[Any, Unit]) -> dict[Flow, float]:
-    read: dict[Flow, dict[str, int]] = {}
-    for u in cut.units.values():
-        for v in u.inputs:
-            maker = made.get(v)
-            if maker is not None and maker.segment != u.segment:
-                ends = (("F" if x.kind == "F" else "B", x.segment) for x in (maker, u))
-                read.setdefault(tuple(ends), {})[v.name] = v.nbytes  # type: ignore[arg-type]
-    return {flow: float(sum(sizes.values())) for flow, sizes in read.items()}
+class _Loads:
+    """Bytes between the units of a loss.
+
+    Attributes:
+        maker: for every value the unit that makes it.
+        later: what backward halves read.
+        sums: bytes of numbers that no unit reads, such as the loss: they are added up over
+            microbatches.
+    """
+
+    def __init__(self, units: Units) -> None:
+        self.units = units.units
+        self.maker: dict[Value, Unit] = {}
+        self.later: set[Value] = set()
+        read: set[Value] = set()
+        for unit in self.units.values():
+            self.maker |= dict.fromkeys(unit.outputs, unit)
+            read.update(unit.inputs)
+            if unit.kind != "F":
+                self.later.update(unit.inputs)
+        self.sums = 0
+        for value, unit in self.maker.items():
+            if unit.kind == "F" and not value.shape and value not in read:
+                self.sums += value.nbytes
+
+    def read_by(self, key: Key, kinds: str) -> float:
+        """Bytes of what a unit reads that units of these kinds made."""
+        unit = self.units.get(key)
+        inputs = () if unit is None else unit.inputs
+        made = [value for value in inputs if value in self.maker]
+        return _memory(value for value in made if self.maker[value].kind in kinds)
+
+    def work(self, segment: int) -> float:
+        """The most that a unit of a segment takes beside what is counted as held."""
+        keys = [(kind, segment) for kind in "FBIW"]
+        return max(self._own(self.units[key]) for key in keys if key in self.units)
+
+    def _own(self, unit: Unit) -> float:
+        """What a unit takes for itself, and what other segments have just handed it."""
+        kept = [value for value in unit.outputs if unit.kind == "F" and value in self.later]
+        arrived = []
+        for value in unit.inputs:
+            maker = self.maker.get(value)
+            if maker is None or maker.segment == unit.segment:
+                continue
+            if maker.kind != "F" or value not in self.later:
+                arrived.append(value)
+        return unit.code.peak - _memory(kept) + _memory(arrived) + self.sums
+
+    def flows(self) -> dict[Flow, float]:
+        """Bytes between segments."""
+        read: dict[Flow, dict[str, int]] = {}
+        for unit in self.units.values():
+            for value in unit.inputs:
+                maker = self.maker.get(value)
+                if maker is not None and maker.segment != unit.segment:
+                    flow = _end(maker), _end(unit)
+                    read.setdefault(flow, {})[value.name] = value.nbytes
+        return {flow: float(sum(sizes.values())) for flow, sizes in read.items()}
+
+
+def _memory(values: Iterable[Value]) -> float:
+    """Bytes of values; memory that some share is counted once."""
+    return float(sum({value.storage: value.nbytes for value in values}.values()))
+
+
+def _end(unit: Unit) -> tuple[str, int]:
+    half = "F" if unit.kind == "F" else "B"
+    return half, unit.segment

@@ -15,7 +15,7 @@ import torch
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.graph.ids import ArgId, ValueId
 from funcpipe._src.graph.partition import Unit
-from funcpipe._src.graph.unit_code import Value, bytes_text
+from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program.shard_shapes import shard_elements
 from funcpipe._src.schedule.actions import Action
 
@@ -203,12 +203,13 @@ class Program:
         return tensors_of(self.instructions)
 
     def __str__(self) -> str:
-        title = (
-            f"program of rank {self.pipeline_rank} of the pipeline: "
-            f"{len(self.instructions)} instructions, {self.slots} slots, at most "
-            f"{bytes_text(self.usage.step)}"
-        )
-        return "\n".join([title, *(f"  {instruction}" for instruction in self.instructions)])
+        named = self.usage._asdict().items()
+        peaks = ", ".join(f"{name} {nbytes}" for name, nbytes in named)
+        rank = f"pipeline rank {self.pipeline_rank}"
+        lines = [f"{rank}, slots: {self.slots}, bytes at their peak: {peaks}"]
+        for instruction in self.instructions:
+            lines.append(f"  {instruction}")
+        return "\n".join(lines)
 
 
 def tensors_of(instructions: Iterable[Instruction]) -> dict[ValueId, Value]:

@@ -24,7 +24,7 @@ from funcpipe._src.graph.unit_code import Value
 from funcpipe._src.program.instructions import RECV, SEND, Instruction
 from funcpipe._src.schedule.actions import COMPUTE, Action, Schedule
 from funcpipe._src.schedule.communication import message_of
-from funcpipe._src.schedule.simulate_transfers import walk
+from funcpipe._src.schedule.simulate_transfers import simulate_transfers
 
 
 class Output(NamedTuple):
@@ -111,7 +111,7 @@ def _told(
     found = [len(actions) for actions in schedule.ranks]
     knows = [False] * len(found)
     carries = {}
-    for rank, number in walk(schedule).order:
+    for rank, number in simulate_transfers(schedule).order:
         action = schedule.ranks[rank][number]
         if rank == maker:
             knows[rank] = number >= sent_at

@@ -35,7 +35,7 @@ from funcpipe._src.program.instructions import (
     Instruction,
     tensors_of,
 )
-from funcpipe._src.spec.transform_spec import Shard
+from funcpipe._src.spec.requests import WeightSharding
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ShardedArg:
     summed: Axes
     grad_dtype: torch.dtype
     gathered_dtype: torch.dtype
-    options: Shard
+    options: WeightSharding
 
 
 Sharding = Mapping[int, ShardedArg]  # by arg; the others are held unsharded

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcpipe._src.collectives import bind_mesh
-from funcpipe._src.collectives.axis_scope import runs, tapped
+from funcpipe._src.collectives.axis_scope import axis_spans, intercepted
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.core.loss_result import read_loss
@@ -77,8 +78,10 @@ class Run:
         self.device = inputs[0].device if inputs else None
         try:
             unbound = bind_context(PlainContext())  # a boundary is nothing here
+            batch = tree.unflatten(subject.spec, data)
+            call = partial(self._call, held, batch)
             with restored(subject.loss_fn), unbound, self._axes(mesh):
-                run(self.tape, lambda: self._call(held, tree.unflatten(subject.spec, data)))
+                run(self.tape, call)
         except Exception as error:
             self.error = error
 
@@ -92,11 +95,12 @@ class Run:
 
     def _call(self, params: Any, batch: Any) -> None:
         whole_ops = WholeOps() if self.part else contextlib.nullcontext()
-        named = tapped(self._named) if self.part else contextlib.nullcontext()
+        named = intercepted(self._named) if self.part else contextlib.nullcontext()
         as_written = torch.backends.opt_einsum.flags(enabled=False)  # whose order depends on sizes
         with traceable(), Intercept(), whole_ops, named, as_written:
             with backward.NoHooks(self.tape if self.part else None):
-                self.loss = read_loss(self.subject.loss_fn(params, batch), self.subject.has_aux)
+                out = self.subject.loss_fn(params, batch)
+                self.loss = read_loss(out, self.subject.has_aux)
             backward.record(self.tape, self.loss[0], tree.leaves(params), self.part is not None)
 
     def _named(
@@ -108,7 +112,7 @@ class Run:
         assert part is not None
         axes = [a for a in ((axis,) if isinstance(axis, str) else axis) if part.axes.get(a, 1) > 1]
         if not axes or not isinstance(asked, Recorder):
-            return fn(x, runs(axis, kind))
+            return fn(x, axis_spans(axis, kind))
         if x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x):
             names = ", ".join(map(repr, axes))
             raise SequenceError(
@@ -120,9 +124,9 @@ class Run:
 
         def made() -> torch.Tensor:
             if not free or x is None:
-                return fn(x, runs(axis, kind))
+                return fn(x, axis_spans(axis, kind))
             with bind_mesh(part, self.subject.axes, self.device):
-                return fn(x, runs(axis, kind))
+                return fn(x, axis_spans(axis, kind))
 
         return asked.named(
             NamedCall(kind, x, ",".join(axes), part.axis_size(tuple(axes)), free, options), made

@@ -18,9 +18,9 @@ from typing import Any
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core.checksum import text_sum
 from funcpipe._src.planning.batch_split import signature
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.plan import Plan
 from funcpipe._src.planning.plan_text import values
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import Variants
 from funcpipe._src.runtime.mismatch_text import described, difference, majority, other_plan
 from funcpipe._src.runtime.rank import Rank
@@ -140,7 +140,7 @@ class Agreement:
         placement = planner.placement
         if planner.rehearsal is None or placement is None:
             return True
-        pipeline_rank = placement.stage_rank(self.comm.rank)
+        pipeline_rank = placement.pipeline_rank(self.comm.rank)
         problem: FuncpipeError | None = None
         as_planned = False
         try:

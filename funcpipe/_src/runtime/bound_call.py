@@ -19,7 +19,7 @@ from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.loss_types import divisor_of
 from funcpipe._src.graph.ids import ArgId, OfArg, ValueId
 from funcpipe._src.planning.batch_split import signature
-from funcpipe._src.planning.plan import PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
 from funcpipe._src.planning.variants import stale
 from funcpipe._src.runtime import interpreter
 from funcpipe._src.runtime.grad_reduction import Grads, reduce_grads
@@ -115,7 +115,7 @@ class BoundCall:
                 continue
             assert isinstance(value.name, int)
             if value.microbatch is None:
-                cast = self.planned.casts.get(value.name)
+                cast = self.planned.weights.casts.get(value.name)
                 self.param_slots.append(ParamSlot(ArgId(value.name), slot, cast))
             else:
                 self.batch_slots.append(BatchSlot(value.microbatch, value.name, slot))
@@ -200,8 +200,8 @@ class BoundCall:
             slots[slot] = leaf
         for slot, constant in self.constants:
             slots[slot] = constant
-        splits, rank = self.planned.splits, self.rank.comm.rank
-        microbatches = splits.microbatches(batch, rank)
+        split, rank = self.planned.split, self.rank.comm.rank
+        microbatches = split.local_leaves(batch, rank)
         scaled = current().loss_scale
         for microbatch, number, slot in self.batch_slots:
             moving = self.planned.moving[microbatch]

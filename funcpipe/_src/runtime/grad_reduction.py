@@ -15,7 +15,7 @@ from funcpipe._src.comm import Communicator
 from funcpipe._src.core.loss_types import differentiable
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.graph.ids import ArgId
-from funcpipe._src.planning.placement import Layout
+from funcpipe._src.planning.placement import LeafLayout
 
 Grads = dict[ArgId, torch.Tensor]
 Together = tuple[torch.dtype, Axes]  # what gradients share that travel in one all-reduce
@@ -23,7 +23,7 @@ Together = tuple[torch.dtype, Axes]  # what gradients share that travel in one a
 
 def reduce_grads(
     grads: Grads,
-    layouts: Sequence[Layout],
+    layouts: Sequence[LeafLayout],
     split_axes: Axes,
     comm: Communicator,
 ) -> None:
@@ -48,7 +48,7 @@ def reduce_grads(
         grads.update(zip(args, sums, strict=True))
 
 
-def axes_of_sum(layout: Layout, split_axes: Axes) -> Axes:
+def axes_of_sum(layout: LeafLayout, split_axes: Axes) -> Axes:
     """The axes that split the batch and do not shard a param."""
     return tuple(axis for axis in split_axes if axis not in layout.axes)
 

@@ -13,10 +13,10 @@ import torch
 
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
-from funcpipe._src.planning.placement import LeafMetric, Placement
+from funcpipe._src.planning.placement import LeafMetric, StatePlacement
 
 
-def complete(metrics: Any, placement: Placement, comm: Communicator) -> Any:
+def complete(metrics: Any, placement: StatePlacement, comm: Communicator) -> Any:
     """The metrics with those that some ranks lack; all ranks call it alike."""
     if not placement.leaf_metrics:
         return metrics
@@ -39,13 +39,13 @@ def _exchange(
     metrics: list[LeafMetric],
     leaves: list[Any],
     dtype: torch.dtype,
-    placement: Placement,
+    placement: StatePlacement,
     comm: Communicator,
 ) -> tuple[torch.Tensor, ...]:
     """Every metric, flat, from the lowest rank that has it; the other ranks add zeros."""
     parts = []
     for metric in metrics:
-        if placement.tells(comm.rank, metric.place):
+        if placement.tells(comm.rank, metric.pipeline_rank):
             part = leaves[metric.number]
         else:
             part = torch.zeros(metric.like.shape, device=comm.device)

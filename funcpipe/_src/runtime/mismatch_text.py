@@ -19,7 +19,7 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.graph.grouped_mm import copied_experts
 from funcpipe._src.graph.unit_code import bytes_text
 from funcpipe._src.runtime.rank import Rank
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 
 _SHOWN = 8  # ranks that a text names
 _LOCAL = "rows of its own, of the same shapes as the others', and the same"
@@ -28,10 +28,10 @@ _GLOBAL = "the same global batch and"
 
 def about_to_run(resolved: ResolvedStep, mesh: Mesh, backend: Backend, cuda_graph: bool) -> str:
     """What a rank is about to run, in words that are the same on all ranks."""
-    transforms = ", ".join(record.text for record in resolved.records)
+    transforms = ", ".join(record.text for record in resolved.specs)
     return (
         f"{transforms or 'no transform'} on {mesh!r}, backend={backend.name!r}, "
-        f"sums={backend.sums}, cuda_graph={cuda_graph}"
+        f"accumulate_dtype={backend.accumulate_dtype}, cuda_graph={cuda_graph}"
         f"{', local batches' if resolved.local else ''}"
     )
 
@@ -57,7 +57,7 @@ def _experts(rank: Rank) -> str:
     """What to say of experts whose weights are copied for every token."""
     copied = 0
     for call in rank.plan.calls:
-        for cut in call.cuts[:1]:
+        for cut in call.microbatch_units[:1]:
             graph = cut.traced.module.graph
             copied += copied_experts(graph, cut.traced.params)
     if not copied:

@@ -21,7 +21,7 @@ from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.loss_types import Microbatches
 from funcpipe._src.graph.ids import OfArg, ValueId
-from funcpipe._src.planning.plan import PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
 from funcpipe._src.program import ADD, RUN, WAIT, Instruction
 from funcpipe._src.program.slots import is_output
 from funcpipe._src.runtime.interpreter import Slots, run_instructions
@@ -224,7 +224,7 @@ class CallWatch:
         """Where the unit of an instruction stands in the order of one microbatch."""
         if row.unit is None:
             return _LAST
-        units = self.planned.cuts[row.action.microbatch].units
+        units = self.planned.microbatch_units[row.action.microbatch].units
         key = row.unit.kind, row.unit.segment
         return list(units).index(key)
 
@@ -239,7 +239,7 @@ class CallWatch:
                 return f"params{path}, gathered"
             return f"the gradient of params{path}, summed so far"
         assert value.microbatch is not None
-        units = self.planned.cuts[value.microbatch]
+        units = self.planned.microbatch_units[value.microbatch]
         for number, output in enumerate(units.heads):
             if output.name == value.name:
                 return _output_name(self.planned, number)
@@ -254,7 +254,7 @@ class CallWatch:
 def _output_name(planned: PlannedCall, number: int) -> str:
     """What an output of a loss function is called."""
     names = ["the loss"]
-    if planned.cuts[0].traced.has_weight:
+    if planned.joint.has_weight:
         names = ["Mean.total", "Mean.weight"]
     return names[number] if number < len(names) else "an aux value"
 
@@ -265,4 +265,4 @@ def _batch_paths(planned: PlannedCall) -> list[list[str]]:
     if isinstance(batch, Microbatches):
         parts = [batch.parts[ready] for ready in planned.ready]
         return list(map(tree.paths, parts))
-    return [tree.paths(batch)] * len(planned.cuts)
+    return [tree.paths(batch)] * len(planned.microbatch_units)

@@ -33,7 +33,7 @@ from funcpipe._src.schedule.library import one_f_one_b, zb_h1
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
     from funcpipe._src.runtime.runner import Runner
 
 _SETS = 3  # of tensors in turn: more than a cache holds
@@ -87,7 +87,7 @@ def profile_units(
             f"cannot profile value_and_grad {call}: the step has {len(plan.calls)}, counted from 0"
         )
     planned = plan.calls[call]
-    units = run._made.split_cut(plan, call)
+    units = run._made.separate_units(plan, call)
     programs = [
         _alone(units, planned, zb_h1()),
         _alone(units, planned, one_f_one_b()),
@@ -127,7 +127,7 @@ def _known_inputs(
     """The inputs whose content is known: the batch and constants. Numbers of rows decide what
     looking them up costs."""
     known: dict[ValueId, torch.Tensor] = {}
-    leaves = planned.splits.microbatches(batch, 0)[0]  # of the rank whose shapes the units have
+    leaves = planned.split.local_leaves(batch, 0)[0]  # of the rank whose shapes the units have
     for number, leaf in enumerate(planned.moving[0]):
         known[ValueId("batch", number)] = leaves[leaf]
     for value, compute in units.constants.items():

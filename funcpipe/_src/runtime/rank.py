@@ -16,7 +16,7 @@ import torch
 from funcpipe._src.backends.backend import Backend
 from funcpipe._src.backends.bind import BoundProgram, channel_of
 from funcpipe._src.backends.fusion import changes
-from funcpipe._src.collectives import axes_of, bind_rank, lanes_of
+from funcpipe._src.collectives import axes_of, bind_rank, channels_of
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core.buffer_donation import Overwritable
 from funcpipe._src.core.context import Join, Local, PlainContext, bind_context
@@ -51,7 +51,7 @@ class Rank:
         # What runs programs instead of the interpreter, while a recording is open.
         self.observer: Observer | None = None
         mesh, axis = comm.mesh, plan.resolved.pipe_axis
-        self.pipeline_rank = plan.placement.stage_rank(comm.rank)
+        self.pipeline_rank = plan.placement.pipeline_rank(comm.rank)
         self.ranks = mesh.group(comm.rank, (axis,)) if axis else (comm.rank,)
         self.split_axes = plan.resolved.split_axes
         self.calls: list[BoundCall] = []
@@ -99,7 +99,7 @@ class Rank:
             for unit in units.units.values():
                 graph = unit.code.module.graph
                 axes |= axes_of(graph)
-                channels |= set(lanes_of(graph, self.comm.mesh))
+                channels |= set(channels_of(graph, self.comm.mesh))
         axes.discard(())
         self.comm.prepare(sorted(axes), sorted(channels))
 
@@ -107,8 +107,7 @@ class Rank:
         """The units of all ranks."""
         found: set[Units] = set()
         for call in self.plan.calls:
-            for variant in call.variants.values():
-                found.update(variant.cuts)
+            found.update(call.distinct_units)
         return found
 
     def _axes_of_step(self) -> set[Axes]:
@@ -130,7 +129,7 @@ class Rank:
         mesh, axis = self.comm.mesh, self.plan.resolved.pipe_axis
         for rank in range(mesh.size if axis else 0):
             ranks = mesh.group(rank, axis or ())
-            pipeline_rank = self.plan.placement.stage_rank(rank)
+            pipeline_rank = self.plan.placement.pipeline_rank(rank)
             for call in self.calls:
                 for peer, name in _sends(call, pipeline_rank):
                     found.add((rank, ranks[peer], name))

@@ -34,7 +34,8 @@ from funcpipe._src.viz import svg as picture
 from funcpipe.errors import PlanError
 
 if TYPE_CHECKING:
-    from funcpipe._src.planning.plan import Plan, PlannedCall
+    from funcpipe._src.planning.lowered import PlannedCall
+    from funcpipe._src.planning.plan import Plan
     from funcpipe._src.runtime.rank import Rank
     from funcpipe._src.runtime.runner import Runner
 
@@ -115,7 +116,7 @@ class Recording:
         planned, times = self._call(call)
         first = min(map(_start, times), default=0.0)
         ranks = []
-        for pipeline_rank, actions in enumerate(planned.schedule.ranks):
+        for pipeline_rank, actions in enumerate(planned.schedule.table.ranks):
             program = planned.programs[pipeline_rank]
             found = _by_action(program, times[pipeline_rank])
             spans = []
@@ -124,7 +125,7 @@ class Recording:
                     start, end = found[action]
                     spans.append(Span(action, start - first, end - first))
             ranks.append(tuple(spans))
-        return Timeline(planned.schedule, tuple(ranks))
+        return Timeline(planned.schedule.table, tuple(ranks))
 
     def costs(self, call: int = 0) -> Costs:
         """What units took: the median over microbatches. Kinds that the schedule does not run are

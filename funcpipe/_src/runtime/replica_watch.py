@@ -16,11 +16,11 @@ from funcpipe._src.analysis.outside_ops import Op
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import text_sum
-from funcpipe._src.planning.pipeline import Planner
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.mismatch_text import majority, other_step
-from funcpipe._src.spec.transform_spec import ResolvedStep
+from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import MismatchError
 
 BATCH, STATE, STEP = 1, 2, 4  # what is due
@@ -61,7 +61,7 @@ class Watch:
         }
         self._compare(sums, paths)
 
-    def made(self, state: Any, placement: Placement) -> None:
+    def made(self, state: Any, placement: StatePlacement) -> None:
         """Compare the first state."""
         sums = replicas.of_state(state, placement, self.comm.rank)
         paths = {"state": placement.analysis.state_paths}

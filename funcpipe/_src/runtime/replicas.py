@@ -15,7 +15,7 @@ import torch
 from funcpipe._src.comm import Communicator
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.checksum import checksums, text_sum
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.runtime.mismatch_text import in_words
 from funcpipe.errors import MismatchError
 
@@ -61,7 +61,7 @@ def of_batch(batch: Any, rows: int | None) -> Sums:
     return sums
 
 
-def of_state(state: Any, placement: Placement, rank: int) -> Sums:
+def of_state(state: Any, placement: StatePlacement, rank: int) -> Sums:
     """Of what a rank holds of the state, as far as others hold copies."""
     sums: Sums = {}
     leaves = placement.state_leaves(state, "compare replicas")

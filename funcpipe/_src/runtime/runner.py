@@ -27,13 +27,13 @@ from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.core.mixed_precision import scaled_init
 from funcpipe._src.functional import random
 from funcpipe._src.planning.lazy_init import LazyParams
-from funcpipe._src.planning.pipeline import Planner
-from funcpipe._src.planning.placement import Placement
+from funcpipe._src.planning.placement import StatePlacement
 from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.runtime.profile_units import profile_units
 from funcpipe._src.runtime.rank import Rank
 from funcpipe._src.runtime.record import Recording
-from funcpipe._src.spec.transform_spec import resolve
+from funcpipe._src.spec.resolve import resolve
 from funcpipe.errors import StateError
 
 
@@ -92,7 +92,7 @@ class Runner(abc.ABC):
         """The first plan; if the schedule is to be chosen for measured costs, those are measured
         now."""
         plan = self._made.plan(batch)
-        pipe = self._resolved.pipe
+        pipe = self._resolved.pipeline
         if pipe is not None and pipe.profile and len(plan.calls) == 1:
             self._made.retime(profile_units(self, None, batch))
             self._made.plan(batch)
@@ -157,7 +157,7 @@ class Runner(abc.ABC):
         return self._planner
 
     @property
-    def _placement(self) -> Placement:
+    def _placement(self) -> StatePlacement:
         placement = self._made.placement
         assert placement is not None
         return placement

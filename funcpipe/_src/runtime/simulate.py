@@ -20,8 +20,8 @@ from funcpipe._src.core.buffer_donation import refuse_invalidated
 from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues
 from funcpipe._src.runtime import replicas
 from funcpipe._src.runtime.rank import Rank

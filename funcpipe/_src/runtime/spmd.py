@@ -23,7 +23,7 @@ def spmd(
     timeout: float | None = None,
     batch: str = "global",
     backend: str = "eager",
-    sums: torch.dtype | None = None,
+    accumulate_dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
     donate: bool = True,
     check_every: int | None = None,
@@ -40,9 +40,9 @@ def spmd(
             of one sequence) then pass the same rows, with all positions.
         backend: what runs a unit: "eager", bitwise as plain PyTorch; or "inductor", which compiles
             each distinct unit.
-        sums: with "inductor", the dtype in which gradients with fewer bits are added up over
-            microbatches: by default ``torch.float32``; ``torch.bfloat16`` adds those of bfloat16
-            params up as plain PyTorch does, in half the memory.
+        accumulate_dtype: with "inductor", the dtype in which gradients with fewer bits are added
+            up over microbatches: by default ``torch.float32``; ``torch.bfloat16`` adds those of
+            bfloat16 params up as plain PyTorch does, in half the memory.
         cuda_graph: capture the whole step, optimizer and messages included, into one CUDA graph.
             The first step with a batch of some shapes runs as it is; the second one is captured.
             ``NCCL_GRAPH_MIXING_SUPPORT`` is set to 0 in the environment unless it is set: graphs of
@@ -66,5 +66,5 @@ def spmd(
         RankError, on every rank: another one failed; says which, and with what.
         MismatchError, on every rank, later: ranks differ; names leaves and ranks.
     """
-    options = Options(batch, backend, sums, cuda_graph, donate, check_every)
+    options = Options(batch, backend, accumulate_dtype, cuda_graph, donate, check_every)
     return Spmd(step, mesh, options, device, timeout)

@@ -19,7 +19,7 @@ class Options:
 
     batch: str
     backend: str
-    sums: torch.dtype | None
+    accumulate_dtype: torch.dtype | None
     cuda_graph: bool
     donate: bool
     check_every: int | None
@@ -35,8 +35,8 @@ class Options:
             raise StackError(f"spmd: backend={self.backend!r}; write one of {names}")
         if self.batch not in ("global", "local"):
             raise StackError(f"spmd: batch={self.batch!r}; write 'global' or 'local'")
-        if self.sums is not None:
-            self._check_sums(self.sums)
+        if self.accumulate_dtype is not None:
+            self._check_accumulation(self.accumulate_dtype)
         if self.cuda_graph and not self.donate:
             raise StackError(
                 "spmd: a captured step updates its state in place; leave donate=False or "
@@ -56,10 +56,11 @@ class Options:
                 f"spmd: cuda_graph=True needs a GPU, but this rank computes on the {device}"
             )
 
-    def _check_sums(self, sums: torch.dtype) -> None:
-        if self.backend == "eager" or not sums.is_floating_point:
+    def _check_accumulation(self, dtype: torch.dtype) -> None:
+        if self.backend == "eager" or not dtype.is_floating_point:
             raise StackError(
-                f"spmd: sums={sums!r}; give a floating-point dtype, with backend='inductor'"
+                f"spmd: accumulate_dtype={dtype!r}; give a floating-point dtype, with "
+                "backend='inductor'"
             )
 
     def _check_every(self, steps: object) -> None:

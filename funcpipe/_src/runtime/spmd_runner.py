@@ -27,8 +27,8 @@ from funcpipe._src.core.buffer_donation import invalidated, refuse_invalidated
 from funcpipe._src.core.inference_mode import refuse_inference_mode
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.planning import plan_bytes as sizes
-from funcpipe._src.planning.pipeline import Planner
 from funcpipe._src.planning.plan import Plan
+from funcpipe._src.planning.planner import Planner
 from funcpipe._src.planning.variants import StaleValues, Variants
 from funcpipe._src.runtime.agreement import AgreedError, Agreement
 from funcpipe._src.runtime.captured_steps import CapturedSteps, Version
@@ -75,7 +75,7 @@ class Spmd(Runner):
         self._backend = Backend(
             options.backend,
             self._report,
-            options.sums or torch.float32,
+            options.accumulate_dtype or torch.float32,
             options.cuda_graph,
         )
         self._bound: dict[int, Rank] = {}

@@ -18,7 +18,8 @@ from funcpipe._src.core.loss_types import Mean, Microbatches, Rows, is_summary, 
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import fill_aux
-from funcpipe._src.planning.plan import Plan, PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
+from funcpipe._src.planning.plan import Plan
 from funcpipe._src.runtime.grad_reduction import all_reduce_packed
 
 Sums = dict[int, torch.Tensor]  # by the number of the output
@@ -44,8 +45,8 @@ class StepOutputs:
     ) -> None:
         self.plan, self.number = plan, number
         self.planned, self.comm = planned, comm
-        self.traced = planned.cuts[0].traced
-        self.first_aux = 1 + self.traced.has_weight
+        self.joint = planned.joint
+        self.first_aux = 1 + self.joint.has_weight
 
     def over_ranks(self, sums: Sums) -> Sums:
         """Sums over the ranks that have other microbatches, those of one dtype together."""
@@ -67,7 +68,7 @@ class StepOutputs:
 
     def weight(self, sums: Sums) -> torch.Tensor | None:
         """The weight of the batch, where the loss has one."""
-        return sums[1] if self.traced.has_weight else None
+        return sums[1] if self.joint.has_weight else None
 
     def loss(self, sums: Sums) -> torch.Tensor:
         """The loss."""
@@ -98,7 +99,7 @@ class StepOutputs:
             output = self._output(number)
             return self._rows(output, None, rows_of)
 
-        return tree.map(value_of, self.traced.aux, is_leaf=is_summary)
+        return tree.map(value_of, self.joint.aux, is_leaf=is_summary)
 
     def _output(self, aux: Any) -> int:
         """The number of an output among all outputs, from that among aux tensors."""
@@ -112,7 +113,7 @@ class StepOutputs:
     ) -> torch.Tensor:
         """The rows of every microbatch, shard by shard, on every rank; those of ready microbatches
         one after the other."""
-        microbatches = range(len(self.planned.cuts))
+        microbatches = range(len(self.planned.losses))
         pieces = [rows_of(output, microbatch) for microbatch in microbatches]
         # Copies: a message must not change.
         out = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
@@ -122,7 +123,7 @@ class StepOutputs:
         row_axes = self.plan.resolved.row_axes
         if not row_axes or dim is None:
             return out
-        dealt = self.planned.splits.dealt
+        dealt = self.planned.split.dealt
         counts = self._row_counts(output, dim) if dealt else ()
         held = _gathered(self.comm, out, dim, row_axes, counts)
         ready = isinstance(self.planned.call.batch, Microbatches)
@@ -135,14 +136,8 @@ class StepOutputs:
         """How many rows of an output every rank has on the axes over which microbatches are
         dealt."""
         call = self.plan.calls[self.number]
-        row_axes = self.plan.resolved.row_axes
-        counts = []
-        for rank in self.comm.mesh.group(self.comm.rank, row_axes):
-            rows = 0
-            for units in call.of_rank(rank).cuts:
-                rows += units.heads[output].shape[dim]
-            counts.append(rows)
-        return counts
+        ranks = self.comm.mesh.group(self.comm.rank, self.plan.resolved.row_axes)
+        return [call.of_rank(rank).output_size(output, dim) for rank in ranks]
 
 
 def _by_microbatch(

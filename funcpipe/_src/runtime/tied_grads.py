@@ -17,8 +17,8 @@ import torch
 
 from funcpipe._src.comm import Communicator
 from funcpipe._src.graph.ids import ArgId, OfArg
-from funcpipe._src.planning.placement import Placement
-from funcpipe._src.planning.plan import PlannedCall
+from funcpipe._src.planning.lowered import PlannedCall
+from funcpipe._src.planning.placement import StatePlacement
 
 PartialGrad = Callable[[OfArg], torch.Tensor]
 
@@ -36,7 +36,7 @@ class TiedGrads:
     """
 
     planned: PlannedCall
-    placement: Placement
+    placement: StatePlacement
     pipeline_rank: int
     ranks: Sequence[int]
     channel: str

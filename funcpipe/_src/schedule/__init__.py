@@ -1,5 +1,21 @@
-"""Schedules as verified data: the library, the checker, the cost model. Public as
-``funcpipe.schedules``."""
+"""Schedules: who computes what in which order, as data that is checked before anything runs.
+
+Public as ``funcpipe.schedules``. Read in this order:
+
+1. `actions.py`: an action, a schedule. `tables.py`: schedules written by hand, or read from a file.
+2. `library.py`: the known schedules, made of `building_blocks.py`; `controllable_memory.py`: V-Half
+   and V-Min; `catalogue.py`: all of them by name.
+3. `communication.py`: sends and receives are inserted.
+4. `checker.py`: the proof, by `check_actions.py`, `check_order.py` and `check_deadlock.py`, which
+   runs `simulate_transfers.py`; `rejection_text.py` explains what is refused.
+5. `costs.py`, `timeline.py`: what units cost, and when every action starts and ends.
+6. `stage_assignment.py`: which segments make up each stage. `search.py`: the fastest schedule, with
+   the greedy tables of `greedy.py` and `search_drafts.py`.
+
+A new schedule: a function ``(ranks, microbatches) -> Schedule`` that a function in `library.py`
+returns, with the formulas of its bubble and memory in the docstring; a line in `catalogue.py`; then
+``pytest tests/schedule``, which checks it for many sizes.
+"""
 
 from funcpipe._src.schedule.actions import Action, Edge, Schedule, ScheduleFn, chain
 from funcpipe._src.schedule.checker import Report, check

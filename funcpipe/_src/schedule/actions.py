@@ -1,19 +1,17 @@
-"""Actions and schedules as data.
+"""Actions and schedules as data: for every rank of the pipe axis, the order of what it does.
 
-Terms. A *stage* is what a schedule moves as one; a *rank* here is a place on the pipe axis, and
-holds one stage or several. An *action* is one thing a rank does: ``F`` forward, ``B`` full
-backward, ``I`` input gradient and ``W`` weight gradient (``B`` = ``I`` + ``W``) of one stage and
-microbatch, or the sending or receiving of what such an action made.
-
-A *schedule* is, for every rank, the order of its actions: data, not code. Without sends and
-receives it is what a person writes; `communication.py` adds those.
+A rank holds one stage of the model or several. An action computes for one stage and microbatch:
+``F`` the forward, ``B`` the full backward, ``I`` the input gradient, ``W`` the weight gradient
+(``B`` = ``I`` + ``W``). Other actions send or receive what an ``F``, ``B`` or ``I`` made.
+People write schedules without sends and receives; `communication.py` adds those.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain as concatenate
 from typing import NamedTuple
 
 from funcpipe.errors import ScheduleError
@@ -22,23 +20,30 @@ COMPUTE = ("F", "B", "I", "W")
 COMMUNICATE = ("SEND_F", "RECV_F", "SEND_B", "RECV_B")
 KINDS = COMPUTE + COMMUNICATE
 
+_ACTION = re.compile(
+    r"\s*(?P<stage>\d+)"
+    r"(?P<kind>F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)"
+    r"(?P<microbatch>\d+)"
+    r"(?:\.(?P<segment>\d+))?"
+    r"(?:[<>](?P<peer>\d+))?\s*"
+)
+
 
 class Action(NamedTuple):
-    """One thing a rank does.
+    """One thing that a rank does.
 
     Args:
-        kind: one of ``KINDS``.
-        stage: the stage it belongs to: the one that computes, or the end of a transfer that lies on
-            this rank.
+        kind: one of ``KINDS``. ``SEND_F`` and ``RECV_F`` move what ``F`` made, ``SEND_B`` and
+            ``RECV_B`` what ``B`` or ``I`` made.
+        stage: the stage that computes; of a transfer, the stage at this rank's end.
         microbatch: counted from 0.
-        segment: for ``W`` only: the segment of the stage, counted from 0 within the stage; None
-            means all of them.
-        peer: for a transfer only: the stage at its other end.
+        segment: for ``W`` only: the segment, counted from 0 within the stage; None means all.
+        peer: for a transfer only: the stage at the other end.
 
-    ``SEND_F``/``RECV_F`` move what ``F`` made, ``SEND_B``/``RECV_B`` what ``B`` or ``I`` made.
-
-    >>> str(Action("F", 0, 3)), str(Action("SEND_F", 0, 3, peer=1)), str(Action("W", 1, 0, segment=2))
-    ('0F3', '0SEND_F3>1', '1W0.2')
+    >>> str(Action("F", 0, 3)), str(Action("W", 1, 0, segment=2))
+    ('0F3', '1W0.2')
+    >>> str(Action("SEND_F", 0, 3, peer=1))
+    '0SEND_F3>1'
     """
 
     kind: str
@@ -48,41 +53,51 @@ class Action(NamedTuple):
     peer: int | None = None
 
     def __str__(self) -> str:
-        part = "" if self.segment is None else f".{self.segment}"
-        peer = (
-            ""
-            if self.peer is None
-            else (">" if self.kind.startswith("SEND") else "<") + str(self.peer)
-        )
-        return f"{self.stage}{self.kind}{self.microbatch}{part}{peer}"
+        text = f"{self.stage}{self.kind}{self.microbatch}"
+        if self.segment is not None:
+            text += f".{self.segment}"
+        if self.peer is not None:
+            arrow = ">" if self.kind.startswith("SEND") else "<"
+            text += f"{arrow}{self.peer}"
+        return text
 
     @classmethod
     def parse(cls, text: str) -> Action:
-        """The action of a text; torch.distributed.pipelining's texts (``0F1``, ``1SEND_B0``) are
-        read too.
+        """The action that a text names, also as torch.distributed.pipelining writes it
+        (``0F1``, ``1SEND_B0``).
+
+        Raises:
+            ScheduleError: the text names no action.
 
         >>> Action.parse("2RECV_F5<1")
         Action(kind='RECV_F', stage=2, microbatch=5, segment=None, peer=1)
         """
-        found = re.fullmatch(
-            r"\s*(\d+)(F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)(\d+)(?:\.(\d+))?(?:[<>](\d+))?\s*", text
-        )
+        found = _ACTION.fullmatch(text)
         if not found:
             raise ScheduleError(
                 f"cannot read an action from {text!r}; write it like '0F1', '2B0', '1SEND_F3>2'"
             )
         stage, kind, microbatch, segment, peer = found.groups()
-        number = lambda s: None if s is None else int(s)  # noqa: E731
-        return cls(kind, int(stage), int(microbatch), number(segment), number(peer))
+        return cls(
+            kind,
+            int(stage),
+            int(microbatch),
+            segment=None if segment is None else int(segment),
+            peer=None if peer is None else int(peer),
+        )
+
+
+# Where an action stands: (rank, position among the rank's actions, counted from 0).
+Cell = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """For every rank on the pipe axis the order of its actions; ``str()`` shows a line a rank.
+    """For every rank of the pipe axis the order of its actions; ``str()`` shows a line a rank.
 
     Args:
-        name: how to call it in messages.
-        ranks: ``ranks[r]`` are the actions of rank ``r``, in order.
+        name: for messages.
+        ranks: ``ranks[rank]`` are the actions of that rank, in order.
         placement: ``placement[stage]`` is the rank that holds the stage.
         microbatches: how many microbatches a step has.
     """
@@ -98,30 +113,40 @@ class Schedule:
         return len(self.placement)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(self.ranks)
-        )
+        lines = []
+        for rank, actions in enumerate(self.ranks):
+            lines.append(f"rank {rank}: {' '.join(map(str, actions))}")
+        return "\n".join(lines)
 
     @property
     def communicates(self) -> bool:
         """Whether the table names its sends and receives."""
-        return any(a.kind in COMMUNICATE for actions in self.ranks for a in actions)
+        return any(action.kind in COMMUNICATE for action in concatenate.from_iterable(self.ranks))
+
+    def cells(self) -> Iterator[tuple[Cell, Action]]:
+        """Every action with where it stands, rank by rank."""
+        for rank, actions in enumerate(self.ranks):
+            for position, action in enumerate(actions):
+                yield (rank, position), action
 
 
-# A schedule of the library, ready to be laid out: (ranks on the pipe axis, microbatches) ->
-# Schedule
+# (ranks of the pipe axis, microbatches) -> Schedule
 ScheduleFn = Callable[[int, int], Schedule]
 
-# What depends on what between stages: ("F" | "B", stage) made it, ("F" | "B", stage) reads it. "B"
-# stands for B, I and W.
-Edge = tuple[tuple[str, int], tuple[str, int]]
+# The forward or backward of a stage: ("F" | "B", stage). "B" stands for B, I and W.
+HalfStage = tuple[str, int]
+# What depends on what between stages: (the half that makes values, the half that reads them).
+Edge = tuple[HalfStage, HalfStage]
 
 
 def chain(stages: int) -> frozenset[Edge]:
-    """The edges of a plain chain: activations to the next stage, their gradients back.
+    """The edges of a plain chain: activations go to the next stage, their gradients back.
 
     >>> sorted(chain(2))
     [(('B', 1), ('B', 0)), (('F', 0), ('F', 1))]
     """
-    forward = {(("F", s), ("F", s + 1)) for s in range(stages - 1)}
-    return frozenset(forward | {(("B", s + 1), ("B", s)) for s in range(stages - 1)})
+    edges: set[Edge] = set()
+    for stage in range(stages - 1):
+        edges.add((("F", stage), ("F", stage + 1)))
+        edges.add((("B", stage + 1), ("B", stage)))
+    return frozenset(edges)

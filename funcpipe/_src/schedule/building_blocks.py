@@ -1,31 +1,28 @@
-"""The pieces that the library's rows are made of; a schedule of your own may be made of them too.
+"""Building blocks of the library's schedules, which a schedule of your own may use too.
 
-Terms. A *row* is what one rank does, in order. A schedule is laid out by ``by_rank``, from a
-function that gives a rank's row, and a placement: ``loop(v)`` (stages go round the ranks v times)
-or ``vee()`` (down the ranks and up again).
+In: a function that gives one rank's actions, and a placement: ``loop(v)`` (stages go round the
+ranks v times) or ``vee()`` (down the ranks and up again).
+Out: a ``ScheduleFn`` (``by_rank``), or one whose weight gradients wait (``with_delayed_w``).
 
-Where a row only works for a round number of microbatches, it is written for the next such number,
-and what
-belongs to the surplus microbatches is left out: dependencies never cross microbatches, so that a
-right table without some of its microbatches is a right table.
+A function whose pattern needs a round number of microbatches may write the next such number.
+``by_rank`` leaves the surplus out. That is safe: dependencies never cross microbatches.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from itertools import chain as concatenate
 
 from funcpipe._src.schedule.actions import Action, Schedule, ScheduleFn
 from funcpipe.errors import ScheduleError
 
-Row = list[Action]
-# (rank, ranks, microbatches) -> what that rank does; actions of microbatches beyond the last are
-# left out
-RowFn = Callable[[int, int, int], Row]
-# ranks -> the rank that holds each stage
+# What one rank does, in order.
+Actions = list[Action]
+# (rank, ranks, microbatches) -> what that rank does.
+ActionsFn = Callable[[int, int, int], Actions]
+# ranks -> the rank that holds each stage.
 PlacementFn = Callable[[int], tuple[int, ...]]
 
 
@@ -47,20 +44,28 @@ def named(name: str, lay_out: ScheduleFn) -> ScheduleFn:
     return sized
 
 
-def by_rank(name: str, row: RowFn, placement: PlacementFn) -> ScheduleFn:
-    """The schedule whose rank r does ``row(r, ranks, microbatches)``.
+def by_rank(
+    name: str,
+    actions_of: ActionsFn,
+    placement: PlacementFn,
+) -> ScheduleFn:
+    """The schedule in which each rank does ``actions_of(rank, ranks, microbatches)``.
 
-    >>> forwards = by_rank("forwards", lambda rank, ranks, microbatches: run("F", rank, 4), loop())
-    >>> forwards.__name__, str(forwards(1, 2))
-    ('forwards', 'rank 0: 0F0 0F1')
+    Actions of microbatches beyond the last are left out.
+
+    >>> def forwards(rank, ranks, microbatches):
+    ...     return each_microbatch("F", rank, 4)
+    >>> print(by_rank("forwards", forwards, loop())(1, 2))
+    rank 0: 0F0 0F1
     """
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
-        rows = (row(rank, ranks, microbatches) for rank in range(ranks))
-        kept = tuple(
-            tuple(action for action in row if action.microbatch < microbatches) for row in rows
-        )
-        return Schedule(name, kept, placement(ranks), microbatches)
+        kept = []
+        for rank in range(ranks):
+            actions = actions_of(rank, ranks, microbatches)
+            real = (action for action in actions if action.microbatch < microbatches)
+            kept.append(tuple(real))
+        return Schedule(name, tuple(kept), placement(ranks), microbatches)
 
     return named(name, lay_out)
 
@@ -73,153 +78,231 @@ def loop(v: int = 1) -> PlacementFn:
     """
     if v < 1:
         raise ScheduleError(f"a rank holds at least 1 stage, got v={v}")
-    return lambda ranks: tuple(range(ranks)) * v
+
+    def placement(ranks: int) -> tuple[int, ...]:
+        return tuple(range(ranks)) * v
+
+    return placement
 
 
 def vee() -> PlacementFn:
-    """Stages go down the ranks and up again, so that the first and the last stage are on rank 0.
+    """Stages go down the ranks and up again: the first and the last stage are on rank 0.
 
     >>> vee()(3)
     (0, 1, 2, 2, 1, 0)
     """
-    return lambda ranks: (*range(ranks), *reversed(range(ranks)))
+
+    def placement(ranks: int) -> tuple[int, ...]:
+        down = tuple(range(ranks))
+        return down + down[::-1]
+
+    return placement
 
 
-def run(kind: str, stage: int, microbatches: int) -> Row:
+def each_microbatch(
+    kind: str,
+    stage: int,
+    microbatches: int,
+) -> Actions:
     """One kind of action of one stage, for all microbatches.
 
-    >>> print(*run("F", 0, 3))
+    >>> print(*each_microbatch("F", 0, 3))
     0F0 0F1 0F2
     """
     return [Action(kind, stage, microbatch) for microbatch in range(microbatches)]
 
 
-def in_turn(kind: str, stages: Iterable[int], turns: Iterable[Iterable[int]]) -> Row:
-    """One kind of action of several stages, each of which in turn takes some microbatches.
+def in_turn(
+    kind: str,
+    stages: Iterable[int],
+    rounds: Iterable[Sequence[int]],
+) -> Actions:
+    """One kind of action of several stages, each of which in turn takes a round of microbatches.
 
-    >>> print(*in_turn("F", (0, 2), turns=[[0, 1], [2, 3]]))
+    >>> print(*in_turn("F", (0, 2), rounds=[[0, 1], [2, 3]]))
     0F0 0F1 2F0 2F1 0F2 0F3 2F2 2F3
     """
-    return [Action(kind, s, m) for turn in turns for s in tuple(stages) for m in turn]
+    stages = tuple(stages)
+    actions: Actions = []
+    for microbatches in rounds:
+        for stage in stages:
+            actions += [Action(kind, stage, microbatch) for microbatch in microbatches]
+    return actions
 
 
-def turns(microbatches: int, ranks: int) -> list[list[int]]:
-    """Microbatches in equally long turns, none shorter than ``ranks``: shorter ones would make
-    ranks wait.
+def rounds_of(microbatches: int, ranks: int) -> list[list[int]]:
+    """Microbatches in equally long rounds, none shorter than ``ranks``: ranks would have to wait.
 
-    What a turn lacks is filled up with microbatches beyond the last, which ``by_rank`` leaves out.
+    What a round lacks is filled with microbatches beyond the last, which ``by_rank`` leaves out.
 
-    >>> turns(9, 4), turns(2, 4)
+    >>> rounds_of(9, 4), rounds_of(2, 4)
     ([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], [[0, 1, 2, 3]])
     """
     count = max(microbatches // ranks, 1)
     length = max(-(-microbatches // count), ranks)
-    short = count * length - microbatches if count > 1 else 0  # so many turns are one shorter
-    result, first = [], 0
-    for turn in range(count):
-        real = length - (turn >= count - short)
+    short = count * length - microbatches if count > 1 else 0  # so many rounds are one shorter
+    rounds = []
+    first = 0
+    for nth in range(count):
+        real = length - 1 if nth >= count - short else length
         surplus = range(microbatches, microbatches + length - real)
-        result.append([*range(first, first + real), *surplus])
+        rounds.append([*range(first, first + real), *surplus])
         first += real
-    return result
+    return rounds
 
 
-def alternate(forwards: Row, backwards: Row, warmup: int) -> Row:
+def alternate(
+    forwards: Actions,
+    backwards: Actions,
+    warmup: int,
+) -> Actions:
     """``warmup`` forwards, then forward and backward in turn, then the backwards that are left.
 
-    >>> print(*alternate(run("F", 0, 3), run("B", 0, 3), warmup=1))
+    >>> forwards, backwards = each_microbatch("F", 0, 3), each_microbatch("B", 0, 3)
+    >>> print(*alternate(forwards, backwards, warmup=1))
     0F0 0F1 0B0 0F2 0B1 0B2
     """
     warmup = min(warmup, len(forwards))
-    pairs = concatenate.from_iterable(zip(forwards[warmup:], backwards, strict=False))
-    return [*forwards[:warmup], *pairs, *backwards[len(forwards) - warmup :]]
+    paired = len(forwards) - warmup
+    actions = forwards[:warmup]
+    for pair in zip(forwards[warmup:], backwards[:paired], strict=False):
+        actions += pair
+    return actions + backwards[paired:]
 
 
-def written(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Row:
-    """A row from phases: how often to repeat which words.
+def from_phases(phases: Iterable[tuple[int, str]], stages: Sequence[int]) -> Actions:
+    """A rank's actions from phases: how often to repeat which words.
 
-    A word is a kind and which of the rank's stages, such as "F0", and means that stage's next
-    microbatch; "W" alone means the oldest I whose weight gradient waits.
+    A word is a kind and which of the rank's stages, such as "F0". It means that stage's next
+    microbatch. "W" alone means the oldest I whose weight gradient waits.
 
-    >>> print(*written([(2, "F1"), (2, "I1"), (2, "W")], stages=(0, 3)))
+    >>> print(*from_phases([(2, "F1"), (2, "I1"), (2, "W")], stages=(0, 3)))
     3F0 3F1 3I0 3I1 3W0 3W1
     """
-    following = {(kind, stage): 0 for kind in "FB" for stage in stages}
+    following: Counter[tuple[bool, int]] = Counter()
     waiting: deque[Action] = deque()
-    row: Row = []
+    actions: Actions = []
     for times, words in phases:
         for word in words.split() * times:
             if word == "W":
-                row.append(waiting.popleft())
+                actions.append(waiting.popleft())
                 continue
+            kind = word[0]
             stage = stages[int(word[1:])]
-            turn = ("F" if word[0] == "F" else "B", stage)
-            row.append(Action(word[0], stage, following[turn]))
-            following[turn] += 1
-            if word[0] == "I":
-                waiting.append(row[-1]._replace(kind="W"))
-    return row
+            half = (kind == "F", stage)
+            action = Action(kind, stage, following[half])
+            following[half] += 1
+            actions.append(action)
+            if kind == "I":
+                waiting.append(action._replace(kind="W"))
+    return actions
 
 
-def spread(name: str, base: ScheduleFn, live: Callable[[int], int] | None = None) -> ScheduleFn:
-    """A schedule with every B as I and W, where W waits for a moment in which its rank would be
-    idle.
+def with_delayed_w(
+    name: str,
+    base: ScheduleFn,
+    live: Callable[[int], int] | None = None,
+) -> ScheduleFn:
+    """A schedule with every B as I and W, where W waits for a moment in which its rank is idle.
 
-    The order of F and B is the base's, and no rank holds more (stage, microbatch) than
-    ``live(ranks)`` says, by default what the rank of the base holds that holds most; at that limit
-    W comes before the next F. What is idle is found by running the table in time, with F = I = W =
-    1.
+    The order of F and B is the base's. No rank holds more (stage, microbatch) than ``live(ranks)``
+    says, by default as many as any rank of the base holds; at that limit W comes before the next F.
+    Idle moments are found by running the table in ticks, with F = I = W = 1.
 
-    >>> base = by_rank("base", lambda rank, ranks, microbatches: run("F", 0, 2) + run("B", 0, 2), loop())
-    >>> print(spread("mine", base)(1, 2))
+    >>> def pairs(rank, ranks, microbatches):
+    ...     return each_microbatch("F", 0, 2) + each_microbatch("B", 0, 2)
+    >>> print(with_delayed_w("mine", by_rank("base", pairs, loop()))(1, 2))
     rank 0: 0F0 0F1 0I0 0I1 0W0 0W1
     """
 
     def lay_out(ranks: int, microbatches: int) -> Schedule:
         table = base(ranks, microbatches)
-        return replace(table, ranks=tuple(map(tuple, _spread(table, live(ranks) if live else 0))))
+        least_limit = live(ranks) if live else 0
+        delayed = _run_in_ticks(table, least_limit)
+        return replace(table, ranks=tuple(map(tuple, delayed)))
 
     return named(name, lay_out)
 
 
-def _spread(table: Schedule, live: int = 0) -> list[Row]:
-    todo = [
-        deque(a._replace(kind="F" if a.kind == "F" else "I") for a in row if a.kind != "W")
-        for row in table.ranks
-    ]
-    limit = max(live, *(max(accumulate(1 if a.kind == "F" else -1 for a in row)) for row in todo))
-    waiting: list[deque[Action]] = [deque() for _ in todo]
-    rows: list[Row] = [[] for _ in todo]
-    held = [0] * len(todo)
-    done: set[Action] = set()
-    while any(todo) or any(waiting):
-        now = []  # what runs in this tick; other ranks see it in the next
-        for rank, ahead in enumerate(todo):
-            full = bool(waiting[rank]) and held[rank] >= limit
-            if (
-                ahead
-                and not (full and ahead[0].kind == "F")
-                and _before(ahead[0], table.stages) <= done
-            ):
-                action = ahead.popleft()
-                held[rank] += action.kind == "F"
-                if action.kind == "I":
-                    waiting[rank].append(action._replace(kind="W"))
-            elif waiting[rank]:
-                action = waiting[rank].popleft()
-                held[rank] -= 1
+class _Rank:
+    """One rank while a table runs in ticks: what is left to do, and what it has done."""
+
+    def __init__(self, actions: Iterable[Action]) -> None:
+        self.ahead = deque(_without_w(actions))
+        self.waiting: deque[Action] = deque()  # the W of every I that ran
+        self.held = 0  # (stage, microbatch) between F and W
+        self.done: Actions = []
+
+    def peak_live(self) -> int:
+        """The most (stage, microbatch) between F and I, in the order that is ahead."""
+        changes = (1 if action.kind == "F" else -1 for action in self.ahead)
+        return max(accumulate(changes))
+
+    def step(
+        self,
+        limit: int,
+        ran: set[Action],
+        stages: int,
+    ) -> Action | None:
+        """The action of one tick; None if the rank is idle."""
+        if self._next_can_run(limit, ran, stages):
+            action = self.ahead.popleft()
+            if action.kind == "F":
+                self.held += 1
             else:
-                continue
-            rows[rank].append(action)
-            now.append(action)
-        done.update(now)
-    return rows
+                self.waiting.append(action._replace(kind="W"))
+        elif self.waiting:
+            action = self.waiting.popleft()
+            self.held -= 1
+        else:
+            return None
+        self.done.append(action)
+        return action
+
+    def _next_can_run(
+        self,
+        limit: int,
+        ran: set[Action],
+        stages: int,
+    ) -> bool:
+        if not self.ahead:
+            return False
+        action = self.ahead[0]
+        full = bool(self.waiting) and self.held >= limit
+        if full and action.kind == "F":
+            return False
+        return all(needed in ran for needed in _needs(action, stages))
 
 
-def _before(action: Action, stages: int) -> set[Action]:
-    """What an F or I needs, in a chain of stages."""
-    kind, stage, microbatch = action.kind, action.stage, action.microbatch
+def _run_in_ticks(table: Schedule, least_limit: int) -> list[Actions]:
+    """What every rank does if its W wait for idle ticks."""
+    ranks = [_Rank(actions) for actions in table.ranks]
+    peaks = [rank.peak_live() for rank in ranks]
+    limit = max(least_limit, *peaks)
+    ran: set[Action] = set()
+    while any(rank.ahead or rank.waiting for rank in ranks):
+        # A rank sees what the others did in the ticks before, not in this one.
+        tick = [rank.step(limit, ran, table.stages) for rank in ranks]
+        ran.update(filter(None, tick))
+    return [rank.done for rank in ranks]
+
+
+def _without_w(actions: Iterable[Action]) -> Iterator[Action]:
+    """The F and the backwards of a rank, each backward as I."""
+    for action in actions:
+        if action.kind == "F":
+            yield action
+        elif action.kind != "W":
+            yield action._replace(kind="I")
+
+
+def _needs(action: Action, stages: int) -> Iterator[Action]:
+    """What an F or I needs in a chain of stages."""
+    kind, stage, microbatch, *_ = action
     if kind == "F":
-        return {Action("F", stage - 1, microbatch)} if stage else set()
-    later = {Action("I", stage + 1, microbatch)} if stage + 1 < stages else set()
-    return {Action("F", stage, microbatch), *later}
+        if stage > 0:
+            yield Action("F", stage - 1, microbatch)
+        return
+    yield Action("F", stage, microbatch)
+    if stage + 1 < stages:
+        yield Action("I", stage + 1, microbatch)

@@ -1,7 +1,7 @@
-"""Every schedule of the library by name.
+"""Catalogue: every schedule of the library by its name.
 
-In: a number of stages a rank, for those that take one. Out: name -> ScheduleFn, in the order in
-which they were invented.
+In: a name, and the number of stages a rank holds, where the schedule leaves that open.
+Out: a ``ScheduleFn``. The order is that in which the schedules were invented.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
 
     Args:
         name: one of ``NAMES``, or "1f1b"; dashes count as underscores.
-        v: stages a rank, for those that take a number (2 by default).
+        v: stages a rank, where the schedule leaves that open (2 by default).
 
     Raises:
-        ScheduleError: no such name, or v for a schedule that has a fixed number of stages.
+        ScheduleError: there is no such name, or the schedule has a fixed number of stages a rank
+            and ``v`` is given.
 
     >>> by_name("interleaved-1f1b", v=4).__name__
     'interleaved_1f1b(v=4)'
@@ -62,9 +63,10 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
     plain = name.replace("-", "_").lower()
     plain = _SHORT.get(plain, plain)
     if plain not in NAMES:
+        names = ", ".join(NAMES)
         near = difflib.get_close_matches(plain, NAMES, n=1)
         hint = f"did you mean {near[0]}? There are: " if near else "there are: "
-        raise ScheduleError(f"no schedule is called {name!r}; {hint}{', '.join(NAMES)}")
+        raise ScheduleError(f"no schedule is called {name!r}; {hint}{names}")
     factory = _FACTORIES[NAMES.index(plain)]
     if takes_v(plain):
         return factory(2 if v is None else v)
@@ -77,7 +79,7 @@ def by_name(name: str, v: int | None = None) -> ScheduleFn:
 
 
 def takes_v(name: str) -> bool:
-    """Whether a schedule takes the number of stages a rank.
+    """Whether a schedule leaves the number of stages a rank open.
 
     >>> takes_v("looped_bfs"), takes_v("zb_v")
     (True, False)
@@ -86,14 +88,15 @@ def takes_v(name: str) -> bool:
 
 
 def training(vs: tuple[int, ...] = (2, 4)) -> list[ScheduleFn]:
-    """Every schedule that has backwards, those with a free number of stages a rank once for each of
-    ``vs``.
+    """Every schedule that has backwards; those that take ``v``, once for each of ``vs``.
 
     >>> [fn.__name__ for fn in training(vs=(3,))][:4]
     ['gpipe', 'one_f_one_b', 'interleaved_1f1b(v=3)', 'looped_bfs(v=3)']
     """
-    out: list[ScheduleFn] = []
+    schedules: list[ScheduleFn] = []
     for name in NAMES:
-        if name != "forward_only":
-            out += [by_name(name, v) for v in vs] if takes_v(name) else [by_name(name)]
-    return out
+        if name == "forward_only":
+            continue
+        counts = vs if takes_v(name) else (None,)
+        schedules += [by_name(name, count) for count in counts]
+    return schedules

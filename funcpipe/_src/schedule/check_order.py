@@ -1,12 +1,8 @@
-"""The rules of a table that hold between actions: on one rank, and between the two ends of a
-message.
+"""Checks between actions: the order on one rank, and the two ends of each message.
 
-``order``: on its rank every action comes after what it needs. ``pairing``: what one rank sends
-another receives, in the same order, and somebody reads it. Whether ranks wait for each other in a
+In: a schedule in which every action makes sense and runs once, and the edges between its stages.
+Out: nothing, or a ScheduleError for the first violation. Whether ranks wait for each other in a
 circle is `check_deadlock.py`'s to find.
-
-In: a schedule in which every action makes sense and runs once. Out: nothing; a ScheduleError at the
-first violation.
 """
 
 from __future__ import annotations
@@ -14,25 +10,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from funcpipe._src.schedule.actions import COMMUNICATE, Action, Edge, Schedule
+from funcpipe._src.schedule.actions import COMMUNICATE, Action, Cell, Edge, Schedule
 from funcpipe._src.schedule.communication import (
     Channel,
+    Links,
     Message,
     Unit,
     channel_of,
     message_of,
     readers,
+    receive_of,
+    send_of,
     sources,
     unit_of,
 )
-from funcpipe._src.schedule.rejection_text import Place, at, maker, refusal
+from funcpipe._src.schedule.rejection_text import at, maker, rejection, text_at
 from funcpipe.errors import ScheduleError
 
-# (kind, stage) -> the (kind, stage) of other stages that it reads
-Sources = dict[tuple[str, int], list[tuple[str, int]]]
+# On its own stage, the half whose values an action of a kind reads.
+_OWN_SOURCE = {"B": "F", "I": "F", "W": "B"}
 
 
-def needs(action: Action, sources_of: Sources) -> list[Unit]:
+def needs(action: Action, sources_of: Links) -> list[Unit]:
     """The units that an action reads: of its own stage, and those of other stages by the edges.
 
     >>> needs(Action("I", 1, 5), {("B", 1): [("B", 2)]})
@@ -40,83 +39,99 @@ def needs(action: Action, sources_of: Sources) -> list[Unit]:
     """
     if action.kind.startswith("SEND"):
         return [message_of(action).unit]
-    own = {"B": "F", "I": "F", "W": "B"}.get(action.kind)
+    units: list[Unit] = []
+    if action.kind in _OWN_SOURCE:
+        units.append((_OWN_SOURCE[action.kind], action.stage, action.microbatch))
     unit = unit_of(action)
-    others = sources_of.get(unit[:2], ()) if unit else ()
-    mine = [(own, action.stage, action.microbatch)] if own else []
-    return mine + [(kind, stage, action.microbatch) for kind, stage in others]
+    if unit is not None:
+        for kind, stage in sources_of.get(unit[:2], ()):
+            units.append((kind, stage, action.microbatch))
+    return units
 
 
-def pairing(schedule: Schedule, edges: Iterable[Edge]) -> None:
-    """Every send has its receive, every receive its send, in the same order, and somebody reads
-    it."""
-    edges = frozenset(edges)
-    sends: dict[Message, Place] = {}
-    receives: dict[Message, Place] = {}
-    for rank, actions in enumerate(schedule.ranks):
-        for position, action in enumerate(actions):
-            if action.kind in COMMUNICATE:
-                ends = sends if action.kind.startswith("SEND") else receives
-                ends[message_of(action)] = (rank, position)
-    _wanted(schedule, sends, readers(edges))
-    for message, place in sends.items():
+def check_pairing(schedule: Schedule, edges: Iterable[Edge]) -> None:
+    """Every send has its receive and every receive its send, in the same order, with a reader.
+
+    Raises:
+        ScheduleError: one of them does not.
+    """
+    sends: dict[Message, Cell] = {}
+    receives: dict[Message, Cell] = {}
+    for cell, action in schedule.cells():
+        if action.kind in COMMUNICATE:
+            ends = sends if action.kind.startswith("SEND") else receives
+            ends[message_of(action)] = cell
+    _check_readers(schedule, sends, readers(edges))
+    for message, cell in sends.items():
         if message not in receives:
-            raise _unpaired(schedule, message, place)
-    for message, place in receives.items():
+            raise _never_received(schedule, message, cell)
+    for message, cell in receives.items():
         if message not in sends:
-            raise _unpaired(schedule, message, place)
-    _same_order(schedule, sends, receives)
+            raise _never_sent(schedule, message, cell)
+    _check_same_order(schedule, sends, receives)
 
 
-def _wanted(schedule: Schedule, sends: dict[Message, Place], read_by: Sources) -> None:
+def _check_readers(schedule: Schedule, sends: dict[Message, Cell], read_by: Links) -> None:
     """Refuse a message that its target does not read, or that reaches a rank twice."""
-    there = {unit_of(action) for actions in schedule.ranks for action in actions}
-    arrived: dict[tuple[Unit, int], Place] = {}
-    for message, place in sends.items():
-        unit, rank = message.unit, schedule.placement[message.target]
-        target = [(k, s) for k, s in read_by.get(unit[:2], ()) if s == message.target]
-        if not any((kind, stage, unit[2]) in there for kind, stage in target):
-            raise refusal(
+    made = {unit_of(action) for _, action in schedule.cells()}
+    sent_to: dict[tuple[Unit, int], Cell] = {}
+    for message, cell in sends.items():
+        unit, target = message
+        if not any(reader in made for reader in _readers_at(target, unit, read_by)):
+            text = text_at(schedule, cell)
+            raise rejection(
                 schedule,
-                f"{at(place)}: {_text(schedule, place)} sends what stage {message.target} does not "
-                "read",
-                place,
+                f"{at(cell)}: {text} sends what stage {target} does not read",
+                cell,
                 why="by the edges between the stages, no action of its target reads what is sent",
                 instead="leave out the send and its receive, or send to a stage that reads it",
             )
-        if (first := arrived.setdefault((unit, rank), place)) != place:
-            raise refusal(
+        rank = schedule.placement[target]
+        first = sent_to.setdefault((unit, rank), cell)
+        if first != cell:
+            text, before = text_at(schedule, cell), text_at(schedule, first)
+            raise rejection(
                 schedule,
-                f"{at(place)}: {_text(schedule, place)} sends rank {rank} what "
-                f"{_text(schedule, first)} at position {first[1]} sent already",
+                f"{at(cell)}: {text} sends rank {rank} what {before} at position {first[1]} sent "
+                "already",
                 first,
-                place,
+                cell,
                 why="one message is enough for all stages of a rank",
                 instead="leave out the second send and its receive",
             )
 
 
-def _unpaired(schedule: Schedule, message: Message, place: Place) -> ScheduleError:
-    (kind, stage, microbatch), target = message
-    send, receive = (
-        Action(f"SEND_{kind}", stage, microbatch, peer=target),
-        Action(f"RECV_{kind}", target, microbatch, peer=stage),
-    )
-    source_rank, target_rank = schedule.placement[stage], schedule.placement[target]
-    if _text(schedule, place) == str(send):
-        what = f"is sent to rank {target_rank}, which never receives it"
-        instead = f"write {receive} on rank {target_rank} before what reads it"
-    else:
-        what = f"waits for rank {source_rank}, which never sends it"
-        instead = f"write {send} on rank {source_rank} behind what makes it"
+def _readers_at(target: int, unit: Unit, read_by: Links) -> list[Unit]:
+    """The units of a stage that read a unit."""
+    microbatch = unit[2]
+    found = read_by.get(unit[:2], ())
+    return [(kind, stage, microbatch) for kind, stage in found if stage == target]
+
+
+def _never_received(schedule: Schedule, message: Message, cell: Cell) -> ScheduleError:
+    rank = schedule.placement[message.target]
+    fault = f"is sent to rank {rank}, which never receives it"
+    instead = f"write {receive_of(message)} on rank {rank} before what reads it"
+    return _unpaired(schedule, cell, fault, instead)
+
+
+def _never_sent(schedule: Schedule, message: Message, cell: Cell) -> ScheduleError:
+    rank = schedule.placement[message.unit[1]]
+    fault = f"waits for rank {rank}, which never sends it"
+    instead = f"write {send_of(message)} on rank {rank} behind what makes it"
+    return _unpaired(schedule, cell, fault, instead)
+
+
+def _unpaired(schedule: Schedule, cell: Cell, fault: str, instead: str) -> ScheduleError:
+    fault = f"{at(cell)}: {text_at(schedule, cell)} {fault}"
     why = "every send needs one receive, and every receive one send"
-    return refusal(
-        schedule, f"{at(place)}: {_text(schedule, place)} {what}", place, why=why, instead=instead
-    )
+    return rejection(schedule, fault, cell, why=why, instead=instead)
 
 
-def _same_order(
-    schedule: Schedule, sends: dict[Message, Place], receives: dict[Message, Place]
+def _check_same_order(
+    schedule: Schedule,
+    sends: dict[Message, Cell],
+    receives: dict[Message, Cell],
 ) -> None:
     channels: dict[Channel, list[Message]] = defaultdict(list)
     for message in sorted(sends, key=sends.__getitem__):
@@ -124,74 +139,85 @@ def _same_order(
     for channel, sent in channels.items():
         received = sorted(sent, key=receives.__getitem__)
         for first, other in zip(sent, received, strict=True):
-            if first != other:
-                early, late = receives[other], receives[first]
-                raise refusal(
-                    schedule,
-                    f"rank {channel.target} receives {_text(schedule, early)} (position "
-                    f"{early[1]}) before {_text(schedule, late)} (position {late[1]}), but rank "
-                    f"{channel.source} sends them the other way round",
-                    early,
-                    late,
-                    sends[first],
-                    sends[other],
-                    why="what one rank sends another arrives in the order in which it was sent",
-                    instead=f"receive {_text(schedule, late)} first, or swap the two sends",
-                )
+            if first == other:
+                continue
+            early, late = receives[other], receives[first]
+            early_text, late_text = text_at(schedule, early), text_at(schedule, late)
+            raise rejection(
+                schedule,
+                f"rank {channel.target} receives {early_text} (position {early[1]}) before "
+                f"{late_text} (position {late[1]}), but rank {channel.source} sends them the other "
+                "way round",
+                early,
+                late,
+                sends[first],
+                sends[other],
+                why="what one rank sends another arrives in the order in which it was sent",
+                instead=f"receive {late_text} first, or swap the two sends",
+            )
 
 
-def order(schedule: Schedule, edges: Iterable[Edge]) -> None:
+def check_order(schedule: Schedule, edges: Iterable[Edge]) -> None:
     """On its rank every action comes after what it needs, be it computed there or received.
 
-    In a table without transfers only what the rank itself computes is asked for; the rest will be
-    received in time.
+    A table without transfers only has to order what the rank itself computes: `communication.py`
+    will insert each receive in time.
+
+    Raises:
+        ScheduleError: an action comes too early.
     """
-    sources_of, received = sources(edges), schedule.communicates
-    for rank, actions in enumerate(schedule.ranks):
-        have: set[Unit] = set()
-        for position, action in enumerate(actions):
-            for unit in needs(action, sources_of):
-                remote = schedule.placement[unit[1]] != rank
-                if unit not in have and (received or not remote):
-                    raise _too_early(schedule, (rank, position), unit)
-            made = message_of(action).unit if action.kind.startswith("RECV") else unit_of(action)
-            if made is not None:
-                have.add(made)
+    sources_of = sources(edges)
+    receives = schedule.communicates
+    available: list[set[Unit]] = [set() for _ in schedule.ranks]
+    for cell, action in schedule.cells():
+        rank = cell[0]
+        for unit in needs(action, sources_of):
+            local = schedule.placement[unit[1]] == rank
+            if unit not in available[rank] and (local or receives):
+                raise _too_early(schedule, cell, unit)
+        unit_made = _made_available(action)
+        if unit_made is not None:
+            available[rank].add(unit_made)
 
 
-def _too_early(schedule: Schedule, place: Place, unit: Unit) -> ScheduleError:
+def _made_available(action: Action) -> Unit | None:
+    """The unit that a rank has once the action is over."""
+    if action.kind.startswith("RECV"):
+        return message_of(action).unit
+    return unit_of(action)
+
+
+def _too_early(schedule: Schedule, cell: Cell, unit: Unit) -> ScheduleError:
     """The error for an action that reads a unit which its rank does not have yet."""
-    rank, position = place
-    action, row = schedule.ranks[rank][position], schedule.ranks[rank]
-    kind, stage, microbatch = unit
+    rank = cell[0]
+    action = schedule.ranks[rank][cell[1]]
+    stage = unit[1]
+    wanted = maker(schedule, unit)
+    why = f"{action} reads what {wanted} makes"
     local = schedule.placement[stage] == rank
-    wanted, why = maker(schedule, unit), f"{action} reads what {maker(schedule, unit)} makes"
-    later = [
-        (rank, p)
-        for p, other in enumerate(row)
-        if (
-            unit_of(other) == unit
-            if local
-            else other.kind.startswith("RECV") and message_of(other).unit == unit
-        )
-    ]
-    if later:
-        wanted = _text(schedule, later[0])
-        what = f"comes before {wanted} (position {later[0][1]}), which it needs"
+    later = _later(schedule.ranks[rank], unit, local)
+    shown = [cell]
+    if later is not None:
+        shown.append((rank, later))
+        wanted = text_at(schedule, (rank, later))
+        fault = f"comes before {wanted} (position {later}), which it needs"
         instead = f"write {wanted} before {action}"
     elif local:
-        what, instead = f"needs {wanted}, which nobody runs", f"leave out {action}"
+        fault = f"needs {wanted}, which no rank runs"
+        instead = f"leave out {action}"
     else:
         source = schedule.placement[stage]
-        receive = Action(f"RECV_{kind}", action.stage, microbatch, peer=stage)
-        send = Action(f"SEND_{kind}", stage, microbatch, peer=action.stage)
-        what = f"needs {wanted} of rank {source}, and rank {rank} never receives it"
-        instead = f"write {receive} before {action}, and {send} on rank {source}"
-    return refusal(
-        schedule, f"{at(place)}: {action} {what}", place, *later[:1], why=why, instead=instead
-    )
+        message = Message(unit, action.stage)
+        fault = f"needs {wanted} of rank {source}, and rank {rank} never receives it"
+        instead = f"write {receive_of(message)} before {action}, and {send_of(message)} on rank "
+        instead += f"{source}"
+    return rejection(schedule, f"{at(cell)}: {action} {fault}", *shown, why=why, instead=instead)
 
 
-def _text(schedule: Schedule, place: Place) -> str:
-    rank, position = place
-    return str(schedule.ranks[rank][position])
+def _later(actions: tuple[Action, ...], unit: Unit, local: bool) -> int | None:
+    """The position at which a rank computes, or receives, a unit; None if it never does."""
+    for position, action in enumerate(actions):
+        receives = action.kind.startswith("RECV")
+        if receives != local and _made_available(action) == unit:
+            return position
+    return None

@@ -1,27 +1,27 @@
-"""The proof that a table can run: everything once, everything in time, every message paired, no
-deadlock.
+"""The checker: proves that a table can run, before anything runs.
 
-What is proven, in this order, before anything runs: every action makes sense and stands on the rank
-that holds its stage; every stage runs every microbatch exactly once; on its rank every action comes
-after what it needs; every send has one receive, in the same order at both ends; no ranks wait for
-each other in a circle.
-The channels are those of NCCL and gloo used one way: a send never blocks, messages on a channel
-(from rank, to rank, kind) stay in order, a receive blocks.
+In: a schedule, with or without transfers, and the edges between its stages.
+Out: a ``Report``, or a ScheduleError that names rank, position and action, why, and what to write
+instead. Time is linear in the number of actions.
 
-In: a schedule, with or without transfers, and the edges between its stages. Out: a ``Report``, or a
-ScheduleError that names rank, position and action, why, and what to write instead. Time is linear
-in the number of actions.
+Proven, in this order: every action makes sense and stands on the rank that holds its stage; every
+stage runs every microbatch exactly once (`check_actions.py`); every send has one receive, in the
+same order at both ends; on its rank every action comes after what it needs (`check_order.py`); no
+ranks wait for each other in a circle (`check_deadlock.py`).
+
+The channels are those of NCCL and gloo used one way: a send never blocks, a receive blocks, and
+messages of one kind from one rank to another stay in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from funcpipe._src.schedule import check_actions as rules
 from funcpipe._src.schedule.actions import Action, Edge, Schedule, chain
-from funcpipe._src.schedule.check_deadlock import ends
-from funcpipe._src.schedule.check_order import order, pairing
+from funcpipe._src.schedule.check_actions import check_each_action, check_runs_once
+from funcpipe._src.schedule.check_deadlock import check_deadlock
+from funcpipe._src.schedule.check_order import check_order, check_pairing
 from funcpipe.errors import ScheduleError
 
 
@@ -30,10 +30,10 @@ class Report:
     """What a table that passed needs.
 
     Args:
-        peak_live: for every rank the most (stage, microbatch) whose F is done and whose B, or all
-            of whose W, is not. Forward only, nothing outlives its F: 1.
-        peak_waiting: for every rank the most (stage, microbatch) whose I is done and whose W is
-            not.
+        peak_live: for every rank the most (stage, microbatch) whose F is done and whose B, or last
+            W, is not; 1 for a table of forwards only, where nothing outlives its F.
+        peak_waiting: for every rank the most (stage, microbatch) whose I is done and whose last W
+            is not.
         messages: how many messages a step sends.
         actions: how many F, B, I and W a step runs.
     """
@@ -45,16 +45,19 @@ class Report:
 
 
 def check(
-    schedule: Schedule, edges: Iterable[Edge] | None = None, segments: Sequence[int] | None = None
+    schedule: Schedule,
+    edges: Iterable[Edge] | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Report:
     """Prove that a table can run, or say why not.
 
     Args:
-        schedule: a table; transfers are put in if it has none.
+        schedule: a table; transfers are inserted if it has none.
         edges: what depends on what between stages; a plain chain by default.
         segments: for every stage its number of segments, for tables that schedule W by segment.
 
-    Raises: ScheduleError with a counterexample in words.
+    Raises:
+        ScheduleError: it cannot; the text has a counterexample.
 
     >>> from funcpipe._src.schedule.library import one_f_one_b
     >>> check(one_f_one_b()(4, 8))
@@ -73,44 +76,49 @@ def check(
         raise ScheduleError(
             f"{schedule.name}: has {schedule.stages} stages, but segments= counts {len(segments)}"
         )
-    rules.shape(schedule)
-    rules.units(schedule, segments)
-    pairing(schedule, edges)
-    order(schedule, edges)
-    return _report(ends(schedule, edges))
+    check_each_action(schedule)
+    check_runs_once(schedule, segments)
+    check_pairing(schedule, edges)
+    check_order(schedule, edges)
+    return _report(check_deadlock(schedule, edges))
 
 
 def _report(schedule: Schedule) -> Report:
-    every = [action for actions in schedule.ranks for action in actions]
-    backward = any(action.kind in "BW" for action in every)
-    peaks = [_peaks(actions) for actions in schedule.ranks]
+    actions = [action for _, action in schedule.cells()]
+    peaks = [_peaks(of_rank) for of_rank in schedule.ranks]
+    peak_live = tuple(live for live, _ in peaks)
+    if all(action.kind not in ("B", "W") for action in actions):
+        peak_live = (1,) * len(peaks)
     return Report(
-        peak_live=tuple(live for live, _ in peaks) if backward else (1,) * len(peaks),
+        peak_live=peak_live,
         peak_waiting=tuple(waiting for _, waiting in peaks),
-        messages=sum(action.kind.startswith("SEND") for action in every),
-        actions=sum(action.peer is None for action in every),
+        messages=sum(action.kind.startswith("SEND") for action in actions),
+        actions=sum(action.peer is None for action in actions),
     )
 
 
 def _peaks(actions: Sequence[Action]) -> tuple[int, int]:
     """The most live (stage, microbatch) of a rank, and the most that wait for W."""
-    live = waiting = peak_live = peak_waiting = 0
-    final = set(_finals(actions))
+    live = waiting = 0
+    peak_live = peak_waiting = 0
+    last = _last_backwards(actions)
     for position, action in enumerate(actions):
-        live += action.kind == "F"
-        waiting += action.kind == "I"
-        peak_live, peak_waiting = max(peak_live, live), max(peak_waiting, waiting)
-        if position in final:
+        if action.kind == "F":
+            live += 1
+        elif action.kind == "I":
+            waiting += 1
+        peak_live = max(peak_live, live)
+        peak_waiting = max(peak_waiting, waiting)
+        if position in last:
             live -= 1
             waiting -= action.kind == "W"
     return peak_live, peak_waiting
 
 
-def _finals(actions: Sequence[Action]) -> Iterator[int]:
+def _last_backwards(actions: Sequence[Action]) -> set[int]:
     """The positions of the last backward action of every (stage, microbatch)."""
-    last = {
-        (a.stage, a.microbatch): position
-        for position, a in enumerate(actions)
-        if a.kind in ("B", "W")
-    }
-    yield from last.values()
+    last: dict[tuple[int, int], int] = {}
+    for position, action in enumerate(actions):
+        if action.kind in ("B", "W"):
+            last[action.stage, action.microbatch] = position
+    return set(last.values())

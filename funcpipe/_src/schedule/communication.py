@@ -1,15 +1,14 @@
-"""From a table of F, B, I and W to one that says who sends what to whom, and when it is received.
+"""Communication: from a table of F, B, I and W to one that says who sends what to whom, and when.
 
-Terms. A *unit* ``(kind, stage, microbatch)`` names what an action computes for others: kind "F" or
-"B", where "B" is made by ``B`` or by ``I`` (a ``W`` makes nothing that another stage reads). A
-*message* carries one unit's values from the rank that made them to one other rank; a rank that
-holds several stages which read them gets one message for all. A *channel* is everything of one kind
-that one rank sends another: messages on it arrive in the order they were sent.
+In: a schedule without transfers, and the edges between its stages.
+Out: the schedule with each ``SEND`` right after the action that makes the values, and each ``RECV``
+right before the action that first reads them. A receive posted earlier would cost time on a GPU,
+since the waiting kernel holds processors; it stands earlier only where the order of its channel
+asks for it.
 
-In: a schedule without transfers, and the edges between its stages. Out: the schedule with ``SEND``
-right after what makes the values and ``RECV`` right before what first reads them (a receive posted
-early costs time
-on a GPU: the waiting kernel holds processors), or earlier where the order of a channel asks for it.
+An action makes a *unit*, which other stages read. A *message* carries one unit to one other rank;
+if several stages of that rank read it, there is one message for all. A *channel* is everything of
+one kind that one rank sends another; messages on it arrive in the order in which they were sent.
 """
 
 from __future__ import annotations
@@ -19,10 +18,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from funcpipe._src.schedule.actions import Action, Edge, Schedule
+from funcpipe._src.schedule.actions import Action, Cell, Edge, HalfStage, Schedule
 
-# (kind, stage, microbatch): what an action computes for others, kind "F" or "B"
+# (kind, stage, microbatch): what an action computes for others. Kind "F" is made by F, kind "B" by
+# B or I. A W makes nothing that another stage reads.
 Unit = tuple[str, int, int]
+_UNIT_KINDS = {"F": "F", "B": "B", "I": "B"}
+
+# For the half of a stage that comes first: the halves of other stages that it reads, or that read
+# it, sorted.
+Links = dict[HalfStage, list[HalfStage]]
 
 
 class Channel(NamedTuple):
@@ -41,14 +46,15 @@ class Message(NamedTuple):
 
 
 def unit_of(action: Action) -> Unit | None:
-    """The unit that a compute action makes; None for transfers, and for ``W``, which nobody else
-    reads.
+    """The unit that a compute action makes; None for a ``W`` and for transfers.
 
     >>> unit_of(Action("I", 2, 5)), unit_of(Action("W", 2, 5))
     (('B', 2, 5), None)
     """
-    kind = {"F": "F", "B": "B", "I": "B"}.get(action.kind)
-    return None if kind is None else (kind, action.stage, action.microbatch)
+    kind = _UNIT_KINDS.get(action.kind)
+    if kind is None:
+        return None
+    return kind, action.stage, action.microbatch
 
 
 def message_of(action: Action) -> Message:
@@ -57,16 +63,32 @@ def message_of(action: Action) -> Message:
     >>> message_of(Action("SEND_F", 0, 3, peer=1)) == message_of(Action("RECV_F", 1, 3, peer=0))
     True
     """
-    ends = (
-        (action.stage, action.peer)
-        if action.kind.startswith("SEND")
-        else (action.peer, action.stage)
-    )
-    source, target = ends
-    assert (
-        source is not None and target is not None
-    )  # the checker refuses a transfer without its peer before
-    return Message((action.kind[-1], source, action.microbatch), target)
+    source, target = action.stage, action.peer
+    assert target is not None  # the checker refuses a transfer without a peer before
+    if action.kind.startswith("RECV"):
+        source, target = target, source
+    unit = (action.kind[-1], source, action.microbatch)
+    return Message(unit, target)
+
+
+def send_of(message: Message) -> Action:
+    """The action that sends a message.
+
+    >>> str(send_of(Message(("F", 0, 3), target=1)))
+    '0SEND_F3>1'
+    """
+    kind, stage, microbatch = message.unit
+    return Action(f"SEND_{kind}", stage, microbatch, peer=message.target)
+
+
+def receive_of(message: Message) -> Action:
+    """The action that receives a message.
+
+    >>> str(receive_of(Message(("F", 0, 3), target=1)))
+    '1RECV_F3<0'
+    """
+    kind, stage, microbatch = message.unit
+    return Action(f"RECV_{kind}", message.target, microbatch, peer=stage)
 
 
 def channel_of(message: Message, placement: Sequence[int]) -> Channel:
@@ -76,31 +98,33 @@ def channel_of(message: Message, placement: Sequence[int]) -> Channel:
     Channel(source=1, target=0, kind='B')
     """
     kind, stage, _ = message.unit
-    return Channel(placement[stage], placement[message.target], kind)
+    source = placement[stage]
+    target = placement[message.target]
+    return Channel(source, target, kind)
 
 
-def readers(edges: Iterable[Edge]) -> dict[tuple[str, int], list[tuple[str, int]]]:
-    """For every (kind, stage) the (kind, stage) that read it on other stages, sorted.
+def readers(edges: Iterable[Edge]) -> Links:
+    """For every (kind, stage) the (kind, stage) of other stages that read it, sorted.
 
     >>> readers({(("F", 0), ("F", 1)), (("F", 0), ("B", 2))})
     {('F', 0): [('B', 2), ('F', 1)]}
     """
-    table = defaultdict(list)
+    links = defaultdict(list)
     for maker, reader in sorted(edges):
-        table[maker].append(reader)
-    return dict(table)
+        links[maker].append(reader)
+    return dict(links)
 
 
-def sources(edges: Iterable[Edge]) -> dict[tuple[str, int], list[tuple[str, int]]]:
+def sources(edges: Iterable[Edge]) -> Links:
     """For every (kind, stage) the (kind, stage) of other stages that it reads, sorted.
 
     >>> sources({(("F", 0), ("B", 2)), (("F", 1), ("B", 2))})
     {('B', 2): [('F', 0), ('F', 1)]}
     """
-    table = defaultdict(list)
+    links = defaultdict(list)
     for maker, reader in sorted(edges):
-        table[reader].append(maker)
-    return dict(table)
+        links[reader].append(maker)
+    return dict(links)
 
 
 def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
@@ -121,30 +145,28 @@ def insert_communication(schedule: Schedule, edges: Iterable[Edge]) -> Schedule:
     """
     if schedule.communicates:
         return schedule
-    place = {
-        unit: (rank, position)
-        for rank, actions in enumerate(schedule.ranks)
-        for position, action in enumerate(actions)
-        if (unit := unit_of(action)) is not None
-    }
-    sends = _sends(schedule, readers(edges), place)
-    receives = _receives(schedule, sends, place)
-    ranks = []
-    for rank, actions in enumerate(schedule.ranks):
-        row: list[Action] = []
-        for position, action in enumerate(actions):
-            row += receives.get((rank, position), ())
-            row.append(action)
-            row += (_send(message) for message, _ in sends.get((rank, position), ()))
-        ranks.append(tuple(row))
-    return replace(schedule, ranks=tuple(ranks))
+    computed_at: dict[Unit, Cell] = {}
+    for cell, action in schedule.cells():
+        unit = unit_of(action)
+        if unit is not None:
+            computed_at[unit] = cell
+    transfers = _transfers(schedule, readers(edges), computed_at)
+    receives = _receives(schedule, transfers)
+    ranks: list[list[Action]] = [[] for _ in schedule.ranks]
+    for cell, action in schedule.cells():
+        actions = ranks[cell[0]]
+        actions += receives.get(cell, ())
+        actions.append(action)
+        for transfer in transfers.get(cell, ()):
+            actions.append(send_of(transfer.message))
+    return replace(schedule, ranks=tuple(map(tuple, ranks)))
 
 
 def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
-    """For every receive of a rank, the sends of the rank that have surely arrived when it is over,
-    and were not sure to have
-    before: those which the other end had received when it sent. What they sent need not be kept any
-        longer.
+    """For every receive of a rank, the sends of that rank which the receive proves to have arrived.
+
+    The other end had received them before it sent. What they sent need not be kept any longer. Each
+    send is listed once, at the first receive that proves it.
 
     >>> from funcpipe._src.schedule.actions import chain
     >>> from funcpipe._src.schedule.library import one_f_one_b
@@ -155,81 +177,88 @@ def arrivals(schedule: Schedule, rank: int) -> dict[Action, tuple[Action, ...]]:
     0RECV_B1<1 0SEND_F1>1
     0RECV_B2<1 0SEND_F2>1
     """
-    got: dict[int, list[Message]] = defaultdict(list)  # by the other end, in its order
-    known: dict[Message, int] = {}  # for what it sent here, how many of those it had
-    for other, row in enumerate(schedule.ranks):
-        for action in row:
-            if action.peer is not None and schedule.placement[action.peer] == rank != other:
-                if action.kind.startswith("RECV"):
-                    got[other].append(message_of(action))
-                else:
-                    known[message_of(action)] = len(got[other])
-    out: dict[Action, tuple[Action, ...]] = {}
-    told: dict[int, int] = defaultdict(int)
-    for action in schedule.ranks[rank]:
+    received: dict[int, list[Message]] = defaultdict(list)  # by another rank from this, in order
+    count_at: dict[Message, int] = {}  # of those, how many it had when it sent a message here
+    for (other, _), action in schedule.cells():
+        if action.peer is None or other == rank:
+            continue
+        if schedule.placement[action.peer] != rank:
+            continue
+        message = message_of(action)
+        received_so_far = received[other]
         if action.kind.startswith("RECV"):
-            message = message_of(action)
-            other = schedule.placement[message.unit[1]]
-            out[action] = tuple(map(_send, got[other][told[other] : known[message]]))
-            told[other] = max(told[other], known[message])
-    return out
+            received_so_far.append(message)
+        else:
+            count_at[message] = len(received_so_far)
+    arrived: dict[int, int] = defaultdict(int)  # how many a receive before has proven
+    proven: dict[Action, tuple[Action, ...]] = {}
+    for action in schedule.ranks[rank]:
+        if not action.kind.startswith("RECV"):
+            continue
+        message = message_of(action)
+        source_stage = message.unit[1]
+        other = schedule.placement[source_stage]
+        count = count_at[message]
+        newly = received[other][arrived[other] : count]
+        sends = map(send_of, newly)
+        proven[action] = tuple(sends)
+        arrived[other] = max(arrived[other], count)
+    return proven
 
 
-# Where an action stands: (rank, position in the rank's list).
-_Place = tuple[int, int]
-# By the place of what makes it: a message, and the place of what reads it first on the rank where
-# it goes.
-_Sends = dict[_Place, list[tuple[Message, _Place]]]
+class _Transfer(NamedTuple):
+    """A message, and the cell on its target rank that reads it first."""
+
+    message: Message
+    reader: Cell
 
 
-def _sends(
+def _transfers(
     schedule: Schedule,
-    read_by: dict[tuple[str, int], list[tuple[str, int]]],
-    place: dict[Unit, _Place],
-) -> _Sends:
-    sends: _Sends = {}
-    for rank, actions in enumerate(schedule.ranks):
-        for position, action in enumerate(actions):
-            unit = unit_of(action)
-            if unit is None:
+    read_by: Links,
+    computed_at: dict[Unit, Cell],
+) -> dict[Cell, list[_Transfer]]:
+    """The transfers, by the cell that makes their values."""
+    transfers: dict[Cell, list[_Transfer]] = {}
+    for cell, action in schedule.cells():
+        unit = unit_of(action)
+        if unit is None:
+            continue
+        kind, stage, microbatch = unit
+        first: dict[int, tuple[Cell, int]] = {}  # rank -> its first reader's cell and stage
+        for reader_kind, reader_stage in read_by.get((kind, stage), ()):
+            reader = computed_at.get((reader_kind, reader_stage, microbatch))
+            if reader is None or reader[0] == cell[0]:
                 continue
-            first: dict[int, tuple[int, int]] = {}  # rank -> (position, stage) of its first reader
-            for kind, stage in read_by.get(unit[:2], ()):
-                if (found := place.get((kind, stage, unit[2]))) and found[0] != rank:
-                    target, at = found
-                    first[target] = min(first.get(target, (at, stage)), (at, stage))
-            if first:
-                sends[rank, position] = [
-                    (Message(unit, stage), (target, at))
-                    for target, (at, stage) in sorted(first.items())
-                ]
-    return sends
+            target = reader[0]
+            candidate = (reader, reader_stage)
+            first[target] = min(first.get(target, candidate), candidate)
+        if first:
+            transfers[cell] = [
+                _Transfer(Message(unit, target_stage), reader)
+                for _, (reader, target_stage) in sorted(first.items())
+            ]
+    return transfers
 
 
 def _receives(
-    schedule: Schedule, sends: _Sends, place: dict[Unit, _Place]
-) -> dict[_Place, list[Action]]:
-    channels: dict[Channel, list[tuple[Message, int]]] = defaultdict(list)
-    for _, messages in sorted(sends.items()):
-        for message, (_, at) in messages:
-            channels[channel_of(message, schedule.placement)].append((message, at))
-    receives: dict[_Place, list[Action]] = defaultdict(list)
+    schedule: Schedule,
+    transfers: dict[Cell, list[_Transfer]],
+) -> dict[Cell, list[Action]]:
+    """The receives, by the cell that they stand right before."""
+    channels: dict[Channel, list[_Transfer]] = defaultdict(list)
+    for _, sent in sorted(transfers.items()):
+        for transfer in sent:
+            channel = channel_of(transfer.message, schedule.placement)
+            channels[channel].append(transfer)
+    receives: dict[Cell, list[Action]] = defaultdict(list)
     for channel, queue in sorted(channels.items()):
         # A message is received when it, or any message behind it on its channel, is first read.
-        at, posts = len(schedule.ranks[channel.target]), []
-        for message, needed in reversed(queue):
-            at = min(at, needed)
-            posts.append((at, _receive(message)))
-        for at, action in reversed(posts):
-            receives[channel.target, at].append(action)
+        position = len(schedule.ranks[channel.target])
+        posts = []
+        for message, (_, needed) in reversed(queue):
+            position = min(position, needed)
+            posts.append((position, receive_of(message)))
+        for position, action in reversed(posts):
+            receives[channel.target, position].append(action)
     return receives
-
-
-def _send(message: Message) -> Action:
-    (kind, stage, microbatch), target = message
-    return Action(f"SEND_{kind}", stage, microbatch, peer=target)
-
-
-def _receive(message: Message) -> Action:
-    (kind, stage, microbatch), target = message
-    return Action(f"RECV_{kind}", target, microbatch, peer=stage)

@@ -1,9 +1,11 @@
-"""One walk over a table with transfers: an order in which it can run, or where it stands still.
+"""Simulation of a table with transfers: an order in which it can run, or where it stands still.
 
-The rule is that of blocking channels: a send never blocks; messages on a channel stay in order; a
-receive blocks its rank until the message at the head of its channel is there, and that must be the
-one it asks for. Under this rule how far every rank gets does not depend on which rank runs first,
-so that one walk decides it. Time is linear in the actions.
+In: a schedule with its transfers.
+Out: a ``Simulation``. Time is linear in the number of actions.
+
+Channels block their receiver: a send never waits; messages on a channel stay in order; a receive
+blocks its rank until a message is there, and the first one must be the one that it asks for. So how
+far each rank gets does not depend on which rank runs first, and one simulation decides it.
 """
 
 from __future__ import annotations
@@ -12,52 +14,57 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import lru_cache
 
-from funcpipe._src.schedule.actions import Schedule
+from funcpipe._src.schedule.actions import Cell, Schedule
 from funcpipe._src.schedule.communication import Channel, Message, channel_of, message_of
 
 
 @dataclass(frozen=True)
-class Walk:
+class Simulation:
     """How far a table gets.
 
     Args:
-        order: (rank, position) of every action that ran, in an order in which they can run.
-        stands: for every rank the position of the receive it waits at, or the length of its list if
-            it ended.
+        order: the cells of the actions that ran, in an order in which they can run.
+        stopped_at: for every rank the position of the receive at which it waits, or the number of
+            its actions if it ended.
     """
 
-    order: tuple[tuple[int, int], ...]
-    stands: tuple[int, ...]
+    order: tuple[Cell, ...]
+    stopped_at: tuple[int, ...]
+
+    def ended(self, schedule: Schedule) -> bool:
+        """Whether every rank of the schedule ran all its actions."""
+        return self.stopped_at == tuple(map(len, schedule.ranks))
 
 
-@lru_cache(maxsize=8)  # the checker, the timeline and every place's program ask for the same one
-def walk(schedule: Schedule) -> Walk:
+@lru_cache(maxsize=8)  # the checker, the timeline and every rank's program ask for the same one
+def simulate_transfers(schedule: Schedule) -> Simulation:
     """Run the transfers of a table, every rank as far as it gets.
 
     >>> from funcpipe._src.schedule.tables import from_table
-    >>> walk(from_table([["0F0", "0SEND_F0>1"], ["1RECV_F0<0", "1F0"]])(2, 1))
-    Walk(order=((0, 0), (0, 1), (1, 0), (1, 1)), stands=(2, 2))
+    >>> simulate_transfers(from_table([["0F0", "0SEND_F0>1"], ["1RECV_F0<0", "1F0"]])(2, 1))
+    Simulation(order=((0, 0), (0, 1), (1, 0), (1, 1)), stopped_at=(2, 2))
     """
     ranks = schedule.ranks
-    stands = [0] * len(ranks)
-    order: list[tuple[int, int]] = []
+    positions = [0] * len(ranks)
+    order: list[Cell] = []
     channels: dict[Channel, deque[Message]] = defaultdict(deque)
     todo = deque(range(len(ranks)))
     while todo:
         rank = todo.popleft()
         actions = ranks[rank]
-        while stands[rank] < len(actions):
-            action = actions[stands[rank]]
+        while positions[rank] < len(actions):
+            action = actions[positions[rank]]
             if action.peer is not None:
                 message = message_of(action)
                 channel = channel_of(message, schedule.placement)
+                queue = channels[channel]
                 if action.kind.startswith("SEND"):
-                    channels[channel].append(message)
+                    queue.append(message)
                     todo.append(channel.target)
-                elif channels[channel] and channels[channel][0] == message:
-                    channels[channel].popleft()
+                elif queue and queue[0] == message:
+                    queue.popleft()
                 else:
                     break
-            order.append((rank, stands[rank]))
-            stands[rank] += 1
-    return Walk(tuple(order), tuple(stands))
+            order.append((rank, positions[rank]))
+            positions[rank] += 1
+    return Simulation(tuple(order), tuple(positions))

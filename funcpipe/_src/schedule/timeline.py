@@ -1,10 +1,10 @@
 """The cost model: when every action of a table starts and ends, given what each costs.
 
-In: a schedule, the time of every compute action, and how long a message takes to move. Out: a
-``Timeline``.
-A message moves once it was sent and its receiver has come to its receive, which does nothing else
-meanwhile: so it is with NCCL's, which ranks receive at their use. Sends take no time of their rank.
-The times are the caller's own unit, whatever the costs are given in.
+In: a schedule, the time of every compute action, and how long each message takes to move.
+Out: a ``Timeline``, in the unit of the costs.
+
+A message moves once it was sent and its receiver has come to the receive; the receiver does nothing
+else meanwhile. So it is with NCCL when ranks receive right before use. A send takes no time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
-from funcpipe._src.schedule.actions import COMPUTE, Action, Edge, Schedule, chain
+from funcpipe._src.schedule.actions import COMPUTE, Action, Edge, Schedule
+from funcpipe._src.schedule.actions import chain as chain_edges
 from funcpipe._src.schedule.communication import Message, insert_communication, message_of
-from funcpipe._src.schedule.simulate_transfers import walk
+from funcpipe._src.schedule.simulate_transfers import simulate_transfers
 from funcpipe.errors import ScheduleError
 
 # What an action costs, in the caller's unit of time
@@ -24,8 +26,7 @@ Cost = Callable[[Action], float]
 
 
 class Span(NamedTuple):
-    """When an action runs; a receive runs from when its rank comes to it until the message is
-    there."""
+    """When an action runs; a receive runs until its message is there."""
 
     action: Action
     start: float
@@ -47,51 +48,56 @@ class Timeline:
     @cached_property
     def makespan(self) -> float:
         """When the last rank ends."""
-        return max((span.end for spans in self.spans for span in spans), default=0.0)
+        ends = [spans[-1].end for spans in self.spans if spans]
+        return max(ends, default=0.0)
 
     @cached_property
     def period(self) -> float:
-        """Of a step in steady state, where many follow one another: the longest that a rank needs
-        from where it has something to do to its end. Ranks do not wait for each other between
-        steps, so all of them may repeat what they do after so long; what a rank idles before its
-        first action or after its last is then filled by the step before and the one behind."""
-        sent = {
-            message_of(s.action): s.start
-            for row in self.spans
-            for s in row
-            if s.action.kind.startswith("SEND")
-        }
+        """How long a step takes in steady state, where many follow one another.
 
-        def begin(first: Span) -> float:
-            return (
-                first.start
-                if first.action.kind in COMPUTE
-                else max(first.start, sent[message_of(first.action)])
-            )
+        It is the longest that a rank needs from where it has something to do to its end. Ranks do
+        not wait for each other between steps, so each may repeat its actions after that time. The
+        steps before and after fill what it idles before its first and after its last action.
+        """
+        lengths = [spans[-1].end - self._begin(spans[0]) for spans in self.spans if spans]
+        return max(lengths, default=0.0)
 
-        return max((row[-1].end - begin(row[0]) for row in self.spans if row), default=0.0)
+    def _begin(self, first: Span) -> float:
+        """When a rank has something to do: a receive does nothing before its message is sent."""
+        if first.action.kind in COMPUTE:
+            return first.start
+        return max(first.start, self._sent_at[message_of(first.action)])
+
+    @cached_property
+    def _sent_at(self) -> dict[Message, float]:
+        sent_at = {}
+        for span in chain.from_iterable(self.spans):
+            if span.action.kind.startswith("SEND"):
+                sent_at[message_of(span.action)] = span.start
+        return sent_at
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """For every rank how long it computes."""
-        compute = [
-            [s.end - s.start for s in spans if s.action.kind in COMPUTE] for spans in self.spans
-        ]
-        return tuple(map(sum, compute))
+        busy = []
+        for spans in self.spans:
+            compute = [span for span in spans if span.action.kind in COMPUTE]
+            busy.append(sum(span.end - span.start for span in compute))
+        return tuple(busy)
 
     @property
     def bubble(self) -> float:
         """The part of all ranks' time in which they do not compute, between 0 and 1."""
-        whole = len(self.spans) * self.makespan
-        return 1 - sum(self.busy) / whole if whole else 0.0
+        total = len(self.spans) * self.makespan
+        return 1 - sum(self.busy) / total if total else 0.0
 
     def scaled(self, factor: float) -> Timeline:
-        """The same with every time multiplied, as for another unit."""
-        spans = tuple(
-            tuple(Span(s.action, s.start * factor, s.end * factor) for s in row)
-            for row in self.spans
-        )
-        return Timeline(self.schedule, spans)
+        """The same timeline with every time multiplied, as for another unit."""
+        ranks = []
+        for spans in self.spans:
+            scaled = (Span(action, start * factor, end * factor) for action, start, end in spans)
+            ranks.append(tuple(scaled))
+        return Timeline(self.schedule, tuple(ranks))
 
 
 def timeline(
@@ -103,13 +109,14 @@ def timeline(
     """When every action of a schedule starts and ends.
 
     Args:
-        schedule: the table; transfers are put in if it has none.
+        schedule: the table; transfers are inserted if it has none.
         cost: the time of a compute action.
-        transfer: how long the message of a ``SEND`` action takes to move, when both its ends are
+        transfer: how long the message of a ``SEND`` action takes to move once both its ends are
             there: one number, or a function of that action.
-        edges: what depends on what, to put transfers in; a plain chain by default.
+        edges: what depends on what, to insert transfers; a plain chain by default.
 
-    Raises: ScheduleError for a table that never ends.
+    Raises:
+        ScheduleError: the table never ends.
 
     >>> from funcpipe._src.schedule.library import gpipe
     >>> line = timeline(gpipe()(2, 3), unit_costs())
@@ -120,29 +127,28 @@ def timeline(
     >>> line.makespan, line.period  # rank 1 begins later than rank 0, and ends later
     (9.5, 9.0)
     """
-    edges = chain(schedule.stages) if edges is None else edges
+    edges = chain_edges(schedule.stages) if edges is None else edges
     schedule = insert_communication(schedule, edges)
-    found = walk(schedule)
-    if any(at < len(actions) for at, actions in zip(found.stands, schedule.ranks, strict=True)):
+    simulation = simulate_transfers(schedule)
+    if not simulation.ended(schedule):
         raise ScheduleError(
             f"{schedule.name}: the table never ends; funcpipe.schedules.check says where and why"
         )
-
-    free = [0.0] * len(schedule.ranks)
+    free_at = [0.0] * len(schedule.ranks)
     sent: dict[Message, tuple[float, float]] = {}  # when, and how long it takes to move
     spans: list[list[Span]] = [[] for _ in schedule.ranks]
-    for rank, position in found.order:
-        action, start = schedule.ranks[rank][position], free[rank]
+    for rank, position in simulation.order:
+        action = schedule.ranks[rank][position]
+        start = free_at[rank]
         if action.kind in COMPUTE:
-            free[rank] = start + cost(action)
+            free_at[rank] = start + cost(action)
+        elif action.kind.startswith("SEND"):
+            takes = transfer(action) if callable(transfer) else transfer
+            sent[message_of(action)] = (start, takes)
         else:
-            message = message_of(action)
-            if action.kind.startswith("SEND"):
-                sent[message] = start, transfer(action) if callable(transfer) else transfer
-            else:
-                since, takes = sent[message]
-                free[rank] = max(start, since) + takes
-        spans[rank].append(Span(action, start, free[rank]))
+            since, takes = sent[message_of(action)]
+            free_at[rank] = max(start, since) + takes
+        spans[rank].append(Span(action, start, free_at[rank]))
     return Timeline(schedule, tuple(map(tuple, spans)))
 
 
@@ -156,22 +162,23 @@ def unit_costs(
 
     Args:
         F, I, W: what the action of a whole stage costs.
-        segments: for every stage its number of segments, so that a ``W`` of one segment costs ``W /
-            number``.
+        segments: for every stage its number of segments: a ``W`` of one segment costs ``W`` divided
+            by it.
 
     >>> cost = unit_costs(F=1, I=1, W=2, segments=[4])
     >>> cost(Action("B", 0, 0)), cost(Action("W", 0, 0)), cost(Action("W", 0, 0, segment=3))
     (3.0, 2.0, 0.5)
     """
-    whole = {"F": float(F), "I": float(I), "W": float(W), "B": float(I + W)}
+    of_stage = {"F": float(F), "I": float(I), "W": float(W), "B": float(I + W)}
 
     def cost(action: Action) -> float:
+        time = of_stage[action.kind]
         if action.segment is None:
-            return whole[action.kind]
+            return time
         if segments is None:
             raise ScheduleError(
                 f"{action} is one segment of a stage: unit_costs needs segments= to price it"
             )
-        return whole[action.kind] / segments[action.stage]
+        return time / segments[action.stage]
 
     return cost

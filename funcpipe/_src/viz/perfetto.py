@@ -1,7 +1,7 @@
-"""Timelines as a Chrome trace, which https://ui.perfetto.dev opens: a process a rank, arrows for
-messages, memory counters.
+"""Timelines as a Chrome trace, which https://ui.perfetto.dev opens.
 
-In: a ``Timeline``, and memory curves if there are any. Out: what ``json.dump`` takes. The format is
+In: a ``Timeline``, and memory curves if there are any.
+Out: what ``json.dump`` takes: a process a rank, arrows for messages, memory counters. The format is
 Google's "Trace Event Format" (2016).
 """
 

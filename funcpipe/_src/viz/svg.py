@@ -1,8 +1,9 @@
-"""Timelines as pictures: plain SVG text, a page that explains every box on hover, and rows for a
-terminal.
+"""Timelines as pictures: SVG text, a page that explains every box on hover, lines for a terminal.
 
-In: a ``Timeline``, and for every rank what memory it holds over time, if that is known. Out: a
-string. A lane is a rank; a box is an F, B, I or W with its microbatch; what is left grey is bubble.
+In: a ``Timeline``, and for every rank what memory it holds over time, if that is known.
+Out: a string.
+
+A track is a rank; a box is an F, B, I or W with its microbatch; what is left grey is bubble.
 Colours are Okabe and Ito's, which colour-blind readers can tell apart
 (https://jfly.uni-koeln.de/color/); later stages of a rank are paler.
 """
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 from funcpipe._src.schedule.actions import COMPUTE
@@ -31,18 +33,12 @@ _FONT = (
     "sans-serif'"
 )
 
-# Pixels: the plot, what stands beside it, a lane, the memory curve under it, the gap to the next
-# lane.
-_PLOT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE, _AREA, _GAP = (
-    1120.0,
-    64.0,
-    84.0,
-    74.0,
-    44.0,
-    24.0,
-    26.0,
-    6.0,
-)
+# Pixels.
+_PLOT = 1120.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 84.0, 74.0, 44.0  # beside the plot
+_TRACK = 24.0
+_AREA = 26.0  # the memory curve under a track
+_GAP = 6.0  # between tracks
 _DIGIT = 0.58  # the width of a digit, in font sizes
 
 
@@ -69,10 +65,14 @@ def save(
         return path
     if unit == "s":
         timeline, unit = timeline.scaled(1e3), "ms"
-        memory = memory and [[(time * 1e3, held) for time, held in curve] for curve in memory]
+        memory = memory and [_scaled(curve, 1e3) for curve in memory]
     draw = timeline_html if path.suffix == ".html" else timeline_svg
     path.write_text(draw(timeline, title=title, memory=memory, unit=unit), encoding="utf-8")
     return path
+
+
+def _scaled(curve: Sequence[tuple[float, float]], factor: float) -> list[tuple[float, float]]:
+    return [(time * factor, held) for time, held in curve]
 
 
 def check_suffix(path: Path) -> None:
@@ -92,14 +92,17 @@ def check_suffix(path: Path) -> None:
 
 
 def timeline_svg(
-    timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = ""
+    timeline: Timeline,
+    title: str = "",
+    memory: Memory | None = None,
+    unit: str = "",
 ) -> str:
     """The picture of a timeline.
 
     Args:
         timeline: when every action runs.
         title: the headline; the schedule's name by default.
-        memory: for every rank a curve of (time, bytes), drawn under its lane, all to one scale.
+        memory: for every rank a curve of (time, bytes), drawn under its track, all to one scale.
         unit: of time, for the axis, such as ``"ms"``.
 
     Returns: a whole SVG document.
@@ -113,7 +116,10 @@ def timeline_svg(
 
 
 def timeline_html(
-    timeline: Timeline, title: str = "", memory: Memory | None = None, unit: str = ""
+    timeline: Timeline,
+    title: str = "",
+    memory: Memory | None = None,
+    unit: str = "",
 ) -> str:
     """A page of its own with the picture; a box says on hover what it is and when it runs.
 
@@ -136,32 +142,41 @@ def _page_head(title: str) -> list[str]:
     ]
 
 
-def pair(timelines: Mapping[str, Timeline], page: bool, unit: str = "") -> str:
-    """Several timelines of one schedule, one over the other, drawn to one scale; a page, or a whole
-    SVG document.
+def pair(
+    timelines: Mapping[str, Timeline],
+    page: bool,
+    unit: str = "",
+) -> str:
+    """Several timelines of one schedule, one over the other, drawn to one scale.
+
+    Returns:
+        a page, or an SVG document.
 
     >>> from funcpipe._src.schedule import gpipe, timeline, unit_costs
-    >>> lines = {"recorded": timeline(gpipe()(2, 1), unit_costs()), "predicted": timeline(gpipe()(2, 1), unit_costs(2, 2, 2))}
+    >>> recorded = timeline(gpipe()(2, 1), unit_costs())
+    >>> lines = {"recorded": recorded, "predicted": timeline(gpipe()(2, 1), unit_costs(2, 2, 2))}
     >>> pair(lines, page=True).count("<svg"), pair(lines, page=False).count("<svg")
     (2, 3)
     """
     until = max(line.makespan for line in timelines.values())
     titles = {title: f"{title}: {line.schedule.name}" for title, line in timelines.items()}
-    drawn = [
-        "\n".join(_svg(x, titles[t], None, unit, hover=page, until=until))
-        for t, x in timelines.items()
-    ]
+    drawn = []
+    for name, line in timelines.items():
+        drawn.append("\n".join(_svg(line, titles[name], None, unit, hover=page, until=until)))
     if page:
         return "\n".join([*_page_head(" and ".join(timelines)), *drawn, "</body></html>"])
-    height = _TOP + len(next(iter(timelines.values())).spans) * (_LANE + _GAP) + _BOTTOM
-    moved = [text.replace("<svg ", f"<svg y='{n * height:g}' ", 1) for n, text in enumerate(drawn)]
+    height = _TOP + len(next(iter(timelines.values())).spans) * (_TRACK + _GAP) + _BOTTOM
+    moved = []
+    for nth, text in enumerate(drawn):
+        moved.append(text.replace("<svg ", f"<svg y='{nth * height:g}' ", 1))
     size = f"width='{_LEFT + _PLOT + _RIGHT:g}' height='{len(drawn) * height:g}'"
     return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {size}>", *moved, "</svg>"])
 
 
 def timeline_text(timeline: Timeline, width: int = 100) -> str:
-    """The timeline for a terminal: a row a rank, a letter and microbatch where they fit, dots for
-    bubbles.
+    """The timeline for a terminal: a line a rank, with dots for bubbles.
+
+    A box shows its kind, and its microbatch where it fits.
 
     >>> from funcpipe._src.schedule import one_f_one_b, timeline, unit_costs
     >>> print(timeline_text(timeline(one_f_one_b()(2, 2), unit_costs()), width=54))
@@ -172,7 +187,7 @@ def timeline_text(timeline: Timeline, width: int = 100) -> str:
     label = len(f"rank {ranks - 1} ")
     columns = max(width - label - 2, 1)
     scale = columns / timeline.makespan if timeline.makespan else 0.0
-    rows = []
+    lines = []
     for rank, spans in enumerate(timeline.spans):
         cells = ["·"] * columns
         for span in _boxes(spans):
@@ -180,8 +195,8 @@ def timeline_text(timeline: Timeline, width: int = 100) -> str:
             name = f"{span.action.kind}{span.action.microbatch}"
             text = name if len(name) <= last - first else span.action.kind
             cells[first:last] = f"{text:-<{max(last - first - 1, len(text))}} "[: last - first]
-        rows.append(f"{f'rank {rank}':<{label}}|{''.join(cells)}|")
-    return "\n".join(rows)
+        lines.append(f"{f'rank {rank}':<{label}}|{''.join(cells)}|")
+    return "\n".join(lines)
 
 
 def _svg(
@@ -194,11 +209,12 @@ def _svg(
 ) -> Iterator[str]:
     """``until``: the time at the right edge, which is the timeline's end by default."""
     ranks = len(timeline.spans)
-    lane = _LANE + (_AREA if memory else 0) + _GAP
-    width, height = _LEFT + _PLOT + _RIGHT, _TOP + ranks * lane + _BOTTOM
+    track = _TRACK + (_AREA if memory else 0) + _GAP
+    width, height = _LEFT + _PLOT + _RIGHT, _TOP + ranks * track + _BOTTOM
     end = timeline.makespan if until is None else until
     scale = _PLOT / end if end else 0.0
-    top = max((held for curve in memory or () for _, held in curve), default=0.0)
+    steps = chain.from_iterable(memory or ())
+    top = max((held for _, held in steps), default=0.0)
     yield (
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
         f"width='{width:g}' height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
@@ -206,16 +222,21 @@ def _svg(
     yield f"<rect width='{width:g}' height='{height:g}' fill='#fff'/>"
     yield from _heading(timeline, title, memory, unit)
     for rank, spans in enumerate(timeline.spans):
-        yield f"<g transform='translate({_LEFT:g} {_TOP + rank * lane:g})'>"
-        yield from _lane(timeline, rank, spans, scale, unit, hover)
+        yield f"<g transform='translate({_LEFT:g} {_TOP + rank * track:g})'>"
+        yield from _track(timeline, rank, spans, scale, unit, hover)
         if memory:
             yield from _curve(memory[rank], scale, end, top)
         yield "</g>"
-    yield from _axis(end, scale, _TOP + ranks * lane, unit)
+    yield from _axis(end, scale, _TOP + ranks * track, unit)
     yield "</svg>"
 
 
-def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -> Iterator[str]:
+def _heading(
+    timeline: Timeline,
+    title: str,
+    memory: Memory | None,
+    unit: str,
+) -> Iterator[str]:
     schedule = timeline.schedule
     facts = [
         f"{len(timeline.spans)} ranks",
@@ -231,7 +252,7 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         f"<text x='{_LEFT:g}' y='{y + 20}' font-size='12' "
         f"fill='{_FAINT}'>{' · '.join(facts)}</text>"
     )
-    kinds = {span.action.kind for spans in timeline.spans for span in spans}
+    kinds = {span.action.kind for span in chain.from_iterable(timeline.spans)}
     entries = [(_COLOURS[kind], f"{kind} {_MEANING[kind]}") for kind in COMPUTE if kind in kinds]
     entries += [(_BUBBLE, "bubble"), *([(_CURVE, "memory")] if memory else [])]
     x = _LEFT + _PLOT
@@ -241,15 +262,20 @@ def _heading(timeline: Timeline, title: str, memory: Memory | None, unit: str) -
         yield f"<text x='{x + 17:.0f}' y='{y + 19}' fill='{_INK}'>{text}</text>"
 
 
-def _lane(
-    timeline: Timeline, rank: int, spans: Iterable[Span], scale: float, unit: str, hover: bool
+def _track(
+    timeline: Timeline,
+    rank: int,
+    spans: Iterable[Span],
+    scale: float,
+    unit: str,
+    hover: bool,
 ) -> Iterator[str]:
-    """A rank's boxes on a grey ground, its name to the left and how busy it is to the right."""
+    """A rank's boxes on grey, its name to the left, and how busy it is to the right."""
     placement = timeline.schedule.placement
     stages = [stage for stage, holder in enumerate(placement) if holder == rank]
     share = timeline.busy[rank] / timeline.makespan if timeline.makespan else 0.0
-    middle = _LANE / 2 + 4
-    yield f"<rect width='{_PLOT:g}' height='{_LANE:g}' fill='{_BUBBLE}'/>"
+    middle = _TRACK / 2 + 4
+    yield f"<rect width='{_PLOT:g}' height='{_TRACK:g}' fill='{_BUBBLE}'/>"
     yield f"<text x='-10' y='{middle:g}' text-anchor='end'>rank {rank}</text>"
     yield f"<text x='{_PLOT + 8:g}' y='{middle:g}' fill='{_FAINT}'>{share:.0%} busy</text>"
     numbers = []
@@ -260,7 +286,7 @@ def _lane(
         )  # a thin line between boxes, which goes when boxes get thin themselves
         colour = _paler(_COLOURS[span.action.kind], stages.index(span.action.stage) / len(stages))
         box = (
-            f"<rect class='box' x='{x:.2f}' width='{width - gap:.2f}' height='{_LANE:g}' "
+            f"<rect class='box' x='{x:.2f}' width='{width - gap:.2f}' height='{_TRACK:g}' "
             f"fill='{colour}'"
         )
         when = f"{_number(span.start)} to {_number(span.end)}{_unit(unit)}"
@@ -274,7 +300,7 @@ def _lane(
         if size >= 6:
             ink = "#fff" if _luminance(colour) < 0.3 else "#000"
             where = (
-                f"x='{x + (width - gap) / 2:.2f}' y='{_LANE / 2 + size * 0.36:.1f}' "
+                f"x='{x + (width - gap) / 2:.2f}' y='{_TRACK / 2 + size * 0.36:.1f}' "
                 f"font-size='{size:.1f}'"
             )
             numbers.append(f"<text {where} fill='{ink}'>{number}</text>")
@@ -282,11 +308,14 @@ def _lane(
 
 
 def _curve(
-    curve: Sequence[tuple[float, float]], scale: float, end: float, top: float
+    curve: Sequence[tuple[float, float]],
+    scale: float,
+    end: float,
+    top: float,
 ) -> Iterator[str]:
-    """The memory that a rank holds, as an area of steps under its lane; ``top`` fills the
+    """The memory that a rank holds, as an area of steps under its track; ``top`` fills the
     height."""
-    ground, height = _LANE + _AREA, _AREA - 2
+    ground, height = _TRACK + _AREA, _AREA - 2
     points = [f"M0 {ground:g}"]
     for (time, held), (until, _) in zip(curve, [*curve[1:], (end, 0.0)], strict=True):
         y = ground - (held / top * height if top else 0.0)
@@ -300,13 +329,19 @@ def _curve(
     yield f"<text x='{_PLOT + 8:g}' y='{ground - 6:g}' fill='{_FAINT}'>{_bytes(peak)}</text>"
 
 
-def _axis(makespan: float, scale: float, y: float, unit: str) -> Iterator[str]:
+def _axis(
+    makespan: float,
+    scale: float,
+    y: float,
+    unit: str,
+) -> Iterator[str]:
     yield f"<path d='M{_LEFT:g} {y:g}h{_PLOT:g}' stroke='{_FAINT}'/>"
     step = _tick(makespan)
-    for i in range(math.floor(makespan / step + 1e-9) + 1 if step else 0):
-        x = _LEFT + i * step * scale
+    ticks = math.floor(makespan / step + 1e-9) + 1 if step else 0
+    for nth in range(ticks):
+        x = _LEFT + nth * step * scale
         yield f"<path d='M{x:.2f} {y:g}v5' stroke='{_FAINT}'/>"
-        text = f"{_number(i * step)}{_unit(unit)}"
+        text = f"{_number(nth * step)}{_unit(unit)}"
         yield f"<text x='{x:.2f}' y='{y + 18:g}' text-anchor='middle' fill='{_FAINT}'>{text}</text>"
 
 
@@ -323,7 +358,8 @@ def _tick(makespan: float, about: int = 12) -> float:
     if not makespan:
         return 0.0
     power = 10.0 ** math.floor(math.log10(makespan / about))
-    return next(power * m for m in (1, 2, 5, 10) if power * m * about * 1.4 >= makespan)
+    steps = (power * round_number for round_number in (1, 2, 5, 10))
+    return next(step for step in steps if step * about * 1.4 >= makespan)
 
 
 def _paler(colour: str, part: float) -> str:
@@ -332,12 +368,13 @@ def _paler(colour: str, part: float) -> str:
     >>> _paler("#0072B2", 0), _paler("#000000", 1)
     ('#0072b2', '#b2b2b2')
     """
-    mixed = (round(c + (255 - c) * 0.7 * part) for c in bytes.fromhex(colour[1:]))
+    channels = bytes.fromhex(colour[1:])
+    mixed = (round(channel + (255 - channel) * 0.7 * part) for channel in channels)
     return "#" + bytes(mixed).hex()
 
 
 def _luminance(colour: str) -> float:
-    red, green, blue = (c / 255 for c in bytes.fromhex(colour[1:]))
+    red, green, blue = (channel / 255 for channel in bytes.fromhex(colour[1:]))
     return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
 
 
