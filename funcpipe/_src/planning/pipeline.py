@@ -61,7 +61,7 @@ from funcpipe._src.program import (
 )
 from funcpipe._src.proof.loss_runs import Subject
 from funcpipe._src.proof.rows import prove_rows
-from funcpipe._src.proof.verify import Findings, examine
+from funcpipe._src.proof.verify import SplitProof, prove_sequence
 from funcpipe._src.schedule.actions import Schedule
 from funcpipe._src.schedule.checker import check
 from funcpipe._src.schedule.communication import insert_communication
@@ -507,7 +507,7 @@ class Planner:
             parts = bool(r.splits) or splits.count > 1
             if any(s and s[1].members > 1 for s in sequences):
                 tree_of_params = tree.unflatten(call.params_spec, params)
-                findings = examine(
+                findings = prove_sequence(
                     call.loss_fn,
                     call.has_aux,
                     tree_of_params,
@@ -641,7 +641,7 @@ class Planner:
         )
 
 
-def _row_heads(traced: Traced, findings: Findings) -> dict[int, tuple[int, SequenceLayout]]:
+def _row_heads(traced: Traced, findings: SplitProof) -> dict[int, tuple[int, SequenceLayout]]:
     """For every head that is an aux `Rows` with its positions split, along which dim and how."""
     nodes: list[Any] = []
     tree.map(nodes.append, traced.aux, is_leaf=is_summary)
