@@ -208,8 +208,8 @@ def elementwise(op: OpContext, operands: Sequence[Operand], ndim: int) -> Shard:
             continue
         if operand.local[dim] != 1:
             raise Refusal(
-                f"it puts {op.split.text(first)} beside {operand}, whose dim {dim} is as long on "
-                f"every {words.owner}: {words.take_share}"
+                f"it puts {op.split.text(first)} beside {operand}, whose dim {dim} is as long "
+                f"{words.at_every}: {words.take_share}"
             )
     return first
 

@@ -200,7 +200,7 @@ class SplitContext:
 def describe(placement: Placement, words: Words) -> str:
     """A placement in the words for what is split."""
     if isinstance(placement, Replicate):
-        return f"the same on every {words.owner}"
+        return f"the same {words.at_every}"
     if isinstance(placement, Shard):
         share = words.share_of.format(size=placement.layout.size)
         return f"{share} along dim {placement.dim}"

@@ -19,7 +19,7 @@ class Words:
     Args:
         items, item: what is split.
         owner: who has a share of them.
-        at_owner, at_owners: where that share is.
+        at_owner, at_owners, at_every: where that share is.
         own_items: the items of one owner.
         share: the same, as one thing.
         share_of: the same, of ``size`` items.
@@ -44,6 +44,7 @@ class Words:
     owner: str
     at_owner: str
     at_owners: str
+    at_every: str
     own_items: str
     share: str
     share_of: str
@@ -69,6 +70,7 @@ POSITIONS = Words(
     owner="rank",
     at_owner="on a rank",
     at_owners="on ranks",
+    at_every="on every rank",
     own_items="one rank's positions",
     share="a rank's slice",
     share_of="a rank's slice of {size} positions",
@@ -134,6 +136,7 @@ def words_of_rows(axes: Axes, microbatches: bool) -> Words:
         owner="part",
         at_owner="in a part",
         at_owners="in parts",
+        at_every="in every part",
         own_items="the rows of a part",
         share="the rows of a part",
         share_of="the rows of a part ({size} in all)",
