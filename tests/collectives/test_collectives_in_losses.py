@@ -104,7 +104,7 @@ def test_the_place_of_a_rank_is_no_aux_value():
     run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=3))
     with refused(
         BatchError,
-        "aux['rank'], fp.Rows along dim 0, is the place of a part",
+        "aux['rank'], fp.Rows along dim 0, is the place of a rank",
         "the rows of the part",
     ):
         run.init(lambda w: w, torch.ones(2), torch.ones(6, 2))

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from funcpipe._src.functional import attention as module
 from funcpipe._src.functional import dispatch as hook
-from funcpipe._src.functional.attention import Intercept, attention, whole
+from funcpipe._src.functional.attention import attention, whole
 from funcpipe._src.functional.dispatch import Spec
+from funcpipe._src.functional.intercept import Intercept
 from funcpipe.errors import TraceError
 
 TOLERANCE = 1e-12  # float64, sums of a few numbers in another order

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("findings/*.md")])
 # Types that a user gets or passes on, and modules: their members have the examples.
 NEED_NO_EXAMPLE = {
+    "Lowered",
     "Mean",
     "Microbatches",
     "Nonfinite",
@@ -26,6 +27,7 @@ NEED_NO_EXAMPLE = {
     "checkpoint",
     "data",
     "errors",
+    "extend",
     "losses",
     "optim",
     "random",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.sequence_ranks import a_part
 
-from funcpipe._src.proof import placements as states
+from funcpipe._src.proof import placements
 
 UNEVEN = a_part(7, 3)
 
@@ -20,46 +20,46 @@ def tensors_of(state: Any, seed: int) -> tuple[list[float], float]:
     g = torch.Generator().manual_seed(seed)
     each = [UNEVEN.length(m) for m in range(UNEVEN.members)]
     values = torch.randn(UNEVEN.members, generator=g, dtype=torch.float64).tolist()
-    if isinstance(state, states.Partial):
+    if isinstance(state, placements.Partial):
         return values, sum(values)
-    if isinstance(state, states.Average):
+    if isinstance(state, placements.Average):
         return values, sum(v * n for v, n in zip(values, each, strict=True)) / UNEVEN.size
-    if isinstance(state, states.Number) and not state.constant:
+    if isinstance(state, placements.Number) and not state.constant:
         return [3.0 * n for n in each], 3.0 * UNEVEN.size
-    one = state.b if isinstance(state, states.Number) else values[0]
+    one = state.full if isinstance(state, placements.Number) else values[0]
     return [one] * UNEVEN.members, one
 
 
 def holds(state: Any, each: list[float], one: float) -> bool:
     """Whether a state is true of numbers."""
-    if isinstance(state, states.Partial):
+    if isinstance(state, placements.Partial):
         return abs(sum(each) - one) < 1e-9
-    if isinstance(state, states.Average):
+    if isinstance(state, placements.Average):
         return abs(sum(v * UNEVEN.length(m) for m, v in enumerate(each)) / UNEVEN.size - one) < 1e-9
-    if isinstance(state, states.Number):
-        return (each[0], one) == (state.a, state.b)
+    if isinstance(state, placements.Number):
+        return (each[0], one) == (state.local, state.full)
     return all(abs(v - one) < 1e-9 for v in each)
 
 
 @pytest.mark.parametrize("op", ["add", "mul", "div"])
 def test_what_sums_and_products_of_states_say_is_true(op: str) -> None:
     length = UNEVEN.length(0)
-    world = states.World({UNEVEN: (length, UNEVEN.size)}, ("seq",))
+    split = placements.SplitContext({UNEVEN: (length, UNEVEN.size)}, ("seq",))
     known: list[Any] = [
-        states.Replicate(),
-        states.Partial(("seq",)),
-        states.Average(UNEVEN),
-        states.Number(2.0, 2.0),
-        states.ZERO,
+        placements.Replicate(),
+        placements.Partial(("seq",)),
+        placements.Average(UNEVEN),
+        placements.Number(2.0, 2.0),
+        placements.ZERO,
     ]
-    known.append(states.Number(3.0 * length, 3.0 * UNEVEN.size))
+    known.append(placements.Number(3.0 * length, 3.0 * UNEVEN.size))
     said = 0
     for (i, s), (j, t) in itertools.product(enumerate(known), repeat=2):
-        if op == "div" and t == states.ZERO:
+        if op == "div" and t == placements.ZERO:
             continue
         try:
-            state = getattr(states, op)(world, s, t)
-        except states.Refusal:
+            state = getattr(placements, op)(split, s, t)
+        except placements.Refusal:
             continue
         (xs, x), (ys, y) = tensors_of(s, i), tensors_of(t, 10 + j)
         compute = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}[op]

@@ -57,7 +57,7 @@ def test_findings_are_looked_up_by_shape() -> None:
         and found.positions(torch.zeros(B, 4, D), 2) is None
     )
     with pytest.raises(
-        SequenceError, match=r"fp.attention .* was not called when the loss function was examined"
+        SequenceError, match=r"fp.attention .* was not called when the proof ran the loss function"
     ):
         found.attention(q, q, q, Spec(causal=True))
 

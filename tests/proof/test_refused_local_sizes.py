@@ -116,7 +116,7 @@ MISUSES: Misuses = {
     ),
     "cumsum of ones as positions": (
         lambda p, b, x: (x * b["tokens"].new_ones(b["tokens"].shape).cumsum(1)[..., None]).sum(),
-        ("aten.cumsum", "running sum", "whose size is made from a slice's length"),
+        ("aten.cumsum", "running sum", "whose size is made from the length of a rank's slice"),
     ),
     "table cut to length": (
         lambda p, b, x: (x + p["places"][: x.shape[1]]).sum(),
@@ -169,13 +169,16 @@ MISUSES: Misuses = {
     "another way for another length": (
         lambda p, b, x: long_only(x),
         (
-            "takes another way for another length",
+            "takes another way for another number of positions",
             "aten.cos",
             "aten.sin",
             "must not depend on the number of positions",
         ),
     ),
-    "one by one": (lambda p, b, x: one_by_one(x), ("takes another way for another length",)),
+    "one by one": (
+        lambda p, b, x: one_by_one(x),
+        ("takes another way for another number of positions",),
+    ),
     "rows one by one": (
         lambda p, b, x: sum(r.sin().sum() for r in x.transpose(0, 1)),
         ("gives 4 tensors on a rank and 8",),
@@ -411,7 +414,7 @@ def test_gradients_that_depend_on_the_length() -> None:
         return (x * p["a"]).sum()
 
     params, batch = inputs()
-    with refused(SequenceError, "takes another way for another length"):
+    with refused(SequenceError, "takes another way for another number of positions"):
         proven(loss_of(body), params, batch, splits())
 
 

@@ -237,7 +237,7 @@ MISUSES: Misuses = {
             "an operand of attention at refused_losses.py",
             "aten.tril",
             "takes a triangle",
-            "made from a slice's length",
+            "made from the length of a rank's slice",
         ),
     ),
     "mask of the local length": (
@@ -289,7 +289,11 @@ MISUSES: Misuses = {
     ),
     "attention scaled by the length": (
         lambda p, b, x: attend(x, scale=1 / math.sqrt(x.shape[1])),
-        ("attention at", "its scale is 0.5 on a rank and 0.3535", "made from a slice's length"),
+        (
+            "attention at",
+            "its scale is 0.5 on a rank and 0.3535",
+            "made from the length of a rank's slice",
+        ),
     ),
     "attention of positions with the batch": (
         lambda p, b, x: F.scaled_dot_product_attention(x[None], x[None], x[None].flip(2)).sum(),

@@ -178,6 +178,7 @@ NEIGHBOURS: dict[str, tuple[Body, str]] = {
     "number of the row": (lambda p, b, x: (x[:, 0] * torch.arange(len(x))).sum(), "arange"),
     "number in a table": (lambda p, b, x: (x * p["embed"][torch.arange(len(x)) % 7]).sum(), "arange"),
     "rank of the row": (lambda p, b, x: (x[:, 0].argsort().argsort() * x[:, 1]).sum(), "mul"),
+    "numbers but the last": (lambda p, b, x: x[torch.arange(len(x))[:-1]].sum(), "slice"),
     "linspace": (lambda p, b, x: (x[:, 0] * torch.linspace(0, 1, len(x))).sum(), "linspace"),
     "places of rows": (lambda p, b, x: (x[:, 0] * fp.positions(x, 0)).sum(), "mul"),
     "triangle": (lambda p, b, x: (x * torch.ones(len(x), D).tril()).sum(), "tril"),

@@ -21,10 +21,12 @@ from funcpipe._src.comm.simulated import run_ranks
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.functional import dispatch as hook
 from funcpipe._src.functional import losses
-from funcpipe._src.functional.attention import Intercept, whole
+from funcpipe._src.functional.attention import whole
+from funcpipe._src.functional.intercept import Intercept
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.fake_tensors import fake
-from funcpipe._src.proof.verify import Findings, Task, examine, prove
+from funcpipe._src.proof.sequence_proof import SequenceProof
+from funcpipe._src.proof.verify import Task, prove, prove_sequence
 
 HEADS, RING = "seq", "ring"
 Splits = dict[
@@ -63,13 +65,13 @@ def proven(
     splits: Splits,
     has_aux: bool = False,
     attention: bool = False,
-) -> list[Findings]:
+) -> list[SequenceProof]:
     """The findings of every member, after a proof for every kind of member."""
     mode, mesh = FakeTensorMode(), mesh_of(splits)
     spec = tree.flatten(batch)[1]
     each = [splits.get(k) for k in sorted(batch)]
     fakes = tree.map_tensors(lambda x: fake(x.shape, x, mode), params)
-    found: dict[Any, Findings] = {}
+    found: dict[Any, SequenceProof] = {}
     kinds = [
         tuple(p.variant(m) for p in parts_of(splits)) for m in range(parts_of(splits)[0].members)
     ]
@@ -80,7 +82,7 @@ def proven(
             task = Task(
                 loss_fn, has_aux, fakes, leaves, spec, each, m, mode, mesh, tuple(mesh.axes)
             )
-            found[kind] = examine(**vars(task)) if attention else prove(task)
+            found[kind] = prove_sequence(**vars(task)) if attention else prove(task)
     return [found[kind] for kind in kinds]
 
 
@@ -95,7 +97,7 @@ def on_one(
 
 
 def on_ranks(
-    found: list[Findings],
+    found: list[SequenceProof],
     loss_fn: Callable,
     params: Any,
     batch: dict[str, Any],
@@ -154,7 +156,7 @@ def far(one: list[torch.Tensor], many: list[torch.Tensor]) -> float:
 class ByHand:
     """A `hook.Hook` for one rank."""
 
-    def __init__(self, found: Findings, member: int) -> None:
+    def __init__(self, found: SequenceProof, member: int) -> None:
         self.found, self.member = found, member
 
     def _own(self, part: SequenceLayout) -> torch.Tensor:

@@ -25,7 +25,7 @@ from funcpipe._src.core.context import PlainContext, bind_context
 from funcpipe._src.core.loss_result import read_loss
 from funcpipe._src.core.mesh import Mesh
 from funcpipe._src.functional import dispatch as hook
-from funcpipe._src.functional.attention import Intercept
+from funcpipe._src.functional.intercept import Intercept
 from funcpipe._src.graph.fake_tensors import looking
 from funcpipe._src.graph.node_labels import Nodes
 from funcpipe._src.graph.ops import extract

@@ -1,13 +1,12 @@
-"""Attention on whole sequences, and how an attention finds whoever computes it.
+"""Attention on whole sequences, and the checks of what `fp.attention` is given.
 
-Terms. *Hook layout*: ``(batch, heads, positions, head dim)``, see `dispatch.py`. A *document* is
-one of several sequences that are packed into one. *Grouped queries*: several query heads share a
-head of keys and values.
+A *document* is one of several sequences that are packed into one. With *grouped queries* several
+query heads share a head of keys and values. *Hook layout* is that of `dispatch.py`: ``(batch,
+heads, positions, head dim)``.
 
 In plain PyTorch, `attention` is torch's ``scaled_dot_product_attention`` with documents and packed
-operands. While a loss
-is planned a hook is bound: it gets every `attention`, and by way of `Intercept` every call of
-    torch's own.
+operands. While funcpipe plans a loss, the hook that is bound gets every `attention`;
+`intercept.py` hands it torch's own calls, too.
 
 In: queries, keys, values, in the layout of the caller. Out: one result per query, in the same
 layout.
@@ -18,13 +17,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from funcpipe._src.functional import dispatch as hook
 from funcpipe._src.functional.dispatch import Spec
@@ -35,15 +33,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     causal: bool = False,
     scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Scaled dot product attention, ``softmax(q k^T * scale + bias) v``.
 
     Args:
@@ -81,21 +79,21 @@ def attention(
     q, k, v = _unpacked(q, k, v)
     _check_operands(q, k, v)
     _check_documents(q, cu_seqlens)
-    asked, batched = hook.current(), q.dim() == 4
-    bias = _checked_bias(bias, q, None if asked is not None else k)
-    compute, spec = (
-        whole if asked is None else asked.attention,
-        Spec(causal, scale, bias, cu_seqlens),
-    )
+    asked = hook.current()
+    compute: Callable[..., Tensor] = whole if asked is None else asked.attention
+    # With a hook, the bias may have the positions of all ranks.
+    bias = _checked_bias(bias, q, k if asked is None else None)
+    spec = Spec(causal, scale, bias, cu_seqlens)
+    batched = q.dim() == 4
     q, k, v = ((x if batched else x.unsqueeze(0)).transpose(1, 2) for x in (q, k, v))
     out = compute(q, k, v, spec).transpose(1, 2)
     return out if batched else out.squeeze(0)
 
 
-def _unpacked(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpacked(q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of one number of dims, 3 or 4."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) and (x is not None or name == "q"):
+        if not isinstance(x, Tensor) and (x is not None or name == "q"):
             raise TraceError(f"attention: {name} is {x!r}, not a tensor")
     if k is None and v is not None:
         raise TraceError(
@@ -131,11 +129,10 @@ def _unpacked(q: Any, k: Any, v: Any) -> tuple[torch.Tensor, torch.Tensor, torch
     return q, k, v
 
 
-def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
     """TraceError when sizes, dtypes or devices do not fit."""
-    shapes = lambda: f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"  # noqa: E731
     if q.shape[:-3] != k.shape[:-3] or k.shape[:-3] != v.shape[:-3]:
-        raise TraceError(f"attention: batch sizes differ: {shapes()}; expand them to one")
+        raise TraceError(f"attention: batch sizes differ: {_shapes(q, k, v)}; expand them to one")
     if k.shape[-3] != v.shape[-3]:
         raise TraceError(
             f"attention: k and v have {k.shape[-3]} and {v.shape[-3]} positions; every key has one "
@@ -149,16 +146,17 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise TraceError(
             f"attention: {q.shape[-2]} query heads are no multiple of {k.shape[-2]} heads of keys "
-            f"and values: {shapes()}; the layout is (batch, positions, heads, head dim)"
+            f"and values: {_shapes(q, k, v)}; the layout is (batch, positions, heads, head dim)"
         )
     if q.shape[-1] != k.shape[-1]:
         raise TraceError(
             f"attention: the head dims of q and k differ, {q.shape[-1]} and {k.shape[-1]}: "
-            f"{shapes()}"
+            f"{_shapes(q, k, v)}"
         )
     if not q.is_floating_point():
         raise TraceError(f"attention: q has dtype {q.dtype}; it takes floating-point numbers")
-    if not q.dtype == k.dtype == v.dtype and len({narrowed(x).dtype for x in (q, k, v)}) > 1:
+    dtypes = {narrowed(x).dtype for x in (q, k, v)}
+    if not q.dtype == k.dtype == v.dtype and len(dtypes) > 1:
         raise TraceError(
             f"attention: dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one"
         )
@@ -168,30 +166,33 @@ def _check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         )
 
 
-def narrowed(x: torch.Tensor) -> torch.Tensor:
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
+def narrowed(operand: Tensor) -> Tensor:
     """As autocast, where it is on, hands it to torch's attention."""
-    kind = x.device.type
-    if (
-        x.dtype == torch.float64
-        or not torch.amp.is_autocast_available(kind)
-        or not torch.is_autocast_enabled(kind)
-    ):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    kind = operand.device.type
+    if operand.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return operand
+    if not torch.is_autocast_enabled(kind):
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
 
 
-def _check_documents(q: torch.Tensor, cu: torch.Tensor | None) -> None:
+def _check_documents(q: Tensor, cu: Tensor | None) -> None:
     """TraceError when documents have another form than the contract's."""
     if cu is None:
         return
-    if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64):
-        what = cu.dtype if isinstance(cu, torch.Tensor) else repr(cu)
+    if not isinstance(cu, Tensor) or cu.dtype not in (torch.int32, torch.int64):
+        what = cu.dtype if isinstance(cu, Tensor) else repr(cu)
         raise TraceError(
             f"attention: cu_seqlens is {what}; it takes a tensor of dtype torch.int32 or "
             "torch.int64"
         )
     batch = q.shape[:-3]
-    if cu.dim() not in (1, 2) or cu.shape[-1] < 2 or (cu.dim() == 2 and cu.shape[:1] != batch):
+    fits = cu.dim() in (1, 2) and cu.shape[-1] >= 2
+    if not fits or (cu.dim() == 2 and cu.shape[:1] != batch):
         rows = f" or ({batch[0]}, documents + 1)" if batch else ""
         raise TraceError(
             f"attention: cu_seqlens has shape {tuple(cu.shape)} beside q of shape "
@@ -200,29 +201,27 @@ def _check_documents(q: torch.Tensor, cu: torch.Tensor | None) -> None:
         )
 
 
-def _checked_bias(
-    bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor | None
-) -> torch.Tensor | None:
+def _checked_bias(bias: Tensor | None, q: Tensor, k: Tensor | None) -> Tensor | None:
     """The bias with four dims. Without ``k`` its positions are not checked: they may be those of
     all ranks."""
     if bias is None:
         return None
-    if not isinstance(bias, torch.Tensor) or not (
-        bias.dtype == torch.bool or bias.is_floating_point()
-    ):
-        what = bias.dtype if isinstance(bias, torch.Tensor) else repr(bias)
+    is_tensor = isinstance(bias, Tensor)
+    if not is_tensor or not (bias.dtype == torch.bool or bias.is_floating_point()):
         raise TraceError(
-            f"attention: bias is {what}; it takes a tensor, bool (True takes part) or "
-            "floating-point"
+            f"attention: bias is {bias.dtype if is_tensor else repr(bias)}; it takes a tensor, "
+            "bool (True takes part) or floating-point"
         )
-    batch = q.shape[0] if q.dim() == 4 else 1
-    want = (batch, q.shape[-2], *(() if k is None else (q.shape[-3], k.shape[-3])))
+    wanted = [q.shape[0] if q.dim() == 4 else 1, q.shape[-2]]
+    if k is not None:
+        wanted += [q.shape[-3], k.shape[-3]]
     if bias.dim() <= 4:
         bias = bias[(None,) * (4 - bias.dim())]
-    if bias.dim() > 4 or any(n not in (1, m) for n, m in zip(bias.shape, want, strict=False)):
-        sizes = ", ".join(map(str, want)) + (
-            ", query positions, key positions" if k is None else ""
-        )
+    fits = all(own in (1, size) for own, size in zip(bias.shape, wanted, strict=False))
+    if bias.dim() > 4 or not fits:
+        sizes = ", ".join(map(str, wanted))
+        if k is None:
+            sizes += ", query positions, key positions"
         raise TraceError(
             f"attention: bias of shape {tuple(bias.shape)} cannot be broadcast to ({sizes}), that "
             "is (batch, query heads, query positions, key positions)"
@@ -234,8 +233,12 @@ def _checked_bias(
 
 
 def whole(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, rows: torch.Tensor | None = None
-) -> torch.Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Attention over all keys, by torch's kernels; operands and result in hook layout.
 
     Args:
@@ -253,34 +256,53 @@ def whole(
             f"{q.shape[2]} queries and {k.shape[2]} keys; say who sees whom with a bool bias "
             "instead"
         )
-    q, k, v = narrowed(q), narrowed(k), narrowed(v)
-    out = _varlen(q, k, v, spec) if _fits_varlen(q, v, spec, rows) else _dense(q, k, v, spec, rows)
-    number = _document(spec.cu_seqlens, _range(q) if rows is None else rows)
-    outside = (number == 0) | (
-        number == spec.cu_seqlens.shape[-1]
-    )  # up to here, these were documents like any other
+    q = narrowed(q)
+    k = narrowed(k)
+    v = narrowed(v)
+    if rows is None and _fits_varlen(q, v, spec):
+        out = _varlen(q, k, v, spec)
+    else:
+        out = _dense(q, k, v, spec, rows)
+    places = _range(q) if rows is None else rows
+    document = _document(spec.cu_seqlens, places)
+    behind_all = spec.cu_seqlens.shape[-1]
+    outside = (document == 0) | (document == behind_all)  # so far treated as documents
     return out.masked_fill(outside.unsqueeze(1).unsqueeze(3), 0)
 
 
 def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec, rows: torch.Tensor | None
-) -> torch.Tensor:
-    mask, seen = spec.bias, _seen(q, k, spec, rows)
-    if mask is None or seen is None:
-        mask = seen if mask is None else mask
-    else:
-        mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: Spec,
+    rows: Tensor | None,
+) -> Tensor:
+    seen = _seen(q, k, spec, rows)
+    mask = _mask(spec.bias, seen)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _shares_heads(q, v, mask):
-        k, v, grouped = _spread(k, q), _spread(v, q), False
-    causal = spec.causal and seen is None
+        k = _one_head_each(k, q)
+        v = _one_head_each(v, q)
+        grouped = False
     run = functools.partial(
-        F.scaled_dot_product_attention, is_causal=causal, scale=spec.scale, enable_gqa=grouped
+        F.scaled_dot_product_attention,
+        is_causal=spec.causal and seen is None,
+        scale=spec.scale,
+        enable_gqa=grouped,
     )
     if mask is None or not q.is_cuda:
         return run(q, k, v, mask)
     with _without_cudnn():
         return run(q, k, v, mask)
+
+
+def _mask(bias: Tensor | None, seen: Tensor | None) -> Tensor | None:
+    """A bias, and which keys a query sees, as one mask."""
+    if bias is None or seen is None:
+        return seen if bias is None else bias
+    if bias.dtype == torch.bool:
+        return bias & seen
+    return bias.masked_fill(~seen, -torch.inf)
 
 
 @contextlib.contextmanager
@@ -296,54 +318,54 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def _seen(
-    q: torch.Tensor, k: torch.Tensor, spec: Spec, rows: torch.Tensor | None
-) -> torch.Tensor | None:
+def _seen(q: Tensor, k: Tensor, spec: Spec, rows: Tensor | None) -> Tensor | None:
     """Which keys a query sees by order and documents, broadcastable to the scores; None where a
     kernel knows."""
-    if spec.cu_seqlens is None and not (
-        spec.causal and (rows is not None or spec.bias is not None)
-    ):
+    kernel_knows_order = rows is None and spec.bias is None
+    if spec.cu_seqlens is None and (kernel_knows_order or not spec.causal):
         return None
-    rows, keys = _range(q) if rows is None else rows, _range(k)
-    seen = rows.unsqueeze(1) >= keys if spec.causal else None
+    rows = _range(q) if rows is None else rows
+    keys = _range(k)
+    before = rows.unsqueeze(1) >= keys if spec.causal else None
     if spec.cu_seqlens is None:
-        return seen
-    own, other = _document(spec.cu_seqlens, rows), _document(spec.cu_seqlens, keys)
-    same = (own.unsqueeze(2) == other.unsqueeze(1)).unsqueeze(1)
-    return same if seen is None else same & seen
+        return before
+    of_query = _document(spec.cu_seqlens, rows)
+    of_key = _document(spec.cu_seqlens, keys)
+    same = (of_query.unsqueeze(2) == of_key.unsqueeze(1)).unsqueeze(1)
+    return same if before is None else same & before
 
 
-def _document(cu: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def _document(cu: Tensor, places: Tensor) -> Tensor:
     """The number of the document at each place, from 1; 0 in front of all, one more than there are
     behind them."""
-    cu = cu.long().reshape(-1, cu.shape[-1])
-    return torch.searchsorted(
-        cu.contiguous(), places.expand(cu.shape[0], -1).contiguous(), right=True
-    )
+    ends = cu.long().reshape(-1, cu.shape[-1])
+    ends = ends.contiguous()
+    places = places.expand(ends.shape[0], -1).contiguous()
+    return torch.searchsorted(ends, places, right=True)
 
 
-def _range(x: torch.Tensor) -> torch.Tensor:
-    return torch.arange(x.shape[2], device=x.device)
+def _range(operand: Tensor) -> Tensor:
+    return torch.arange(operand.shape[2], device=operand.device)
 
 
-def _shares_heads(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+def _shares_heads(q: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether a fused kernel takes grouped queries; on CUDA flash alone does, and the others want
     heads of their own."""
     if not q.is_cuda:
         return True
-    return mask is None and q.dtype in _HALF and q.shape[-1] == v.shape[-1] <= _FLASH_DIM
+    fits_flash = q.dtype in _HALF and q.shape[-1] == v.shape[-1] <= _FLASH_DIM
+    return mask is None and fits_flash
 
 
-def _spread(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _one_head_each(operand: Tensor, q: Tensor) -> Tensor:
     """Keys or values with one head for every query head."""
-    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+    return operand.repeat_interleave(q.shape[1] // operand.shape[1], 1)
 
 
-def _fits_varlen(q: torch.Tensor, v: torch.Tensor, spec: Spec, rows: torch.Tensor | None) -> bool:
-    d = q.shape[-1]
-    alike = q.dtype in _HALF and d == v.shape[-1] and d % 8 == 0 and d <= _FLASH_DIM
-    return q.is_cuda and alike and spec.bias is None and rows is None and q.numel() > 0
+def _fits_varlen(q: Tensor, v: Tensor, spec: Spec) -> bool:
+    dim = q.shape[-1]
+    fits_flash = q.dtype in _HALF and dim == v.shape[-1] and dim <= _FLASH_DIM
+    return q.is_cuda and fits_flash and dim % 8 == 0 and spec.bias is None and q.numel() > 0
 
 
 @functools.cache
@@ -355,125 +377,24 @@ def _kernel() -> tuple[Callable[..., Any], bool]:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec) -> torch.Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, spec: Spec) -> Tensor:
     """Documents of all rows of the batch, one after another, by a flash kernel.
 
     What is outside of documents becomes documents, too: the kernel leaves memory that belongs to
     none as it was.
     """
-    (kernel, groups), (batch, heads, n, _) = _kernel(), q.shape
+    kernel, groups = _kernel()
+    batch, heads, length, _ = q.shape
     if not groups and heads != k.shape[1]:
-        k, v = _spread(k, q), _spread(v, q)
+        k = _one_head_each(k, q)
+        v = _one_head_each(v, q)
     cu: Any = spec.cu_seqlens
-    ends = F.pad(F.pad(cu.clamp(0, n), (1, 0)), (0, 1), value=n)  # 0, cu_seqlens, n
-    ends = (ends + n * torch.arange(batch, device=q.device).unsqueeze(1)).flatten().int()
+    ends = F.pad(cu.clamp(0, length), (1, 0))
+    ends = F.pad(ends, (0, 1), value=length)  # 0, cu_seqlens, length
+    offsets = length * torch.arange(batch, device=q.device).unsqueeze(1)
+    ends = (ends + offsets).flatten().int()
     packed = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-    window, grouped = (-1, 0 if spec.causal else -1), {"enable_gqa": True} if groups else {}
-    out = kernel(*packed, ends, ends, n, n, scale=spec.scale, window_size=window, **grouped)
-    return out.unflatten(0, (batch, n)).transpose(1, 2)
-
-
-# ---- torch's own attention
-
-
-class Intercept(TorchFunctionMode):
-    """While it is active, calls of torch's ``scaled_dot_product_attention`` go to the hook that is
-    bound, if one is.
-
-    `torch.nn.MultiheadAttention` (with ``need_weights=False``) and every model that calls torch's
-    function run through it.
-
-    Raises:
-        TraceError: a call with dropout.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asked, kwargs = hook.current(), kwargs or {}
-        if asked is not None and func is F.scaled_dot_product_attention:
-            return _caught(asked, *args, **kwargs)
-        if asked is not None and func is F.multi_head_attention_forward:
-            with self:
-                return _open(func)(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _open(function: Any) -> Callable:
-    """A Python function of torch of which a mode sees the body.
-
-    torch hands such a function to a mode as one call, and has the mode off while its body runs.
-    This is a copy that does not ask whether there is a mode.
-    """
-    silent = {
-        name: lambda *_: False
-        for name in function.__globals__
-        if name.startswith("has_torch_function")
-    }
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **silent},
-        function.__name__,
-        function.__defaults__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _caught(
-    asked: hook.Hook,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """A call of torch's function, its leading dims folded into one; the last of them counts
-    heads."""
-    if dropout_p > 0:
-        raise TraceError(
-            f"scaled_dot_product_attention with dropout_p={dropout_p} cannot be split over the "
-            "sequence: every rank would drop other scores than one device does. Set attention "
-            "dropout to 0"
-        )
-    dims = max(query.dim(), key.dim(), value.dim())
-    q, k, v = (_with_dims(x, max(dims, 4)) for x in (query, key, value))
-    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
-    q, k, v = _heads_fit([_folded(x, batch) for x in (q, k, v)], enable_gqa)
-    if attn_mask is not None:
-        attn_mask = _with_dims(attn_mask, max(dims, 4))
-        leading = batch if any(n > 1 for n in attn_mask.shape[:-3]) else attn_mask.shape[:-3]
-        attn_mask = _folded(attn_mask, leading)
-    out = asked.attention(q, k, v, Spec(is_causal, scale, attn_mask))
-    return out if dims == 4 else out.reshape((*batch, *out.shape[1:])[-dims:])
-
-
-def _with_dims(x: torch.Tensor, dims: int) -> torch.Tensor:
-    return x[(None,) * (dims - x.dim())] if x.dim() < dims else x
-
-
-def _folded(x: torch.Tensor, batch: torch.Size) -> torch.Tensor:
-    """Expanded to a batch shape, which becomes one dim."""
-    x = x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:])
-    return x if len(batch) == 1 else x.flatten(0, -4)
-
-
-def _heads_fit(operands: list[torch.Tensor], grouped: bool) -> list[torch.Tensor]:
-    """Operands in hook layout, of which keys and values have equally many heads; torch broadcasts
-    heads, too."""
-    counts = [x.shape[1] for x in operands]
-    if grouped and counts[1] == counts[2] and counts[0] % max(counts[1], 1) == 0:
-        return operands
-    heads = max(counts)
-    if grouped or any(n not in (1, heads) for n in counts):
-        raise TraceError(
-            f"scaled_dot_product_attention: q, k and v have {', '.join(map(str, counts))} heads "
-            f"(dim -3), with enable_gqa={grouped}. Give all of them equally many; or, with "
-            "enable_gqa=True, k and v fewer, of which q has a multiple"
-        )
-    wanted = (heads, 1, 1) if counts[1:] == [1, 1] else (heads, heads, heads)
-    return [
-        x if x.shape[1] == n else x.expand(-1, n, -1, -1)
-        for x, n in zip(operands, wanted, strict=True)
-    ]
+    options: dict[str, Any] = {"enable_gqa": True} if groups else {}
+    options["window_size"] = (-1, 0 if spec.causal else -1)
+    out = kernel(*packed, ends, ends, length, length, scale=spec.scale, **options)
+    return out.unflatten(0, (batch, length)).transpose(1, 2)

@@ -10,15 +10,17 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from funcpipe._src.functional import dispatch as hook
 
 
-def changed_buffer(x: torch.Tensor) -> torch.Tensor:
+def changed_buffer(buffer: Tensor) -> Tensor:
     """A clone of a module's buffer that a call changed, which counts as declared."""
     declared = getattr(hook.current(), "changed_buffer", None)
-    return x.detach().clone() if declared is None else declared(x)
+    if declared is None:
+        return buffer.detach().clone()
+    return declared(buffer)
 
 
 def batch_statistic(fn: Callable) -> Callable:
@@ -57,6 +59,8 @@ def batch_statistic(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
         declared = getattr(hook.current(), "batch_statistic", None)
-        return fn(*args, **kwargs) if declared is None else declared(fn, args, kwargs)
+        if declared is None:
+            return fn(*args, **kwargs)
+        return declared(fn, args, kwargs)
 
     return run

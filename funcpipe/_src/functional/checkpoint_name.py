@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.context import current
@@ -20,15 +20,21 @@ from funcpipe.errors import TraceError
 
 _LIB = torch.library.Library("funcpipe", "FRAGMENT")
 _LIB.define("named(Tensor x, str name) -> ()")
-_LIB.impl("named", lambda x, name: None, "CompositeExplicitAutograd")
-torch.library.register_fake("funcpipe::named", lambda x, name: None, lib=_LIB)
+
+
+def _nothing(tensor: Tensor, name: str) -> None:
+    """What the op computes."""
+
+
+_LIB.impl("named", _nothing, "CompositeExplicitAutograd")
+torch.library.register_fake("funcpipe::named", _nothing, lib=_LIB)
 NAMED = torch.ops.funcpipe.named.default
 fx.has_side_effect(NAMED)  # else it is removed as dead code
 
 
-def _vmap(info: Any, in_dims: Any, x: torch.Tensor, name: str) -> tuple[None, None]:
+def _vmap(info: Any, in_dims: Any, tensor: Tensor, name: str) -> tuple[None, None]:
     """Under vmap the value that is named is that of all rows."""
-    NAMED(x, name)
+    NAMED(tensor, name)
     return None, None
 
 

@@ -1,5 +1,5 @@
-"""The hook: whom the calls that funcpipe knows ask while a loss is planned. None is bound in plain
-PyTorch.
+"""The hook: while funcpipe plans a loss, the calls that it knows ask a hook for their result. In
+plain PyTorch none is bound, and they compute it themselves.
 
 Attention's operands here have torch's layout, ``(batch, heads, positions, head dim)``, with exactly
 four dims; keys and values may have fewer heads than queries if the number of query heads is a
@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 
@@ -38,18 +38,18 @@ class Spec:
 
     causal: bool = False
     scale: float | None = None
-    bias: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
+    bias: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Held:
-    """How the operands of an attention lie on ranks; a finding.
+    """How the operands of an attention are split over ranks.
 
     Args:
-        q, k: the parts that split queries (and the result), and keys and values, along their dim of
-            positions; both None: the attention is not over a split sequence, and runs as it is.
-            ``k`` alone None: every rank holds all keys and values.
+        q, k: the layouts of queries (and the result), and of keys and values, along their dim of
+            positions. If both are None, the sequence is not split here and attention runs
+            unchanged. If ``k`` alone is None, every rank holds all keys and values.
         bias_query, bias_key: whether the bias is split along its dim of queries, of keys.
     """
 
@@ -60,22 +60,25 @@ class Held:
 
 
 class Hook(Protocol):
-    """What is asked."""
+    """What the calls that funcpipe knows ask."""
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Spec
-    ) -> torch.Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, spec: Spec, /) -> Tensor:
         """The attention; the layout of this module."""
 
-    def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The global positions of ``x`` along a dim: int64, 1-d."""
+    def positions(self, tensor: Tensor, dim: int, /) -> Tensor:
+        """The global positions of a tensor along a dim: int64, 1-d."""
 
     def cross_entropy(
-        self, x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        tokens: Tensor,
+        head: Tensor | None,
+        labels: Tensor,
+        options: Any,
+        /,
+    ) -> tuple[Tensor, Tensor]:
         """Total and weight, both 0-d, of `fp.losses.cross_entropy`."""
 
-    def dropout(self, x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+    def dropout(self, tensor: Tensor, rate: float, key: Tensor, /) -> Tensor:
         """`fp.random.dropout`, for a rate above 0."""
 
 

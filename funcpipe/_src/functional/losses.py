@@ -1,19 +1,7 @@
 """Cross-entropy whose logits never exist all at once: in chunks of tokens, and with the vocabulary
 over ranks.
 
-Terms. A *token* has a row of ``x`` and a label; it *counts* if its label is not ``ignore_index``.
-Its *lse* is the log-sum-exp of its logits, its *pick* what the loss subtracts from that: the logit
-of its label (with label smoothing, a mean of that and all logits). The loss of a token is ``lse -
-pick``. With an *axis*, rank ``i`` computes the logits of every rank's tokens for its own *share* of
-the vocabulary only, the ``i``-th of ``n`` runs of columns (Shoeybi et al. 2019, "Megatron-LM",
-section 3). Megatron reduces over ranks three times; here one all-to-all brings a token's sums from
-all shares to the rank that holds the token. Without an axis, ``n`` is 1, the share is everything,
-and no collective runs.
-
-Forward keeps lse and no logits. Backward computes a chunk's logits again, and from them the chunk's
-share of all gradients (Hsu et al. 2024, "Liger Kernel", does this in forward). With ``v`` columns,
-no tensor is larger than ``x``, ``head``, a chunk's logits (``chunk_tokens * v``) and a few numbers
-for every token of all ranks.
+`logit_sums.py` computes the sums over logits. Here are what users call, and its checks.
 
 In: rows ``(..., d)``, head ``(v, d)``, labels ``(...)``. Out: the `Mean` over this rank's tokens.
 """
@@ -21,22 +9,20 @@ In: rows ``(..., d)``, head ``(v, d)``, labels ``(...)``. Out: the `Mean` over t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from funcpipe._src.collectives import all_gather, axis_index, over_spans
-from funcpipe._src.collectives import batching_rules as rules
-from funcpipe._src.collectives.axis_scope import AxisSpan, axis_spans
+from funcpipe._src.collectives import all_gather, axis_index
+from funcpipe._src.collectives.axis_scope import axis_spans
 from funcpipe._src.core.loss_types import Mean
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.functional import dispatch as hook
+from funcpipe._src.functional.logit_sums import LogitSums, Sums, VocabConfig
 from funcpipe.errors import TraceError
 
-Sums = tuple[torch.Tensor, torch.Tensor]
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # by torch.autocast
 
 
@@ -56,9 +42,9 @@ class Options:
 
 
 def cross_entropy(
-    x: torch.Tensor,
-    head: torch.Tensor | None,
-    labels: torch.Tensor,
+    x: Tensor,
+    head: Tensor | None,
+    labels: Tensor,
     *,
     axis: str | Axes | None = None,
     ignore_index: int = -100,
@@ -93,14 +79,16 @@ def cross_entropy(
         TraceError: operands or options that do not fit each other.
         AxisError: an axis that is not bound.
 
-    >>> x, head, labels = torch.zeros(2, 3, 5), torch.ones(8, 5), torch.tensor([[1, 2, 3], [4, -100, -100]])
+    >>> x, head = torch.zeros(2, 3, 5), torch.ones(8, 5)
+    >>> labels = torch.tensor([[1, 2, 3], [4, -100, -100]])
     >>> loss = cross_entropy(x, head, labels)
     >>> loss.weight, loss.total / loss.weight  # the logarithm of 8
     (tensor(4.), tensor(2.0794))
     """
     options = Options(axis, ignore_index, label_smoothing, chunk_tokens)
     if head is not None:
-        x, head = _autocast(x), _autocast(head)
+        x = _autocast(x)
+        head = _autocast(head)
     _check(x, head, labels, options)
     asked = hook.current()
     run = compute if asked is None else asked.cross_entropy
@@ -108,202 +96,36 @@ def cross_entropy(
 
 
 def compute(
-    x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Options
+    x: Tensor,
+    head: Tensor | None,
+    labels: Tensor,
+    options: Options,
 ) -> Sums:
     """Total and weight of `cross_entropy`; no hook is asked, and operands fit each other."""
     axis = () if options.axis is None else options.axis
-    found = axis_spans(axis, "cross_entropy")
-    ranks = math.prod(run.size for run in found)
-    vocab, held = x.shape[-1] if head is None else head.shape[0], labels.numel()
+    spans = axis_spans(axis, "cross_entropy")
+    ranks = math.prod(span.size for span in spans)
+    vocab = x.shape[-1] if head is None else head.shape[0]
+    held = labels.numel()
     labels = labels.flatten()
     counts = labels != options.ignore_index
     wrong = counts & ((labels < 0) | (labels >= vocab))
 
-    pad = _padding(options, ranks, held)
-    rows = _padded(x.reshape(held, x.shape[-1]), pad)
-    everyone, place = (
-        all_gather(_padded(labels, pad), axis, tiled=False),
-        axis_index(axis, x.device),
-    )
-    how = _How(
-        tuple(replace(run, index=None) for run in found),
-        vocab,
-        options.label_smoothing,
-        options.chunk_tokens,
-    )
-    lse, pick = _Sums.apply(rows, head, everyone, place, how, *(run.index for run in found))
+    padding = _padding(options, ranks, held)
+    rows = x.reshape(held, x.shape[-1])
+    rows = _padded(rows, padding)
+    padded_labels = _padded(labels, padding)
+    labels_of_all = all_gather(padded_labels, axis, tiled=False)
+    place = axis_index(axis, x.device)
+    without_index = tuple(replace(span, index=None) for span in spans)
+    how = VocabConfig(without_index, vocab, options.label_smoothing, options.chunk_tokens)
+    indices = [span.index for span in spans]
+    lse, pick = LogitSums.apply(rows, head, labels_of_all, place, how, *indices)
 
     losses = torch.where(counts, lse[:held] - pick[:held], 0)
     ones = counts.to(losses.dtype)
-    return (losses * ones.masked_fill(wrong, torch.nan)).sum(), ones.sum()
-
-
-@dataclass(frozen=True)
-class _How:
-    """What `_Sums` is told beside tensors; the runs are those of the axis where the loss is
-    called."""
-
-    runs: tuple[AxisSpan, ...]
-    vocab: int
-    smoothing: float
-    chunk: int
-
-    @property
-    def ranks(self) -> int:
-        return math.prod(run.size for run in self.runs)
-
-    @property
-    def columns(self) -> int:
-        """How many columns a share has; the last ones may lie behind the vocabulary."""
-        return -(-self.vocab // self.ranks)
-
-    def chunks(self, tokens: int) -> Iterator[slice]:
-        """Which tokens are taken together; of no tokens, one empty chunk."""
-        return (slice(a, a + self.chunk) for a in range(0, max(tokens, 1), self.chunk))
-
-
-class _Share:
-    """A rank's share of the vocabulary.
-
-    Args:
-        head: of all columns; None: ``x`` is the logits.
-        place: of this rank on the axis, 0-d.
-    """
-
-    def __init__(self, head: torch.Tensor | None, place: torch.Tensor, how: _How) -> None:
-        self.place, self.how = place, how
-        self.columns = place * how.columns + torch.arange(how.columns, device=place.device)
-        self.real = self.columns < how.vocab
-        self.whole = how.ranks * how.columns == how.vocab  # all columns are real, on every rank
-        self.head = head
-        if head is not None and how.ranks > 1:
-            self.head = head.index_select(0, self.columns.clamp(max=how.vocab - 1))
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """``(tokens, columns)``, at least float32; -inf behind the vocabulary."""
-        out = (x if self.head is None else x @ self.head.T).to(_wide(x))
-        return out if self.whole else out.masked_fill(~self.real, -torch.inf)
-
-    def sums(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """lse and pick of tokens over these columns: ``(2, tokens)``."""
-        logits, local = self.logits(x), labels - self.columns[0]
-        inside = (local >= 0) & (local < self.how.columns)
-        own = logits.gather(1, local.clamp(0, self.how.columns - 1)[:, None])[:, 0]
-        pick = torch.where(inside, own, 0)
-        if self.how.smoothing:
-            every = logits if self.whole else torch.where(self.real, logits, 0)
-            pick = (
-                1 - self.how.smoothing
-            ) * pick + self.how.smoothing / self.how.vocab * every.sum(1)
-        return torch.stack((logits.logsumexp(1), pick))
-
-    def slope(self, x: torch.Tensor, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-        """The gradient of the logits, in the dtype of ``x``; seeds ``(3, tokens)``: lse, and the
-        gradients of lse and pick."""
-        lse, g_lse, g_pick = seeds[:, :, None]
-        out = (self.logits(x) - lse).exp() * g_lse
-        out = out + torch.where(
-            labels[:, None] == self.columns, (1 - self.how.smoothing) * g_pick, 0
-        )
-        if self.how.smoothing:
-            every = self.how.smoothing / self.how.vocab * g_pick
-            out = out + (every if self.whole else torch.where(self.real, every, 0))
-        return out.to(x.dtype)
-
-    def pulled(self, slope: torch.Tensor) -> torch.Tensor:
-        """From the gradient of the logits to that of the rows of ``x``."""
-        return slope if self.head is None else slope @ self.head
-
-    def spread(self, grad: torch.Tensor) -> torch.Tensor:
-        """From the gradient of these columns of the head to that of all, 0 in the others."""
-        if self.how.ranks == 1:
-            return grad
-        places = torch.arange(self.how.ranks, device=grad.device)[:, None, None]
-        return torch.where(self.place == places, grad, 0).flatten(0, 1)[: self.how.vocab]
-
-
-class _Sums(torch.autograd.Function):
-    """lse and pick of this rank's tokens, both ``(t,)``, at least float32.
-
-    ``x`` ``(t, d)``; ``labels`` ``(n, t)``, those of all ranks; ``place`` of this rank on the axis.
-    Both results are
-    differentiable, so that the gradient is, too: it reads lse. Backward may run where no axis is
-    bound any more, so runs are not looked up again; the index of a mapped one is an operand, for
-    vmap hands on operands only.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Any, head: Any, labels: Any, place: Any, how: _How, *indices: Any) -> Sums:  # type: ignore[override]
-        share, ranks, found = _Share(head, place, how), _Ranks(how, indices), []
-        for some in how.chunks(len(x)):
-            sums = share.sums(ranks.gather(x[some]).flatten(0, 1), labels[:, some].flatten())
-            found.append(sums.unflatten(1, (how.ranks, -1)))
-        # Before, what this share says of every rank's tokens; after, what every share says of this
-        # rank's.
-        lse, pick = ranks.exchange(torch.cat(found, 2).transpose(0, 1)).unbind(1)
-        return lse.logsumexp(0), pick.sum(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        x, head, labels, place, ctx.how, *indices = inputs
-        ctx.save_for_backward(x, head, labels, place, output[0], *indices)
-
-    @staticmethod
-    def backward(ctx: Any, g_lse: torch.Tensor, g_pick: torch.Tensor) -> Any:  # type: ignore[override]
-        x, head, labels, place, lse, *indices = ctx.saved_tensors
-        share, ranks = _Share(head, place, ctx.how), _Ranks(ctx.how, indices)
-        seeds = ranks.gather(torch.stack((lse, g_lse, g_pick)))
-        grads, grad_head = [], None
-        for some in ctx.how.chunks(len(x)):
-            rows = ranks.gather(x[some]).flatten(0, 1)
-            slope = share.slope(
-                rows, labels[:, some].flatten(), seeds[:, :, some].transpose(0, 1).flatten(1)
-            )
-            if ctx.needs_input_grad[0]:
-                grads.append(ranks.scatter(share.pulled(slope).unflatten(0, (ctx.how.ranks, -1))))
-            if ctx.needs_input_grad[1]:
-                part = (slope.T @ rows).to(_wide(slope))
-                grad_head = part if grad_head is None else grad_head.add_(part)
-        grad_head = None if grad_head is None else share.spread(grad_head).to(head.dtype)
-        return (
-            torch.cat(grads) if grads else None,
-            grad_head,
-            None,
-            None,
-            None,
-            *(None for _ in indices),
-        )
-
-
-class _Ranks:
-    """The collectives of `_Sums`; ``(n, *s)`` is a piece from, or for, every rank."""
-
-    def __init__(self, how: _How, indices: Sequence[torch.Tensor | None]) -> None:
-        self.runs = tuple(
-            replace(run, index=index) for run, index in zip(how.runs, indices, strict=True)
-        )
-
-    def gather(self, t: torch.Tensor) -> torch.Tensor:
-        """From ``s`` to ``(n, *s)``."""
-        return over_spans.all_gather(t, self.runs)
-
-    def exchange(self, t: torch.Tensor) -> torch.Tensor:
-        """From ``(n, *s)`` to ``(n, *s)``."""
-        return over_spans.all_to_all(t, self.runs)
-
-    def scatter(self, t: torch.Tensor) -> torch.Tensor:
-        """From ``(n, *s)`` to ``s``: this rank's piece of the sum."""
-        t = t.unflatten(0, [run.size for run in self.runs] or [1])
-        for run in self.runs:
-            t = rules.linear("psum_scatter", t, run)
-        return t if self.runs else t[0]
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which sums are taken."""
-    return torch.promote_types(x.dtype, torch.float32)
+    total = (losses * ones.masked_fill(wrong, torch.nan)).sum()
+    return total, ones.sum()
 
 
 def _padding(options: Options, ranks: int, held: int) -> int:
@@ -320,23 +142,26 @@ def _padding(options: Options, ranks: int, held: int) -> int:
     return max(options.tokens) - held
 
 
-def _padded(x: torch.Tensor, pad: int) -> torch.Tensor:
-    """``x`` with zeros behind it, along dim 0; F.pad by nothing would be a copy."""
-    return F.pad(x, (0,) * (2 * x.dim() - 1) + (pad,)) if pad else x
+def _padded(tensor: Tensor, padding: int) -> Tensor:
+    """With zeros behind it, along dim 0; F.pad by nothing would be a copy."""
+    if not padding:
+        return tensor
+    before_last = (0,) * (2 * tensor.dim() - 1)
+    return F.pad(tensor, (*before_last, padding))
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def _autocast(operand: Tensor) -> Tensor:
     """An operand as torch.autocast hands it to a matrix product: backward, which computes logits
     again, has none."""
-    kind = x.device.type
+    kind = operand.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind)) if x.dtype in _CAST else x
+        return operand
+    if operand.dtype not in _CAST:
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
 
 
-def _check(
-    x: torch.Tensor, head: torch.Tensor | None, labels: torch.Tensor, options: Options
-) -> None:
+def _check(x: Tensor, head: Tensor | None, labels: Tensor, options: Options) -> None:
     """TraceError when operands or options do not fit each other."""
     if not x.is_floating_point() or x.dim() == 0:
         _refuse(
@@ -370,15 +195,9 @@ def _check(
         )
     if not 0 <= options.label_smoothing <= 1:
         _refuse(f"label_smoothing={options.label_smoothing!r}; it is a number from 0 to 1")
-    if (
-        isinstance(options.chunk_tokens, bool)
-        or not isinstance(options.chunk_tokens, int)
-        or options.chunk_tokens < 1
-    ):
-        _refuse(
-            f"chunk_tokens={options.chunk_tokens!r}; a chunk has a whole number of tokens, 1 or "
-            "more"
-        )
+    tokens = options.chunk_tokens
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        _refuse(f"chunk_tokens={tokens!r}; a chunk has a whole number of tokens, 1 or more")
 
 
 def _refuse(text: str) -> None:

@@ -7,6 +7,7 @@ graph serves all ranks.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from funcpipe._src.collectives import axis_index
 from funcpipe._src.functional import dispatch as hook
@@ -14,7 +15,7 @@ from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe.errors import TraceError
 
 
-def positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+def positions(x: Tensor, dim: int = 1) -> Tensor:
     """The global positions of a tensor along a dim: what ``torch.arange(x.shape[dim])`` is on one
     device.
 
@@ -35,37 +36,53 @@ def positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
     if not -x.dim() <= dim < x.dim():
         raise TraceError(f"positions: a tensor of shape {tuple(x.shape)} has no dim {dim}")
     asked = hook.current()
-    return plain(x, dim) if asked is None else asked.positions(x, dim % x.dim())
+    if asked is None:
+        return plain(x, dim)
+    return asked.positions(x, dim % x.dim())
 
 
-def plain(x: torch.Tensor, dim: int) -> torch.Tensor:
+def plain(tensor: Tensor, dim: int) -> Tensor:
     """Positions of a tensor that is whole."""
-    return torch.arange(x.shape[dim], device=x.device)
+    size = tensor.shape[dim]
+    return torch.arange(size, device=tensor.device)
 
 
-def member_positions(part: SequenceLayout, member: int, device: torch.device) -> torch.Tensor:
-    """The positions of the member that runs this, int64 ``(part.length(member),)``; ``member``
-    gives lengths only."""
-    ring = member // part.heads
-    first, *_ = (
-        b - a for a, b in part.ring_ranges(ring)
-    )  # how many positions the first piece of the ring rank has
-    place = torch.arange(part.length(member), device=device)
-    if part.heads > 1:
-        place = place + _start(
-            part.ring_length(ring), part.heads, axis_index(part.head_axes, device)
-        )
-    if part.ring == 1 and not part.zigzag:
+def member_positions(
+    layout: SequenceLayout,
+    sequence_rank: int,
+    device: torch.device,
+) -> Tensor:
+    """The positions of the rank that runs this, int64 ``(layout.length(sequence_rank),)``.
+
+    The axes give the rank its positions; ``sequence_rank`` gives lengths alone, so that one graph
+    serves all ranks of equal lengths.
+    """
+    ring = sequence_rank // layout.heads
+    count = layout.length(sequence_rank)
+    place = torch.arange(count, device=device)
+    if layout.heads > 1:
+        head = axis_index(layout.head_axes, device)
+        of_ring = layout.ring_length(ring)
+        place = place + _start(of_ring, layout.heads, head)
+    if layout.ring == 1 and not layout.zigzag:
         return place
-    index = axis_index(part.ring_axes, device)
-    if not part.zigzag:
-        return place + _start(part.size, part.ring, index)
-    front = place + _start(part.size, 2 * part.ring, index)
-    back = place - first + _start(part.size, 2 * part.ring, 2 * part.ring - 1 - index)
-    return torch.where(place < first, front, back)
+    index = axis_index(layout.ring_axes, device)
+    if not layout.zigzag:
+        return place + _start(layout.size, layout.ring, index)
+    pieces = 2 * layout.ring
+    start, stop = layout.ring_ranges(ring)[0]
+    in_front = stop - start
+    front = place + _start(layout.size, pieces, index)
+    back = place - in_front
+    index_from_end = pieces - 1 - index
+    back = back + _start(layout.size, pieces, index_from_end)
+    return torch.where(place < in_front, front, back)
 
 
-def _start(size: int, pieces: int, index: torch.Tensor) -> torch.Tensor:
+def _start(size: int, pieces: int, index: Tensor) -> Tensor:
     """Where a piece begins; see `sequence_layout.py`."""
     short, longer = divmod(size, pieces)
-    return index * short + (index.clamp(max=longer) if longer else 0)
+    start = index * short
+    if not longer:
+        return start
+    return start + index.clamp(max=longer)

@@ -1,7 +1,7 @@
 """Randomness as data: a key is a tensor, and what is drawn from it depends on the key and the shape
 alone.
 
-Terms. A *key* is a 0-d int64 tensor. ``fold_in`` makes a new key of a key and a name or number; an
+A *key* is a 0-d int64 tensor. ``fold_in`` makes a new key of a key and a name or number. An
 *initialiser* is a function from a key to a tensor. The same key gives the same bits on every mesh,
 rank and device.
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.describe_value import describe
@@ -26,40 +27,44 @@ from funcpipe._src.functional import dispatch as hook
 from funcpipe.errors import TraceError
 
 _LIB = torch.library.Library("funcpipe_random", "FRAGMENT")
-Initialiser = Callable[[torch.Tensor], torch.Tensor]
+Initialiser = Callable[[Tensor], Tensor]
 
 
-def key(seed: int) -> torch.Tensor:
+def key(seed: int) -> Tensor:
     """A key from a seed: a 0-d int64 tensor on the CPU.
 
     >>> key(0)
     tensor(-2152535657050944081)
     """
-    return _mixed(torch.tensor(seed, dtype=torch.int64))
+    bits = torch.tensor(seed, dtype=torch.int64)
+    return _mixed(bits)
 
 
-def fold_in(key: torch.Tensor, data: str | int | torch.Tensor) -> torch.Tensor:
+def fold_in(key: Tensor, data: str | int | Tensor) -> Tensor:
     """A new key that depends on a key and a name, a number, or a 0-d integer tensor.
 
-    >>> bool(fold_in(key(0), "w") == fold_in(key(0), "w")), bool(fold_in(key(0), "w") == fold_in(key(0), "v"))
+    >>> of_w = fold_in(key(0), "w")
+    >>> bool(of_w == fold_in(key(0), "w")), bool(of_w == fold_in(key(0), "v"))
     (True, False)
     """
     if isinstance(data, str):
-        data = int.from_bytes(hashlib.sha256(data.encode()).digest()[:8], "big", signed=True)
+        digest = hashlib.sha256(data.encode()).digest()
+        data = int.from_bytes(digest[:8], "big", signed=True)
     return _mixed(_mixed(key) ^ data)
 
 
-def keys(key: torch.Tensor, count: int) -> torch.Tensor:
+def keys(key: Tensor, count: int) -> Tensor:
     """A key for every row of a batch: int64, ``(count,)``.
 
     >>> batch = {"x": torch.ones(4, 3), "key": keys(fold_in(key(0), "step 7"), 4)}
     >>> batch["key"].shape, len(batch["key"].unique())
     (torch.Size([4]), 4)
     """
-    return fold_in(key, torch.arange(count, device=key.device))
+    rows = torch.arange(count, device=key.device)
+    return fold_in(key, rows)
 
 
-def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
+def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
     """Zeros in some places, chosen by a key, and everything else divided by ``1 - rate``.
 
     Args:
@@ -88,12 +93,13 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
         raise TraceError(f"dropout: rate={rate!r}; it is a probability, at least 0 and less than 1")
-    if not isinstance(key, torch.Tensor) or key.dtype != torch.int64:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64:
         raise TraceError(
             f"dropout: the key is {describe(key)}; take it from fp.random.keys, as a leaf of the "
             "batch"
         )
-    if not x.is_floating_point() or key.shape != x.shape[: key.dim()]:
+    rows = x.shape[: key.dim()]
+    if not x.is_floating_point() or key.shape != rows:
         raise TraceError(
             f"dropout: x is {describe(x)}, the key {describe(key)}; x takes floating-point "
             "numbers, and the key has a number for every row of it: its shape is that of the "
@@ -102,36 +108,53 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor) -> torch.Tensor:
     if rate == 0:
         return x
     asked = hook.current()
-    return dropped(x, rate, key, {}) if asked is None else asked.dropout(x, rate, key)
+    if asked is None:
+        return dropped(x, rate, key, {})
+    return asked.dropout(x, rate, key)
 
 
 def dropped(
-    x: torch.Tensor, rate: float, key: torch.Tensor, numbers: Mapping[int, torch.Tensor]
-) -> torch.Tensor:
-    """`dropout`; ``numbers`` says, for a dim of ``x``, which places of the whole its places are
-    (else: all, in order)."""
+    tensor: Tensor,
+    rate: float,
+    key: Tensor,
+    numbers: Mapping[int, Tensor],
+) -> Tensor:
+    """`dropout`; ``numbers`` says, for a dim, which places of the whole its places are (else: all,
+    in order)."""
     bits = key
-    for d in range(key.dim(), x.dim()):
-        place = numbers.get(d)
-        bits = _mixed(
-            bits.unsqueeze(-1)
-            ^ (torch.arange(x.shape[d], device=x.device) if place is None else place)
-        )
-    kept = (bits >> 11 & (1 << 53) - 1) >= int(rate * (1 << 53))
-    return x.masked_fill(~kept, 0) / (1 - rate)
+    for dim in range(key.dim(), tensor.dim()):
+        bits = bits.unsqueeze(-1)
+        places = numbers.get(dim)
+        if places is None:
+            places = torch.arange(tensor.shape[dim], device=tensor.device)
+        bits = _mixed(bits ^ places)
+    fractions = _shifted(bits, 11)  # of 53 bits
+    threshold = int(rate * (1 << 53))
+    kept = fractions >= threshold
+    return tensor.masked_fill(~kept, 0) / (1 - rate)
 
 
-def _mixed(x: torch.Tensor) -> torch.Tensor:
+def _mixed(bits: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele et al. 2014), in wrapping int64 arithmetic."""
-    x = x + -7046029254386353131
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    bits = bits + -7046029254386353131
+    bits = bits ^ _shifted(bits, 30)
+    bits = bits * -4658895280553007687
+    bits = bits ^ _shifted(bits, 27)
+    bits = bits * -7723592293110705685
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
+    """Shifted to the right, zeros from the left."""
+    mask = (1 << 64 - count) - 1
+    return bits >> count & mask
 
 
 def normal(
-    key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+    key: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Standard normal values of a shape, on the CPU.
 
     >>> torch.equal(normal(key(1), (2, 3)), normal(key(1), (2, 3)))
@@ -141,8 +164,10 @@ def normal(
 
 
 def uniform(
-    key: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+    key: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Values uniform in [0, 1), on the CPU.
 
     >>> bool((uniform(key(1), (100,)) < 1).all())
@@ -151,41 +176,55 @@ def uniform(
     return torch.ops.funcpipe_random.uniform(key, list(shape), dtype)
 
 
-def _draw(how: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def draw(key: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return how(shape, dtype=dtype, generator=torch.Generator().manual_seed(int(key)))
+def _draw(how: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def draw(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+        generator = torch.Generator().manual_seed(int(key))
+        return how(shape, dtype=dtype, generator=generator)
 
     return draw
 
 
-for _name, _how in (("normal", torch.randn), ("uniform", torch.rand)):
+def _fake(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+_DRAWS = {"normal": torch.randn, "uniform": torch.rand}
+for _name, _how in _DRAWS.items():
     _LIB.define(f"{_name}(Tensor key, int[] shape, ScalarType dtype) -> Tensor")
     _LIB.impl(_name, _draw(_how), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"funcpipe_random::{_name}",
-        lambda key, shape, dtype: torch.empty(shape, dtype=dtype),
-        lib=_LIB,
-    )
+    torch.library.register_fake(f"funcpipe_random::{_name}", _fake, lib=_LIB)
 
 
 # ---- initialisers
 
 
 def scaled_normal(
-    shape: Sequence[int], std: float = 0.02, dtype: torch.dtype = torch.float32
+    shape: Sequence[int],
+    std: float = 0.02,
+    dtype: torch.dtype = torch.float32,
 ) -> Initialiser:
     """An initialiser: normal values of a standard deviation."""
-    return lambda key: normal(key, shape, dtype) * std
+
+    def make(key: Tensor) -> Tensor:
+        return normal(key, shape, dtype) * std
+
+    return make
 
 
 def constant(
-    shape: Sequence[int], value: float = 0.0, dtype: torch.dtype = torch.float32
+    shape: Sequence[int],
+    value: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Initialiser:
     """An initialiser: one value everywhere."""
-    return lambda key: torch.full(tuple(shape), value, dtype=dtype)
+
+    def make(key: Tensor) -> Tensor:
+        return torch.full(tuple(shape), value, dtype=dtype)
+
+    return make
 
 
-def init(key: torch.Tensor, initialisers: Any) -> Any:
+def init(key: Tensor, initialisers: Any) -> Any:
     """A tree of params from a tree of initialisers; every leaf draws from the key folded with its
     own path.
 
@@ -194,8 +233,7 @@ def init(key: torch.Tensor, initialisers: Any) -> Any:
     (torch.Size([2, 3]), tensor([0., 0., 0.]))
     """
     leaves, spec = tree.flatten(initialisers)
-    made = [
-        make(fold_in(key, path))
-        for path, make in zip(tree.paths(initialisers), leaves, strict=True)
-    ]
-    return tree.unflatten(spec, made)
+    found = []
+    for path, make in zip(tree.paths(initialisers), leaves, strict=True):
+        found.append(make(fold_in(key, path)))
+    return tree.unflatten(spec, found)

@@ -6,7 +6,9 @@ work (Brandon et al. 2023, "Striped Attention"; Zhu 2024, ring-flash-attention's
 positions, one piece after another, are cut once more over the axes of head exchanges. Pieces differ
 by at most one position; some may be empty.
 
-In: a length, axes and their sizes. Out: the positions of every member.
+The *sequence rank* of a rank is its place on all of these axes, ring axes first.
+
+In: a length, axes and their sizes. Out: the positions of every sequence rank.
 """
 
 from __future__ import annotations
@@ -15,20 +17,18 @@ from dataclasses import dataclass
 
 from funcpipe._src.core.mesh import Axes
 
-Ranges = tuple[
-    tuple[int, int], ...
-]  # [start, stop) pairs of positions, in the order in which they are held
+# [start, stop) pairs of positions, in the order in which a rank holds them
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """One sequence over the members of ring and head axes; member ``m`` has ring rank ``m //
+    """One sequence over the ranks of ring and head axes. Sequence rank ``r`` has ring rank ``r //
     heads``.
 
     Args:
         size: the number of positions of the whole sequence.
-        ring_axes, head_axes: the axes, major first; a member's number is its place on all of them,
-            ring axes first.
+        ring_axes, head_axes: the axes, major first.
         ring, heads: how many ranks those have.
         zigzag: whether a ring rank holds two pieces.
 
@@ -57,46 +57,54 @@ class SequenceLayout:
 
     @property
     def even(self) -> bool:
-        """Whether all members (and both pieces of a zigzag) have equally many positions."""
-        return (
-            self.size % (self.ring * (2 if self.zigzag else 1)) == 0
-            and self.ring_length(0) % self.heads == 0
-        )
+        """Whether all ranks (and both pieces of a zigzag) have equally many positions."""
+        pieces = 2 * self.ring if self.zigzag else self.ring
+        pieces_even = self.size % pieces == 0
+        return pieces_even and self.ring_length(0) % self.heads == 0
 
-    def ring_ranges(self, r: int) -> Ranges:
-        """The positions of a ring rank: of all its members together."""
+    def ring_ranges(self, ring_rank: int) -> Ranges:
+        """The positions of a ring rank: of all its sequence ranks together."""
         if not self.zigzag:
-            return (_piece(self.size, self.ring, r),)
-        return (
-            _piece(self.size, 2 * self.ring, r),
-            _piece(self.size, 2 * self.ring, 2 * self.ring - 1 - r),
-        )
+            return (_piece(self.size, self.ring, ring_rank),)
+        pieces = 2 * self.ring
+        front = _piece(self.size, pieces, ring_rank)
+        from_end = pieces - 1 - ring_rank
+        back = _piece(self.size, pieces, from_end)
+        return front, back
 
-    def ring_length(self, r: int) -> int:
+    def ring_length(self, ring_rank: int) -> int:
         """How many positions a ring rank has."""
-        return sum(b - a for a, b in self.ring_ranges(r))
+        return sum(_lengths(self.ring_ranges(ring_rank)))
 
-    def ranges(self, member: int) -> Ranges:
-        """The positions of a member, in the order in which it holds them; empty pieces are left
-        out."""
-        r, h = divmod(member, self.heads)
-        start, stop = _piece(self.ring_length(r), self.heads, h)
-        out, before = [], 0
-        for a, b in self.ring_ranges(r):  # cut [start, stop) out of the pieces laid end to end
-            first, last = max(start - before, 0), min(stop - before, b - a)
+    def ranges(self, sequence_rank: int) -> Ranges:
+        """The positions of a sequence rank, in the order in which it holds them; empty pieces are
+        left out."""
+        ring_rank, head_rank = divmod(sequence_rank, self.heads)
+        of_ring = self.ring_length(ring_rank)
+        start, stop = _piece(of_ring, self.heads, head_rank)
+        found = []
+        before = 0  # the lengths of the pieces so far, laid end to end
+        for piece_start, piece_stop in self.ring_ranges(ring_rank):
+            length = piece_stop - piece_start
+            first = max(start - before, 0)
+            last = min(stop - before, length)
             if first < last:
-                out.append((a + first, a + last))
-            before += b - a
-        return tuple(out)
+                found.append((piece_start + first, piece_start + last))
+            before += length
+        return tuple(found)
 
-    def length(self, member: int) -> int:
-        """How many positions a member has."""
-        return sum(b - a for a, b in self.ranges(member))
+    def length(self, sequence_rank: int) -> int:
+        """How many positions a sequence rank has."""
+        return sum(_lengths(self.ranges(sequence_rank)))
 
-    def variant(self, member: int) -> tuple[int, ...]:
-        """What a member's graph depends on: members with equal variants run the same graph."""
-        r, _ = divmod(member, self.heads)
-        return (self.length(member), *(b - a for a, b in self.ring_ranges(r)))
+    def variant(self, sequence_rank: int) -> tuple[int, ...]:
+        """What a rank's graph depends on: ranks with equal variants run the same graph."""
+        pieces = self.ring_ranges(sequence_rank // self.heads)
+        return (self.length(sequence_rank), *_lengths(pieces))
+
+
+def _lengths(ranges: Ranges) -> list[int]:
+    return [stop - start for start, stop in ranges]
 
 
 def _piece(size: int, pieces: int, index: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from funcpipe._src.planning.local_batch import ready_microbatches, tensor_leaves
 from funcpipe._src.planning.weight_layout import traced_params
 from funcpipe._src.proof.loss_runs import Subject
 from funcpipe._src.proof.rows import prove_rows
-from funcpipe._src.proof.verify import Findings
+from funcpipe._src.proof.verify import SequenceProof
 from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import BatchError
 
@@ -51,7 +51,7 @@ class SplitProof:
 
     dims: frozenset[str]
     exact: bool
-    positions: Findings | None
+    positions: SequenceProof | None
 
     def __str__(self) -> str:
         lines = [f"split and proven: {', '.join(sorted(self.dims)) or 'nothing'}"]
@@ -99,7 +99,7 @@ def prove_batch(
     return proven
 
 
-def split_proof(split: BatchSplit, positions: Findings | None, exact: bool) -> SplitProof:
+def split_proof(split: BatchSplit, positions: SequenceProof | None, exact: bool) -> SplitProof:
     """The record of what was proven of a split."""
     dims = set()
     over_axes = [cut for cut in split.all_cuts if cut.axes]

@@ -13,7 +13,7 @@ from funcpipe._src.core import pytree
 from funcpipe._src.core.loss_types import AUX_LEAF, Mean, Rows, is_summary
 from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.graph.trace import Traced
-from funcpipe._src.proof.verify import Findings
+from funcpipe._src.proof.verify import SequenceProof
 from funcpipe.errors import BatchError
 
 
@@ -29,7 +29,9 @@ def summed_outputs(joint: Traced) -> frozenset[int]:
     return frozenset(found)
 
 
-def row_layouts(joint: Traced, proof: Findings | None) -> dict[int, tuple[int, SequenceLayout]]:
+def row_layouts(
+    joint: Traced, proof: SequenceProof | None
+) -> dict[int, tuple[int, SequenceLayout]]:
     """By output, for every `Rows` in aux whose positions are split, along which dim and how."""
     if proof is None:
         return {}

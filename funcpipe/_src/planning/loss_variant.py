@@ -24,7 +24,7 @@ from funcpipe._src.planning.compile_inputs import CallInputs, CompileInputs, Sta
 from funcpipe._src.planning.local_batch import LocalBatch
 from funcpipe._src.planning.loss_outputs import check_aux
 from funcpipe._src.planning.weight_layout import traced_params
-from funcpipe._src.proof.verify import Findings, examine
+from funcpipe._src.proof.verify import SequenceProof, prove_sequence
 from funcpipe._src.sequence.rewrite import rewriting
 from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import BatchError
@@ -62,7 +62,7 @@ class LossVariant:
         units: the graph cut at its boundaries.
     """
 
-    proof: Findings | None
+    proof: SequenceProof | None
     checked: CheckedLoss
     units: Units
 
@@ -98,12 +98,12 @@ def compile_loss(
 
 def _prove(
     inputs: CallInputs, params: Sequence[torch.Tensor], local: LocalBatch
-) -> Findings | None:
+) -> SequenceProof | None:
     """That ranks with a part of the positions compute what one device does."""
     if not local.splits_positions:
         return None
     call, resolved = inputs.call, inputs.resolved
-    return examine(
+    return prove_sequence(
         call.loss_fn,
         call.has_aux,
         pytree.unflatten(call.params_spec, params),
@@ -121,7 +121,7 @@ def _trace(
     inputs: CallInputs,
     params: list[torch.Tensor],
     local: LocalBatch,
-    proof: Findings | None,
+    proof: SequenceProof | None,
 ) -> Traced:
     call, resolved = inputs.call, inputs.resolved
 

@@ -1,13 +1,12 @@
-"""Pairs: two tapes of one loss function, walked side by side, as a rank runs it and as one device
+"""Alignment: two recordings of one loss function side by side, as a rank runs it and as one device
 does.
 
-Terms. Tape A is a rank's, tape B one device's. A `OpCall` is one op of both. What only copies
-(``clone``, which ``reshape`` and ``contiguous`` make where strides ask for it) or takes all (an
-index that is cut to the length) may stand on one tape alone; so do collectives over the axes of the
-sequence, which one device does not have. Everything else has to be the same, op by op: a loss
-function takes no other way for another length.
+Everything has to be the same in both, op by op: a loss function takes no other way for another
+length. Three things may stand in one recording alone: what only copies (``clone``, which
+``reshape`` and ``contiguous`` make where strides ask for it), an index that is cut to the length
+and takes all, and collectives over the axes of the sequence, which one device does not have.
 
-In: two tapes. Out: calls in order, with what differs between them as `Differs`.
+In: two recordings. Out: calls in order, with arguments that differ between them as `Differs`.
 """
 
 from __future__ import annotations
@@ -18,49 +17,72 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcpipe._src.core.source_lines import Line
 from funcpipe._src.proof.loops import rolled
-from funcpipe._src.proof.op_recorder import BEGIN, BUFFER, NAMED, STATISTIC, Entry, Ref, Tape
+from funcpipe._src.proof.recording import (
+    BEGIN,
+    BUFFER,
+    NAMED,
+    STATISTIC,
+    RecordedOp,
+    Recording,
+    TensorRef,
+    holds_refs,
+)
+from funcpipe._src.proof.words import POSITIONS, Words
 from funcpipe.errors import SequenceError
 
 WAIT = "funcpipe::wait"
-_SAME = {
+_SAME_RULE = {
     "_unsafe_view": "view",
     "reshape": "view",
     "_reshape_alias": "view",
     "alias": "detach",
     "lift_fresh": "detach",
 }
+_COPIES = ("clone", "alias")
+_DECLARED = (BEGIN, STATISTIC, BUFFER)  # of a sequence, the ops between them count
+_SUMMED = ("funcpipe::psum_start", "funcpipe::pmax_start")
 
 
 @dataclass(frozen=True)
 class Differs:
-    """An argument that is ``a`` on a rank and ``b`` on one device."""
+    """An argument that is ``local`` on a rank and ``full`` on one device."""
 
-    a: Any
-    b: Any
+    local: Any
+    full: Any
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
-    """A tensor of both tapes: its numbers and shapes on A and B."""
+class AlignedTensor:
+    """A tensor of both recordings.
+
+    Args:
+        number, other: its numbers, in the recording of the rank and of one device.
+        local, full: its shapes there.
+    """
 
     number: int
     other: int
-    a: tuple[int, ...]
-    b: tuple[int, ...]
+    local: tuple[int, ...]
+    full: tuple[int, ...]
     dtype: torch.dtype
+
+    def sizes(self, dim: int) -> tuple[int, int]:
+        """The sizes of a dim, on a rank and on one device."""
+        return self.local[dim], self.full[dim]
 
 
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """One op of both tapes.
+    """One op of both recordings.
 
     Args:
         name: of its rule: that of the op, without the ``_`` of one that writes to its operand.
         func: the op itself; None for a known call, or a collective over the axes of the sequence.
-        args: by name; tensors as `Pair`.
+        args: by name; tensors as `AlignedTensor`.
         outs: its results.
         where: the op and the line of the user's code, for messages.
     """
@@ -68,236 +90,276 @@ class OpCall:
     name: str
     func: Any
     args: dict[str, Any]
-    outs: tuple[Pair, ...]
+    outs: tuple[AlignedTensor, ...]
     where: str
 
 
 @dataclass
-class Walk:
-    """Two tapes, and how far they have been walked.
+class Alignment:
+    """Two recordings, and how far they have been aligned.
 
     Args:
-        a, b: the tapes of a rank and of one device.
+        local, full: the recordings of a rank and of one device.
         axes: of what is split, those with more than one rank.
         rows: whether that is the rows of the batch.
-        partner: for a tensor of A, that of B.
-        origin: for a copy on tape B alone, what it is a copy of.
-        copies: tensors of B that are copied on one tape alone.
+        words: how errors name what is split.
+        partner: for a tensor of the rank, that of one device.
+        origin: for a copy on one device alone, the tensor that it copies.
+        copies: tensors of one device that are copied in one recording alone.
     """
 
-    a: Tape
-    b: Tape
+    local: Recording
+    full: Recording
     axes: frozenset[str]
     rows: bool = False
-    partner: dict[int, Ref] = field(default_factory=dict)
+    words: Words = POSITIONS
+    partner: dict[int, TensorRef] = field(default_factory=dict)
     origin: dict[int, int] = field(default_factory=dict)
     copies: set[int] = field(default_factory=set)
+    _next_local: int = 0
+    _next_full: int = 0
 
-    def inputs(self, count: int) -> list[Pair]:
+    def inputs(self, count: int) -> list[AlignedTensor]:
         """The tensors that came in."""
-        for x, y in zip(self.a.inputs(count), self.b.inputs(count), strict=True):
-            self.partner[x.number] = y
-        return [self.pair(x) for x in self.a.inputs(count)]
+        inputs = self.local.inputs(count)
+        for local, full in zip(inputs, self.full.inputs(count), strict=True):
+            self.partner[local.number] = full
+        return [self.pair(local) for local in inputs]
 
-    def pair(self, x: Ref) -> Pair:
-        """A tensor of tape A with its partner."""
-        other = self.partner[x.number]
-        return Pair(x.number, other.number, x.shape, other.shape, x.dtype)
+    def pair(self, local: TensorRef) -> AlignedTensor:
+        """A tensor of the rank with its partner."""
+        full = self.partner[local.number]
+        return AlignedTensor(local.number, full.number, local.shape, full.shape, local.dtype)
+
+    # ---- which ops belong together
 
     def calls(self) -> Iterator[OpCall]:
         """The calls, in order.
 
         Raises:
-            SequenceError: the tapes differ.
+            SequenceError: the recordings differ.
         """
-        i = j = 0
-        while i < len(self.a.entries) or j < len(self.b.entries):
-            x = self.a.entries[i] if i < len(self.a.entries) else None
-            y = self.b.entries[j] if j < len(self.b.entries) else None
-            if self.rows and x is not None and y is not None and x.name == y.name == BEGIN:
-                i, j = _end(self.a, i), _end(self.b, j)
-                if not self._fits(self.a.entries[i], self.b.entries[j]):
-                    raise _other_way(self.a.entries[i], self.b.entries[j])
-                yield self._both(self.a.entries[i], self.b.entries[j])
-                i, j = i + 1, j + 1
-            elif not self.rows and x is not None and x.name in _DECLARED:
-                i += 1
-            elif not self.rows and y is not None and y.name in _DECLARED:
-                j += 1
-            elif x is not None and axes_of(x) and axes_of(x) <= self.axes:
-                yield self._collective(
-                    x, self.a.entries[i + 1] if i + 1 < len(self.a.entries) else x
-                )
-                i += 2
-            elif (
-                self.rows
-                and x is not None
-                and y is not None
-                and x.name == "unbind"
-                and self._rolled(i, j)
-            ):
-                pass
-            elif x is not None and y is not None and self._fits(x, y):
-                yield self._both(x, y)
-                i, j = i + 1, j + 1
-            elif x is not None and (x.name in _ALONE or self._saved(i)):
-                yield self._alone_on_a(x)
-                i += 1
-            elif y is not None and y.name in _ALONE:
-                self._alone_on_b(y)
-                j += 1
-            elif x is not None and x.name == "slice":
-                yield self._slice_of_all(x)
-                i += 1
-            elif x is not None and x.name == "div" and i and self.a.entries[i - 1].name == WAIT:
-                raise SequenceError(
-                    f"fp.pmean{text(x.line)}: ranks may hold unequal numbers of positions, so the "
-                    "mean of what they have is not what one device has. Write fp.psum of a sum "
-                    "over fp.psum of a count"
-                )
+        while True:
+            local = self.local.entry(self._next_local)
+            full = self.full.entry(self._next_full)
+            if local is None and full is None:
+                return
+            if self._skip_declared(local, full) or self._roll_loop(local, full):
+                continue
+            if local is not None and axes_of(local) and axes_of(local) <= self.axes:
+                yield self._collective(local)
+                self._next_local += 2
+            elif local is not None and full is not None and self._fits(local, full):
+                yield self._both(local, full)
+                self._next_local += 1
+                self._next_full += 1
+            elif local is not None and self._may_stand_alone(local):
+                yield self._alone_on_rank(local)
+                self._next_local += 1
+            elif full is not None and full.name in _COPIES:
+                self._alone_on_one_device(full)
+                self._next_full += 1
+            elif local is not None and local.name == "slice":
+                yield self._slice_of_all(local)
+                self._next_local += 1
             else:
-                raise _other_way(x, y)
+                raise self._other_way(local, full)
 
-    def _rolled(self, i: int, j: int) -> bool:
-        """Whether a loop over rows begins here that can be, and now is, one turn."""
-        x, y = self.a.entries[i], self.b.entries[j]
-        if y.name != "unbind" or len(x.outs) == len(y.outs):
+    def _skip_declared(self, local: RecordedOp | None, full: RecordedOp | None) -> bool:
+        """Go on to the end of a declared batch statistic, which stands for its ops; of a sequence,
+        go on to its ops."""
+        if not self.rows:
+            if local is not None and local.name in _DECLARED:
+                self._next_local += 1
+                return True
+            if full is not None and full.name in _DECLARED:
+                self._next_full += 1
+                return True
             return False
-        found = rolled(self.a.entries[i:], self.b.entries[j:])
-        if found is not None:
-            self.a.entries[i:], self.b.entries[j:] = found
-        return found is not None
-
-    def _saved(self, i: int) -> bool:
-        """Whether an entry of A is the alias of a collective's result that autograd saves."""
-        x, before = self.a.entries[i], self.a.entries[i - 1]
-        return (
-            x.name == "detach"
-            and before.name == WAIT
-            and x.args["self"].number == before.outs[0].number
-        )
-
-    def _fits(self, x: Entry, y: Entry) -> bool:
-        """Whether two entries do the same to the same tensors."""
-        same = _name(x) == _name(y) and x.args.keys() == y.args.keys() and x.grad == y.grad
-        return same and self._alike(list(x.args.values()), list(y.args.values()))
-
-    def _alike(self, x: Any, y: Any) -> bool:
-        if isinstance(x, Ref) or isinstance(y, Ref):
-            return (
-                isinstance(x, Ref)
-                and isinstance(y, Ref)
-                and self.partner[x.number].number == self._original(y)
-            )
-        if _holds_refs(x) or _holds_refs(y):
-            return len(x) == len(y) and all(self._alike(p, q) for p, q in zip(x, y, strict=True))
+        if local is None or full is None:
+            return False
+        if not local.name == full.name == BEGIN:
+            return False
+        self._next_local = _end_of_statistic(self.local, self._next_local)
+        self._next_full = _end_of_statistic(self.full, self._next_full)
+        ends = self.local.entries[self._next_local], self.full.entries[self._next_full]
+        if not self._fits(*ends):
+            raise self._other_way(*ends)
         return True
 
-    def _original(self, y: Ref) -> int:
-        return self.origin.get(y.number, y.number)
+    def _roll_loop(self, local: RecordedOp | None, full: RecordedOp | None) -> bool:
+        """Whether a loop over rows begins here; it is replaced by one turn."""
+        if not self.rows or local is None or full is None:
+            return False
+        if not local.name == full.name == "unbind":
+            return False
+        if len(local.outs) == len(full.outs):
+            return False
+        of_rank = self.local.entries[self._next_local :]
+        found = rolled(of_rank, self.full.entries[self._next_full :])
+        if found is None:
+            return False
+        self.local.entries[self._next_local :], self.full.entries[self._next_full :] = found
+        return True
 
-    def _both(self, x: Entry, y: Entry) -> OpCall:
-        if len(x.outs) != len(y.outs):
+    def _fits(self, local: RecordedOp, full: RecordedOp) -> bool:
+        """Whether two ops do the same to the same tensors."""
+        if rule_name(local) != rule_name(full):
+            return False
+        if local.grad != full.grad:
+            return False
+        if local.args.keys() != full.args.keys():
+            return False
+        return self._alike(list(local.args.values()), list(full.args.values()))
+
+    def _alike(self, local: Any, full: Any) -> bool:
+        if isinstance(local, TensorRef) and isinstance(full, TensorRef):
+            return self.partner[local.number].number == self._original(full)
+        if isinstance(local, TensorRef):
+            return False
+        if isinstance(full, TensorRef):
+            return False
+        if not holds_refs(local) and not holds_refs(full):
+            return True
+        return len(local) == len(full) and all(map(self._alike, local, full))
+
+    def _original(self, full: TensorRef) -> int:
+        return self.origin.get(full.number, full.number)
+
+    # ---- calls
+
+    def _both(self, local: RecordedOp, full: RecordedOp) -> OpCall:
+        if len(local.outs) != len(full.outs):
+            words = self.words
             raise SequenceError(
-                f"{op_name(x)}{text(x.line)} gives {len(x.outs)} tensors on a rank and "
-                f"{len(y.outs)} on one device, one for every position: a loop over positions ends "
-                "on a rank where its slice ends. Compute all positions at once"
+                f"{where(local)} gives {len(local.outs)} tensors {words.at_owner} and "
+                f"{len(full.outs)} on one device, one for every {words.item}: {words.loop_advice}"
             )
-        args = {k: self._merged(v, y.args[k]) for k, v in x.args.items()}
-        for p, q in zip(x.outs, y.outs, strict=True):
-            if p.dtype != q.dtype:
-                raise _other_way(x, y)
-            found = Ref(self._original(q), q.shape, q.dtype)
-            if self.partner.setdefault(p.number, found).number == found.number:
-                self.partner[p.number] = found  # of another shape, perhaps
-        return OpCall(
-            _name(x), x.func, args, tuple(map(self.pair, x.outs)), f"{op_name(x)}{text(x.line)}"
-        )
+        args = {name: self._merged(value, full.args[name]) for name, value in local.args.items()}
+        for out, other in zip(local.outs, full.outs, strict=True):
+            if out.dtype != other.dtype:
+                raise self._other_way(local, full)
+            found = TensorRef(self._original(other), other.shape, other.dtype)
+            if self.partner.setdefault(out.number, found).number == found.number:
+                self.partner[out.number] = found  # of another shape, perhaps
+        return self._call(local, args)
 
-    def _merged(self, x: Any, y: Any) -> Any:
-        if isinstance(x, Ref):
-            return self.pair(x)
-        if _holds_refs(x):
-            return [self._merged(p, q) for p, q in zip(x, y, strict=True)]
-        return x if _same(x, y) else Differs(x, y)
+    def _call(self, local: RecordedOp, args: dict[str, Any]) -> OpCall:
+        outs = tuple(map(self.pair, local.outs))
+        return OpCall(rule_name(local), local.func, args, outs, where(local))
 
-    def _alone_on_a(self, x: Entry) -> OpCall:
-        source, out = self.partner[x.args["self"].number], x.outs[0]
-        self.partner[out.number] = source
-        if x.name == "clone":
+    def _merged(self, local: Any, full: Any) -> Any:
+        if isinstance(local, TensorRef):
+            return self.pair(local)
+        if holds_refs(local):
+            return [self._merged(*values) for values in zip(local, full, strict=True)]
+        if _same(local, full):
+            return local
+        return Differs(local, full)
+
+    def _may_stand_alone(self, local: RecordedOp) -> bool:
+        """Whether an op copies, or is the alias that autograd saves of a collective's result."""
+        if local.name in _COPIES:
+            return True
+        before = self.local.entries[self._next_local - 1]
+        if local.name != "detach" or before.name != WAIT:
+            return False
+        return local.args["self"].number == before.outs[0].number
+
+    def _alone_on_rank(self, local: RecordedOp) -> OpCall:
+        source = self.partner[local.args["self"].number]
+        self.partner[local.outs[0].number] = source
+        if local.name == "clone":
             self.copies.add(source.number)
-        return OpCall(
-            _name(x),
-            x.func,
-            {"self": self.pair(x.args["self"])},
-            (self.pair(out),),
-            f"{op_name(x)}{text(x.line)}",
-        )
+        return self._call(local, {"self": self.pair(local.args["self"])})
 
-    def _alone_on_b(self, y: Entry) -> None:
-        source = self._original(y.args["self"])
-        self.origin[y.outs[0].number] = source
-        if y.name == "clone":
+    def _alone_on_one_device(self, full: RecordedOp) -> None:
+        source = self._original(full.args["self"])
+        self.origin[full.outs[0].number] = source
+        if full.name == "clone":
             self.copies.add(source)
 
-    def _slice_of_all(self, x: Entry) -> OpCall:
+    def _slice_of_all(self, local: RecordedOp) -> OpCall:
         """A slice that takes all on one device, where indexing leaves it out."""
-        source = self.partner[x.args["self"].number]
-        self.partner[x.outs[0].number] = source
-        whole = {"start": 0, "end": source.shape[x.args["dim"]], "step": 1}
-        args: dict[str, Any] = {k: Differs(x.args[k], v) for k, v in whole.items()}
-        args |= {"self": self.pair(x.args["self"]), "dim": x.args["dim"]}
-        return OpCall("slice", x.func, args, (self.pair(x.outs[0]),), f"{op_name(x)}{text(x.line)}")
+        operand = local.args["self"]
+        dim = local.args["dim"]
+        source = self.partner[operand.number]
+        self.partner[local.outs[0].number] = source
+        args: dict[str, Any] = {"self": self.pair(operand), "dim": dim}
+        for name, full in (("start", 0), ("end", source.shape[dim]), ("step", 1)):
+            args[name] = Differs(local.args[name], full)
+        return self._call(local, args)
 
-    def _collective(self, start: Entry, wait: Entry) -> OpCall:
-        """A collective over the axes of the sequence, which is nothing on one device."""
+    def _collective(self, start: RecordedOp) -> OpCall:
+        """A collective over the axes of the sequence, which one device does not have."""
         if start.name not in _SUMMED:
             raise SequenceError(
-                f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: what a rank "
-                "makes of its place among the ranks that split the sequence cannot be proven to "
-                "be what one device computes. fp.positions(x, dim) numbers positions; fp.psum(x, "
-                "axis) sums over ranks"
+                f"{op_name(start)} over {start.args['axes']!r}{text(start.line)}: "
+                f"{self.words.place_advice}"
             )
-        source = start.args["x"]
-        self.partner[wait.outs[0].number] = self.partner[source.number]
-        args = {"x": self.pair(source), "axes": Differs(start.args["axes"], "")}
-        return OpCall(
-            start.name,
-            None,
-            args,
-            (self.pair(wait.outs[0]),),
-            f"{op_name(start)}{text(start.line)}",
+        wait = self.local.entry(self._next_local + 1) or start
+        operand = start.args["x"]
+        out = wait.outs[0]
+        self.partner[out.number] = self.partner[operand.number]
+        args = {"x": self.pair(operand), "axes": Differs(start.args["axes"], "")}
+        return OpCall(start.name, None, args, (self.pair(out),), where(start))
+
+    # ---- errors
+
+    def _other_way(self, local: RecordedOp | None, full: RecordedOp | None) -> SequenceError:
+        before = self.local.entry(self._next_local - 1) if self._next_local else None
+        if local is not None and local.name == "div" and before and before.name == WAIT:
+            return SequenceError(
+                f"fp.pmean{text(local.line)}: ranks may hold unequal numbers of positions, so the "
+                "mean of what they have is not what one device has. Write fp.psum of a sum over "
+                "fp.psum of a count"
+            )
+        items = self.words.items
+        return SequenceError(
+            f"the loss function takes another way for another number of {items}: with "
+            f"{self.words.share} it does {_result(local)}, with all {items} it does "
+            f"{_result(full)}. What it does must not depend on the number of {items}"
         )
 
 
-_ALONE = ("clone", "alias")
-_DECLARED = (BEGIN, STATISTIC, BUFFER)  # of a sequence, the ops between them count
-_SUMMED = ("funcpipe::psum_start", "funcpipe::pmax_start")
+def _result(entry: RecordedOp | None) -> str:
+    if entry is None:
+        return "nothing more"
+    shape = f" of shape {entry.outs[0].shape}" if entry.outs else ""
+    return f"{where(entry)}{shape}"
 
 
-def _end(tape: Tape, i: int) -> int:
+def _end_of_statistic(recording: Recording, first: int) -> int:
     """Where the batch statistic ends that begins at an entry."""
-    return next(k for k in range(i, len(tape.entries)) if tape.entries[k].name == STATISTIC)
+    for place in range(first, len(recording.entries)):
+        if recording.entries[place].name == STATISTIC:
+            return place
+    raise AssertionError("a batch statistic has no end")
 
 
-def axes_of(x: Entry) -> frozenset[str]:
+def axes_of(entry: RecordedOp) -> frozenset[str]:
     """The axes that a collective names."""
-    return (
-        frozenset(x.args["axes"].split(","))
-        if x.name.startswith("funcpipe::") and "axes" in x.args
-        else frozenset()
-    )
+    if entry.name.startswith("funcpipe::") and "axes" in entry.args:
+        return frozenset(entry.args["axes"].split(","))
+    return frozenset()
 
 
-def op_name(x: Entry) -> str:
+def where(entry: RecordedOp) -> str:
+    """The name of an op and the line of code, for messages."""
+    return f"{op_name(entry)}{text(entry.line)}"
+
+
+def op_name(entry: RecordedOp) -> str:
     """The name of an op, for messages."""
-    if x.name == NAMED:
-        return f"fp.{x.args['kind']}"
-    if x.func is None:
-        return x.name.replace("_", "-")
-    if x.name.startswith("funcpipe::"):
-        return "fp." + x.name.removeprefix("funcpipe::").removesuffix("_start")
-    return x.name if "::" in x.name else "aten." + x.name
+    if entry.name == NAMED:
+        return f"fp.{entry.args['kind']}"
+    if entry.func is None:
+        return entry.name.replace("_", "-")
+    if entry.name.startswith("funcpipe::"):
+        return "fp." + entry.name.removeprefix("funcpipe::").removesuffix("_start")
+    if "::" in entry.name:
+        return entry.name
+    return "aten." + entry.name
 
 
 def text(line: Line | None) -> str:
@@ -305,31 +367,19 @@ def text(line: Line | None) -> str:
     return "" if line is None else str(line)
 
 
-def _name(entry: Entry) -> str:
+def rule_name(entry: RecordedOp) -> str:
+    """The name of an op's rule."""
     name = entry.name
-    if entry.func is not None and name.endswith("_") and not name.endswith("__"):
+    writes_to_operand = name.endswith("_") and not name.endswith("__")
+    if entry.func is not None and writes_to_operand:
         name = name[:-1]
-    return _SAME.get(name, name)
+    return _SAME_RULE.get(name, name)
 
 
-def _holds_refs(x: Any) -> bool:
-    return isinstance(x, list | tuple) and any(isinstance(y, Ref) for y in x)
-
-
-def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, torch.Tensor):
-        return x.dtype == y.dtype and x.tolist() == y.tolist()
-    same = type(x) is type(y) and x == y
-    return bool(same) or (
-        isinstance(x, float) and isinstance(y, float) and math.isnan(x) and math.isnan(y)
-    )
-
-
-def _other_way(x: Entry | None, y: Entry | None) -> SequenceError:
-    one, other = ("nothing more" if e is None else f"{op_name(e)}{text(e.line)}" for e in (x, y))
-    shapes = ["" if e is None or not e.outs else f" of shape {e.outs[0].shape}" for e in (x, y)]
-    return SequenceError(
-        "the loss function takes another way for another length: where a rank, which has its "
-        f"slice of the sequence, does {one}{shapes[0]}, one device does {other}{shapes[1]}. What "
-        "it does must not depend on the number of positions"
-    )
+def _same(local: Any, full: Any) -> bool:
+    if isinstance(local, Tensor):
+        return local.dtype == full.dtype and local.tolist() == full.tolist()
+    if type(local) is type(full) and local == full:
+        return True
+    floats = isinstance(local, float) and isinstance(full, float)
+    return floats and math.isnan(local) and math.isnan(full)

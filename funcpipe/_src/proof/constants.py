@@ -1,100 +1,130 @@
-"""Constants: tensors that a loss function makes of numbers alone, such as tables of relative
-positions, have their values.
+"""Constants: the values of tensors that a loss function makes of numbers alone, such as tables of
+relative positions.
 
 Where the ops that made one do not tell how its entries go with those of rows beside it, its values
 do.
 
-In: two tapes. Out: whether a constant of a part is what one device has for the part's rows, in some
-layout.
+In: two recordings. Out: whether a constant of a part is what one device has for the part's rows, in
+some layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from funcpipe._src.proof.align import Pair, Walk
-from funcpipe._src.proof.op_recorder import CONSTANT, Entry, Ref, Tape, refs, writes
-from funcpipe._src.proof.placements import Shard, World
+from funcpipe._src.proof.align import AlignedTensor, Alignment
+from funcpipe._src.proof.placements import Shard, SplitContext
+from funcpipe._src.proof.recording import CONSTANT, RecordedOp, Recording, TensorRef, refs, writes
 
 _LARGEST = 1 << 20  # numbers in a tensor that is computed
 
 
 class Constants:
-    """The values of what two tapes make of numbers alone."""
+    """The values of what two recordings make of numbers alone."""
 
-    def __init__(self, walk: Walk) -> None:
-        self.a, self.b = _Values(walk.a), _Values(walk.b)
+    def __init__(self, alignment: Alignment) -> None:
+        self.local = _Values(alignment.local)
+        self.full = _Values(alignment.full)
 
-    def value(self, x: Pair) -> torch.Tensor | None:
+    def value(self, tensor: AlignedTensor) -> Tensor | None:
         """The value of a tensor of numbers alone that a part and one device have alike."""
-        a, b = self.a.of(x.number), self.b.of(x.other)
-        return a if a is not None and b is not None and torch.equal(a, b) else None
+        local = self.local.of(tensor.number)
+        full = self.full.of(tensor.other)
+        if local is None or full is None:
+            return None
+        if not torch.equal(local, full):
+            return None
+        return local
 
-    def lies(self, x: Pair, state: Shard, world: World) -> bool:
+    def lies(self, tensor: AlignedTensor, placement: Shard, split: SplitContext) -> bool:
         """Whether a tensor is made of numbers alone, and is split by rows in a layout."""
-        own, whole = world.lengths[state.part]
-        if any(math.prod(shape) > _LARGEST for shape in (x.a, x.b)) or not own:
+        rows, all_rows = split.lengths[placement.layout]
+        numbers = math.prod(tensor.local), math.prod(tensor.full)
+        if max(numbers) > _LARGEST:
             return False
-        rest = state.outer * state.inner
-        if (x.a[state.dim], x.b[state.dim]) != (own * rest, whole * rest):
+        if not rows:
             return False
-        a, b = self.a.of(x.number), self.b.of(x.other)
-        if a is None or b is None:
+        dim = placement.dim
+        multiple = placement.outer * placement.inner
+        sizes = tensor.sizes(dim)
+        if sizes != (rows * multiple, all_rows * multiple):
             return False
-        part, all_rows = (
-            v.unflatten(state.dim, (state.outer, n, state.inner)) for v, n in ((a, own), (b, whole))
-        )
-        return all(torch.equal(part, rows) for rows in all_rows.split(own, state.dim + 1))
+        local = self.local.of(tensor.number)
+        full = self.full.of(tensor.other)
+        if local is None or full is None:
+            return False
+        outer = placement.outer
+        inner = placement.inner
+        part = local.unflatten(dim, (outer, rows, inner))
+        whole = full.unflatten(dim, (outer, all_rows, inner))
+        pieces = whole.split(rows, dim + 1)
+        return all(torch.equal(part, piece) for piece in pieces)
 
 
 class _Values:
-    """Values of one tape."""
+    """Values of one recording.
 
-    def __init__(self, tape: Tape) -> None:
-        self.maker: dict[int, tuple[Entry, int]] = {}
-        self.known: dict[int, torch.Tensor | None] = {}
-        for e in tape.entries:
-            for k, out in enumerate(e.outs):
-                self.maker.setdefault(out.number, (e, k))
-            if writes(e):
-                self.known |= dict.fromkeys(
-                    (r.number for r in (*refs(e.args.values()), *e.outs)), None
-                )
+    Args:
+        known: of a tensor that an op writes to: None.
+    """
 
-    def of(self, number: int) -> torch.Tensor | None:
+    def __init__(self, recording: Recording) -> None:
+        self.makers: dict[int, tuple[RecordedOp, int]] = {}
+        self.known: dict[int, Tensor | None] = {}
+        for entry in recording.entries:
+            for place, out in enumerate(entry.outs):
+                self.makers.setdefault(out.number, (entry, place))
+            if writes(entry):
+                operands = refs(entry.args.values())
+                for ref in (*operands, *entry.outs):
+                    self.known[ref.number] = None
+
+    def of(self, number: int) -> Tensor | None:
         """The value of a tensor; None if it comes from params, the batch or a rank, or changes."""
         if number not in self.known:
-            self.known[number] = (
-                self._computed(*self.maker[number]) if number in self.maker else None
-            )
+            maker = self.makers.get(number)
+            self.known[number] = None if maker is None else self._computed(*maker)
         return self.known[number]
 
-    def _computed(self, e: Entry, k: int) -> torch.Tensor | None:
-        if e.name == CONSTANT:
-            return e.args["value"]
-        tags = getattr(e.func, "tags", ())
-        if (
-            not hasattr(e.func, "_schema")
-            or e.func.namespace != "aten"
-            or torch.Tag.nondeterministic_seeded in tags
-        ):
+    def _computed(self, entry: RecordedOp, place: int) -> Tensor | None:
+        if entry.name == CONSTANT:
+            return entry.args["value"]
+        func = entry.func
+        if not hasattr(func, "_schema"):
             return None
-        values = {r.number: self.of(r.number) for r in refs(e.args.values())}
-        if None in values.values() or math.prod(e.outs[k].shape) > _LARGEST:
+        if func.namespace != "aten":
             return None
-        args = tree_map_only(Ref, lambda r: values[r.number], e.args) | (
-            {"device": "cpu"} if "device" in e.args else {}
-        )
-        return _called(e.func, args, k)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return None
+        operands = refs(entry.args.values())
+        values = {ref.number: self.of(ref.number) for ref in operands}
+        if None in values.values():
+            return None
+        if math.prod(entry.outs[place].shape) > _LARGEST:
+            return None
+
+        def value_of(ref: TensorRef) -> Any:
+            return values[ref.number]
+
+        args = tree_map_only(TensorRef, value_of, entry.args)
+        if "device" in args:
+            args["device"] = "cpu"
+        out = _called(func, args)
+        if isinstance(out, Tensor):
+            return out
+        return out[place]
 
 
-def _called(func: Any, args: dict[str, Any], k: int) -> torch.Tensor:
-    names = func._schema.arguments
-    given: Sequence[Any] = [args[p.name] for p in names if not p.kwarg_only]
-    out = func(*given, **{p.name: args[p.name] for p in names if p.kwarg_only})
-    return out if isinstance(out, torch.Tensor) else out[k]
+def _called(func: Any, args: dict[str, Any]) -> Any:
+    positional, named = [], {}
+    for parameter in func._schema.arguments:
+        if parameter.kwarg_only:
+            named[parameter.name] = args[parameter.name]
+        else:
+            positional.append(args[parameter.name])
+    return func(*positional, **named)

@@ -1,14 +1,14 @@
 """Gradients that the user wrote: the backward of every autograd.Function in a loss is run and
-written down, too.
+recorded, too.
 
 Torch's own gradients are exact; those of user code may be anything. A loss that is proven to be the
-sum over ranks fixes what the gradient of every tensor is (`states.dual`): a slice of a slice's, a
-part of the sum for what every rank has. So each such backward gets gradients of that state, and has
-to make gradients of that state. `fp.value_and_grad` takes gradients the same way; nothing else of
-this run is looked at.
+sum over ranks fixes what the gradient of every tensor is (`placements.dual`): the slice of the
+gradient for a slice, a summand of it for what every rank has. So each such backward gets gradients
+of that placement, and has to make gradients of that placement. `fp.value_and_grad` takes gradients
+the same way; nothing else of this run is looked at.
 
-In: a tape that holds the loss. Out: entries for what the backward of user code does, and for what
-has to hold of it.
+In: a recording that holds the loss. Out: entries for what the backward of user code does, and for
+the gradients that it gets and makes.
 """
 
 from __future__ import annotations
@@ -18,138 +18,172 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcpipe._src.core.source_lines import caller, from_torch, user_line
-from funcpipe._src.proof.op_recorder import Entry, Tape
+from funcpipe._src.proof.recording import RecordedOp, Recording
 from funcpipe.errors import SequenceError
 
 COTANGENT, GRADIENT = "cotangent", "gradient"
-Made = dict[tuple[Any, int], torch.Tensor]  # by the node that made it, and as which of its results
-_GRAD_FN: Any = torch.Tensor.grad_fn
+_GRAD_FN: Any = Tensor.grad_fn
 _TRUSTED = ("torch.utils.checkpoint", "funcpipe.")
+# Tensors by the autograd node that made them, and its result. By node, not by its id: Python's
+# object of a node lives only as long as something holds it.
+Made = dict[tuple[Any, int], Tensor]
 
 
 class NoHooks(TorchFunctionMode):
-    """Refuses hooks on gradients: they may change one in any way. With a tape, they are written on
-    it, like a backward."""
+    """Refuses hooks on gradients, which may change one in any way. With a recording, they are
+    recorded like a backward."""
 
-    def __init__(self, tape: Tape | None = None) -> None:
+    def __init__(self, recording: Recording | None = None) -> None:
         super().__init__()
-        self.tape = tape
+        self.recording = recording
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        theirs = [f.__module__ for f in hooks or () if not f.__module__.startswith("torch.")]
-        node = func == _GRAD_FN.__get__ and not from_torch(caller(sys._getframe(1)))
-        if func is torch.Tensor.register_hook and self.tape is not None:
-            self.tape.hooked = True
-            return func(args[0], _judged(self.tape, args[0], args[1]))
-        if func is torch.Tensor.register_hook or node or theirs:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        hooks = func is Tensor.register_hook
+        if hooks and self.recording is not None:
+            self.recording.hooked = True
+            tensor, hook = args
+            return func(tensor, _recorded_hook(self.recording, tensor, hook))
+        takes_node = func == _GRAD_FN.__get__ and not from_torch(caller(sys._getframe(1)))
+        if hooks or takes_node or _saved_tensors_hooks():
             raise _hooked()
         return func(*args, **(kwargs or {}))
+
+
+def _saved_tensors_hooks() -> bool:
+    """Whether user code has hooks on tensors that are saved for gradients."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False) or ()
+    return any(not hook.__module__.startswith("torch.") for hook in hooks)
 
 
 def _hooked() -> SequenceError:
     return SequenceError(
         "the loss function puts a hook on a gradient, or on tensors that are saved for "
-        f"one{user_line() or ''}: what that does to a slice's gradient cannot be proven to be what "
-        "one device does. Change gradients after fp.value_and_grad"
+        f"one{user_line() or ''}: it cannot be proven that this does to gradients what it does on "
+        "one device. Change gradients after fp.value_and_grad"
     )
 
 
-def _judged(tape: Tape, x: torch.Tensor, hook: Callable) -> Callable:
-    """A hook on the gradient of a tensor that is written down where the gradient is taken to be
-    judged."""
+def _recorded_hook(recording: Recording, tensor: Tensor, hook: Callable) -> Callable:
+    """A hook on the gradient of a tensor, which is recorded when gradients are judged."""
 
-    def run(g: torch.Tensor) -> torch.Tensor | None:
-        if not tape.judging:
-            return hook(g)
-        out = hook(_cotangent(tape, g, x))
+    def run(grad: Tensor) -> Tensor | None:
+        if not recording.judging:
+            return hook(grad)
+        out = hook(_cotangent(recording, grad, tensor))
         if out is not None:
-            args: dict[str, Any] = {
-                "grad": tape.ref(out),
-                "function": "a hook on a gradient",
-                "of": tape.ref(x),
-            }
-            tape.entries.append(Entry(GRADIENT, None, args, (), None))
+            _gradient(recording, "a hook on a gradient", out, tensor)
         return out
 
     return run
 
 
-def record(
-    tape: Tape, total: torch.Tensor, inputs: Sequence[torch.Tensor], hooks: bool = False
+def record_gradients(
+    recording: Recording,
+    total: Tensor,
+    inputs: Sequence[Tensor],
+    hooks: bool = False,
 ) -> None:
-    """Take the gradient of a total, if there is user code in it, and write that down.
+    """Take the gradient of a total, if there is user code in it, and record that.
 
     Args:
-        hooks: whether the backward hooks of modules are written down, too.
+        hooks: whether the backward hooks of modules are recorded, too.
 
     Raises:
         SequenceError: a module of the loss has backward hooks.
     """
-    functions = list(_functions(total.grad_fn, hooks))
-    wanted = tuple(x for x in inputs if x.requires_grad)
-    if not (functions or tape.hooked) or not wanted:
+    functions = list(_user_functions(total.grad_fn, hooks))
+    wanted = tuple(tensor for tensor in inputs if tensor.requires_grad)
+    if not (functions or recording.hooked) or not wanted:
         return
-    # By node, not by its id: Python's object of a node lives only as long as something holds it.
-    made: Made = {(x.grad_fn, x.output_nr): x for x in tape.tensors() if x.grad_fn is not None}
+    made: Made = {}
+    for tensor in recording.tensors():
+        if tensor.grad_fn is not None:
+            made[tensor.grad_fn, tensor.output_nr] = tensor
     for node in functions:
-        node.register_prehook(_entering(tape, node, made))
-        node.register_hook(_leaving(tape, node, made))
-    tape.judging = True
-    engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]  # as in graph/trace.py
-    engine((total,), (torch.ones_like(total),), False, False, wanted, True, accumulate_grad=False)
+        node.register_prehook(_before(recording, node, made))
+        node.register_hook(_after(recording, node, made))
+    recording.judging = True
+    # as in graph/trace.py
+    engine = torch.autograd.graph._engine_run_backward  # type: ignore[attr-defined]
+    ones = (torch.ones_like(total),)
+    engine((total,), ones, False, False, wanted, True, accumulate_grad=False)
 
 
-def _functions(node: Any, hooks: bool) -> Iterator[Any]:
+def _user_functions(first: Any, hooks: bool) -> Iterator[Any]:
     """The nodes of an autograd graph that are user code."""
-    seen, stack = set(), [node]
-    while stack:
-        node = stack.pop()
+    seen = set()
+    waiting = [first]
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        stack += [n for n, _ in node.next_functions]
+        waiting += [before for before, _ in node.next_functions]
         written = getattr(type(node), "_forward_cls", None)
-        hooked = written is torch.nn.modules._functions.BackwardHookFunction
-        if hooked and not hooks:
+        of_module = written is torch.nn.modules._functions.BackwardHookFunction
+        if of_module and not hooks:
             raise _hooked()
         if written is not None and not written.__module__.startswith(_TRUSTED):
             yield node
 
 
-def _entering(tape: Tape, node: Any, made: Made) -> Callable:
-    def enter(grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-        return tuple(
-            None if g is None else _cotangent(tape, g, made.get((node, i)))
-            for i, g in enumerate(grads)
-        )
+def _before(recording: Recording, node: Any, made: Made) -> Callable:
+    """Replaces the gradients that a node gets by tensors of which only the placement is known."""
 
-    return enter
+    def run(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = []
+        for place, grad in enumerate(grads):
+            of = made.get((node, place))
+            if grad is not None:
+                grad = _cotangent(recording, grad, of)
+            found.append(grad)
+        return tuple(found)
+
+    return run
 
 
-def _cotangent(tape: Tape, g: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
-    fresh = torch.empty_like(g)
-    ref = tape.new(fresh)
-    args: dict[str, Any] = {} if of is None else {"of": tape.ref(of)}
-    tape.entries.append(Entry(COTANGENT, None, args, (ref,), None))
+def _after(recording: Recording, node: Any, made: Made) -> Callable:
+    """Records the gradients that a node makes."""
+    name = f"the backward of autograd.Function {type(node)._forward_cls.__name__}"
+
+    def run(found: Sequence[Tensor | None], _: Any) -> None:
+        for grad, edge in zip(found, node.next_functions, strict=True):
+            source, place = edge
+            if grad is None or source is None:
+                continue
+            tensor = getattr(source, "variable", None)
+            if tensor is None:
+                tensor = made.get((source, place))
+            _gradient(recording, name, grad, tensor)
+
+    return run
+
+
+def _cotangent(recording: Recording, grad: Tensor, of: Tensor | None) -> Tensor:
+    fresh = torch.empty_like(grad)
+    out = recording.new(fresh)
+    args = {} if of is None else {"of": recording.ref(of)}
+    recording.entries.append(RecordedOp(COTANGENT, None, args, (out,), None))
     return fresh
 
 
-def _leaving(tape: Tape, node: Any, made: Made) -> Callable:
-    name = f"the backward of autograd.Function {type(node)._forward_cls.__name__}"
-
-    def leave(found: Sequence[torch.Tensor | None], _: Any) -> None:
-        for g, (source, k) in zip(found, node.next_functions, strict=True):
-            if g is None or source is None:
-                continue
-            x = getattr(source, "variable", None)
-            x = made.get((source, k)) if x is None else x
-            args: dict[str, Any] = {"grad": tape.ref(g), "function": name}
-            tape.entries.append(
-                Entry(GRADIENT, None, args | ({} if x is None else {"of": tape.ref(x)}), (), None)
-            )
-
-    return leave
+def _gradient(
+    recording: Recording,
+    function: str,
+    grad: Tensor,
+    of: Tensor | None,
+) -> None:
+    args: dict[str, Any] = {"grad": recording.ref(grad), "function": function}
+    if of is not None:
+        args["of"] = recording.ref(of)
+    recording.entries.append(RecordedOp(GRADIENT, None, args, (), None))

@@ -1,199 +1,277 @@
-"""Loops over rows: ``sum(f(row) for row in x)`` on two tapes of other lengths becomes one op for
-any row, and a sum over rows.
+"""Loops over rows: in two recordings of different lengths, ``sum(f(row) for row in x)`` becomes one
+op for any row, and a sum over rows.
 
-A loop is rolled up if every turn does the same with its row, and nothing else joins the rows than a
-sum, a stack or a cat of all of them. What a turn does is read off the last turn of the longer tape.
+A loop is rolled up if every turn does the same with its row, and a sum, a stack or a cat of all
+rows is all that joins them. The length of a turn is that of the last turn in the longer recording.
 
-In: two tapes, and where on each rows are taken apart. Out: their entries from there on, with one
-turn of the loop each; or
-None: it is no such loop.
+In: the entries of two recordings, from where rows are taken apart. Out: the same entries with one
+turn of the loop each; or None if it is no such loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
-from funcpipe._src.proof.op_recorder import Entry, Ref, refs, writes
+from funcpipe._src.proof.recording import RecordedOp, TensorRef, refs, writes
 
-ONE, SUM, STACK, CAT = "one_row", "sum_of_rows", "stack_of_rows", "cat_of_rows"
+ONE = "one_row"
+SUM = "sum_of_rows"
+STACK = "stack_of_rows"
+CAT = "cat_of_rows"
 _JOINS = {"stack": STACK, "cat": CAT}
+Entries = list[RecordedOp]
 
 
-def rolled(a: Sequence[Entry], b: Sequence[Entry]) -> tuple[list[Entry], list[Entry]] | None:
-    """The entries of both tapes from a loop on, rolled up; both begin with an ``unbind``."""
-    loops = [_Loop(x, len(x[0].outs)) for x in (a, b)]
-    pairs = list(zip(*(x.unbinds for x in loops), strict=False))
-    both = [
-        k
-        for k, (x, y) in enumerate(pairs)
-        if (len(x.outs), len(y.outs)) == (len(a[0].outs), len(b[0].outs))
-    ]
-    for x in loops:
-        x.follow([x.unbinds[k] for k in both])
-    longest = max(loops, key=lambda x: x.turns)
+def rolled(
+    local: Sequence[RecordedOp], full: Sequence[RecordedOp]
+) -> tuple[Entries, Entries] | None:
+    """The entries of both recordings from a loop on, rolled up; both begin with an ``unbind``."""
+    of_rank = _Loop(local)
+    of_one = _Loop(full)
+    turns = of_rank.turns, of_one.turns
+    own, other = [], []
+    pairs = zip(_unbinds(local), _unbinds(full), strict=False)
+    for unbind, partner in pairs:
+        counts = len(unbind.outs), len(partner.outs)
+        if counts == turns:
+            own.append(unbind)
+            other.append(partner)
+    of_rank.follow(own)
+    of_one.follow(other)
+    longest = of_rank if of_rank.turns >= of_one.turns else of_one
     if longest.turns < 2:
         return None
-    length = len(longest.of_row[longest.turns - 1])
-    out = [x.roll(length) for x in loops]
-    return None if out[0] is None or out[1] is None else (out[0], out[1])
+    length = len(longest.entries_of[-1])
+    rolled_local = of_rank.roll(length)
+    rolled_full = of_one.roll(length)
+    if rolled_local is None or rolled_full is None:
+        return None
+    return rolled_local, rolled_full
+
+
+def _operands(entry: RecordedOp) -> set[int]:
+    """The numbers of the tensors that an op takes."""
+    return {ref.number for ref in refs(entry.args.values())}
+
+
+def _unbinds(entries: Sequence[RecordedOp]) -> Entries:
+    return [entry for entry in entries if entry.name == "unbind"]
+
+
+class _Made(NamedTuple):
+    """What a turn made: of which row, and the same of the first row."""
+
+    row: int
+    first: TensorRef
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of some rows.
+
+    Args:
+        item: what it adds up, of the first row.
+        rows: which rows are in it.
+        start: what it began with.
+    """
+
+    item: TensorRef | None
+    rows: frozenset[int]
+    start: Any
 
 
 class _Loop:
-    """The entries of one tape from a loop on.
+    """The entries of one recording from a loop on; the first takes rows apart."""
 
-    Args:
-        turns: how many rows it takes.
-    """
+    def __init__(self, entries: Sequence[RecordedOp]) -> None:
+        self.entries = entries
+        self.turns = len(entries[0].outs)
+        self.unbinds: Entries = []
+        self.entries_of: list[Entries] = [[] for _ in entries[0].outs]
+        self.made: dict[int, _Made] = {}
+        self.sums: dict[int, _Sum] = {}
 
-    def __init__(self, entries: Sequence[Entry], turns: int) -> None:
-        self.entries, self.turns = entries, turns
-        self.unbinds = [e for e in entries if e.name == "unbind"]
-        self.row: dict[int, int] = {}  # of a tensor that comes from one row: which
-        self.joined: set[int] = set()  # tensors that come from several
-        self.of_row: list[list[Entry]] = [[] for _ in range(turns)]
-
-    def follow(self, unbinds: Sequence[Entry]) -> None:
+    def follow(self, unbinds: Entries) -> None:
         """See which entries come from which rows."""
-        self.unbinds = list(unbinds)
-        for e in self.entries:
-            if any(e is u for u in self.unbinds):
-                self.row |= {r.number: k for k, r in enumerate(e.outs)}
+        self.unbinds = unbinds
+        row_of: dict[int, int] = {}
+        of_several: set[int] = set()
+        for entry in self.entries:
+            if self._is_unbind(entry):
+                row_of.update((out.number, row) for row, out in enumerate(entry.outs))
                 continue
-            numbers = [r.number for r in refs(e.args.values())]
-            rows = {self.row[n] for n in numbers if n in self.row}
-            if len(rows) > 1 or any(n in self.joined for n in numbers):
-                self.joined |= {r.number for r in e.outs}
+            numbers = _operands(entry)
+            rows = {row_of[number] for number in numbers if number in row_of}
+            outs = [out.number for out in entry.outs]
+            if len(rows) > 1 or not of_several.isdisjoint(numbers):
+                of_several.update(outs)
             elif rows:
-                k = rows.pop()
-                self.of_row[k].append(e)
-                self.row |= {r.number: k for r in e.outs}
+                row = rows.pop()
+                self.entries_of[row].append(entry)
+                row_of.update(dict.fromkeys(outs, row))
 
-    def roll(self, length: int) -> list[Entry] | None:
+    def _is_unbind(self, entry: RecordedOp) -> bool:
+        return any(entry is unbind for unbind in self.unbinds)
+
+    def roll(self, length: int) -> Entries | None:
         """The entries with one turn, which has so many entries."""
-        turns = [entries[:length] for entries in self.of_row]
-        made: dict[
-            int, tuple[int, Ref]
-        ] = {}  # what a turn made: of which row, and the same of the first row
-        for u in self.unbinds:
-            made |= {r.number: (k, u.outs[0]) for k, r in enumerate(u.outs)}
-        for k, turn in enumerate(turns):
-            if len(turn) != length or not all(
-                self._alike(e, first, made, k) for e, first in zip(turn, turns[0], strict=True)
-            ):
+        for unbind in self.unbinds:
+            for row, out in enumerate(unbind.outs):
+                self.made[out.number] = _Made(row, unbind.outs[0])
+        turns = [entries[:length] for entries in self.entries_of]
+        turn_of: dict[int, int] = {}
+        for row, turn in enumerate(turns):
+            if len(turn) != length:
                 return None
-        return self._joins({id(e): k for k, turn in enumerate(turns) for e in turn}, made)
+            for entry, first in zip(turn, turns[0], strict=True):
+                if not self._alike(entry, first, row):
+                    return None
+                turn_of[id(entry)] = row
+        return self._with_joins(turn_of)
 
-    def _alike(self, e: Entry, first: Entry, made: dict[int, tuple[int, Ref]], k: int) -> bool:
+    def _alike(self, entry: RecordedOp, first: RecordedOp, row: int) -> bool:
         """Whether an entry does to its row what one of the first row does."""
-        if (
-            e.name != first.name
-            or e.args.keys() != first.args.keys()
-            or len(e.outs) != len(first.outs)
-            or _changes(e)
-        ):
+        if entry.name != first.name:
             return False
-        if e.grad != first.grad or not all(
-            self._same(v, first.args[n], made, k) for n, v in e.args.items()
-        ):
+        if entry.grad != first.grad:
             return False
-        made |= {r.number: (k, f) for r, f in zip(e.outs, first.outs, strict=True)}
-        return all(r.shape == f.shape for r, f in zip(e.outs, first.outs, strict=True))
+        if _changes_numbers(entry):
+            return False
+        if entry.args.keys() != first.args.keys():
+            return False
+        if len(entry.outs) != len(first.outs):
+            return False
+        for name, value in entry.args.items():
+            if not self._same(value, first.args[name], row):
+                return False
+        for out, of_first in zip(entry.outs, first.outs, strict=True):
+            self.made[out.number] = _Made(row, of_first)
+            if out.shape != of_first.shape:
+                return False
+        return True
 
-    def _same(self, x: Any, first: Any, made: dict[int, tuple[int, Ref]], k: int) -> bool:
-        if isinstance(x, Ref) and isinstance(first, Ref):
-            return made.get(x.number, (k, x)) == (k, first)
-        if isinstance(x, list | tuple) and isinstance(first, list | tuple):
-            return len(x) == len(first) and all(
-                self._same(p, q, made, k) for p, q in zip(x, first, strict=True)
-            )
-        return type(x) is type(first) and bool(x == first)
+    def _same(self, value: Any, first: Any, row: int) -> bool:
+        if isinstance(value, TensorRef) and isinstance(first, TensorRef):
+            made = self.made.get(value.number, _Made(row, value))
+            return made == (row, first)
+        if isinstance(value, list | tuple) and isinstance(first, list | tuple):
+            if len(value) != len(first):
+                return False
+            pairs = zip(value, first, strict=True)
+            return all(self._same(item, of_first, row) for item, of_first in pairs)
+        return type(value) is type(first) and bool(value == first)
 
-    def _joins(
-        self, turn_of: dict[int, int], made: dict[int, tuple[int, Ref]]
-    ) -> list[Entry] | None:
-        """All entries, the joins of rows as single ones."""
-        out: list[Entry] = []
-        sums: dict[
-            int, tuple[Ref, frozenset[int], Any]
-        ] = {}  # a sum: of what, of which rows, and what it began with
-        for e in self.entries:
-            if any(e is u for u in self.unbinds):
-                args = {"self": e.args["self"], "dim": e.args["dim"]}
-                out.append(Entry(ONE, None, args, e.outs[:1], e.line, e.grad))
-            elif id(e) in turn_of:
-                out += [e] if turn_of[id(e)] == 0 else []
-            elif not any(r.number in made or r.number in sums for r in refs(e.args.values())):
-                out.append(e)
-            elif e.name in _JOINS:
-                entry = self._all_of(e, made)
-                if entry is None:
-                    return None
-                out.append(entry)
-            elif e.name in ("add", "add_") and not writes(e) and e.args["alpha"] == 1:
-                found = _sum(e.args["self"], e.args["other"], made, sums)
-                if found is None:
-                    return None
-                if len(found[1]) == self.turns:
-                    out += self._whole_sum(e, *found)
-                else:
-                    sums[e.outs[0].number] = found
+    # ---- what joins rows
+
+    def _with_joins(self, turn_of: dict[int, int]) -> Entries | None:
+        """All entries, one turn of the loop among them, and the joins of rows as single ones."""
+        found: Entries = []
+        for entry in self.entries:
+            if self._is_unbind(entry):
+                found.append(_row_op(entry, ONE, entry.args["self"], entry.outs[:1]))
+            elif id(entry) in turn_of:
+                if turn_of[id(entry)] == 0:
+                    found.append(entry)
             else:
-                return None
-        return out
+                joined = self._join(entry)
+                if joined is None:
+                    return None
+                found += joined
+        return found
 
-    def _all_of(self, e: Entry, made: dict[int, tuple[int, Ref]]) -> Entry | None:
+    def _join(self, entry: RecordedOp) -> Entries | None:
+        """What an entry outside of the turns becomes; None if it joins rows in another way."""
+        operands = _operands(entry)
+        if operands.isdisjoint(self.made) and operands.isdisjoint(self.sums):
+            return [entry]
+        if entry.name in _JOINS:
+            return self._join_all(entry)
+        adds = entry.name in ("add", "add_") and not writes(entry)
+        if not adds or entry.args["alpha"] != 1:
+            return None
+        left = entry.args["self"]
+        right = entry.args["other"]
+        total = self._sum(left, right)
+        if total is None:
+            return None
+        if len(total.rows) == self.turns:
+            return _whole_sum(entry, total)
+        self.sums[entry.outs[0].number] = total
+        return []
+
+    def _join_all(self, entry: RecordedOp) -> Entries | None:
         """A stack or cat of all rows, in their order."""
-        found = [made.get(r.number) for r in e.args["tensors"]]
-        if [f and f[0] for f in found] != list(range(self.turns)) or len(
-            {f and f[1].number for f in found}
-        ) > 1:
+        tensors = entry.args["tensors"]
+        made = [self.made.get(ref.number) for ref in tensors]
+        rows = [item.row for item in made if item is not None]
+        firsts = {item.first.number for item in made if item is not None}
+        if None in made:
             return None
-        first = e.args["tensors"][0]
-        return Entry(
-            _JOINS[e.name], None, {"self": first, "dim": e.args["dim"]}, e.outs, e.line, e.grad
-        )
-
-    def _whole_sum(self, e: Entry, item: Ref, rows: frozenset[int], start: Any) -> Iterator[Entry]:
-        """The sum over all rows, and what it began with added to it."""
-        if isinstance(start, int | float) and start == 0:
-            yield Entry(SUM, None, {"self": item}, e.outs, e.line, e.grad)
-            return
-        between = replace(item, number=-1 - e.outs[0].number)
-        yield Entry(SUM, None, {"self": item}, (between,), e.line, e.grad)
-        yield replace(e, name="add", args={"self": between, "other": start, "alpha": 1})
-
-
-def _sum(
-    x: Any, y: Any, made: dict[int, Any], sums: dict[int, Any]
-) -> tuple[Ref, frozenset[int], Any] | None:
-    """What two terms, some of them rows or sums of rows, add up to."""
-    item, rows, start = None, frozenset[int](), 0
-    for term in (x, y):
-        if isinstance(term, Ref) and term.number in sums:
-            of, some, begun = sums[term.number]
-        elif isinstance(term, Ref) and term.number in made:
-            (k, of), begun = made[term.number], 0
-            some = frozenset([k])
-        else:
-            of, some, begun = None, frozenset(), term
-        twice = not (isinstance(begun, int | float) and begun == 0) and not (
-            isinstance(start, int | float) and start == 0
-        )
-        if (
-            twice
-            or (rows & some)
-            or (item is not None and of is not None and item.number != of.number)
-        ):
+        if rows != list(range(self.turns)):
             return None
-        item, rows = item or of, rows | some
-        start = start if isinstance(begun, int | float) and begun == 0 else begun
-    return None if item is None else (item, rows, start)
+        if len(firsts) > 1:
+            return None
+        return [_row_op(entry, _JOINS[entry.name], tensors[0], entry.outs)]
+
+    def _sum(self, left: Any, right: Any) -> _Sum | None:
+        """What two terms, some of them rows or sums of rows, add up to."""
+        first = self._term(left)
+        second = self._term(right)
+        if not first.rows.isdisjoint(second.rows):
+            return None
+        if not _is_zero(first.start) and not _is_zero(second.start):
+            return None
+        item = first.item or second.item
+        items = {term.item.number for term in (first, second) if term.item is not None}
+        if len(items) > 1:
+            return None
+        start = first.start if _is_zero(second.start) else second.start
+        if item is None:
+            return None
+        return _Sum(item, first.rows | second.rows, start)
+
+    def _term(self, term: Any) -> _Sum:
+        if isinstance(term, TensorRef):
+            if term.number in self.sums:
+                return self.sums[term.number]
+            if term.number in self.made:
+                made = self.made[term.number]
+                return _Sum(made.first, frozenset([made.row]), 0)
+        return _Sum(None, frozenset(), term)
 
 
-def _changes(e: Entry) -> bool:
+def _row_op(
+    entry: RecordedOp,
+    name: str,
+    operand: TensorRef,
+    outs: tuple[TensorRef, ...],
+) -> RecordedOp:
+    """An op of one row, or of all, in the place of an entry."""
+    args = {"self": operand, "dim": entry.args["dim"]}
+    return replace(entry, name=name, func=None, args=args, outs=outs)
+
+
+def _whole_sum(entry: RecordedOp, total: _Sum) -> Entries:
+    """The sum over all rows, and what it began with added to it."""
+    item = total.item
+    assert item is not None
+    of_rows = replace(entry, name=SUM, func=None, args={"self": item})
+    if _is_zero(total.start):
+        return [of_rows]
+    between = replace(item, number=-1 - entry.outs[0].number)
+    args = {"self": between, "other": total.start, "alpha": 1}
+    with_start = replace(entry, name="add", args=args)
+    return [replace(of_rows, outs=(between,)), with_start]
+
+
+def _is_zero(start: Any) -> bool:
+    return isinstance(start, int | float) and start == 0
+
+
+def _changes_numbers(entry: RecordedOp) -> bool:
     """Whether an op changes numbers of an operand; not only its shape."""
-    return writes(e) and torch.Tag.inplace_view not in e.func.tags
+    return writes(entry) and torch.Tag.inplace_view not in entry.func.tags

@@ -1,22 +1,26 @@
-"""States: how a tensor of one rank stands to the same tensor on one device, and what sums and
+"""Placements: how a tensor of one rank stands to the same tensor on one device, and what sums and
 products make of them.
 
-Terms. A dim *moves* if its size on a rank differs from its size on one device. A *number* is what
-Python or a fill makes of lengths; it is a *count* if it grows like the positions of a part. Every
-state but `Refused` is a claim that is proven, for every rank ``m`` of a data shard, of its tensor
-``x[m]`` and the tensor ``X`` of one device:
+A dim *varies* if its size on a rank differs from its size on one device. A *number* is what Python
+or a fill makes of lengths; it is a *count* if it grows like the positions of a layout. Every
+placement but `Refused` is a proven claim. It holds for every rank ``m`` of a data shard, of its
+tensor ``x[m]`` and of the tensor ``X`` of one device:
 
-========== ========================================================= ==================================
-state      claim                                                      along other dims that move
-========== ========================================================= ==================================
-`Replicate`    ``x[m] == X``                                              constant, as in ``expand``
-`Shard`    ``x[m]`` is ``X`` at the positions of ``m``                constant
-`Partial`  ``sum of x[m] over ranks == X``                            none
-`Average`  ``sum of x[m] * (positions of m) == X * (all positions)``  none
-`Number`   all of ``x[m]`` is ``a``, all of ``X`` is ``b``            constant
-========== ========================================================= ==================================
+============= ========================================================= ========================
+placement     claim                                                     along other varying dims
+============= ========================================================= ========================
+`Replicate`   ``x[m] == X``                                             constant, as in ``expand``
+`Shard`       ``x[m]`` is ``X`` at the positions of ``m``               constant
+`Partial`     ``sum of x[m] over ranks == X``                           none
+`Average`     ``sum of x[m] * (positions of m) == X * (all positions)`` none
+`Number`      all of ``x[m]`` is ``local``, all of ``X`` is ``full``    constant
+============= ========================================================= ========================
 
-In: states of operands. Out: the state of a result, or a `Refusal` that says why there is none.
+Where the rows of a batch are split, read *part* for rank and *rows* for positions. `Local` has more
+placements for that case.
+
+In: placements of operands. Out: the placement of a result, or a `Refusal` that says why there is
+none.
 """
 
 from __future__ import annotations
@@ -26,85 +30,76 @@ from dataclasses import dataclass
 from typing import Any
 
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.functional.sequence_layout import SequenceLayout
+from funcpipe._src.proof.words import COUNTS, POSITIONS, Words
 
 _ROUNDING = 1e-9  # relative: numbers are computed in float64
-PSUM = "fp.psum(x, axis) makes it the sum over all ranks"
-COUNTS = "return sums as Mean.total and Mean.weight, which are divided once, after all sums"
+Sizes = tuple[int, int]  # of a dim, on a rank and on one device
 
 
 class Refusal(Exception):
-    """Why a result has no state; no error, for what is refused may matter to nothing."""
+    """Why a result has no placement. It is no error yet: the loss may not depend on that result."""
 
 
 class NoSum(Refusal):
-    """Summands do not add up over ranks alike."""
+    """The summands do not add up over ranks alike."""
 
 
 @dataclass(frozen=True)
 class Replicate:
     """The same on every rank as on one device."""
 
-    def __str__(self) -> str:
-        return "the same on every rank"
-
 
 @dataclass(frozen=True)
 class Shard:
-    """The positions of a rank lie along ``dim``, whose size is ``outer * positions * inner``."""
+    """The positions of a rank lie along ``dim``, whose size is ``outer * positions * inner``.
+
+    Args:
+        layout: a `SequenceLayout`; where rows are split, a `rows.RowLayout` or a
+            `rules_row_numbers.Order`.
+    """
 
     dim: int
-    part: Any  # a `SequenceLayout` of a sequence; of rows, a `rows.Share` or a `places.Order`
+    layout: Any
     outer: int = 1
     inner: int = 1
 
-    def __str__(self) -> str:
-        return f"a rank's slice of {self.part.size} positions along dim {self.dim}"
-
     def at(self, dim: int) -> Shard:
         """The same, along another dim."""
-        return Shard(dim, self.part, self.outer, self.inner)
+        return Shard(dim, self.layout, self.outer, self.inner)
 
 
 @dataclass(frozen=True)
 class Partial:
-    """The sum over the ranks of ``axes`` is meant."""
+    """The sum over the ranks of ``axes`` is what one device has."""
 
     axes: Axes
-
-    def __str__(self) -> str:
-        return "a sum over one rank's positions"
 
 
 @dataclass(frozen=True)
 class Average:
     """A mean over the positions of a rank."""
 
-    part: Any
-
-    def __str__(self) -> str:
-        return "a mean over one rank's positions"
+    layout: Any
 
 
 @dataclass(frozen=True)
 class Number:
-    """One number everywhere: ``a`` on a rank, ``b`` on one device. NaN: memory that was not written
-    to."""
+    """One number in all entries: ``local`` on a rank, ``full`` on one device. NaN: memory that no
+    op has written to."""
 
-    a: float
-    b: float
+    local: float
+    full: float
 
     def __str__(self) -> str:
-        return (
-            f"the number {self.a:g}"
-            if self.constant
-            else f"the number {self.a:g} ({self.b:g} on one device)"
-        )
+        if self.constant:
+            return f"the number {self.local:g}"
+        return f"the number {self.local:g} ({self.full:g} on one device)"
 
     @property
     def constant(self) -> bool:
         """Whether it does not depend on lengths."""
-        return self.a == self.b or (math.isnan(self.a) and math.isnan(self.b))
+        unwritten = math.isnan(self.local) and math.isnan(self.full)
+        return self.local == self.full or unwritten
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ class Refused:
 
     Args:
         text: why.
-        summands: whether summands of it do not add up alike.
+        summands: whether the reason is that summands do not add up alike.
     """
 
     text: str
@@ -121,179 +116,232 @@ class Refused:
 
 
 class Local:
-    """The base of what is right on a part of the batch alone, in one way or another
-    (`row_numbers.py`)."""
+    """The base of placements that are right on a part of the batch without being what one device
+    has. Each is defined in the file whose rules make it:
+
+    ============ ================================================== =========================
+    `RowNumbers` the numbers of a part's own rows                   `rules_row_numbers.py`
+    `Largest`    a maximum over the rows of a part                  `rules_row_reductions.py`
+    `Norm`       a norm over the rows of a part                     `rules_row_reductions.py`
+    `OneRow`     one row of a loop over rows                        `rules_row_loops.py`
+    `RankIndex`  a function of the index of a rank alone            `rules_edges.py`
+    `Last`       the last rows of a part                            `rules_edges.py`
+    `Rest`       the rows of a part without the last ones           `rules_edges.py`
+    `Before`     the last rows of the part before                   `rules_edges.py`
+    `LastFlag`   one number on the last rank, another on all others `rules_edges.py`
+    `Shuffled`   all rows, in another order than on one device      `rules_edges.py`
+    ============ ================================================== =========================
+    """
+
+    fault = ", which one device does not have"  # follows its name where an op cannot use it
 
 
-State = Replicate | Shard | Partial | Average | Number | Refused | Local
+Placement = Replicate | Shard | Partial | Average | Number | Refused | Local
 ZERO = Number(0, 0)
 
 
 @dataclass(frozen=True)
-class World:
-    """What is known beforehand.
+class SplitContext:
+    """What is split, and how; known before a proof begins.
 
     Args:
-        lengths: of every part: how many positions the rank has, and how many there are where the
-            loss function is run as on one device.
-        live: the axes of parts that have more than one rank.
-        rows: whether the rows of the batch are split, not a sequence: they meet in no known call
+        lengths: of every layout: how many positions the rank has, and how many there are where the
+            loss function runs as on one device. Rules add orders of rows.
+        live: the axes of layouts that have more than one rank.
+        rows: whether the rows of the batch are split, not a sequence: attention does not mix them
             (`rows.py`).
         by_hand: how many entries of rows all ranks have, where the loss function names the axes
-            that split rows: it may have written the number of ranks by hand.
+            that split rows. It may contain the number of ranks as a Python number.
+        words: how errors name what is split.
     """
 
-    lengths: dict[Any, tuple[int, int]]
+    lengths: dict[Any, Sizes]
     live: Axes
     rows: bool = False
     by_hand: frozenset[float] = frozenset()
+    words: Words = POSITIONS
 
-    def axes(self, part: SequenceLayout) -> Axes:
+    def axes(self, layout: Any) -> Axes:
         """The axes over which a sum over positions is partial."""
-        return tuple(a for a in self.live if a in part.axes)
+        return tuple(axis for axis in self.live if axis in layout.axes)
 
-    def factor(self, size: tuple[int, int]) -> tuple[SequenceLayout, int] | None:
-        """The part of which both sizes of a dim are a multiple, the same one."""
-        for part, (a, b) in self.lengths.items():
-            if size[1] % b == 0 and size[0] == a * (size[1] // b):
-                return part, size[1] // b
+    def factor(self, sizes: Sizes) -> tuple[Any, int] | None:
+        """The layout of whose lengths both sizes are the same multiple, and that multiple."""
+        for layout, (local, full) in self.lengths.items():
+            multiple, rest = divmod(sizes[1], full)
+            if not rest and sizes[0] == local * multiple:
+                return layout, multiple
         return None
 
-    def along(self, dim: int, size: tuple[int, int]) -> Shard | None:
-        """How units lie along a dim of such sizes along which a tensor is constant: in any way, so
-        in the usual one."""
-        found = self.factor(size)
-        return (
-            None
-            if found is None
-            else Shard(dim, found[0], *((1, found[1]) if self.rows else (found[1], 1)))
-        )
+    def along(self, dim: int, sizes: Sizes) -> Shard | None:
+        """How positions lie along a dim of such sizes. The tensor is constant along it, so any
+        order is right, and the usual one is taken."""
+        found = self.factor(sizes)
+        if found is None:
+            return None
+        layout, multiple = found
+        return Shard(dim, layout, 1, multiple) if self.rows else Shard(dim, layout, multiple, 1)
 
-    def is_count(self, n: Number, part: SequenceLayout) -> bool:
-        """Whether a number grows like the positions of a part."""
-        a, b = self.lengths[part]
-        return not n.constant and math.isclose(n.a * b, n.b * a, rel_tol=_ROUNDING)
+    def is_count(self, number: Number, layout: Any) -> bool:
+        """Whether a number grows like the positions of a layout."""
+        local, full = self.lengths[layout]
+        grown = math.isclose(number.local * full, number.full * local, rel_tol=_ROUNDING)
+        return grown and not number.constant
 
-    def counted(self, n: Number) -> SequenceLayout | None:
-        """The part that a number counts."""
-        return next((p for p in self.lengths if self.is_count(n, p)), None)
+    def counted(self, number: Number) -> Any | None:
+        """The layout whose positions a number counts."""
+        return next((layout for layout in self.lengths if self.is_count(number, layout)), None)
 
-
-def plain(s: State) -> bool:
-    """Whether a state says that every rank has what one device has."""
-    return isinstance(s, Replicate) or (isinstance(s, Number) and s.constant)
-
-
-def as_partial(w: World, s: State) -> State:
-    """A count, or zero, as the sum over ranks that it is; any other state as it is."""
-    if not isinstance(s, Number):
-        return s
-    part = w.counted(s)
-    return Partial(w.live) if s == ZERO else s if part is None else Partial(w.axes(part))
+    def text(self, placement: Placement) -> str:
+        """A placement in words."""
+        return describe(placement, self.words)
 
 
-def dual(w: World, s: State) -> State | None:
-    """The state of the gradient of the loss with respect to a tensor, every rank's total counting
-    once."""
-    if isinstance(s, Shard):
-        return s
-    if isinstance(s, Partial) and s.axes == w.live:
+def describe(placement: Placement, words: Words) -> str:
+    """A placement in the words for what is split."""
+    if isinstance(placement, Replicate):
+        return f"the same {words.at_every}"
+    if isinstance(placement, Shard):
+        share = words.share_of.format(size=placement.layout.size)
+        return f"{share} along dim {placement.dim}"
+    if isinstance(placement, Partial):
+        return f"a sum over {words.own_items}"
+    if isinstance(placement, Average):
+        return f"a mean over {words.own_items}"
+    return str(placement)
+
+
+def replicated(placement: Placement) -> bool:
+    """Whether every rank has what one device has."""
+    if isinstance(placement, Number):
+        return placement.constant
+    return isinstance(placement, Replicate)
+
+
+def as_partial(split: SplitContext, placement: Placement) -> Placement:
+    """A count, or zero, as the sum over ranks that it is; any other placement as it is."""
+    if not isinstance(placement, Number):
+        return placement
+    if placement == ZERO:
+        return Partial(split.live)
+    layout = split.counted(placement)
+    return placement if layout is None else Partial(split.axes(layout))
+
+
+def dual(split: SplitContext, placement: Placement) -> Placement | None:
+    """The placement of the gradient of the loss with respect to a tensor, where the loss is the sum
+    of all ranks' totals."""
+    if isinstance(placement, Shard):
+        return placement
+    if isinstance(placement, Partial) and placement.axes == split.live:
         return Replicate()
-    return Partial(w.live) if plain(s) else None
+    return Partial(split.live) if replicated(placement) else None
 
 
-def agrees(new: State, old: State) -> bool:
-    """Whether what has a state may stand where another is wanted."""
-    if isinstance(new, Refused) or new == old:
-        return not isinstance(new, Refused)
+def agrees(new: Placement, wanted: Placement) -> bool:
+    """Whether a tensor of one placement may stand where another placement is wanted."""
+    if isinstance(new, Refused):
+        return False
+    if new == wanted:
+        return True
     if isinstance(new, Number) and new.constant:
-        return isinstance(old, Shard | Replicate) or (new == ZERO and isinstance(old, Partial))
-    return isinstance(new, Replicate) and isinstance(old, Shard)
+        is_sum = new == ZERO and isinstance(wanted, Partial)
+        return is_sum or isinstance(wanted, Shard | Replicate)
+    return isinstance(new, Replicate) and isinstance(wanted, Shard)
 
 
-def add(w: World, s: State, t: State) -> State:
-    """The state of a sum.
+# ---- arithmetic
 
-    >>> part = SequenceLayout(8, (), ("seq",), 1, 2)
-    >>> w = World({part: (4, 8)}, ("seq",))
-    >>> add(w, Partial(("seq",)), Number(4, 8))  # a sum over positions, and their number
+
+def add(split: SplitContext, left: Placement, right: Placement) -> Placement:
+    """The placement of a sum.
+
+    >>> from funcpipe._src.functional.sequence_layout import SequenceLayout
+    >>> layout = SequenceLayout(8, (), ("seq",), 1, 2)
+    >>> split = SplitContext({layout: (4, 8)}, ("seq",))
+    >>> add(split, Partial(("seq",)), Number(4, 8))  # a sum over positions, and their number
     Partial(axes=('seq',))
     """
-    if isinstance(t, Number) and not isinstance(s, Number):
-        s, t = t, s
-    if isinstance(s, Number) and s == ZERO:
-        return t
-    if plain(s) and plain(t):
+    if isinstance(right, Number) and not isinstance(left, Number):
+        left, right = right, left
+    if isinstance(left, Number) and left == ZERO:
+        return right
+    if replicated(left) and replicated(right):
         return Replicate()
-    if isinstance(s, Average) or isinstance(t, Average):
-        average = s if isinstance(s, Average) else t
-        if all(plain(x) or x == average for x in (s, t)):
-            return average
-        raise NoSum(
-            f"it adds {s} and {t}: no sum over ranks makes that what one device has. Write sums, "
-            f"and {COUNTS}"
-        )
-    if isinstance(t, Partial) and as_partial(w, s) == t:
-        return t
-    if isinstance(s, Partial) or isinstance(t, Partial):
-        raise NoSum(
-            f"it adds {s} and {t}: the sum over ranks would hold what is the same on every rank "
-            "once for each of them. Multiply that by the number of this rank's tokens, or add it "
-            "to the gradients"
-        )
-    raise Refusal(_depends(s, t))
+    for average in (left, right):
+        if isinstance(average, Average):
+            if all(replicated(term) or term == average for term in (left, right)):
+                return average
+            raise NoSum(f"{_sum_of(split, left, right)}: {split.words.no_mean}")
+    if isinstance(right, Partial) and as_partial(split, left) == right:
+        return right
+    if isinstance(left, Partial) or isinstance(right, Partial):
+        raise NoSum(f"{_sum_of(split, left, right)}: {split.words.no_constant}")
+    raise Refusal(_from_length(split, left, right))
 
 
-def mul(w: World, s: State, t: State) -> State:
-    """The state of a product.
+def _sum_of(split: SplitContext, left: Placement, right: Placement) -> str:
+    return f"it adds {split.text(left)} and {split.text(right)}"
 
-    >>> part = SequenceLayout(8, (), ("seq",), 1, 2)
-    >>> w = World({part: (4, 8)}, ("seq",))
-    >>> mul(w, Average(part), Number(4, 8))  # a mean over positions, times their number
+
+def mul(split: SplitContext, left: Placement, right: Placement) -> Placement:
+    """The placement of a product.
+
+    >>> from funcpipe._src.functional.sequence_layout import SequenceLayout
+    >>> layout = SequenceLayout(8, (), ("seq",), 1, 2)
+    >>> split = SplitContext({layout: (4, 8)}, ("seq",))
+    >>> mul(split, Average(layout), Number(4, 8))  # a mean over positions, times their number
     Partial(axes=('seq',))
     """
-    if isinstance(s, Number) and not plain(s):
-        s, t = t, s
-    if plain(s) and plain(t):
+    if isinstance(left, Number) and not replicated(left):
+        left, right = right, left
+    if replicated(left) and replicated(right):
         return Replicate()
-    if plain(t):
-        s, t = t, s
-    if plain(s) and isinstance(t, Partial | Average):
-        return t
-    if isinstance(t, Number):
-        part = w.counted(t)
-        if part is not None and (plain(s) or s == Average(part)):
-            return Partial(w.axes(part))
-        inverse = w.counted(Number(t.b, t.a))
-        if inverse is not None and isinstance(s, Partial) and s.axes == w.axes(inverse):
-            return Average(inverse)
-        if plain(s) and inverse is not None and round(1 / t.a) in w.by_hand:
-            return Replicate()
-        if isinstance(s, Partial | Average):
-            raise Refusal(
-                f"it scales {s} by {t}: no sum over ranks makes that what one device has; {COUNTS}"
-            )
-        raise Refusal(_depends(s, t))
+    if replicated(right):
+        left, right = right, left
+    if replicated(left) and isinstance(right, Partial | Average):
+        return right
+    if isinstance(right, Number):
+        return _scaled(split, left, right)
     raise Refusal(
-        f"it multiplies {s} by {t}, and a product of sums is not the sum of products: {PSUM}"
+        f"it multiplies {split.text(left)} by {split.text(right)}, and a product of sums is not "
+        f"the sum of products: {split.words.sum_first}"
     )
 
 
-def div(w: World, s: State, t: State) -> State:
-    """The state of a quotient."""
-    if plain(t):
-        return mul(w, s, t)
-    if isinstance(t, Number):
-        if not t.a:
-            raise Refusal("it divides by the number of positions, of which a rank has none")
-        return mul(w, s, Number(1 / t.a, 1 / t.b))
-    raise Refusal(f"it divides by {t}: {PSUM}; or {COUNTS}")
+def _scaled(split: SplitContext, placement: Placement, number: Number) -> Placement:
+    """The placement of a product with a number that depends on lengths."""
+    layout = split.counted(number)
+    if layout is not None and (replicated(placement) or placement == Average(layout)):
+        return Partial(split.axes(layout))
+    inverse = split.counted(Number(number.full, number.local))
+    if inverse is not None:
+        if isinstance(placement, Partial) and placement.axes == split.axes(inverse):
+            return Average(inverse)
+        if replicated(placement) and round(1 / number.local) in split.by_hand:
+            return Replicate()
+    if isinstance(placement, Partial | Average):
+        raise Refusal(f"it scales {split.text(placement)} by {number}: {split.words.no_mean}")
+    raise Refusal(_from_length(split, placement, number))
 
 
-def _depends(*states: State) -> str:
-    number = next((s for s in states if isinstance(s, Number) and not s.constant), None)
+def div(split: SplitContext, left: Placement, right: Placement) -> Placement:
+    """The placement of a quotient."""
+    if replicated(right):
+        return mul(split, left, right)
+    words = split.words
+    if not isinstance(right, Number):
+        raise Refusal(f"it divides by {split.text(right)}: {words.sum_first}; or {COUNTS}")
+    if not right.local:
+        raise Refusal(
+            f"it divides by the number of {words.items}, of which a {words.owner} has none"
+        )
+    return mul(split, left, Number(1 / right.local, 1 / right.full))
+
+
+def _from_length(split: SplitContext, *placements: Placement) -> str:
+    numbers = [term for term in placements if isinstance(term, Number) and not term.constant]
     return (
-        f"it computes with {number}, which is made from the length of a rank's slice: take the "
-        "whole length from a Python value that the closure brings, or positions from "
-        "fp.positions(x, dim)"
+        f"it computes with {numbers[0] if numbers else None}, which is made from "
+        f"{split.words.length}: {split.words.length_advice}"
     )

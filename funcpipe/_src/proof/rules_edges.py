@@ -1,36 +1,41 @@
-"""Edges: the last rows of a part, which ranks hand on, and what is another number on the last rank
-alone.
+"""What depends on the place of a rank, and its rules: the number of its first row, the last rows
+that it hands on to the next rank, and which rank is the last.
 
 A loss function that looks at the row before each row gets that of the rank before by `fp.ppermute`.
 
-========== ==================================================================================
-state      claim
-========== ==================================================================================
-`Last`     the last rows of a part; one device has the last rows of all
-`Rest`     the rows of a part without the last ones; one device lacks the last rows of all
-`Before`   the last rows of the part before; the first part has what one device has
-`Flag`     one number on the last rank, and on one device; another number on every other rank
-`Shuffled` all rows, on a part in another order than on one device
-========== ==================================================================================
-
-In: a site. Out: states.
+In: op contexts, where the rows of a batch are split. Out: placements.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from funcpipe._src.core.mesh import Axes
-from funcpipe._src.proof import rules_view as shapes
 from funcpipe._src.proof.align import Differs
-from funcpipe._src.proof.op_context import OpContext, Operand
-from funcpipe._src.proof.placements import Local, Number, Replicate, Shard, State, plain
-from funcpipe._src.proof.row_numbers import ANY, Start, place_rule
-from funcpipe._src.proof.rules_pointwise import RULES, States, rule
-from funcpipe._src.proof.rules_pointwise import apply as apply_rule
+from funcpipe._src.proof.op_context import OpContext, Operand, all_replicated
+from funcpipe._src.proof.placements import Local, Number, Placement, Replicate, Shard, replicated
+from funcpipe._src.proof.rules import ANY, apply_common, rule
+from funcpipe._src.proof.rules_row_numbers import Order, RowNumbers
+from funcpipe._src.proof.rules_view import both, taken
+
+
+@dataclass(frozen=True)
+class RankIndex(Local):
+    """A function of the index of a rank alone.
+
+    Args:
+        factor: the number that the index is multiplied by; NaN: it is another function.
+    """
+
+    axes: Axes
+    factor: float = 1
+
+    def __str__(self) -> str:
+        return "the place of a rank"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Last(Local):
 
 @dataclass(frozen=True)
 class Rest(Local):
-    """What `Last` leaves."""
+    """The entries before those of `Last`."""
 
     rows: Shard
     count: int
@@ -67,7 +72,7 @@ class Before(Local):
 
 
 @dataclass(frozen=True)
-class Flag(Local):
+class LastFlag(Local):
     """``yes`` on the last rank of ``axes`` and on one device, ``no`` on the others, in every
     entry."""
 
@@ -77,9 +82,6 @@ class Flag(Local):
 
     def __str__(self) -> str:
         return "a number that says which rank is the last"
-
-
-assert shapes  # registers the rule that is refined here
 
 
 @dataclass(frozen=True)
@@ -92,118 +94,185 @@ class Shuffled(Local):
         return "the rows of all ranks in another order"
 
 
-_slice_elsewhere = RULES["slice"]
+# ---- the index of a rank
 
 
-@rule("slice")
-def _slice(s: OpContext) -> States:
-    return _end(s) or _slice_elsewhere(s)
-
-
-def _end(s: OpContext) -> State | None:
-    """The last rows of a part, or the rows before them."""
-    x, dim = s.x(), s.dim()
-    rows = x.split_at(dim)
-    if not s.world.rows or rows is None or rows.outer != 1 or rows.part.axes != s.world.live:
-        return None
-    part, one = _taken(s, x.a[dim], "a"), _taken(s, x.b[dim], "b")
-    count = len(part)
-    if part == range(x.a[dim] - count, x.a[dim]) and one == range(x.b[dim] - count, x.b[dim]):
-        return Last(rows, count)
-    count = x.a[dim] - count
-    if part == range(x.a[dim] - count) and one == range(x.b[dim] - count):
-        return Rest(rows, count)
+@rule("mul", local=True)
+def _times_factor(op: OpContext) -> Placement | None:
+    terms = [op.placement_of("self"), op.placement_of("other")]
+    for index, number in (terms, terms[::-1]):
+        if isinstance(index, RankIndex) and index.factor == 1 and isinstance(number, Number):
+            return RankIndex(index.axes, number.local)
     return None
 
 
-def _taken(s: OpContext, size: int, which: str) -> range:
-    """The entries that a slice takes, in one of the runs."""
-    given = [s.args[name] for name in ("start", "end", "step")]
-    start, end, step = (getattr(x, which) if isinstance(x, Differs) else x for x in given)
-    return range(size)[start:end:step]
+@rule("add", local=True)
+def _first_row(op: OpContext) -> Placement | None:
+    """The number of a rank's first row, and its own numbers from there on."""
+    indices = op.placements(RankIndex)
+    numbers = op.placements(RowNumbers)
+    if not indices or not numbers:
+        return None
+    first = indices[0]
+    own = numbers[0]
+    if op.args.get("alpha", 1) != 1:
+        return None
+    layout = own.of.layout
+    if isinstance(layout, Order):
+        return None
+    if not first.axes == layout.axes == op.split.live:
+        return None
+    rows, _ = op.split.lengths[layout]
+    if first.factor != rows * own.of.inner:
+        return None
+    ndim = next(operand.ndim for operand in op.operands if operand.placement == own)
+    return own.at.at(own.at.dim + len(op.out.local) - ndim)
 
 
-def handed_on(state: State, perm: Any, ranks: int) -> Before | None:
+@rule(ANY, local=True)
+def _of_index(op: OpContext) -> Placement | None:
+    """Any function of the index of a rank."""
+    indices = op.placements(RankIndex)
+    rest = [other for other in op.operands if not isinstance(other.placement, RankIndex)]
+    if not indices or not all_replicated(rest):
+        return None
+    if op.call.func is None:
+        return None
+    op.check_values()
+    return RankIndex(indices[0].axes, math.nan)
+
+
+# ---- the last rows of a part
+
+
+@rule("slice", rows=True)
+def _end(op: OpContext) -> Placement | None:
+    """The last rows of a part, or the rows before them."""
+    operand = op.operand()
+    dim = op.dim()
+    rows = operand.split_at(dim)
+    if rows is None or rows.outer != 1:
+        return None
+    if rows.layout.axes != op.split.live:
+        return None
+    sizes = operand.sizes(dim)
+    both_taken = taken(op, operand, dim)
+    count = len(both_taken[0])
+    last = tuple(range(size - count, size) for size in sizes)
+    if both_taken == last:
+        return Last(rows, count)
+    count = sizes[0] - count
+    rest = tuple(range(size - count) for size in sizes)
+    return Rest(rows, count) if both_taken == rest else None
+
+
+def handed_on(placement: Placement, perm: Any, ranks: int) -> Before | None:
     """What `fp.ppermute` makes of the last rows of every part, if each goes to the next rank.
 
     Args:
         perm: of a part, and of one device if that differs: there the first part gets zeros, or, in
             a ring, the last rows.
     """
-    part, one = (getattr(perm, which, perm) for which in ("a", "b"))
+    if not isinstance(placement, Last):
+        return None
+    of_part, of_one = both(perm)
     line = [(rank, rank + 1) for rank in range(ranks - 1)]
-    to_next = sorted(part) == line and not one
-    in_ring = sorted(part) == [*line, (ranks - 1, 0)] and list(one) == [(0, 0)]
-    if isinstance(state, Last) and (to_next or in_ring):
-        return Before(state.rows, state.count)
+    ring = [*line, (ranks - 1, 0)]
+    to_next = sorted(of_part) == line and not of_one
+    in_ring = sorted(of_part) == ring and list(of_one) == [(0, 0)]
+    if to_next or in_ring:
+        return Before(placement.rows, placement.count)
     return None
 
 
-@place_rule("cat")
-def _joined(s: OpContext) -> State | None:
+@rule("cat", local=True)
+def _joined(op: OpContext) -> Placement | None:
     """All rows, each in the place of the next ones; or one number in every row but the last."""
-    xs = s.args["tensors"]
-    if len(xs) != 2:
+    tensors = op.args["tensors"]
+    if len(tensors) != 2:
         return None
-    first, last = (x.state for x in xs)
-    dim = s.value("dim") % len(s.out.a)
+    first, last = (tensor.placement for tensor in tensors)
+    dim = op.value("dim") % len(op.out.local)
     if isinstance(first, Before) and isinstance(last, Rest):
-        fits = first.rows == last.rows and first.count == last.count and first.rows.dim == dim
-        return first.rows if fits else None
-    found = s.world.along(dim, (s.out.a[dim], s.out.b[dim]))
-    if isinstance(first, Number) and isinstance(last, Flag) and found is not None:
-        alike = first.constant and first.a == last.no and not xs[1].moving
-        return found if alike and found.part.axes == last.axes else None
-    return None
-
-
-@place_rule("eq")
-def _is_last(s: OpContext) -> State | None:
-    """Whether a rank is the last one."""
-    place, other = s.args["self"], s.args["other"]
-    if (
-        not isinstance(place, Operand)
-        or not isinstance(place.state, Start)
-        or not isinstance(other, Differs)
-    ):
+        alike = first.rows == last.rows and first.count == last.count
+        return first.rows if alike and first.rows.dim == dim else None
+    found = op.split.along(dim, op.out.sizes(dim))
+    if found is None:
         return None
-    axes = place.state.axes
-    ranks = [n for part, (_, n) in s.world.lengths.items() if part.axes == axes == s.world.live]
-    if place.state.rows == 1 and ranks and (other.a, other.b) == (ranks[0] - 1, 0):
-        return Flag(axes, 1, 0)
+    if not isinstance(first, Number):
+        return None
+    if not isinstance(last, LastFlag):
+        return None
+    alike = first.constant and first.local == last.no and not tensors[1].varying
+    if alike and found.layout.axes == last.axes:
+        return found
     return None
 
 
-@place_rule(ANY)
-def _of_flags(s: OpContext) -> State | None:
+# ---- which rank is the last
+
+
+@rule("eq", local=True)
+def _is_last(op: OpContext) -> Placement | None:
+    index = op.placement_of("self")
+    other = op.args["other"]
+    if not isinstance(index, RankIndex):
+        return None
+    if not isinstance(other, Differs):
+        return None
+    if index.factor != 1:
+        return None
+    axes = index.axes
+    for layout, (_, ranks) in op.split.lengths.items():
+        if layout.axes == axes == op.split.live:
+            is_last = (other.local, other.full) == (ranks - 1, 0)
+            return LastFlag(axes, 1, 0) if is_last else None
+    return None
+
+
+@rule(ANY, local=True)
+def _of_flags(op: OpContext) -> Placement | None:
     """Any op on flags and constants: a flag again."""
-    flags = [x.state for x in s.operands if isinstance(x.state, Flag)]
+    flags = op.placements(LastFlag)
     if not flags:
         return None
-    numbers = [x.state for x in s.operands if x.state != flags[0]]
-    if not all(isinstance(state, Number) and state.constant for state in numbers):
+    for operand in op.operands:
+        number = operand.placement
+        is_constant = isinstance(number, Number) and number.constant
+        if number != flags[0] and not is_constant:
+            return None
+    args = {name: _as_number(value) for name, value in op.args.items()}
+    found = apply_common(replace(op, args=args))
+    if not isinstance(found, Number):
         return None
-    out = apply_rule(replace(s, args={name: _as_number(x) for name, x in s.args.items()}))
-    return Flag(flags[0].axes, yes=out.b, no=out.a) if isinstance(out, Number) else None
+    return LastFlag(flags[0].axes, yes=found.full, no=found.local)
 
 
-def _as_number(x: Any) -> Any:
-    if isinstance(x, Operand) and isinstance(x.state, Flag):
-        return replace(x, state=Number(x.state.no, x.state.yes))
-    return x
+def _as_number(value: Any) -> Any:
+    if isinstance(value, Operand) and isinstance(value.placement, LastFlag):
+        flag = value.placement
+        return replace(value, placement=Number(flag.no, flag.yes))
+    return value
 
 
-@place_rule(ANY)
-def _of_shuffled(s: OpContext) -> State | None:
+# ---- all rows in another order
+
+
+@rule(ANY, local=True)
+def _of_shuffled(op: OpContext) -> Placement | None:
     """Row by row the same, and sums over all rows."""
-    shuffled = [x for x in s.operands if isinstance(x.state, Shuffled)]
-    if len(shuffled) != 1 or not isinstance(s.call.func, torch._ops.OpOverload):
+    shuffled = op.placements(Shuffled)
+    if len(shuffled) != 1:
         return None
-    (x,) = shuffled
-    assert isinstance(x.state, Shuffled)
-    alike = all(plain(other.state) and not other.ndim for other in s.operands if other is not x)
-    if torch.Tag.pointwise in s.call.func.tags and alike:
-        s.all_values()
-        return x.state
-    sums = s.call.name in ("sum", "mean", "amax", "amin")
-    return Replicate() if sums and x.state.dim in s.dims() else None
+    if not isinstance(op.call.func, torch._ops.OpOverload):
+        return None
+    placement = shuffled[0]
+    others = [operand for operand in op.operands if operand.placement is not placement]
+    are_numbers = all(replicated(other.placement) and not other.ndim for other in others)
+    if torch.Tag.pointwise in op.call.func.tags and are_numbers:
+        op.check_values()
+        return placement
+    sums = op.call.name in ("sum", "mean", "amax", "amin")
+    if sums and placement.dim in op.dims():
+        return Replicate()
+    return None

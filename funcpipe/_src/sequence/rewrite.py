@@ -17,17 +17,18 @@ from torch import Tensor
 from funcpipe._src.core.mesh import Axes, as_axes
 from funcpipe._src.functional import dispatch as hook
 from funcpipe._src.functional import losses, random
-from funcpipe._src.functional.attention import Intercept, whole
+from funcpipe._src.functional.attention import whole
 from funcpipe._src.functional.dispatch import Spec
+from funcpipe._src.functional.intercept import Intercept
 from funcpipe._src.functional.positions import member_positions, plain
 from funcpipe._src.functional.sequence_layout import SequenceLayout
-from funcpipe._src.proof.verify import Findings
+from funcpipe._src.proof.sequence_proof import SequenceProof
 from funcpipe._src.sequence.ulysses import split_attention
 from funcpipe.errors import SequenceError, TraceError
 
 
 @contextlib.contextmanager
-def rewriting(findings: Findings | None, sequence_rank: int, split: bool) -> Iterator[None]:
+def rewriting(findings: SequenceProof | None, sequence_rank: int, split: bool) -> Iterator[None]:
     """Run a loss function as a rank does.
 
     Args:
@@ -82,7 +83,7 @@ class Unsplit:
 class Rewriting(Unsplit):
     """The `Hook` of a rank with its local positions, for all ranks that run the same graph."""
 
-    def __init__(self, findings: Findings, sequence_rank: int) -> None:
+    def __init__(self, findings: SequenceProof, sequence_rank: int) -> None:
         self.findings = findings
         self.sequence_rank = sequence_rank  # only its lengths are used
 
