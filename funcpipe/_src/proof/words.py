@@ -115,6 +115,17 @@ POSITIONS = Words(
 )
 
 
+def _ways_out(axes: Axes, microbatches: bool) -> str:
+    axis = repr(axes[0] if len(axes) == 1 else axes)
+    gather = f"gather them (fp.all_gather(x, {axis}), fp.psum(x, {axis})), "
+    return (
+        f"Rows of a batch that is split do not meet inside the loss: "
+        f"{'' if microbatches else gather}compute what needs all rows in a first "
+        "fp.value_and_grad and pass it through batch, or, if each microbatch of each shard may "
+        "be a batch of its own, declare it: fp.batch_statistic(fn)(x)"
+    )
+
+
 def words_of_rows(axes: Axes, microbatches: bool) -> Words:
     """The words for the rows of a batch.
 
@@ -122,14 +133,7 @@ def words_of_rows(axes: Axes, microbatches: bool) -> Words:
         axes: of the mesh, those that split rows.
         microbatches: whether microbatches split rows too; no collective joins those.
     """
-    axis = repr(axes[0] if len(axes) == 1 else axes)
-    gather = f"gather them (fp.all_gather(x, {axis}), fp.psum(x, {axis})), "
-    ways_out = (
-        f"Rows of a batch that is split do not meet inside the loss: "
-        f"{'' if microbatches else gather}compute what needs all rows in a first "
-        "fp.value_and_grad and pass it through batch, or, if each microbatch of each shard may "
-        "be a batch of its own, declare it: fp.batch_statistic(fn)(x)"
-    )
+    ways_out = _ways_out(axes, microbatches)
     return Words(
         items="rows",
         item="row",
