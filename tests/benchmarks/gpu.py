@@ -43,7 +43,11 @@ import funcpipe as fp
 from funcpipe._src.runtime.cuda_graph import MIXING
 
 # Gradients are added up in bfloat16, as those of the peers' params are.
-GRAPH: dict[str, Any] = {"backend": "inductor", "cuda_graph": True, "sums": torch.bfloat16}
+GRAPH: dict[str, Any] = {
+    "backend": "inductor",
+    "cuda_graph": True,
+    "accumulate_dtype": torch.bfloat16,
+}
 STEPS = 4  # that are timed together: ranks may be in different ones
 Go = Callable[[], Any]
 

@@ -22,7 +22,7 @@ OPTIMIZER = fp.optim.adamw(lr=1e-3)
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
-    "compiled": {"backend": "inductor", "sums": torch.bfloat16},
+    "compiled": {"backend": "inductor", "accumulate_dtype": torch.bfloat16},
     "compiled, float32 sums": {"backend": "inductor"},
     "captured": {"backend": "inductor", "cuda_graph": True},
 }

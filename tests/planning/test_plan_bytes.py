@@ -216,7 +216,8 @@ class Watched(list):
             for name, places in (("values", self.values), ("sums", self.taken)):
                 if i in places:  # what is there before is let go after
                     alive = [
-                        y.result if isinstance(y, Done) else y for y in (*(self[k] for k in places), x)
+                        y.result if isinstance(y, Done) else y
+                        for y in (*(self[k] for k in places), x)
                     ]
                     self.peaks[name] = max(
                         self.peaks[name], held([y for y in alive if torch.is_tensor(y)])
