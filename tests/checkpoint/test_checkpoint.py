@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import BATCHES, STACKS, equal, started, with_counts
 from support.models import D, batch, keep, params, refused, same_bits, step_of
+from support.sharded_stacks import stacks, training
 from support.sharded_steps import linear_params
-from test_sharded_weights import stacks, training
 from torch._subclasses.fake_tensor import FakeTensor
 
 import funcpipe as fp

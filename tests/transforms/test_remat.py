@@ -29,8 +29,8 @@ from support.models import (
     start,
     step_of,
 )
-from test_equivalence import batches, descending, equal, pieces, pipelines
-from test_plan_bytes import slots_seen
+from support.training_steps import batches, descending, equal, pieces, pipelines
+from support.watched_slots import slots_seen
 from torch.utils.checkpoint import checkpoint
 
 import funcpipe as fp
