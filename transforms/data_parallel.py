@@ -43,4 +43,7 @@ def data_parallel(step: Callable | None = None, *, axis: str | Iterable[str], di
     <step <lambda>
       data_parallel(axis='data')>
     """
-    return with_spec(step, DataParallelSpec(axes=as_axes(axis), split=RowSplit(dims)))
+    axes = as_axes(axis)
+    split = RowSplit(dims)
+    spec = DataParallelSpec(axes=axes, split=split)
+    return with_spec(step, spec)
