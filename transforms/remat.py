@@ -82,16 +82,8 @@ def remat(
     <step <lambda>
       remat(budget=0.5)>
     """
-    given = {
-        k: v
-        for k, v in (
-            ("policy", policy),
-            ("budget", budget),
-            ("save", save),
-            ("recompute", recompute),
-        )
-        if v is not None
-    }
+    options = {"policy": policy, "budget": budget, "save": save, "recompute": recompute}
+    given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise StackError(f"remat: {' and '.join(given)} exclude each other; give one of them")
     if policy is not None and policy not in _POLICIES:
@@ -103,25 +95,27 @@ def remat(
         raise StackError(
             f"remat: budget={budget!r}; it is the part of the bytes that may be saved, from 0 to 1"
         )
-    what = Remat(
+    choice = Remat(
         policy=policy if given else "block",
         budget=budget,
         save=_names("save", save),
         recompute=_names("recompute", recompute),
         segments=segments if callable(segments) else _numbers(segments),
     )
-    return with_spec(step, RematSpec(choice=what))
+    return with_spec(step, RematSpec(choice=choice))
 
 
-def _is_part(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1
+def _is_part(budget: Any) -> bool:
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    return is_number and 0 <= budget <= 1
 
 
 def _names(option: str, names: Any) -> tuple[str, ...]:
     if names is None:
         return ()
-    found = () if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
-    if not found or not all(isinstance(x, str) for x in found):
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    found = tuple(names) if is_list else ()
+    if not found or not all(isinstance(name, str) for name in found):
         raise StackError(
             f"remat: {option}={names!r}; write a list of names, such as {option}=['attention']"
         )
@@ -132,9 +126,13 @@ def _numbers(segments: Any) -> tuple[int, ...] | None:
     if segments is None:
         return None
     found = tuple(segments) if isinstance(segments, Iterable) else ()
-    if not found or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in found):
+    if not found or not all(map(_is_number_of_segment, found)):
         raise StackError(
             f"remat: segments={segments!r}; write a list of numbers, counted from 0, or a function "
             "such as lambda s: s < 4"
         )
     return found
+
+
+def _is_number_of_segment(segment: Any) -> bool:
+    return isinstance(segment, int) and not isinstance(segment, bool) and segment >= 0
