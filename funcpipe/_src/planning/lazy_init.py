@@ -52,7 +52,8 @@ class LazyParams:
     """
 
     def __init__(self, params_fn: Callable[[torch.Tensor], Any], key: torch.Tensor) -> None:
-        self.key, self.mode = key, FakeTensorMode()
+        self.key = key
+        self.mode = FakeTensorMode()
         specs: list[Any] = []
 
         def flat(key: torch.Tensor) -> list[torch.Tensor]:
@@ -91,6 +92,7 @@ class LazyParams:
 
     def leaf(self, number: int) -> torch.Tensor:
         """A leaf, computed from what it depends on alone."""
-        inputs = list(self.module.graph.find_nodes(op="placeholder"))
+        graph = self.module.graph
+        inputs = list(graph.find_nodes(op="placeholder"))
         make = extract(self.module, self.outputs[number], inputs)
         return make(self.key)
