@@ -18,9 +18,11 @@ from funcpipe._src.graph.unit_code import bytes_text
 from funcpipe._src.viz.svg import _COLOURS, _FAINT, _FONT, _INK
 from funcpipe.errors import PlanError
 
-BUDGETS = tuple(i / 10 for i in range(11))
+BUDGETS = tuple(tenths / 10 for tenths in range(11))
 # Pixels: the plot, and what is around it.
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM, _RIGHT = 640.0, 280.0, 84.0, 84.0, 56.0, 40.0
+_WIDTH, _HEIGHT = 640.0, 280.0
+_LEFT, _RIGHT = 84.0, 40.0
+_TOP, _BOTTOM = 84.0, 56.0
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,19 @@ class RematCurve:
     def __str__(self) -> str:
         size = f"{bytes_text(self.whole)} and {flops_text(self.forward)} in the forward pass"
         head = f"residuals and FLOPs computed again, of one microbatch ({size})"
-        return "\n".join([head, *map(self._row, (*self.points, self.here))])
+        rows = [self._row(point) for point in self._all_points]
+        return "\n".join([head, *rows])
 
-    def _row(self, p: Point) -> str:
-        name = "this plan" if p.budget is None else f"budget {p.budget:.2f}"
-        parts = (
-            f"{_part(p.nbytes, self.whole):>9.1%} {flops_text(p.flops):>14} "
-            f"{_part(p.flops, self.forward):>6.1%}"
-        )
-        return f"  {name:<11} {bytes_text(p.nbytes):>10} {parts}" + (
-            "" if p.reached else "  the least there is"
-        )
+    @property
+    def _all_points(self) -> tuple[Point, ...]:
+        return *self.points, self.here
+
+    def _row(self, point: Point) -> str:
+        name = "this plan" if point.budget is None else f"budget {point.budget:.2f}"
+        saved = f"{bytes_text(point.nbytes):>10} {_part(point.nbytes, self.whole):>9.1%}"
+        again = f"{flops_text(point.flops):>14} {_part(point.flops, self.forward):>6.1%}"
+        missed = "" if point.reached else "  the least there is"
+        return f"  {name:<11} {saved} {again}{missed}"
 
     def save(self, path: str | Path, title: str = "remat") -> Path:
         """Draw it as an ``.svg`` picture.
@@ -103,10 +107,8 @@ class RematCurve:
 
     def _svg(self, title: str) -> Iterator[str]:
         width, height = _LEFT + _WIDTH + _RIGHT, _TOP + _HEIGHT + _BOTTOM
-        most = (
-            max((_part(p.flops, self.forward) for p in (*self.points, self.here)), default=0.0)
-            or 1.0
-        )
+        parts = [_part(point.flops, self.forward) for point in self._all_points]
+        most = max(parts) or 1.0
         yield (
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:g} {height:g}' "
             f"width='{width:g}' height='{height:g}' {_FONT} font-size='11' fill='{_INK}'>"
@@ -122,32 +124,34 @@ class RematCurve:
         )
         yield f"<g transform='translate({_LEFT:g} {_TOP:g})'>"
         yield from _axes(most)
-        at = [self._at(p, most) for p in self.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        places = [self._at(point, most) for point in self.points]
+        path = " ".join(f"{right:.1f},{down:.1f}" for right, down in places)
         yield f"<polyline points='{path}' fill='none' stroke='{_COLOURS['F']}' stroke-width='1.6'/>"
-        for p, (x, y) in zip(self.points, at, strict=True):
-            text = f"budget {p.budget:g}: {bytes_text(p.nbytes)}, {flops_text(p.flops)} again"
+        for point, (right, down) in zip(self.points, places, strict=True):
+            saved, again = bytes_text(point.nbytes), flops_text(point.flops)
+            text = f"budget {point.budget:g}: {saved}, {again} again"
             yield (
-                f"<circle class='point' cx='{x:.1f}' cy='{y:.1f}' r='3.5' "
+                f"<circle class='point' cx='{right:.1f}' cy='{down:.1f}' r='3.5' "
                 f"fill='{_COLOURS['F']}'><title>{text}</title></circle>"
             )
-        x, y = self._at(self.here, most)
+        right, down = self._at(self.here, most)
         yield (
-            f"<circle class='here' cx='{x:.1f}' cy='{y:.1f}' r='6' fill='none' "
+            f"<circle class='here' cx='{right:.1f}' cy='{down:.1f}' r='6' fill='none' "
             f"stroke='{_COLOURS['B']}' stroke-width='2'/>"
         )
-        side, anchor = (-10, "end") if x > _WIDTH / 2 else (10, "start")
+        side, anchor = (-10, "end") if right > _WIDTH / 2 else (10, "start")
         label = (
-            f"<text x='{x + side:.1f}' y='{y - 8:.1f}' text-anchor='{anchor}' "
+            f"<text x='{right + side:.1f}' y='{down - 8:.1f}' text-anchor='{anchor}' "
             f"fill='{_COLOURS['B']}'>"
         )
         yield f"{label}this plan</text>"
         yield "</g></svg>"
 
-    def _at(self, p: Point, most: float) -> tuple[float, float]:
-        return _WIDTH * _part(p.nbytes, self.whole), _HEIGHT * (
-            1 - _part(p.flops, self.forward) / most
-        )
+    def _at(self, point: Point, most: float) -> tuple[float, float]:
+        """Pixels to the right and down from the plot's corner."""
+        saved = _part(point.nbytes, self.whole)
+        again = _part(point.flops, self.forward)
+        return _WIDTH * saved, _HEIGHT * (1 - again / most)
 
 
 def remat_curve(cut: Units, budgets: Sequence[float] = BUDGETS) -> RematCurve:
@@ -162,44 +166,54 @@ def remat_curve(cut: Units, budgets: Sequence[float] = BUDGETS) -> RematCurve:
                 f"remat_curve: there is a budget of {budget!r}; it is the part of the bytes that "
                 "may be saved, from 0 to 1"
             )
-    whole = [s.whole for s in cut.saved]
-    points = [
-        _point(b, [outcome(s.choice, within(s.choice, b)) for s in cut.saved], whole)
-        for b in sorted(budgets)
-    ]
-    here = [s.outcome for s in cut.saved]
-    forward = sum(unit.code.flops for (kind, _), unit in cut.units.items() if kind == "F")
+    here = [saved.outcome for saved in cut.saved]
+    whole = [saved.whole for saved in cut.saved]
     return RematCurve(
-        tuple(points), Point(None, _bytes(here), sum(x.flops for x in here)), _bytes(whole), forward
+        points=tuple(_point(budget, cut.saved) for budget in sorted(budgets)),
+        here=Point(None, _bytes(here), _flops(here)),
+        whole=_bytes(whole),
+        forward=sum(unit.code.flops for unit in cut.units.values() if unit.kind == "F"),
     )
 
 
-def _point(budget: float, found: Sequence[Outcome], whole: Sequence[Outcome]) -> Point:
-    reached = all(x.nbytes <= budget * w.nbytes for x, w in zip(found, whole, strict=True))
-    return Point(budget, _bytes(found), sum(x.flops for x in found), reached)
+def _point(budget: float, segments: Sequence[Saved]) -> Point:
+    """What all segments save and compute again within a budget."""
+    found = []
+    reached = True
+    for saved in segments:
+        choice = saved.choice
+        chosen = outcome(choice, within(choice, budget))
+        found.append(chosen)
+        reached = reached and chosen.nbytes <= budget * saved.whole.nbytes
+    return Point(budget, _bytes(found), _flops(found), reached)
 
 
-def _bytes(found: Sequence[Outcome]) -> int:
-    return sum(x.nbytes for x in found)
+def _bytes(outcomes: Sequence[Outcome]) -> int:
+    return sum(chosen.nbytes for chosen in outcomes)
 
 
-def _part(n: int, whole: int) -> float:
-    return n / whole if whole else 0.0
+def _flops(outcomes: Sequence[Outcome]) -> int:
+    return sum(chosen.flops for chosen in outcomes)
+
+
+def _part(count: int, whole: int) -> float:
+    return count / whole if whole else 0.0
 
 
 def _axes(most: float) -> Iterator[str]:
     """The frame, and five marks along each side."""
     yield f"<path d='M0 0V{_HEIGHT:g}H{_WIDTH:g}' fill='none' stroke='{_FAINT}'/>"
-    for i in range(6):
-        x, y = _WIDTH * i / 5, _HEIGHT * (1 - i / 5)
-        yield f"<path d='M{x:g} {_HEIGHT:g}v5M0 {y:g}h-5' stroke='{_FAINT}'/>"
+    for mark in range(6):
+        right = _WIDTH * mark / 5
+        down = _HEIGHT * (1 - mark / 5)
+        yield f"<path d='M{right:g} {_HEIGHT:g}v5M0 {down:g}h-5' stroke='{_FAINT}'/>"
         yield (
-            f"<text x='{x:g}' y='{_HEIGHT + 18:g}' text-anchor='middle' "
-            f"fill='{_FAINT}'>{i / 5:.0%}</text>"
+            f"<text x='{right:g}' y='{_HEIGHT + 18:g}' text-anchor='middle' "
+            f"fill='{_FAINT}'>{mark / 5:.0%}</text>"
         )
         yield (
-            f"<text x='-10' y='{y + 4:g}' text-anchor='end' "
-            f"fill='{_FAINT}'>{most * i / 5:.1%}</text>"
+            f"<text x='-10' y='{down + 4:g}' text-anchor='end' "
+            f"fill='{_FAINT}'>{most * mark / 5:.1%}</text>"
         )
     yield (
         f"<text x='{_WIDTH / 2:g}' y='{_HEIGHT + 40:g}' text-anchor='middle'>residuals, of those "
@@ -208,39 +222,39 @@ def _axes(most: float) -> Iterator[str]:
     yield "<text x='-70' y='-10'>FLOPs again, of the forward pass</text>"
 
 
-def flops_text(n: float) -> str:
+def flops_text(flops: float) -> str:
     """FLOPs for people.
 
     >>> flops_text(999), flops_text(2_500_000)
     ('999 FLOP', '2.5 MFLOP')
     """
     for unit in ("", "k", "M", "G", "T"):
-        if n < 1000 or unit == "T":
+        if flops < 1000 or unit == "T":
             break
-        n /= 1000
-    return f"{n:.1f} {unit}FLOP" if unit else f"{n:g} FLOP"
+        flops /= 1000
+    return f"{flops:.1f} {unit}FLOP" if unit else f"{flops:g} FLOP"
 
 
 def lines(saved: Sequence[Saved]) -> list[str]:
     """What the segments of a cut that have a `remat` save: a line for each of those."""
     groups: dict[str, list[int]] = {}
-    for segment, s in enumerate(saved):
-        if s.remat is not None:
-            groups.setdefault(str(s.remat), []).append(segment)
-    out = []
+    for segment, of_segment in enumerate(saved):
+        if of_segment.remat is not None:
+            groups.setdefault(str(of_segment.remat), []).append(segment)
+    found = []
     for name, segments in groups.items():
-        some = [saved[s] for s in segments]
-        again = sum(s.outcome.flops for s in some)
-        kept, whole = (
-            bytes_text(_bytes(x)) for x in ([s.outcome for s in some], [s.whole for s in some])
-        )
+        outcomes = [saved[segment].outcome for segment in segments]
+        whole = [saved[segment].whole for segment in segments]
         line = (
-            f"  {name}: segments {_spans(segments)} save {kept} of {whole} a microbatch, and "
-            f"compute {flops_text(again)} again"
+            f"  {name}: segments {_spans(segments)} save {bytes_text(_bytes(outcomes))} of "
+            f"{bytes_text(_bytes(whole))} a microbatch, and compute "
+            f"{flops_text(_flops(outcomes))} again"
         )
-        over = [s for s in segments if saved[s].over]
-        out.append(line + (f"; segments {_spans(over)} cannot save less" if over else ""))
-    return out
+        over = [segment for segment in segments if saved[segment].over]
+        if over:
+            line += f"; segments {_spans(over)} cannot save less"
+        found.append(line)
+    return found
 
 
 def _spans(numbers: Sequence[int]) -> str:
@@ -250,9 +264,13 @@ def _spans(numbers: Sequence[int]) -> str:
     '0-2, 4'
     """
     spans: list[list[int]] = []
-    for n in numbers:
-        if spans and spans[-1][-1] == n - 1:
-            spans[-1].append(n)
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1].append(number)
         else:
-            spans.append([n])
-    return ", ".join(f"{x[0]}-{x[-1]}" if len(x) > 1 else f"{x[0]}" for x in spans)
+            spans.append([number])
+    return ", ".join(map(_span_text, spans))
+
+
+def _span_text(span: Sequence[int]) -> str:
+    return f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}"
