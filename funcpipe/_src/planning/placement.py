@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,19 +23,24 @@ from funcpipe._src.core.mesh import Axes, Mesh
 from funcpipe._src.program.shard_shapes import extent, shard_shape
 from funcpipe.errors import StateError
 
-if TYPE_CHECKING:
-    pass
+Shape = tuple[int, ...]
 
 
-def take(x: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
+def take(leaf: torch.Tensor, mesh: Mesh, rank: int, axes: Axes) -> torch.Tensor:
     """A rank's shard of a whole leaf."""
-    start, end = extent(x.numel(), mesh.axis_size(axes), mesh.index(rank, axes))
-    return x.reshape(-1)[start:end].reshape(shard_shape(tuple(x.shape), end - start))
+    shards = mesh.axis_size(axes)
+    index = mesh.index(rank, axes)
+    start, end = extent(leaf.numel(), shards, index)
+    elements = leaf.reshape(-1)[start:end]
+    count = end - start
+    shape = shard_shape(tuple(leaf.shape), count)
+    return elements.reshape(shape)
 
 
-def join(shards: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+def join(shards: Sequence[torch.Tensor], shape: Shape) -> torch.Tensor:
     """The whole leaf of all its shards, in order."""
-    return torch.cat([shard.reshape(-1) for shard in shards]).view(shape)
+    elements = [shard.reshape(-1) for shard in shards]
+    return torch.cat(elements).view(shape)
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ class LeafLayout:
     """
 
     owners: tuple[int, ...]
-    shape: tuple[int, ...]
+    shape: Shape
     axes: Axes = ()
 
 
 @dataclass(frozen=True)
 class LeafMetric:
-    """A metric that some ranks do not compute: its number, a pipeline rank that does, and what it is
-    like there (a fake, or a value of Python)."""
+    """A metric that some ranks do not compute: its number, a pipeline rank that does, and what it
+    is like there (a fake, or a value of Python)."""
 
     number: int
     pipeline_rank: int
@@ -88,11 +93,10 @@ class StatePlacement:
     leaf_metrics: tuple[LeafMetric, ...] = ()
 
     def __str__(self) -> str:
-        analysis, lines = self.analysis, []
-        for path, layout in zip(analysis.paths, self.layouts, strict=True):
-            over = f", sharded over {', '.join(layout.axes)}" if layout.axes else ""
-            ranks = ", ".join(map(str, layout.owners))
-            lines.append(f"params{path} {layout.shape} on pipeline ranks {ranks}{over}")
+        paths = self.analysis.paths
+        lines = []
+        for path, layout in zip(paths, self.layouts, strict=True):
+            lines.append(f"params{path} {_layout_text(layout)}")
         for pipeline_rank, present in enumerate(self.present):
             held = f"{sum(present)} of {len(present)} leaves of the state"
             lines.append(f"pipeline rank {pipeline_rank} holds {held}")
@@ -102,21 +106,27 @@ class StatePlacement:
 
     def pipeline_rank(self, rank: int) -> int:
         """The pipeline rank of a rank of the mesh."""
-        return self.mesh.coords(rank)[self.pipe_axis] if self.pipe_axis else 0
+        if not self.pipe_axis:
+            return 0
+        coordinates = self.mesh.coords(rank)
+        return coordinates[self.pipe_axis]
 
     def holds(self, rank: int, param: int) -> bool:
         """Whether a rank holds a param."""
-        return self.pipeline_rank(rank) in self.layouts[param].owners
+        owners = self.layouts[param].owners
+        return self.pipeline_rank(rank) in owners
 
-    def shape(self, rank: int, param: int) -> tuple[int, ...]:
+    def shape(self, rank: int, param: int) -> Shape:
         """The shape of what a rank holds of a param."""
         layout = self.layouts[param]
         if not layout.axes:
             return layout.shape
         elements = math.prod(layout.shape)
         shards = self.mesh.axis_size(layout.axes)
-        start, end = extent(elements, shards, self.mesh.index(rank, layout.axes))
-        return shard_shape(layout.shape, end - start)
+        index = self.mesh.index(rank, layout.axes)
+        start, end = extent(elements, shards, index)
+        count = end - start
+        return shard_shape(layout.shape, count)
 
     def counts(self, rank: int, param: int | None) -> bool:
         """Whether a rank counts its part of a leaf in a sum over the mesh: the lowest of those that
@@ -124,7 +134,8 @@ class StatePlacement:
         if param is None:
             return self.tells(rank, 0)
         layout = self.layouts[param]
-        return self._is_lowest(rank, layout.owners[0], layout.axes)
+        first_owner = layout.owners[0]
+        return self._is_lowest(rank, first_owner, layout.axes)
 
     def tells(self, rank: int, pipeline_rank: int) -> bool:
         """Whether a rank is the lowest with a pipeline rank."""
@@ -132,7 +143,8 @@ class StatePlacement:
 
     def _is_lowest(self, rank: int, pipeline_rank: int, free: Axes) -> bool:
         """Whether a rank is the lowest with a pipeline rank and its coordinates on free axes."""
-        for axis, coordinate in self.mesh.coords(rank).items():
+        coordinates = self.mesh.coords(rank)
+        for axis, coordinate in coordinates.items():
             lowest = pipeline_rank if axis == self.pipe_axis else 0
             if axis not in free and coordinate != lowest:
                 return False
@@ -143,24 +155,33 @@ class StatePlacement:
     def free(self, rank: int) -> frozenset[int]:
         """Which of the leaves that a rank holds, counted among those, a step may write to
         (`core/buffer_donation.py`)."""
-        present = self.present[self.pipeline_rank(rank)]
-        held = [leaf for leaf, here in enumerate(present) if here]
         overwritable = self.analysis.free
-        return frozenset(number for number, leaf in enumerate(held) if leaf in overwritable)
+        held = 0
+        found = set()
+        for leaf, is_here in enumerate(self._present(rank)):
+            if not is_here:
+                continue
+            if leaf in overwritable:
+                found.add(held)
+            held += 1
+        return frozenset(found)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
         """The lowest ranks that hold a leaf of the state: one, or one for each of its shards, in
         order."""
         coordinates = dict.fromkeys(self.mesh.axes, 0)
         if self.pipe_axis:
-            coordinates[self.pipe_axis] = self._holding(leaf)[0]
-        first = self.mesh.rank(coordinates)
-        return self.mesh.group(first, self._axes(leaf))
+            holding = self._holding(leaf)
+            coordinates[self.pipe_axis] = holding[0]
+        lowest = self.mesh.rank(coordinates)
+        axes = self._axes(leaf)
+        return self.mesh.group(lowest, axes)
 
     def held_as(self, rank: int, leaf: int) -> tuple:
         """What a rank holds of a leaf of the state: ranks that have the same, hold copies."""
         axes = self._axes(leaf)
-        return self._holding(leaf), axes, self.mesh.index(rank, axes)
+        shard = self.mesh.index(rank, axes)
+        return self._holding(leaf), axes, shard
 
     def copies(self, rank: int, leaf: int) -> int:
         """How many ranks hold the same part of a leaf of the state as this one; 0 if it holds
@@ -168,8 +189,13 @@ class StatePlacement:
         holding = self._holding(leaf)
         if self.pipeline_rank(rank) not in holding:
             return 0
+        ranks_of_each = self.mesh.size // len(self.present)  # ranks with one pipeline rank
         shards = self.mesh.axis_size(self._axes(leaf))
-        return len(holding) * self.mesh.size // (len(self.present) * shards)
+        return len(holding) * ranks_of_each // shards
+
+    def _present(self, rank: int) -> tuple[bool, ...]:
+        """Which leaves of the state a rank holds."""
+        return self.present[self.pipeline_rank(rank)]
 
     def _holding(self, leaf: int) -> tuple[int, ...]:
         """The pipeline ranks that hold a leaf of the state."""
@@ -177,8 +203,11 @@ class StatePlacement:
         return tuple(rank for rank, present in ranks if present[leaf])
 
     def _axes(self, leaf: int) -> Axes:
+        """Over which axes a leaf of the state is sharded."""
         param = self.analysis.state[leaf]
-        return () if param is None else self.layouts[param].axes
+        if param is None:
+            return ()
+        return self.layouts[param].axes
 
     # ---- trees
 
@@ -190,26 +219,29 @@ class StatePlacement:
         """
         held: list[Any] = []
         for param, layout in enumerate(self.layouts):
+            part = None
             if self.holds(rank, param):
-                held.append(own(self._part(leaf(param), layout.axes, rank)))
-            else:
-                held.append(None)
+                part = self._own_part(leaf(param), layout.axes, rank)
+            held.append(part)
         return tree.unflatten(self.analysis.params_spec, held)
 
     def place(self, full: Any, rank: int) -> Any:
         """What a rank holds of the full state, in tensors of its own."""
         leaves = self.state_leaves(full, "place")
-        present = self.present[self.pipeline_rank(rank)]
         held = []
-        for number, here in enumerate(present):
+        for number, is_here in enumerate(self._present(rank)):
             part = None
-            if here:
-                part = own(self._part(leaves[number], self._axes(number), rank))
+            if is_here:
+                axes = self._axes(number)
+                part = self._own_part(leaves[number], axes, rank)
             held.append(part)
         return tree.unflatten(self.analysis.state_spec, held)
 
-    def _part(self, leaf: Any, axes: Axes, rank: int) -> Any:
-        return take(leaf, self.mesh, rank, axes) if axes else leaf
+    def _own_part(self, leaf: Any, axes: Axes, rank: int) -> Any:
+        """A rank's part of a whole leaf, in memory of its own."""
+        if axes:
+            leaf = take(leaf, self.mesh, rank, axes)
+        return own(leaf)
 
     def unplace(self, leaf: Callable[[int, int], Any]) -> Any:
         """The full state.
@@ -217,20 +249,27 @@ class StatePlacement:
         Args:
             leaf: fetches what a rank holds of a leaf of the state, by rank and number.
         """
-        out = []
+        full = []
         for number, param in enumerate(self.analysis.state):
-            parts = [leaf(rank, number) for rank in self.holders(number)]
-            if param is not None and self.layouts[param].axes:
-                out.append(join(parts, self.layouts[param].shape))
-            else:
-                out.append(own(parts[0]))
-        return tree.unflatten(self.analysis.state_spec, out)
+            holders = self.holders(number)
+            parts = [leaf(rank, number) for rank in holders]
+            full.append(self._whole(parts, param))
+        return tree.unflatten(self.analysis.state_spec, full)
+
+    def _whole(self, parts: Sequence[Any], param: int | None) -> Any:
+        """A leaf of the state, from one rank or from all its shards."""
+        if param is not None:
+            layout = self.layouts[param]
+            if layout.axes:
+                return join(parts, layout.shape)
+        return own(parts[0])
 
     def state_leaves(self, state: Any, who: str) -> list[Any]:
         """The leaves of a rank's state (None where it holds nothing), in the order of the full
         state's."""
+        spec = self.analysis.state_spec
         try:
-            return tree.leaves_up_to(self.analysis.state_spec, state)
+            return tree.leaves_up_to(spec, state)
         except ValueError as error:
             raise StateError(
                 f"{who}: the state has another structure than init_state made: "
@@ -239,7 +278,17 @@ class StatePlacement:
             ) from None
 
 
-def own(x: Any) -> Any:
+def own(leaf: Any) -> Any:
     """A tensor in memory of its own (ranks of one process must not share any); anything else as it
     is."""
-    return x.detach().clone() if isinstance(x, torch.Tensor) else x
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().clone()
+    return leaf
+
+
+def _layout_text(layout: LeafLayout) -> str:
+    ranks = ", ".join(map(str, layout.owners))
+    text = f"{layout.shape} on pipeline ranks {ranks}"
+    if layout.axes:
+        text += f", sharded over {', '.join(layout.axes)}"
+    return text
