@@ -2,9 +2,9 @@
 its losses read (`analysis/host_values.py`).
 
 Losses are known only while a step runs, plans are chosen before. So a plan is chosen by what was
-read
-the last time: where losses reach the same, and the step no other flag, it is taken. Each call then
-compares what its loss really reads, before it runs; `StaleValues` says that another plan is needed.
+read the last time: where losses reach the same, and the step no other flag, it is taken. Each call
+then compares what its loss really reads, before it runs; `StaleValues` says that another plan is
+needed.
 
 In: a step, its readings and plans. Out: the plan for what is read now, or None: look again.
 """
@@ -25,7 +25,8 @@ from funcpipe._src.planning.plan import Plan
 MOST = 16  # plans that are kept for one shape of batch
 _REMEMBERED = 64  # sets of values whose plan is remembered
 _OFTEN = 5
-PLANS, GRAPHS = "makes a new plan", "makes another CUDA graph"
+PLANS = "makes a new plan"
+GRAPHS = "makes another CUDA graph"
 OFTEN = (
     "{who} reads `{path}` from Python, which has changed {times} times, and each value {what}. "
     "Pass it as a tensor in the batch or state"
@@ -58,7 +59,8 @@ class Variants:
     """The plans for batches of one shape."""
 
     def __init__(self, step: Callable, written: set[str]) -> None:
-        self._step, self._written = step, written
+        self._step = step
+        self._written = written
         self._of_step = Follower(written, tensors=False)
         self._followers: list[Follower] = []
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
@@ -80,19 +82,33 @@ class Variants:
 
     def read(self) -> tuple[Pair, tuple[Values, ...]]:
         """What the step and its losses read now."""
-        return self._of_step.values(self._step), tuple(f.reached() for f in self._followers)
+        of_step = self._of_step.values(self._step)
+        return of_step, self._of_losses()
+
+    def _of_losses(self) -> tuple[Values, ...]:
+        return tuple(follower.reached() for follower in self._followers)
 
     def known(self) -> Plan | None:
         """The plan for what is read now, as far as it can be known before the step runs."""
         read = self.read()
-        if read == self._now[0]:
-            return self._now[1]
+        before, plan = self._now
+        if read == before:
+            return plan
         plan = self._remembered.get(read)
-        if plan is None and read[1] in self._by_losses:
-            then, plan = self._by_losses[read[1]]
-            if any(is_flag(a) or is_flag(b) for a, b in differences(then, read[0]).values()):
-                plan = None
+        if plan is None:
+            plan = self._of_same_flags(*read)
         self._now = read, plan
+        return plan
+
+    def _of_same_flags(self, of_step: Pair, of_losses: tuple[Values, ...]) -> Plan | None:
+        """The plan for the same losses, where no flag of the step is another."""
+        if of_losses not in self._by_losses:
+            return None
+        before, plan = self._by_losses[of_losses]
+        changes = differences(before, of_step)
+        for was, is_now in changes.values():
+            if is_flag(was) or is_flag(is_now):
+                return None
         return plan
 
     @property
@@ -111,18 +127,26 @@ class Variants:
         self._newest = plan
         self._plans[key] = plan
         while len(self._plans) > MOST:
-            _, old = self._plans.popitem(last=False)
-            self._remembered = OrderedDict(
-                (k, p) for k, p in self._remembered.items() if p is not old
-            )
-            self._by_losses = {k: (v, p) for k, (v, p) in self._by_losses.items() if p is not old}
+            _, oldest = self._plans.popitem(last=False)
+            self._drop(oldest)
+
+    def _drop(self, old: Plan) -> None:
+        """No set of values leads to a plan any more."""
+        kept = {read: plan for read, plan in self._remembered.items() if plan is not old}
+        self._remembered = OrderedDict(kept)
+        self._by_losses = {
+            of_losses: (of_step, plan)
+            for of_losses, (of_step, plan) in self._by_losses.items()
+            if plan is not old
+        }
 
     def remember(self, of_step: Pair, plan: Plan) -> None:
         """A plan is that for what the step read before it was looked at, and its losses read
         now."""
-        read = of_step, tuple(f.reached() for f in self._followers)
+        of_losses = self._of_losses()
+        read = of_step, of_losses
         self._remembered[read] = plan
-        self._by_losses[read[1]] = of_step, plan
+        self._by_losses[of_losses] = of_step, plan
         self._now = read, plan
         while len(self._remembered) > _REMEMBERED:
             self._remembered.popitem(last=False)
@@ -130,17 +154,19 @@ class Variants:
     def forget(self) -> None:
         """What was chosen for what is read now was wrong."""
         read = self.read()
+        _, of_losses = read
         self._remembered.pop(read, None)
-        self._by_losses.pop(read[1], None)
+        self._by_losses.pop(of_losses, None)
         self._now = (None, None)
 
     def is_news(self, everything: bool) -> bool:
         """Whether ranks have not yet agreed on the plan that is known; or on ``everything`` that
         was read."""
         read, plan = self._now
-        return (
-            plan is None or plan is not self._agreed[1] or (everything and read != self._agreed[0])
-        )
+        agreed_read, agreed_plan = self._agreed
+        if plan is None or plan is not agreed_plan:
+            return True
+        return everything and read != agreed_read
 
     def agree(self, graphs: bool) -> int:
         """Ranks agree on what was read last; returns a number of its own for it.
@@ -149,12 +175,16 @@ class Variants:
             graphs: whether steps are captured; then warn where the same value makes a graph time
                 and again.
         """
-        before, self._agreed = self._agreed, self._now
+        before, plan_before = self._agreed
         read, plan = self._now
-        if graphs and before[1] is plan and before[0] is not None:
-            for path in differences(before[0][0], read[0]):
+        self._agreed = self._now
+        if graphs and plan_before is plan and before is not None:
+            of_step_before, _ = before
+            of_step, _ = read
+            for path in differences(of_step_before, of_step):
                 self._count(GRAPHS, "the step", path)
-        self._numbers.setdefault(read, next(self._next))
+        number = next(self._next)
+        self._numbers.setdefault(read, number)
         self._numbers.move_to_end(read)
         while len(self._numbers) > _REMEMBERED:
             self._numbers.popitem(last=False)
@@ -167,7 +197,8 @@ class Variants:
 
     def _compare(self, before: Plan, plan: Plan) -> None:
         for old, new in zip(before.calls, plan.calls, strict=False):
-            was, reading = old.call.reading, new.call.reading
+            was = old.call.reading
+            reading = new.call.reading
             if was is None or reading is None:
                 continue
             for path in differences(was.values, reading.values):
@@ -182,15 +213,13 @@ class Variants:
 
 def stale(reading: Reading, values: Pair) -> StaleValues:
     """That a loss reads other values than those of its plan."""
-    found = differences(reading.values, values)
-    told = [
-        f"`{path}` ({_told(a)} when it was planned, {_told(b)} now)"
-        for path, (a, b) in found.items()
-    ]
-    return StaleValues(
-        f"{reading.name} reads from Python {' and '.join(told[:3]) or 'other values'}"
-    )
+    changes = differences(reading.values, values)
+    texts = []
+    for path, (was, is_now) in changes.items():
+        texts.append(f"`{path}` ({_text(was)} when it was planned, {_text(is_now)} now)")
+    what = " and ".join(texts[:3]) or "other values"
+    return StaleValues(f"{reading.name} reads from Python {what}")
 
 
-def _told(x: Any) -> str:
-    return "nothing" if x is None else str(x)
+def _text(value: Any) -> str:
+    return "nothing" if value is None else str(value)
