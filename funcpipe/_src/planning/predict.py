@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     from funcpipe._src.planning.lowered import PlannedCall
 
 Curve = tuple[tuple[float, int], ...]
-Given = Costs | Mapping[Any, float] | Callable[[str, int], float] | None
+CostOf = Callable[[str, int], float]
+Given = Costs | Mapping[Any, float] | CostOf | None
 
 # A unit without matrix products is not free: it costs this part of the mean.
 _LEAST = 0.01
+# By kind, where no unit has matrix products.
+_EQUAL = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +82,29 @@ class Prediction:
     def save(self, path: str | Path, title: str = "") -> Path:
         """Draw it: an ``.html`` page, an ``.svg`` picture, or a ``.json`` trace for
         https://ui.perfetto.dev."""
-        return picture.save(self.timeline, path, title=title, memory=self.memory, unit=self.unit)
+        return picture.save(
+            self.timeline,
+            path,
+            title=title,
+            memory=self.memory,
+            unit=self.unit,
+        )
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        steady = (
-            f", {self.period:.4g}{unit} in steady state" if self.period < self.step_time else ""
-        )
-        out = [f"step {self.step_time:.4g}{unit}{steady}, bubble {self.bubble:.1%}"]
+        steady = ""
+        if self.period < self.step_time:
+            steady = f", {self.period:.4g}{unit} in steady state"
+        lines = [f"step {self.step_time:.4g}{unit}{steady}, bubble {self.bubble:.1%}"]
         for rank, peak in enumerate(self.peak_memory):
             busy = f"{self.busy[rank]:.4g}{unit}"
-            out.append(f"  rank {rank} of the pipeline: busy {busy}, peak {bytes_text(peak)}")
-        return "\n".join(out)
+            lines.append(f"  rank {rank} of the pipeline: busy {busy}, peak {bytes_text(peak)}")
+        return "\n".join(lines)
 
 
 def _peak(curve: Curve) -> int:
-    return max((nbytes for _, nbytes in curve), default=0)
+    heights = [nbytes for _, nbytes in curve]
+    return max(heights, default=0)
 
 
 def predict(call: PlannedCall, costs: Given = None) -> Prediction:
@@ -107,18 +117,20 @@ def predict(call: PlannedCall, costs: Given = None) -> Prediction:
     """
     known = as_costs(costs, call.units)
     nbytes = _message_bytes(call.programs)
+    schedule = call.schedule
 
     def cost(action: Action) -> float:
-        segments = call.schedule.stages[action.stage]
+        segments = schedule.stages[action.stage]
         if action.segment is not None:
             segments = (segments[action.segment],)
-        return sum(known.of(action.kind, segment) for segment in segments)
+        times = [known.of(action.kind, segment) for segment in segments]
+        return sum(times)
 
     def message(send: Action) -> float:
         return known.message(nbytes[send])
 
     # The transfers of a plan are settled: stages that exchange nothing get none here either.
-    line = timeline(call.schedule.table, cost, message, edges=())
+    line = timeline(schedule.table, cost, message, edges=())
     curves = []
     for program, spans in zip(call.programs, line.spans, strict=True):
         curves.append(_curve(program, spans, known))
@@ -131,26 +143,29 @@ def _message_bytes(programs: Sequence[Program]) -> dict[Action, int]:
     for program in programs:
         for instruction in program.instructions:
             if instruction.op == SEND:
-                found[instruction.action] = sum(value.nbytes for value in instruction.values)
+                sizes = [value.nbytes for value in instruction.values]
+                found[instruction.action] = sum(sizes)
     return found
 
 
 def _curve(program: Program, spans: Sequence[Span], costs: Costs) -> Curve:
     """What a rank holds over time: units run one after another within their action."""
     starts = {span.action: span.start for span in spans}
-    out: list[tuple[float, int]] = [(0.0, 0)]
-    now, doing = 0.0, None
-    bytes_held = held(program)
-    for instruction, (peak, after) in zip(program.instructions, bytes_held, strict=True):
-        if instruction.op in (RUN, SEND, RECV) and instruction.action != doing:
+    curve = [(0.0, 0)]
+    now = 0.0
+    doing = None
+    steps = zip(program.instructions, held(program), strict=True)
+    for instruction, (peak, after) in steps:
+        is_timed = instruction.op in (RUN, SEND, RECV)
+        if is_timed and instruction.action != doing:
             doing = instruction.action
             now = starts.get(doing, now)  # messages with sums are in no schedule
-        out.append((now, peak))
+        curve.append((now, peak))
         unit = instruction.unit
         if unit is not None:
             now += costs.of(unit.kind, unit.segment)
-        out.append((now, after))
-    return tuple(out)
+        curve.append((now, after))
+    return tuple(curve)
 
 
 # ---- costs
@@ -162,26 +177,28 @@ def as_costs(costs: Given, units: Units) -> Costs:
         return costs
     if costs is None:
         return flop_costs(units)
-    if not (callable(costs) or isinstance(costs, Mapping)):
-        raise PlanError(
-            f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', "
-            f"0): 1e-3}}, or a function of kind and segment"
-        )
-    return Costs(costs)
+    if callable(costs) or isinstance(costs, Mapping):
+        return Costs(costs)
+    raise PlanError(
+        f"costs are {type(costs).__name__}; give fp.schedules.Costs, a dict such as {{('F', "
+        f"0): 1e-3}}, or a function of kind and segment"
+    )
 
 
 def flop_costs(units: Units) -> Costs:
     """Costs that are FLOPs, scaled so that F of a segment costs 1 on average; F = I = W = 1 where
     nothing has any."""
-    flops, forward = {}, 0.0
-    for key, unit in units.units.items():
-        flops[key] = float(unit.code.flops)
+    forward = 0.0
+    for unit in units.units.values():
         if unit.kind == "F":
-            forward += flops[key]
-    forward /= units.segments
-    if not forward:
-        return Costs({"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}, unit="")
-    scaled = {key: max(count / forward, _LEAST) for key, count in flops.items()}
+            forward += unit.code.flops
+    mean = forward / units.segments
+    if not mean:
+        return Costs(_EQUAL, unit="")
+    scaled = {}
+    for key, unit in units.units.items():
+        part = unit.code.flops / mean
+        scaled[key] = max(part, _LEAST)
     return Costs(scaled, unit="")
 
 
@@ -197,13 +214,16 @@ def load_of(units: Units, costs: Costs) -> Load:
     def times(kind: str) -> tuple[float, ...]:
         return tuple(costs.of(kind, segment) for segment in segments)
 
+    def read_by(kind: str, makers: str) -> tuple[float, ...]:
+        return tuple(loads.read_by((kind, segment), makers) for segment in segments)
+
     return Load(
         F=times("F"),
         B=times("B"),
         I=times("I"),
         W=times("W"),
-        held=tuple(loads.read_by(("B", segment), "F") for segment in segments),
-        waiting=tuple(loads.read_by(("W", segment), "FI") for segment in segments),
+        held=read_by("B", "F"),
+        waiting=read_by("W", "FI"),
         work=tuple(map(loads.work, segments)),
         flows=loads.flows(),
         link=costs.message,
@@ -232,24 +252,33 @@ class _Loads:
                 self.later.update(unit.inputs)
         self.sums = 0
         for value, unit in self.maker.items():
-            if unit.kind == "F" and not value.shape and value not in read:
+            is_number = unit.kind == "F" and not value.shape
+            if is_number and value not in read:
                 self.sums += value.nbytes
 
     def read_by(self, key: Key, kinds: str) -> float:
         """Bytes of what a unit reads that units of these kinds made."""
         unit = self.units.get(key)
-        inputs = () if unit is None else unit.inputs
-        made = [value for value in inputs if value in self.maker]
-        return _memory(value for value in made if self.maker[value].kind in kinds)
+        if unit is None:
+            return 0.0
+        found = []
+        for value in unit.inputs:
+            maker = self.maker.get(value)
+            if maker is not None and maker.kind in kinds:
+                found.append(value)
+        return _memory(found)
 
     def work(self, segment: int) -> float:
         """The most that a unit of a segment takes beside what is counted as held."""
         keys = [(kind, segment) for kind in "FBIW"]
-        return max(self._own(self.units[key]) for key in keys if key in self.units)
+        units = [self.units[key] for key in keys if key in self.units]
+        return max(map(self._own, units))
 
     def _own(self, unit: Unit) -> float:
         """What a unit takes for itself, and what other segments have just handed it."""
-        kept = [value for value in unit.outputs if unit.kind == "F" and value in self.later]
+        kept: list[Value] = []
+        if unit.kind == "F":
+            kept.extend(value for value in unit.outputs if value in self.later)
         arrived = []
         for value in unit.inputs:
             maker = self.maker.get(value)
@@ -257,7 +286,8 @@ class _Loads:
                 continue
             if maker.kind != "F" or value not in self.later:
                 arrived.append(value)
-        return unit.code.peak - _memory(kept) + _memory(arrived) + self.sums
+        beside = _memory(arrived) + self.sums
+        return unit.code.peak - _memory(kept) + beside
 
     def flows(self) -> dict[Flow, float]:
         """Bytes between segments."""
@@ -265,15 +295,21 @@ class _Loads:
         for unit in self.units.values():
             for value in unit.inputs:
                 maker = self.maker.get(value)
-                if maker is not None and maker.segment != unit.segment:
-                    flow = _end(maker), _end(unit)
-                    read.setdefault(flow, {})[value.name] = value.nbytes
-        return {flow: float(sum(sizes.values())) for flow, sizes in read.items()}
+                if maker is None or maker.segment == unit.segment:
+                    continue
+                flow = _end(maker), _end(unit)
+                sizes = read.setdefault(flow, {})
+                sizes[value.name] = value.nbytes
+        found = {}
+        for flow, sizes in read.items():
+            found[flow] = float(sum(sizes.values()))
+        return found
 
 
 def _memory(values: Iterable[Value]) -> float:
     """Bytes of values; memory that some share is counted once."""
-    return float(sum({value.storage: value.nbytes for value in values}.values()))
+    sizes = {value.storage: value.nbytes for value in values}
+    return float(sum(sizes.values()))
 
 
 def _end(unit: Unit) -> tuple[str, int]:
