@@ -12,13 +12,13 @@ In: the transforms that split, a batch. Out: `BatchSplit`, which hands a rank it
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from funcpipe._src.analysis.call_results import Origin
 from funcpipe._src.core import pytree
@@ -30,6 +30,9 @@ from funcpipe._src.functional.sequence_layout import SequenceLayout
 from funcpipe._src.planning.leaf_cuts import Cuts, dealt_over, leaf_cuts, row_cuts
 from funcpipe._src.spec.resolve import ResolvedStep
 from funcpipe.errors import BatchError
+
+Range = tuple[int, int]  # start and end
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,7 @@ class BatchSplit:
 
     # ---- shapes
 
-    def shape(
-        self, ready: int, leaf: int, shape: tuple[int, ...], sequence_rank: int = 0
-    ) -> tuple[int, ...]:
+    def shape(self, ready: int, leaf: int, shape: Shape, sequence_rank: int = 0) -> Shape:
         """The shape of a leaf in one microbatch of a rank."""
         sizes = list(shape)
         for cut in self.cuts[ready][leaf]:
@@ -75,7 +76,7 @@ class BatchSplit:
                 sizes[cut.dim] //= cut.pieces
         return tuple(sizes)
 
-    def row_shape(self, ready: int, leaf: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def row_shape(self, ready: int, leaf: int, shape: Shape) -> Shape:
         """The shape of a leaf in one microbatch of a rank, with all positions."""
         sizes = list(shape)
         for cut in self.cuts[ready][leaf]:
@@ -93,13 +94,17 @@ class BatchSplit:
     @cached_property
     def all_cuts(self) -> tuple[LeafCut, ...]:
         """The cuts of all leaves."""
-        leaves = itertools.chain.from_iterable(self.cuts)
-        return tuple(itertools.chain.from_iterable(leaves))
+        found: list[LeafCut] = []
+        for of_leaves in self.cuts:
+            for cuts in of_leaves:
+                found.extend(cuts)
+        return tuple(found)
 
     @cached_property
     def layouts(self) -> tuple[SequenceLayout, ...]:
         """Every way in which positions are split: one for every length."""
-        return tuple(dict.fromkeys(cut.part for cut in self.all_cuts if cut.part))
+        found = [cut.part for cut in self.all_cuts if cut.part]
+        return tuple(dict.fromkeys(found))
 
     # ---- ranks
 
@@ -110,9 +115,14 @@ class BatchSplit:
 
     def split_rank(self, rank: int) -> int:
         """The split rank of a rank of the mesh."""
-        dealt = self.mesh.index(rank, self.dealt) if self.dealt else 0
-        sequence = self.mesh.index(rank, self.layouts[0].axes) if self.layouts else 0
-        return dealt * self.sequence_ranks + sequence
+        mesh = self.mesh
+        index = 0
+        if self.dealt:
+            index = mesh.index(rank, self.dealt) * self.sequence_ranks
+        if self.layouts:
+            layout = self.layouts[0]
+            index += mesh.index(rank, layout.axes)
+        return index
 
     def sequence_rank(self, split_rank: int) -> int:
         """The sequence rank of a split rank."""
@@ -130,13 +140,15 @@ class BatchSplit:
         """For every split rank the first one that has the same shapes."""
         first_with: dict[tuple, int] = {}
         found = {}
-        for split_rank in range(self.mesh.axis_size(self.dealt) * self.sequence_ranks):
+        indices = self.mesh.axis_size(self.dealt)
+        for split_rank in range(indices * self.sequence_ranks):
             shapes = self._shapes(split_rank)
             found[split_rank] = first_with.setdefault(shapes, split_rank)
         return found
 
     def _shapes(self, split_rank: int) -> tuple:
-        kinds = [self.kinds[ready] for ready in self.ready_of(split_rank)]
+        all_ready = self.ready_of(split_rank)
+        kinds = [self.kinds[ready] for ready in all_ready]
         sequence_rank = self.sequence_rank(split_rank)
         lengths = [layout.variant(sequence_rank) for layout in self.layouts]
         return tuple(kinds), tuple(lengths)
@@ -145,19 +157,25 @@ class BatchSplit:
 
     def local_leaves(self, batch: Any, rank: int) -> list[list[Any]]:
         """The leaves of every microbatch of a rank; tensors contiguous."""
-        split_rank, is_ready = self.split_rank(rank), isinstance(batch, Microbatches)
+        split_rank = self.split_rank(rank)
         sequence_rank = self.sequence_rank(split_rank)
+        is_ready = isinstance(batch, Microbatches)
         parts = _ready_microbatches(batch)
-        out: list[list[Any]] = [[] for _ in range(self.microbatches)]
+        found: list[list[Any]] = [[] for _ in range(self.microbatches)]
         for number, ready in enumerate(self.ready_of(split_rank)):
-            leaves = self.specs[ready].flatten_up_to(parts[ready])
-            targets = [number] if is_ready else range(self.microbatches)
-            for leaf, cuts in zip(leaves, self.cuts[ready], strict=True):
+            microbatches = [number] if is_ready else range(self.microbatches)
+            for leaf, cuts in self._cut_leaves(ready, parts[ready]):
                 pieces = self._pieces(leaf, cuts, rank, sequence_rank)
-                for microbatch in targets:
-                    piece = pieces[0] if len(pieces) == 1 else pieces[microbatch]
-                    out[microbatch].append(piece)
-        return out
+                is_same = len(pieces) == 1
+                for microbatch in microbatches:
+                    piece = pieces[0] if is_same else pieces[microbatch]
+                    found[microbatch].append(piece)
+        return found
+
+    def _cut_leaves(self, ready: int, part: Any) -> Iterator[tuple[Any, Cuts]]:
+        """The leaves of a ready microbatch, each with its cuts."""
+        leaves = self.specs[ready].flatten_up_to(part)
+        return zip(leaves, self.cuts[ready], strict=True)
 
     def own_rows(self, batch: Any) -> Any:
         """A whole batch as the loss function sees it on one device. Where ranks get batches of
@@ -166,14 +184,16 @@ class BatchSplit:
         if not self.local:
             return batch
         parts = []
-        for number, part in enumerate(_ready_microbatches(batch)):
-            spec = self.specs[number]
+        for ready, part in enumerate(_ready_microbatches(batch)):
             own = []
-            for leaf, cuts in zip(spec.flatten_up_to(part), self.cuts[number], strict=True):
+            for leaf, cuts in self._cut_leaves(ready, part):
                 over_axes = tuple(cut for cut in cuts if cut.axes and not cut.part)
-                own.append(self._pieces(leaf, over_axes, 0, 0)[0])
-            parts.append(pytree.unflatten(spec, own))
-        return Microbatches(parts) if isinstance(batch, Microbatches) else parts[0]
+                (piece,) = self._pieces(leaf, over_axes, 0, 0)
+                own.append(piece)
+            parts.append(pytree.unflatten(self.specs[ready], own))
+        if isinstance(batch, Microbatches):
+            return Microbatches(parts)
+        return parts[0]
 
     def _pieces(self, leaf: Any, cuts: Cuts, rank: int, sequence_rank: int) -> list[Any]:
         """What a rank has of a leaf: one piece for every microbatch, or one for all."""
@@ -188,7 +208,8 @@ class BatchSplit:
                 start = self.mesh.index(rank, cut.axes) * size
                 pieces = [whole.narrow(cut.dim, start, size)]
             else:
-                pieces = list(torch.chunk(pieces[0], cut.pieces, cut.dim))
+                chunks = torch.chunk(pieces[0], cut.pieces, cut.dim)
+                pieces = list(chunks)
         return [_dense(piece) for piece in pieces]
 
     # ---- text
@@ -197,9 +218,10 @@ class BatchSplit:
     def counts(self) -> str:
         """How much is split, in one line."""
         leaves = 0
-        for ready in self.cuts:
-            leaves += sum(map(bool, ready))
-        brought = f", {len(self.specs)} of them ready" if len(self.specs) > 1 else ""
+        for of_leaves in self.cuts:
+            leaves += sum(map(bool, of_leaves))
+        ready = len(self.specs)
+        brought = f", {ready} of them ready" if ready > 1 else ""
         return (
             f"microbatches of a rank: {self.microbatches}{brought}, leaves split: {leaves}, "
             f"sequence ranks: {self.sequence_ranks}"
@@ -209,7 +231,8 @@ class BatchSplit:
         lines = [self.counts]
         for number, spec in enumerate(self.specs):
             of_leaves = self.cuts[number]
-            paths = pytree.paths(pytree.unflatten(spec, range(len(of_leaves))))
+            leaf_numbers = range(len(of_leaves))
+            paths = pytree.paths(pytree.unflatten(spec, leaf_numbers))
             name = f"batch.parts[{number}]" if len(self.specs) > 1 else "batch"
             for path, cuts in zip(paths, of_leaves, strict=True):
                 ways = ", then ".join(map(_cut_text, cuts)) or "whole"
@@ -223,19 +246,28 @@ def _cut_text(cut: LeafCut) -> str:
     return f"{what} along dim {cut.dim} by {cut.pieces} {over}"
 
 
-def _ranges(whole: torch.Tensor, dim: int, ranges: Iterable[tuple[int, int]]) -> torch.Tensor:
-    found = [whole.narrow(dim, start, end - start) for start, end in ranges]
+def _ranges(whole: Tensor, dim: int, ranges: Iterable[Range]) -> Tensor:
+    found = []
+    for start, end in ranges:
+        length = end - start
+        found.append(whole.narrow(dim, start, length))
     if not found:
         return whole.narrow(dim, 0, 0)
-    return found[0] if len(found) == 1 else torch.cat(found, dim)
+    if len(found) == 1:
+        return found[0]
+    return torch.cat(found, dim)
 
 
 def _dense(leaf: Any) -> Any:
-    return leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.contiguous()
+    return leaf
 
 
 def _ready_microbatches(batch: Any) -> list[Any]:
-    return list(batch.parts) if isinstance(batch, Microbatches) else [batch]
+    if isinstance(batch, Microbatches):
+        return list(batch.parts)
+    return [batch]
 
 
 def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> BatchSplit:
@@ -260,15 +292,16 @@ def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> Batc
     dealt = dealt_over(resolved, parts) if is_ready else ()
     pieces = len(parts) if is_ready else count
     cuts, rows = [], []
-    for part, made in zip(parts, _ready_microbatches(origins), strict=True):
-        of_leaves = pytree.leaves(made)
+    origins_of_parts = _ready_microbatches(origins)
+    for part, origin in zip(parts, origins_of_parts, strict=True):
+        of_leaves = pytree.leaves(origin)
         cuts.append(leaf_cuts(resolved, part, of_leaves, is_ready, dealt))
         rows.append(row_cuts(resolved, part, of_leaves, pieces, dealt))
     return BatchSplit(
         mesh=resolved.mesh,
         microbatches=pieces // resolved.mesh.axis_size(dealt),
         cuts=tuple(cuts),
-        specs=tuple(pytree.flatten(part)[1] for part in parts),
+        specs=tuple(map(_spec_of, parts)),
         dealt=dealt,
         kinds=tuple(map(signature, parts)),
         local=resolved.local,
@@ -276,10 +309,16 @@ def split_batch(resolved: ResolvedStep, batch: Any, origins: Any = None) -> Batc
     )
 
 
+def _spec_of(part: Any) -> Any:
+    _, spec = pytree.flatten(part)
+    return spec
+
+
 def _count(resolved: ResolvedStep, batch: Any) -> int:
     """The number of microbatches that a transform asks for, or the batch brings."""
     brought = len(batch.parts) if isinstance(batch, Microbatches) else None
-    spec, split = resolved.microbatch_spec, resolved.microbatch_split
+    spec = resolved.microbatch_spec
+    split = resolved.microbatch_split
     if spec is None or split is None:
         return brought or 1
     if brought is not None and split.count not in (None, brought):
@@ -300,8 +339,9 @@ def signature(batch: Any) -> tuple:
     leaves, spec = pytree.flatten(batch)
     kinds = []
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            kinds.append((tuple(leaf.shape), leaf.dtype, leaf.device.type))
+        if isinstance(leaf, Tensor):
+            shape = tuple(leaf.shape)
+            kinds.append((shape, leaf.dtype, leaf.device.type))
         else:
             kinds.append(key_of(leaf))
     return spec, tuple(kinds)
