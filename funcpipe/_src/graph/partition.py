@@ -19,7 +19,7 @@ alike.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 _SAME_HALF = {"B": "IW", "I": "B", "W": "B"}  # units that do the same, or a part of it
 
 Key = tuple[str, int]  # kind and segment of a unit
+NodeSet = set[fx.Node]
+NodeList = list[fx.Node]
+Own = Collection[fx.Node]  # the nodes of a unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,10 @@ class Units:
 
 
 def partition_graph(
-    joint: Traced, labels: Nodes, remats: Sequence[Remat] = (), separate_w: bool = True
+    joint: Traced,
+    labels: Nodes,
+    remats: Sequence[Remat] = (),
+    separate_w: bool = True,
 ) -> Units:
     """Cut a joint graph at its boundaries into units.
 
@@ -109,12 +115,14 @@ def partition_graph(
         StackError: two of ``remats`` choose for one segment.
     """
     saved = rematerialise(labels, remats)
-    return replace(cut(joint, labels, separate_w), saved=saved)
+    units = cut(joint, labels, separate_w)
+    return replace(units, saved=saved)
 
 
 def cut(traced: Traced, nodes: Nodes | None = None, split: bool = True) -> Units:
     """Cut a joint graph as it is."""
-    return _Cutter(traced, nodes or read_nodes(traced), split).cut()
+    labels = nodes or read_nodes(traced)
+    return _Cutter(traced, labels, split).cut()
 
 
 class _Cutter:
@@ -128,7 +136,8 @@ class _Cutter:
     """
 
     def __init__(self, joint: Traced, labels: Nodes, separate_w: bool) -> None:
-        self.joint, self.labels = joint, labels
+        self.joint = joint
+        self.labels = labels
         self.separate_w = separate_w
         self.deferred = deferred(labels) if separate_w else set()
         self.final = set(labels.outputs)
@@ -136,20 +145,20 @@ class _Cutter:
         self.values: dict[fx.Node, Value] = {}
         self.readers: dict[fx.Node, set[Key]] = {}
         self.codes: dict[str, Code] = {}
-        self.own: dict[int, list[fx.Node]] = {}
+        self.own: dict[int, NodeList] = {}
         for node, label in labels.label.items():
-            self.own.setdefault(label, []).append(node)
+            alike = self.own.setdefault(label, [])
+            alike.append(node)
 
     def cut(self) -> Units:
         units = {key: self._unit(key) for key in self._keys()}
-        grads = []
-        for partials in self.labels.grads:
-            grads.append(tuple(map(self._value, partials)))
-        heads = tuple(map(self._value, self.labels.outputs))
+        in_order = reversed(units.items())
+        labels = self.labels
+        grads = [self._values(partials) for partials in labels.grads]
         return Units(
-            units=dict(reversed(units.items())),
-            segments=self.labels.segments,
-            heads=heads,
+            units=dict(in_order),
+            segments=labels.segments,
+            heads=self._values(labels.outputs),
             grads=tuple(grads),
             constants=self._constants(),
             traced=self.joint,
@@ -168,36 +177,39 @@ class _Cutter:
         found = {}
         for node, value in self.values.items():
             if value.kind == "const":
-                found[value] = code_.folded(self.joint.module, node)
+                module = self.joint.module
+                found[value] = code_.folded(module, node)
         return found
 
     # ---- one unit
 
     def _unit(self, key: Key) -> Unit:
-        own = dict.fromkeys(self._nodes(*key))
+        kind, segment = key
+        own = dict.fromkeys(self._nodes(kind, segment))
         roots = [node for node in own if self._is_output(node, key)]
-        body, inputs = self._body(key, own, roots)
-        order: dict[fx.Node, None] = {}
-        for node in body:
-            order |= dict.fromkeys(read for read in node.all_input_nodes if read in inputs)
-        code = code_.compile_unit(self.joint.module, body, list(order), roots, self.codes)
+        body, read = self._body(key, own, roots)
+        inputs = _in_order_of_use(body, read)
+        module = self.joint.module
+        code = code_.compile_unit(module, body, inputs, roots, self.codes)
         return Unit(
-            kind=key[0],
-            segment=key[1],
+            kind=kind,
+            segment=segment,
             code=code,
-            inputs=tuple(map(self._value, order)),
-            outputs=tuple(map(self._value, roots)),
+            inputs=self._values(inputs),
+            outputs=self._values(roots),
         )
 
-    def _nodes(self, kind: str, segment: int) -> list[fx.Node]:
+    def _nodes(self, kind: str, segment: int) -> NodeList:
         """What a unit computes, if somebody reads it."""
         if kind == "F":
             return self.own.get(segment, [])
-        nodes = self.own.get(self.labels.backward(segment), [])
-        if kind == "B":
-            return nodes
-        is_w = kind == "W"
-        return [node for node in nodes if (node in self.deferred) == is_w]
+        label = self.labels.backward(segment)
+        nodes = self.own.get(label, [])
+        if kind == "W":
+            return [node for node in nodes if node in self.deferred]
+        if kind == "I":
+            return [node for node in nodes if node not in self.deferred]
+        return nodes
 
     def _is_output(self, node: fx.Node, key: Key) -> bool:
         """Whether another unit reads a node. B computes what I and W do: neither reads the
@@ -207,31 +219,36 @@ class _Cutter:
         if node in self.labels.constant:
             return False
         kind, segment = key
-        same = {(other, segment) for other in _SAME_HALF.get(kind, "")}
-        return not self.readers.get(node, set()) <= same
+        kinds = _SAME_HALF.get(kind, "")
+        same = {(other, segment) for other in kinds}
+        readers = self.readers.get(node, set())
+        return not readers <= same
 
-    def _body(
-        self, key: Key, own: Collection[fx.Node], roots: list[fx.Node]
-    ) -> tuple[list[fx.Node], set[fx.Node]]:
+    def _body(self, key: Key, own: Own, roots: NodeList) -> tuple[NodeList, NodeSet]:
         """What a unit has to compute for its outputs, in order, and what it reads for that."""
-        place, body, inputs = self.labels.position, [], set()
+        position = self.labels.position
+        body: NodeList = []
+        inputs: NodeSet = set()
         seen = set(roots)
-        heap = [(-place[node], node) for node in roots]
+        heap = [(-position[node], node) for node in roots]
         heapq.heapify(heap)
         while heap:  # the latest node first, so that each is met once, after all its users
             _, node = heapq.heappop(heap)
             if not self._computes(node, own):
                 inputs.add(node)
-                self.readers.setdefault(node, set()).add(key)
+                readers = self.readers.setdefault(node, set())
+                readers.add(key)
                 continue
             body.append(node)
             for read in node.all_input_nodes:
                 if read not in seen:
                     seen.add(read)
-                    heapq.heappush(heap, (-place[read], read))
-        return body[::-1], inputs
+                    entry = -position[read], read
+                    heapq.heappush(heap, entry)
+        body.reverse()
+        return body, inputs
 
-    def _computes(self, node: fx.Node, own: Collection[fx.Node]) -> bool:
+    def _computes(self, node: fx.Node, own: Own) -> bool:
         """Whether a unit computes a node that it needs; else it reads it."""
         if node in self.final:
             return node in own
@@ -239,9 +256,13 @@ class _Cutter:
             return not is_carried(node)
         return node in own or node in self.labels.rebuilt
 
+    def _values(self, nodes: Iterable[fx.Node]) -> tuple[Value, ...]:
+        return tuple(map(self._value, nodes))
+
     def _value(self, node: fx.Node) -> Value:
         if node not in self.values:
-            self.values[node] = code_.value_of(node, *self._kind(node))
+            kind, index = self._kind(node)
+            self.values[node] = code_.value_of(node, kind, index)
         return self.values[node]
 
     def _kind(self, node: fx.Node) -> tuple[str, int]:
@@ -255,31 +276,51 @@ class _Cutter:
         return "value", -1
 
 
-def deferred(labels: Nodes) -> set[fx.Node]:
+def _in_order_of_use(body: NodeList, read: NodeSet) -> NodeList:
+    """The nodes that a body reads, in the order in which it first uses them."""
+    found: dict[fx.Node, None] = {}
+    for node in body:
+        for used in node.all_input_nodes:
+            if used in read:
+                found[used] = None
+    return list(found)
+
+
+def deferred(labels: Nodes) -> NodeSet:
     """The nodes of W: heavy ops off the path to an earlier segment, and what hangs off them.
 
     In segment 0 nothing is on such a path; there, what feeds another heavy op is on it. Qi et al.
     2023, "Zero Bubble Pipeline Parallelism", section 2.
     """
-    label, first = labels.label, labels.backward(0)
+    label = labels.label
     backward = [node for node in label if label[node] >= labels.segments]
-    needed: set[fx.Node] = set()
-    feeds: set[fx.Node] = set()
+    needed = _needed_earlier(labels, backward)
+    found: NodeSet = set()
+    for node in backward:
+        if node in needed:
+            continue
+        own = label[node]
+        reads = node.all_input_nodes
+        inside = [read for read in reads if label.get(read) == own]
+        if is_heavy(node) or not found.isdisjoint(inside):
+            found.add(node)
+    return found
+
+
+def _needed_earlier(labels: Nodes, backward: NodeList) -> NodeSet:
+    """The nodes on the path to an earlier segment."""
+    label = labels.label
+    first = labels.backward(0)
+    needed: NodeSet = set()
+    feeds: NodeSet = set()  # what feeds a heavy op of the same segment
     for node in reversed(backward):
         own = label[node]
         users = [user for user in node.users if user in label]
         inside = [user for user in users if label[user] == own]
-        if any(user in feeds or is_heavy(user) for user in inside):
+        if any(map(is_heavy, inside)) or not feeds.isdisjoint(inside):
             feeds.add(node)
         leaves = len(inside) < len(users)
         stays = own == first and node in feeds
-        if leaves or stays or any(user in needed for user in inside):
+        if leaves or stays or not needed.isdisjoint(inside):
             needed.add(node)
-    found: set[fx.Node] = set()
-    for node in backward:
-        if node in needed:
-            continue
-        inside = [read for read in node.all_input_nodes if label.get(read) == label[node]]
-        if is_heavy(node) or any(read in found for read in inside):
-            found.add(node)
-    return found
+    return needed
