@@ -248,9 +248,9 @@ class RehearsalContext(AnalysisContext):
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
         k, who = self.sums_made, "a global norm or sum"
         self.sums_made += 1
-        if k >= len(self.analysis.sums):
+        if k >= len(self.analysis.reductions):
             self.refuse(f"the step takes {who}{user_line() or ''} more often {self.other.where}")
-        planned = self.analysis.sums[k]
+        planned = self.analysis.reductions[k]
         flat = self.up_to(planned.spec, leaves, who)
         held = [i is None or self.other.held(i) for i in planned.params]
         names = ["its leaf" if i is None else self.tags.name(i) for i in planned.params]
@@ -268,7 +268,7 @@ class RehearsalContext(AnalysisContext):
         """StateError when fewer calls or sums were made than on one device."""
         made, planned = (
             (self.calls_made, self.sums_made),
-            (len(self.analysis.calls), len(self.analysis.sums)),
+            (len(self.analysis.calls), len(self.analysis.reductions)),
         )
         if made != planned:
             self.refuse(

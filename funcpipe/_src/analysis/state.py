@@ -90,8 +90,9 @@ class StepAnalysis:
         state_spec: the structure of the full state.
         state_paths, state: for every leaf of the state its path and its parameter, or None.
         calls: every ``value_and_grad``.
-        sums: every global sum.
-        free: the leaves of the state that an optimizer replaces, and that nobody reads after that.
+        reductions: every global sum.
+        overwritable: the leaves of the state that an optimizer replaces, and that nobody reads after
+            that.
         outside: every op that ``init_state`` and the step call outside ``value_and_grad``.
     """
 
@@ -103,8 +104,8 @@ class StepAnalysis:
     state_paths: tuple[str, ...]
     state: tuple[int | None, ...]
     calls: tuple[PrimitiveCall, ...]
-    sums: tuple[Reduction, ...]
-    free: frozenset[int]
+    reductions: tuple[Reduction, ...]
+    overwritable: frozenset[int]
     outside: tuple[Op, ...] = ()
 
     __str__ = analysis_text

@@ -145,7 +145,7 @@ class StatePlacement:
         (`core/buffer_donation.py`)."""
         present = self.present[self.pipeline_rank(rank)]
         held = [leaf for leaf, here in enumerate(present) if here]
-        overwritable = self.analysis.free
+        overwritable = self.analysis.overwritable
         return frozenset(number for number, leaf in enumerate(held) if leaf in overwritable)
 
     def holders(self, leaf: int) -> tuple[int, ...]:
