@@ -27,7 +27,8 @@ class Tags:
         self.leaves, self.spec = check_params(params)
         self.paths = tuple(tree.paths(params))
         self.shapes = tuple(tuple(leaf.shape) for leaf in self.leaves)
-        self.first = 1 + _largest_size([*self.leaves, *tree.leaves(batch)])
+        tensors = self.leaves + tree.leaves(batch)
+        self.first = max(1 << 20, *_sizes(tensors)) + 1
         self.mode = mode
         self.moved: frozenset[int] = frozenset()
 
@@ -57,12 +58,14 @@ class Tags:
 
     def fake(self, param: int) -> torch.Tensor:
         """A parameter as a fake."""
-        return fake(self.fake_shape(param), self.leaves[param], self.mode)
+        shape = self.fake_shape(param)
+        return fake(shape, self.leaves[param], self.mode)
 
     def params(self, held: Callable[[int], bool] = lambda param: True) -> Any:
         """The tree of params as fakes, None where ``held`` says no."""
-        numbers = range(len(self.leaves))
-        fakes = [self.fake(param) if held(param) else None for param in numbers]
+        fakes: list[torch.Tensor | None] = []
+        for param in range(len(self.leaves)):
+            fakes.append(self.fake(param) if held(param) else None)
         return tree.unflatten(self.spec, fakes)
 
     def of(self, value: Any) -> int | None:
@@ -87,7 +90,9 @@ class Tags:
         """The parameters whose sizes stand among the arguments of an op that makes a tensor."""
         found = []
         for value in pytree.tree_leaves(args):
-            param = self._param_of(value) if type(value) is int else None
+            if type(value) is not int:
+                continue
+            param = self._param_of(value)
             if param is not None:
                 found.append(param)
         return found
@@ -97,9 +102,10 @@ class Tags:
         return f"params{self.paths[param]}"
 
 
-def _largest_size(leaves: list[Any]) -> int:
-    largest = 1 << 20
+def _sizes(leaves: list[Any]) -> list[int]:
+    """The sizes of all dims of tensors."""
+    sizes: list[int] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            largest = max(largest, *leaf.shape, 0)
-    return largest
+            sizes += leaf.shape
+    return sizes
