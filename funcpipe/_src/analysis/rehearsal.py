@@ -254,7 +254,7 @@ class RehearsalContext(AnalysisContext):
         flat = self.up_to(planned.spec, leaves, who)
         held = [i is None or self.other.held(i) for i in planned.params]
         names = ["its leaf" if i is None else self.tags.name(i) for i in planned.params]
-        self._check(who, names, held, flat, self.first.sums[k])
+        self._check(who, names, held, flat, self.first.reductions[k])
         whole = [
             x if x is None or i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
             for x, i in zip(flat, planned.params, strict=True)
