@@ -45,7 +45,6 @@ from funcpipe._src.analysis.host_walk import Walk
 from funcpipe.errors import TraceError
 
 
-
 class Place(NamedTuple):
     """A place in Python: how to read and to write it, and what was there."""
 
@@ -148,8 +147,9 @@ class Watch:
         for box, held in walk.lists:
             found.append(Place(partial(list, box), partial(_refill, box), held))
         for params in walk.params:
-            trained = filter(None.__ne__, params.values())
-            found += map(_flag_place, trained)
+            for param in params.values():
+                if param is not None:
+                    found.append(_flag_place(param))
         return found
 
 
@@ -251,8 +251,8 @@ class Reading:
         if changed:
             self.follower.written.update(changed)
             self.follower.watch = None
-            kept = [tuple(v for v in some if not _within(v[0], changed)) for some in self.values]
-            self.values = kept[0], kept[1]
+            held, reached = self.values
+            self.values = _without(held, changed), _without(reached, changed)
 
     def _changed(
         self, before: tuple[Values, Values], cause: Exception | None = None
@@ -273,8 +273,9 @@ class Reading:
 
     def lines(self) -> list[str]:
         """The values as text, line by line: what ranks compare."""
-        told = [(path, x) for path, x in (*self.values[0], *self.values[1]) if isinstance(x, Token)]
-        return [f"{path} = {x}" for path, x in told]
+        pairs = itertools.chain(*self.values)
+        told = [pair for pair in pairs if isinstance(pair[1], Token)]
+        return [f"{path} = {noted}" for path, noted in told]
 
 
 WRITES = (
@@ -283,11 +284,13 @@ WRITES = (
 )
 
 
+def _without(values: Values, changed: Iterable[str]) -> Values:
+    """The values that do not lie at or below some paths."""
+    return tuple(pair for pair in values if not _within(pair[0], changed))
+
+
 def _within(path: str, others: Iterable[str]) -> bool:
-    for other in others:
-        if path == other or path.startswith((f"{other}[", f"{other}.")):
-            return True
-    return False
+    return any(path == other or path.startswith((f"{other}[", f"{other}.")) for other in others)
 
 
 def differences(
