@@ -19,6 +19,13 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.gradients import check_params
 from funcpipe._src.graph.fake_tensors import fake
 
+Held = Callable[[int], bool]  # whether a rank holds a parameter
+
+
+def every_param(param: int) -> bool:
+    """Holds every parameter."""
+    return True
+
 
 class Tags:
     """The sizes that tell the leaves of params apart, and fakes of those sizes."""
@@ -61,7 +68,7 @@ class Tags:
         shape = self.fake_shape(param)
         return fake(shape, self.leaves[param], self.mode)
 
-    def params(self, held: Callable[[int], bool] = lambda param: True) -> Any:
+    def params(self, held: Held = every_param) -> Any:
         """The tree of params as fakes, None where ``held`` says no."""
         fakes: list[torch.Tensor | None] = []
         for param in range(len(self.leaves)):
@@ -100,6 +107,11 @@ class Tags:
     def name(self, param: int) -> str:
         """How to call a parameter in a message."""
         return f"params{self.paths[param]}"
+
+    def name_of(self, value: Any) -> str | None:
+        """How to call the parameter that a tensor belongs to."""
+        param = self.of(value)
+        return None if param is None else self.name(param)
 
 
 def _sizes(leaves: list[Any]) -> list[int]:
