@@ -10,8 +10,8 @@ is known, and the loss must not come from one.
 The proof holds for the lengths at hand: it is made for every kind of rank
 (`SequenceLayout.variant`).
 
-In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `SequenceProof`, or
-a SequenceError that names the op, the line of the user's code, the reason and what to write
+In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `SequenceProof`,
+or a SequenceError that names the op, the line of the user's code, the reason and what to write
 instead.
 """
 
