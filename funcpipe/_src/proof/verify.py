@@ -111,7 +111,7 @@ def prove_sequence(
     task = Task(loss_fn, has_aux, params, local, spec, sequences, sequence_rank, mode, mesh, axes)
     proof = prove(task)
     attentions = [found for found in proof.calls.values() if isinstance(found, Held)]
-    if all(found.q is None for found in attentions):
+    if all(found.queries is None for found in attentions):
         raise SequenceError(
             "the sequence is split, but no attention over it was seen: positions would never be "
             "mixed. Call torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging "
