@@ -115,7 +115,7 @@ def test_calls_and_sums_are_noted_in_order() -> None:
     assert analysis.calls[1].batch["x"].shape == (4, D) and not isinstance(
         analysis.calls[1].batch["x"], FakeTensor
     )
-    assert [(s.params, s.dtype) for s in analysis.sums] == [
+    assert [(s.params, s.dtype) for s in analysis.reductions] == [
         ((1, 0, None), torch.float64),
         ((), torch.int32),
     ]

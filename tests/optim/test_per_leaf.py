@@ -388,7 +388,7 @@ def test_what_is_not_finite_is_seen_on_every_rank(shard: bool) -> None:
     found = [part["bad"].item() for part in metrics["params"]]
     assert found[0] != found[0] and found[1:] == [7.0, 0.4, 0.4]
     assert metrics["params"].norm["none"] is None and metrics["params"].norm["w"] == 3**0.5
-    assert len(run._placement.analysis.sums) == 2  # reductions, however many leaves
+    assert len(run._placement.analysis.reductions) == 2  # reductions, however many leaves
 
 
 @pytest.mark.gpu

@@ -57,6 +57,12 @@ WRONG: dict[str, Y] = {
     "the first rank": lambda y: y * (fp.axis_index("data") == 0),
 }
 
+ALL: dict[str, Y] = {
+    "narrow": lambda y: y * y.narrow(0, 0, len(y)),
+    "slice": lambda y: y * y[: len(y)],
+    "slice from the end": lambda y: y * y[-len(y) :],
+}
+
 
 def step_of(of: Y) -> Callable:
     def loss_fn(w: Any, x: Any) -> fp.Mean:
@@ -86,6 +92,13 @@ def test_refused(name: str) -> None:
     run = fp.simulate(DATA(step_of(WRONG[name])), MESH)
     with refused(BatchError, "Mean.total", "at test_rows_edges.py"):
         run.init(lambda w: w, W, X)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_rows(name: str) -> None:
+    step = step_of(ALL[name])
+    stacked = DATA(fp.accumulated(step, microbatches=2))
+    assert_equivalent(step, stacked, MESH, lambda w: w, W, [X, X])
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -52,7 +52,7 @@ class Case:
 
     @property
     def mesh(self):
-        return fp.Mesh(ring=self.held.q.ring, seq=self.held.q.heads)
+        return fp.Mesh(ring=self.held.queries.ring, seq=self.held.queries.heads)
 
     @property
     def learned(self):
@@ -69,9 +69,9 @@ class Case:
         """Of every operand, the layout that splits it and along which dim; None: every rank has all
         of it."""
         held = self.held
-        bias = (held.q, 2) if held.bias_query else (held.k, 3) if held.bias_key else None
-        keys = None if held.k is None else (held.k, 2)
-        return [(held.q, 2), keys, keys, (held.q, 2), bias][: len(self.operands())]
+        bias = (held.queries, 2) if held.bias_query else (held.keys, 3) if held.bias_key else None
+        keys = None if held.keys is None else (held.keys, 2)
+        return [(held.queries, 2), keys, keys, (held.queries, 2), bias][: len(self.operands())]
 
     def of(self, sequence_rank):
         """The operands as a sequence rank holds them."""
@@ -277,8 +277,8 @@ def traced(case, sequence_rank):
     )
 )
 def test_ranks_with_equal_lengths_share_one_graph(case):
-    layouts = [p for p in (case.held.q, case.held.k) if p is not None]
-    keys = [tuple(p.variant(m) for p in layouts) for m in range(case.held.q.members)]
+    layouts = [p for p in (case.held.queries, case.held.keys) if p is not None]
+    keys = [tuple(p.variant(m) for p in layouts) for m in range(case.held.queries.members)]
     first, last = (
         {key: m for m, key in some} for some in (reversed([*enumerate(keys)]), enumerate(keys))
     )
@@ -382,7 +382,7 @@ def test_two_exchanges_of_sequences_of_unequal_length_and_with_documents():
     assert sum("all_to_all_start" in str(n.target) for n in graph.nodes) == 2
     other = SequenceLayout(12, (), ("seq",), 1, 4)
     shapes = ((1, 4, 8, 8), (1, 4, 12, 8), (1, 4, 12, 8), (1, 4, 8, 8))
-    exchanges, others = sent(Case(shapes, Held(case.held.q, other)))
+    exchanges, others = sent(Case(shapes, Held(case.held.queries, other)))
     assert (
         exchanges == [(2 + 2 * 3) * 4 * 8, 2 * 4 * 8, 2 * 4 * 8, (2 + 2 * 3) * 4 * 8] and not others
     )
@@ -402,7 +402,7 @@ def test_a_bias_travels_no_wider_than_it_is():
 
 def test_keys_that_every_rank_holds_do_not_travel():
     case = split_evenly(8, 4, 4, 4, causal=True)
-    exchanges, others = sent(replace(case, held=Held(case.held.q)))
+    exchanges, others = sent(replace(case, held=Held(case.held.queries)))
     assert not exchanges and not others
 
 

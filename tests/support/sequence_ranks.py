@@ -175,12 +175,16 @@ class ByHand:
     ) -> torch.Tensor:
         held, bias = self.found.attention(q, k, v, spec), spec.bias
         if bias is not None:
-            bias = self._whole(bias, 2, held.q if held.bias_query else None)
-            bias = self._whole(bias, 3, held.k if held.bias_key else None)
-        q, k, v = self._whole(q, 2, held.q), self._whole(k, 2, held.k), self._whole(v, 2, held.k)
+            bias = self._whole(bias, 2, held.queries if held.bias_query else None)
+            bias = self._whole(bias, 3, held.keys if held.bias_key else None)
+        q, k, v = (
+            self._whole(q, 2, held.queries),
+            self._whole(k, 2, held.keys),
+            self._whole(v, 2, held.keys),
+        )
         with hook.bound(None):
             out = whole(q, k, v, replace(spec, bias=bias))
-        return out if held.q is None else out.index_select(2, self._own(held.q))
+        return out if held.queries is None else out.index_select(2, self._own(held.queries))
 
     def positions(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         part = self.found.positions(x, dim)

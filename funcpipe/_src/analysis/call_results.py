@@ -46,25 +46,27 @@ class Origin(enum.Flag):
     BATCH = enum.auto()
 
 
-def origin(x: Any) -> Origin:
+def origin(leaf: Any) -> Origin:
     """What a tensor, or another leaf of a batch, was computed from.
 
     >>> origin(torch.ones(2)), origin(3)
     (<Origin.BATCH: 2>, <Origin.BATCH: 2>)
     """
-    return getattr(x, _ORIGIN, Origin.RESULT) if isinstance(x, FakeTensor) else Origin.BATCH
+    if not isinstance(leaf, FakeTensor):
+        return Origin.BATCH
+    return getattr(leaf, _ORIGIN, Origin.RESULT)
 
 
 def hand_on(inputs: Iterable[Any], outputs: Any) -> None:
     """Give the outputs of an op the origins of its inputs. A 0-d input brings no rows."""
     found = Origin.RESULT
-    for x in inputs:
-        if isinstance(x, torch.Tensor) and x.dim():
-            found |= origin(x)
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and value.dim():
+            found |= origin(value)
     if found:
-        for x in outputs if isinstance(outputs, tuple | list) else [outputs]:
-            if isinstance(x, FakeTensor):
-                setattr(x, _ORIGIN, origin(x) | found)
+        for out in outputs if isinstance(outputs, tuple | list) else [outputs]:
+            if isinstance(out, FakeTensor):
+                setattr(out, _ORIGIN, origin(out) | found)
 
 
 def loss_and_aux(
@@ -91,14 +93,14 @@ def loss_and_aux(
         loss = total if weight is None else mean(total, weight)
         joined = join_aux([aux for _, _, aux in read])
 
-    def result(made: Any, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
+    def result(made: Any, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
         if not isinstance(made, Rows):
-            return fake(x.shape, x, mode)
-        shape = list(x.shape)
+            return fake(value.shape, value, mode)
+        shape = list(value.shape)
         shape[made.dim] *= row_ranks
-        out = fake(shape, x, mode)
+        out = fake(shape, value, mode)
         setattr(out, _ORIGIN, Origin.ROWS)
         return out
 
@@ -119,18 +121,20 @@ def with_values(batch: Any, read: Iterable[int]) -> tuple[Any, str]:
         read: the numbers of the leaves.
     """
     leaves, spec = tree.flatten(batch)
-    fakes = [i for i in sorted(read) if isinstance(leaves[i], FakeTensor)]
-    for i in fakes:
-        leaves[i] = _made_up(leaves[i])
     paths = tree.paths(batch)
-    return tree.unflatten(spec, leaves), " and ".join(f"batch{paths[i]}" for i in fakes)
+    made_up = []
+    for number in sorted(read):
+        if isinstance(leaves[number], FakeTensor):
+            leaves[number] = _made_up(leaves[number])
+            made_up.append(f"batch{paths[number]}")
+    return tree.unflatten(spec, leaves), " and ".join(made_up)
 
 
-def _made_up(x: torch.Tensor) -> torch.Tensor:
+def _made_up(leaf: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     with _disable_current_modes():
-        if differentiable(x):
-            values = torch.rand(x.shape, generator=generator) + 0.5
+        if differentiable(leaf):
+            values = torch.rand(leaf.shape, generator=generator) + 0.5
         else:
-            values = torch.randint(2, x.shape, generator=generator)
-        return values.to(device=x.device, dtype=x.dtype)
+            values = torch.randint(2, leaf.shape, generator=generator)
+        return values.to(device=leaf.device, dtype=leaf.dtype)

@@ -7,11 +7,12 @@ In: every op of a run, its arguments and its results. Out: the number of a tenso
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -35,7 +36,8 @@ _VALUES = (
 )
 
 Source = tuple[int, int]  # a global sum of the step, and the parameter whose entry it is
-
+Sources = frozenset[Source]
+Arguments = tuple[tuple, dict[str, Any]]  # by position, and by name
 
 Numbers = list[int | None]  # of the expressions of leaves; None of one that is not held
 
@@ -56,7 +58,7 @@ class Seen:
         init_state, init: what ``init_state`` made, and the numbers of its leaves (None: the step
             did not run).
         state, metrics: what the step returned.
-        calls, sums: what every ``value_and_grad`` and every global sum got.
+        calls, reductions: what every ``value_and_grad`` and every global sum got.
     """
 
     expressions: Expressions
@@ -65,7 +67,7 @@ class Seen:
     state: Any = None
     metrics: Any = None
     calls: Sequence[Given] = ()
-    sums: Sequence[Numbers] = ()
+    reductions: Sequence[Numbers] = ()
 
 
 class Table:
@@ -81,7 +83,8 @@ class Table:
         >>> table.number(("add", 1, 2)), table.number("x"), table.number(("add", 1, 2))
         (0, 1, 0)
         """
-        return self._numbers.setdefault(expression, len(self._numbers))
+        following = len(self._numbers)
+        return self._numbers.setdefault(expression, following)
 
 
 class Expressions:
@@ -102,160 +105,226 @@ class Expressions:
         shape: Callable[[list[int]], Hashable],
         param: Callable[[Any], int | None],
     ) -> None:
-        self.table, self.shape, self.param = table, shape, param
+        self.table = table
+        self.shape = shape
+        self.param = param
         self.entered: set[int] = set()
         self.joined: dict[int, Line | None] = {}
         self._numbers: Any = WeakTensorKeyDictionary()
         self._sources: Any = WeakTensorKeyDictionary()
         self._written: dict[int, int] = {}  # the last write to a memory
 
-    def of(self, x: Any) -> int:
+    def of(self, value: Any) -> int:
         """The number of a value."""
-        if not isinstance(x, torch.Tensor):
-            return self.table.number(_plain(x))
-        known = self._numbers.get(x)
+        if not isinstance(value, Tensor):
+            return self.table.number(_plain(value))
+        known = self._numbers.get(value)
         if known is None:
-            return self.table.number(("constant", *_content(x)))
+            return self.table.number(("constant", *_content(value)))
         number, written = known
-        last = self._written.get(_memory(x))
-        return number if last == written else self.table.number(("view", number, last))
+        last = self._written.get(_memory(value))
+        if last == written:
+            return number
+        return self.table.number(("view", number, last))
 
-    def name(self, x: Any, expression: Hashable) -> None:
+    def name(self, value: Any, expression: Hashable) -> None:
         """Say what a tensor is, that no op made."""
-        if isinstance(x, torch.Tensor):
-            self._set(x, self.table.number(expression))
+        if isinstance(value, Tensor):
+            self._set(value, self.table.number(expression))
 
-    def entry(self, x: Any, source: Source) -> None:
+    def entry(self, value: Any, source: Source) -> None:
         """Say that a tensor is the entry of a leaf in what a global sum gave."""
         self.entered.add(source[0])
-        if isinstance(x, torch.Tensor):
-            self._sources[x] = frozenset([source])
+        if isinstance(value, Tensor):
+            self._sources[value] = Sources([source])
 
-    def whole(self, x: Any) -> None:
+    def whole(self, value: Any) -> None:
         """Note that a tensor is used on every rank: the entries in it have to be there."""
-        for k, _ in self._sources_of([x]):
-            self.joined.setdefault(k, user_line())
+        sources = self._sources_of([value])
+        self._join(sources)
 
     def record(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         """Note an op that ran."""
         name = func.overloadpacket.__name__
-        listed = name.startswith(("_foreach_", "_fused_"))
-        runs: Iterable[tuple[int | None, Any]] = (
-            _elements(args, kwargs) if listed else [(None, (args, kwargs))]
-        )
-        for j, given in runs:
-            expression = (str(func), self._key(given))
-            sources = self._joined(given)
-            for at, x in _outputs(out, j):
-                self._made(x, (*expression, at), sources)
-            for place, argument in _written(func):
-                x = args[place] if place < len(args) else kwargs.get(argument)
-                self._write(x if j is None else _nth(x, j), (*expression, argument), sources)
+        if not name.startswith(("_foreach_", "_fused_")):
+            self._record(func, (args, kwargs), _outputs(out))
+            return
+        for place, given in enumerate(_by_place(args, kwargs)):
+            self._record(func, given, _outputs_at(out, place))
 
-    def _made(self, x: Any, expression: Hashable, sources: frozenset[Source]) -> None:
-        if isinstance(x, torch.Tensor):
-            self._set(x, self.table.number(expression))
-            if sources:
-                self._sources[x] = sources
+    def _record(self, func: Any, given: Arguments, outputs: list[Any]) -> None:
+        """Note an op on tensors, or on those at one place of its lists."""
+        expression = str(func), self._key(given)
+        sources = self._joined(given)
+        for number, output in enumerate(outputs):
+            self._made(output, (*expression, number), sources)
+        for target, argument in _written(func, given):
+            self._write(target, (*expression, argument), sources)
 
-    def _write(self, x: Any, expression: Hashable, sources: frozenset[Source]) -> None:
-        if isinstance(x, torch.Tensor):
-            number = self._written[_memory(x)] = self.table.number(expression)
-            self._set(x, number)
-            if sources:
-                self._sources[x] = sources
+    def _made(self, value: Any, expression: Hashable, sources: Sources) -> None:
+        if not isinstance(value, Tensor):
+            return
+        number = self.table.number(expression)
+        self._set(value, number)
+        if sources:
+            self._sources[value] = sources
 
-    def _set(self, x: torch.Tensor, number: int) -> None:
-        self._numbers[x] = number, self._written.get(_memory(x))
+    def _write(self, value: Any, expression: Hashable, sources: Sources) -> None:
+        if not isinstance(value, Tensor):
+            return
+        memory = _memory(value)
+        self._written[memory] = self.table.number(expression)
+        self._made(value, expression, sources)
 
-    def _joined(self, given: Any) -> frozenset[Source]:
+    def _set(self, tensor: Tensor, number: int) -> None:
+        memory = _memory(tensor)
+        self._numbers[tensor] = number, self._written.get(memory)
+
+    def _joined(self, given: Any) -> Sources:
         """The entries that an op reads; those of several leaves, or of one leaf beside another
         leaf, are noted as joined."""
         if not self._sources:
-            return frozenset()
-        tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, torch.Tensor)]
-        sources = self._sources_of(tensors)
-        if sources:
-            params = {param for _, param in sources} | {
-                p for p in map(self.param, tensors) if p is not None
-            }
-            if len(params) > 1:
-                for k, _ in sources:
-                    self.joined.setdefault(k, user_line())
+            return Sources()
+        values = pytree.tree_leaves(given)
+        sources = self._sources_of(values)
+        if not sources:
+            return sources
+        params = {param for _, param in sources}
+        for value in values:
+            param = self.param(value)
+            if param is not None:
+                params.add(param)
+        if len(params) > 1:
+            self._join(sources)
         return sources
 
-    def _sources_of(self, tensors: list[Any]) -> frozenset[Source]:
-        found = [
-            self._sources[x] for x in tensors if isinstance(x, torch.Tensor) and x in self._sources
-        ]
-        return frozenset().union(*found)
+    def _join(self, sources: Sources) -> None:
+        """Note that a line of the user joins entries."""
+        for reduction, _ in sources:
+            self.joined.setdefault(reduction, user_line())
 
-    def _key(self, x: Any) -> Hashable:
+    def _sources_of(self, values: list[Any]) -> Sources:
+        found = Sources()
+        for value in values:
+            if isinstance(value, Tensor):
+                found |= self._sources.get(value, Sources())
+        return found
+
+    def _key(self, value: Any) -> Hashable:
         """What stands for the arguments of an op."""
-        if isinstance(x, torch.Tensor):
-            return self.of(x)
-        if isinstance(x, list | tuple):
-            sizes = self.shape(list(x)) if x and all(type(n) is int for n in x) else None
-            return sizes if sizes is not None else tuple(map(self._key, x))
-        if isinstance(x, dict):
-            return tuple((name, self._key(value)) for name, value in sorted(x.items()))
-        return _plain(x)
+        if isinstance(value, Tensor):
+            return self.of(value)
+        if isinstance(value, list | tuple):
+            sizes = self._shape_key(value)
+            return tuple(map(self._key, value)) if sizes is None else sizes
+        if isinstance(value, dict):
+            names = sorted(value)
+            return tuple((name, self._key(value[name])) for name in names)
+        return _plain(value)
+
+    def _shape_key(self, value: list | tuple) -> Hashable:
+        """What stands for a list that is the shape of a parameter; None of any other."""
+        kinds = set(map(type, value))
+        return self.shape(list(value)) if kinds == {int} else None
 
 
-def _plain(x: Any) -> Hashable:
+def _plain(value: Any) -> Hashable:
     """A value of Python; 1, 1.0 and True are three, and of other objects the class counts."""
-    return type(x).__name__, repr(x) if isinstance(x, _VALUES) else None
+    text = repr(value) if isinstance(value, _VALUES) else None
+    return type(value).__name__, text
 
 
-def _content(x: torch.Tensor) -> tuple:
+def _content(tensor: Tensor) -> tuple:
     """What tells a tensor from others that the step did not make."""
-    kind = (tuple(x.shape), str(x.dtype), str(x.device))
-    if isinstance(x, FakeTensor) or x.is_meta or x.layout != torch.strided or x.numel() > _LARGE:
-        return (*kind, id(x))
+    shape = tuple(tensor.shape)
+    kind = shape, str(tensor.dtype), str(tensor.device)
+    if not _is_read(tensor):
+        return (*kind, id(tensor))
     with _disable_current_modes(), torch.no_grad():
-        raw = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return (*kind, hashlib.sha256(raw).digest())
+        here = tensor.detach().cpu()
+        flat = here.contiguous().reshape(-1)
+        raw = flat.view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(raw).digest()
+    return (*kind, digest)
 
 
-def _memory(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)
+def _is_read(tensor: Tensor) -> bool:
+    """Whether a constant is told by its numbers: it has some, and not too many."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    if tensor.layout != torch.strided:
+        return False
+    return tensor.numel() <= _LARGE
 
 
-def _elements(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+def _memory(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.untyped_storage()._cdata
+
+
+# ---- ops on lists, such as _foreach_add
+
+
+def _by_place(args: tuple, kwargs: dict[str, Any]) -> Iterator[Arguments]:
     """The arguments of an op on lists, for each place in the lists."""
-    lists = [x for x in (*args, *kwargs.values()) if isinstance(x, list | tuple)]
-    length = max(map(len, lists), default=0)
+    length = 0
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list | tuple):
+            length = max(length, len(value))
 
-    def at(x: Any, j: int) -> Any:
-        return x[j] if isinstance(x, list | tuple) and len(x) == length else x
+    def at(place: int, value: Any) -> Any:
+        listed = isinstance(value, list | tuple)
+        return value[place] if listed and len(value) == length else value
 
-    for j in range(length):
-        yield j, ([at(x, j) for x in args], {name: at(x, j) for name, x in kwargs.items()})
-
-
-def _outputs(out: Any, j: int | None) -> Iterator[tuple[int, Any]]:
-    """What an op made, or what it made at a place of its lists."""
-    if j is None:
-        yield from (
-            [(0, out)] if isinstance(out, torch.Tensor) else enumerate(pytree.tree_leaves(out))
-        )
-    elif isinstance(out, list | tuple):
-        several = out if out and isinstance(out[0], list | tuple) else [out]
-        yield from ((k, _nth(x, j)) for k, x in enumerate(several))
+    for place in range(length):
+        own = tuple(at(place, value) for value in args)
+        by_name = {}
+        for name, value in kwargs.items():
+            by_name[name] = at(place, value)
+        yield own, by_name
 
 
-def _nth(x: Any, j: int) -> Any:
-    return x[j] if isinstance(x, list | tuple) and j < len(x) else None
+def _outputs(out: Any) -> list[Any]:
+    """What an op made."""
+    if isinstance(out, Tensor):
+        return [out]
+    return pytree.tree_leaves(out)
+
+
+def _outputs_at(out: Any, place: int) -> list[Any]:
+    """What an op made at a place of its lists."""
+    if not isinstance(out, list | tuple):
+        return []
+    several = bool(out) and isinstance(out[0], list | tuple)
+    found = []
+    for values in out if several else [out]:
+        known = isinstance(values, list | tuple) and place < len(values)
+        found.append(values[place] if known else None)
+    return found
+
+
+# ---- ops that write
 
 
 _writes: dict[Any, list[tuple[int, str]]] = {}
 
 
-def _written(func: Any) -> list[tuple[int, str]]:
-    """The arguments that an op writes to: place and name."""
+def _written(func: Any, given: Arguments) -> Iterator[tuple[Any, str]]:
+    """The arguments that an op writes to: what they are, and their names."""
+    args, kwargs = given
     if func not in _writes:
-        arguments = enumerate(func._schema.arguments)
-        _writes[func] = [
-            (n, a.name) for n, a in arguments if a.alias_info is not None and a.alias_info.is_write
-        ]
-    return _writes[func]
+        _writes[func] = list(_arguments_written(func))
+    for place, name in _writes[func]:
+        if place < len(args):
+            yield args[place], name
+        else:
+            yield kwargs.get(name), name
+
+
+def _arguments_written(func: Any) -> Iterator[tuple[int, str]]:
+    """The arguments that an op writes to: places and names."""
+    for place, argument in enumerate(func._schema.arguments):
+        alias = argument.alias_info
+        if alias is not None and alias.is_write:
+            yield place, argument.name

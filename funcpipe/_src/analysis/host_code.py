@@ -79,7 +79,8 @@ def names_of(code: CodeType) -> Names:
             imports.add((instruction.argval, level))
         if type(instruction.argval) is int:
             level = instruction.argval  # an import's level is the constant before its last operand
-    texts = {x for x in code.co_consts if isinstance(x, str) and x.isidentifier()}
+    constants = code.co_consts
+    texts = {text for text in constants if isinstance(text, str) and text.isidentifier()}
     called = found_globals | attributes
     if called & _BY_TEXT:
         attributes |= texts or {EVERY}
@@ -116,4 +117,4 @@ def is_user_file(file: str, packages: frozenset[str] = frozenset()) -> bool:
     """
     if file.startswith(("<frozen", *OWN, _TORCH)):
         return False
-    return not file.startswith(_LIBRARIES) or any(file.startswith(p) for p in packages)
+    return not file.startswith(_LIBRARIES) or file.startswith(tuple(packages))

@@ -13,9 +13,18 @@ import functools
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from operator import is_
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    CellType,
+    CodeType,
+    EllipsisType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    NoneType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +34,15 @@ from funcpipe._src.analysis.host_code import is_user_file
 
 MISSING = type("Missing", (), {"__repr__": lambda self: "nothing"})()
 _NUMBERS = frozenset([int, float, complex])
-_FLAGS = frozenset([bool, str, bytes, type(None), type(...)])
+_FLAGS = frozenset([bool, str, bytes, NoneType, EllipsisType])
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+_NUMBER_KINDS = ("int", "float", "complex")
+_FLAG_KINDS = ("bool", "str", "NoneType")
+_BY_REPR = _NUMBERS | _FLAGS
+_VALUES = (np.generic, *_TORCH_VALUES)
 FIELDS = (SimpleNamespace, argparse.Namespace)
+# What is in one of these is read for itself.
+_READ_INSIDE = (dict, tuple, set, frozenset, FunctionType, MethodType, functools.partial)
 
 
 class Token(NamedTuple):
@@ -51,17 +66,23 @@ class _Identities:
         self._known: dict[int, tuple[Any, int]] = {}
         self._count = 0
 
-    def of(self, x: Any) -> int:
+    def of(self, value: Any) -> int:
         """The number of an object; lives no longer than it does, where Python can tell."""
-        held, number = self._known.get(id(x), (None, 0))
-        if (held() if isinstance(held, weakref.ref) else held) is x:
+        key = id(value)
+        held, number = self._known.get(key, (None, 0))
+        if isinstance(held, weakref.ref):
+            held = held()
+        if held is value:
             return number
+
+        def forget(_: Any) -> None:
+            self._known.pop(key, None)
+
         self._count += 1
-        key = id(x)
         try:
-            held = weakref.ref(x, lambda _: self._known.pop(key, None))
+            held = weakref.ref(value, forget)
         except TypeError:
-            held = x
+            held = value
         self._known[key] = held, self._count
         return self._count
 
@@ -69,52 +90,56 @@ class _Identities:
 _identities = _Identities()
 
 
-def token(x: Any) -> Token:
+def token(value: Any) -> Token:
     """What a value is compared by: numbers, texts and the like by value, all others by identity.
 
     >>> token(1.0) == token(1.0), token(1) == token(True), str(token(0.5))
     (True, False, '0.5')
     """
-    kind = type(x)
-    if kind in _NUMBERS or kind in _FLAGS or isinstance(x, (np.generic, *_TORCH_VALUES)):
-        return Token(kind.__name__, repr(x))
-    if isinstance(x, enum.Enum):
-        return Token(kind.__qualname__, str(x))
-    if isinstance(x, list | deque):
-        return Token(kind.__name__, f"a {kind.__name__} of {len(x)}")
-    if isinstance(
-        x, dict | tuple | set | frozenset | FunctionType | MethodType | functools.partial
-    ):
-        return Token(kind.__name__, f"a {kind.__name__}")  # what is in it is read for itself
-    return Token(kind.__name__, 0 if _is_open(kind) else _identities.of(x))
+    kind = type(value)
+    name = kind.__name__
+    if kind in _BY_REPR or isinstance(value, _VALUES):
+        return Token(name, repr(value))
+    if isinstance(value, enum.Enum):
+        return Token(kind.__qualname__, str(value))
+    if isinstance(value, list | deque):
+        return Token(name, f"a {name} of {len(value)}")
+    if isinstance(value, _READ_INSIDE):
+        return Token(name, f"a {name}")
+    if _is_open(kind):
+        return Token(name, 0)
+    return Token(name, _identities.of(value))
 
 
 def _is_open(kind: type) -> bool:
     """Whether objects are compared by what is in them: the user's, and those that are nothing but
     fields."""
-    return kind in FIELDS or dataclasses.is_dataclass(kind) or is_user_file(file_of(kind))
+    if kind in FIELDS or dataclasses.is_dataclass(kind):
+        return True
+    return is_user_file(file_of(kind))
 
 
-def is_number(x: Any) -> bool:
+def is_number(noted: Any) -> bool:
     """Whether a token is a number's."""
-    return isinstance(x, Token) and x.kind in ("int", "float", "complex")
+    return isinstance(noted, Token) and noted.kind in _NUMBER_KINDS
 
 
-def is_flag(x: Any) -> bool:
+def is_flag(noted: Any) -> bool:
     """Whether a token is of a kind that code branches on: a flag, a text, None; or another
     function."""
-    return isinstance(x, CodeType) or (
-        isinstance(x, Token) and x.kind in ("bool", "str", "NoneType")
-    )
+    if isinstance(noted, CodeType):
+        return True
+    return isinstance(noted, Token) and noted.kind in _FLAG_KINDS
 
 
 @functools.cache
 def file_of(kind: type) -> str:
     """The file that a class was written in."""
     module = sys.modules.get(kind.__module__)
-    return getattr(module, "__file__", None) or (
-        "<main>" if kind.__module__ == "__main__" else "<frozen>"
-    )
+    file = getattr(module, "__file__", None)
+    if file:
+        return file
+    return "<main>" if kind.__module__ == "__main__" else "<frozen>"
 
 
 # ---- the function itself: what is made anew each time that a step runs
@@ -147,75 +172,103 @@ class Shell(NamedTuple):
             if fn.__defaults__ is not defaults:
                 return False
             now = fn.__kwdefaults__
-            if now and not (len(now) == len(by_name) and all(map(is_, now.values(), by_name))):
+            if now and not _same_objects(now.values(), by_name):
                 return False
         return True
 
 
+def _same_objects(some: Collection[Any], others: Collection[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 def shell_of(fn: Any) -> Shell:
     """Look into a function, its closure and defaults; partials, methods and wrappers as well."""
-    values: list[tuple[str, Any]] = []
-    objects: list[tuple[str, Any]] = []
-    functions: list[FunctionType] = []
-    cells: list[tuple[CellType, Any]] = []
-    seen: set[int] = set()
+    made_of_functions = isinstance(fn, FunctionType | MethodType) or _is_partial(fn)
+    found = _Look()
+    found.look(fn, "the loss" if made_of_functions else "self")
+    return found.shell()
 
-    def look(x: Any, path: str) -> None:
-        if isinstance(x, FunctionType):
-            if id(x) not in seen:
-                seen.add(id(x))
-                functions.append(x)
-                values.append((path, x.__code__))
-                inside(x)
-        elif isinstance(x, MethodType):
-            look(x.__func__, path)
-            look(x.__self__, "self")
-        elif type(x) is functools.partial:
-            look(x.func, path)
-            for n, value in enumerate(x.args):
-                look(value, f"{path}.args[{n}]")
-            for name, value in x.keywords.items():
-                look(value, name)
-        elif is_value(x):
-            values.append((path, token(x)))
-        elif not isinstance(x, type | ModuleType) and "__wrapped__" in getattr(x, "__dict__", ()):
-            look(x.__wrapped__, path)
-            objects.append((path, x))
+
+class _Look:
+    """What was found so far in a function."""
+
+    def __init__(self) -> None:
+        self.values: list[tuple[str, Any]] = []
+        self.objects: list[tuple[str, Any]] = []
+        self.functions: list[FunctionType] = []
+        self.cells: list[tuple[CellType, Any]] = []
+        self.seen: set[int] = set()
+
+    def look(self, value: Any, path: str) -> None:
+        if isinstance(value, FunctionType):
+            self.function(value, path)
+        elif isinstance(value, MethodType):
+            self.look(value.__func__, path)
+            self.look(value.__self__, "self")
+        elif _is_partial(value):
+            self.look(value.func, path)
+            for number, given in enumerate(value.args):
+                self.look(given, f"{path}.args[{number}]")
+            for name, given in value.keywords.items():
+                self.look(given, name)
+        elif is_value(value):
+            self.values.append((path, token(value)))
         else:
-            objects.append((path, x))
+            if _is_wrapper(value):
+                self.look(value.__wrapped__, path)
+            self.objects.append((path, value))
 
-    def inside(x: FunctionType) -> None:
-        code = x.__code__
-        for name, cell in zip(code.co_freevars, x.__closure__ or (), strict=True):
+    def function(self, fn: FunctionType, path: str) -> None:
+        if id(fn) in self.seen:
+            return
+        self.seen.add(id(fn))
+        code = fn.__code__
+        self.functions.append(fn)
+        self.values.append((path, code))
+        for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
             held = contents(cell)
-            cells.append((cell, held))
-            look(held, name)
-        for name, value in defaults_of(x):
-            look(value, name)
+            self.cells.append((cell, held))
+            self.look(held, name)
+        for name, value in defaults_of(fn):
+            self.look(value, name)
 
-    look(fn, "self" if not isinstance(fn, FunctionType) and not _has_function(fn) else "the loss")
-    defaults = tuple((x.__defaults__, tuple((x.__kwdefaults__ or {}).values())) for x in functions)
-    return Shell(tuple(values), tuple(objects), tuple(functions), tuple(cells), defaults)
-
-
-def same_function(a: Any, b: Any) -> bool:
-    if isinstance(a, MethodType) and isinstance(b, MethodType):
-        return a.__self__ is b.__self__ and a.__func__ is b.__func__
-    return a is b
-
-
-def _has_function(fn: Any) -> bool:
-    return isinstance(fn, MethodType) or type(fn) is functools.partial
+    def shell(self) -> Shell:
+        defaults = tuple(map(_all_defaults, self.functions))
+        return Shell(
+            values=tuple(self.values),
+            objects=tuple(self.objects),
+            functions=tuple(self.functions),
+            cells=tuple(self.cells),
+            defaults=defaults,
+        )
 
 
-def is_value(x: Any) -> bool:
-    kind = type(x)
-    return (
-        x is MISSING
-        or kind in _NUMBERS
-        or kind in _FLAGS
-        or isinstance(x, (np.generic, *_TORCH_VALUES, enum.Enum))
-    )
+def _all_defaults(fn: FunctionType) -> tuple[Any, Any]:
+    by_name = fn.__kwdefaults__ or {}
+    return fn.__defaults__, tuple(by_name.values())
+
+
+def same_function(one: Any, other: Any) -> bool:
+    if isinstance(one, MethodType) and isinstance(other, MethodType):
+        return one.__self__ is other.__self__ and one.__func__ is other.__func__
+    return one is other
+
+
+def _is_partial(value: Any) -> bool:
+    return type(value) is functools.partial
+
+
+def _is_wrapper(value: Any) -> bool:
+    """Whether an object wraps a function, as those of `functools.wraps` do."""
+    if isinstance(value, type | ModuleType):
+        return False
+    return "__wrapped__" in getattr(value, "__dict__", ())
+
+
+def is_value(value: Any) -> bool:
+    if value is MISSING or type(value) in _BY_REPR:
+        return True
+    return isinstance(value, (*_VALUES, enum.Enum))
 
 
 def contents(cell: CellType) -> Any:

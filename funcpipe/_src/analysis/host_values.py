@@ -20,13 +20,13 @@ In: functions. Out: `Reading`, whose values are equal as long as the functions r
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from operator import is_
 from pathlib import Path
 from types import CellType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from funcpipe._src.analysis.host_code import package_of
 from funcpipe._src.analysis.host_shell import (
@@ -44,9 +44,17 @@ from funcpipe._src.analysis.host_shell import (
 from funcpipe._src.analysis.host_walk import Walk
 from funcpipe.errors import TraceError
 
-Place = tuple[
-    Callable[[], Any], Callable[[Any], Any], Any
-]  # how to read it, how to write it, what was there
+
+class Place(NamedTuple):
+    """A place in Python: how to read and to write it, and what was there."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    held: Any
+
+
+# What reading a place raises where what was there is gone.
+_GONE = (KeyError, AttributeError, TypeError, RuntimeError)
 
 
 # ---- what a walk found, and whether it still holds
@@ -62,9 +70,12 @@ class Watch:
     """
 
     def __init__(self, shell: Shell, written: set[str], tensors: bool) -> None:
-        self.shell, self.written, self.tensors = shell, written, tensors
-        files = (package_of(fn.__code__.co_filename) for fn in shell.functions)
-        self._packages = frozenset(filter(None, files))
+        self.shell = shell
+        self.written = written
+        self.tensors = tensors
+        files = (fn.__code__.co_filename for fn in shell.functions)
+        packages = map(package_of, files)
+        self._packages = frozenset(filter(None, packages))
         self._names: set[str] = set()
         self._read()
 
@@ -81,38 +92,43 @@ class Watch:
     def fits(self, new: Shell) -> bool:
         """Whether another shell reaches the same objects, by the same code."""
         old = self.shell
-        if (len(old.objects), len(old.functions)) != (len(new.objects), len(new.functions)):
+        if len(old.objects) != len(new.objects):
             return False
-        same_objects = all(a is b for (_, a), (_, b) in zip(old.objects, new.objects, strict=True))
-        functions = zip(old.functions, new.functions, strict=True)
-        return same_objects and all(_fits(a, b) for a, b in functions)
+        if len(old.functions) != len(new.functions):
+            return False
+        for (_, before), (_, now) in zip(old.objects, new.objects, strict=True):
+            if before is not now:
+                return False
+        return all(map(_fits, old.functions, new.functions))
 
     def now(self) -> Values:
         """The values as they are; the same tuple as long as nothing was touched."""
         walk = self._walk
         try:
-            new = [get(box) for get, box in walk.getters]
-            polled = [read(x) for read, x in walk.polls]
+            by_dict = [get(box) for get, box in walk.getters]
+            polled = [read(value) for read, value in walk.polls]
             sizes = list(map(len, walk.sized))
-        except (KeyError, AttributeError, TypeError, RuntimeError):  # what was there is gone
+        except _GONE:
             self._read()
             return self.values
+        new = list(itertools.chain.from_iterable(by_dict))
         if polled != walk.polled or sizes != walk.sizes:
             self._read()
-        elif not all(map(is_, itertools.chain.from_iterable(new), walk.last)):
-            self._update(walk, list(itertools.chain.from_iterable(new)))
+        elif not all(map(is_, new, walk.last)):
+            self._update(walk, new)
         return self.values
 
     def _update(self, walk: Walk, new: list[Any]) -> None:
         """Take in numbers and flags that are others now; where anything else is, walk again."""
-        touched = [n for n, (a, b) in enumerate(zip(new, walk.last, strict=True)) if a is not b]
-        if not all(is_value(new[n]) and is_value(walk.last[n]) for n in touched):
-            self._read()
-            return
         values = list(self.values)
-        for n in touched:
-            place = walk.places[n]
-            values[place] = values[place][0], token(new[n])
+        for place, before, now in zip(walk.places, walk.last, new, strict=True):
+            if before is now:
+                continue
+            if not is_value(before) or not is_value(now):
+                self._read()
+                return
+            path, _ = values[place]
+            values[place] = path, token(now)
         if tuple(values) != self.values:
             self.values = tuple(values)
         walk.last = new  # after the values: threads read both
@@ -120,28 +136,40 @@ class Watch:
     def places(self) -> list[Place]:
         """How to read and to write every place that was found, and what is there."""
         walk = self._walk
-        out: list[Place] = []
-        for n, ((box, key), x) in enumerate(zip(walk.dicts, walk.last, strict=True)):
-            owner = walk.owners.get(n, box)
-            out.append(
-                (functools.partial(box.get, key, MISSING), functools.partial(_set, owner, key), x)
-            )
-        for cell, x in walk.cells:
-            out.append((functools.partial(contents, cell), functools.partial(_fill, cell), x))
+        found: list[Place] = []
+        for number, (box, key) in enumerate(walk.dicts):
+            owner = walk.owners.get(number, box)
+            read = partial(box.get, key, MISSING)
+            write = partial(_set, owner, key)
+            found.append(Place(read, write, walk.last[number]))
+        for cell, held in walk.cells:
+            found.append(_cell_place(cell, held))
         for box, held in walk.lists:
-            out.append((functools.partial(list, box), functools.partial(_refill, box), held))
-        for p in (p for some in walk.params for p in some.values() if p is not None):
-            out.append(
-                (functools.partial(getattr, p, "requires_grad"), p.requires_grad_, p.requires_grad)
-            )
-        return out
+            found.append(Place(partial(list, box), partial(_refill, box), held))
+        for params in walk.params:
+            for param in params.values():
+                if param is not None:
+                    found.append(_flag_place(param))
+        return found
+
+
+def _cell_place(cell: CellType, held: Any) -> Place:
+    return Place(partial(contents, cell), partial(_fill, cell), held)
+
+
+def _flag_place(param: Any) -> Place:
+    read = partial(getattr, param, "requires_grad")
+    return Place(read, param.requires_grad_, param.requires_grad)
 
 
 def _fits(old: FunctionType, new: FunctionType) -> bool:
     if old is new:
         return True
-    own = (old.__dict__.keys() | new.__dict__.keys()) - {"__wrapped__"}
-    return old.__code__ is new.__code__ and old.__globals__ is new.__globals__ and not own
+    own = old.__dict__.keys() | new.__dict__.keys()
+    if own - {"__wrapped__"}:
+        return False
+    same_code = old.__code__ is new.__code__
+    return same_code and old.__globals__ is new.__globals__
 
 
 class Follower:
@@ -157,24 +185,21 @@ class Follower:
     def __init__(self, written: set[str], tensors: bool = True) -> None:
         self.written, self.tensors = written, tensors
         self.watch: Watch | None = None
-        self._last: tuple[Any, Shell, Values] | None = (
-            None  # the function, its shell, and what of it counts
-        )
+        # The function, its shell, and what of it counts.
+        self._last: tuple[Any, Shell, Values] | None = None
 
     def values(self, fn: Callable) -> tuple[Values, Values]:
         """What the function itself holds, and what it reaches."""
-        last, watch = self._last, self.watch
-        if (
-            watch is not None
-            and last is not None
-            and same_function(last[0], fn)
-            and last[1].holds()
-        ):
-            return last[2], watch.now()
+        watch = self.watch
+        if watch is not None and self._last is not None:
+            last, shell, held = self._last
+            if same_function(last, fn) and shell.holds():
+                return held, watch.now()
         shell = shell_of(fn)
         if watch is None or not watch.fits(shell):
-            watch = self.watch = Watch(shell, self.written, self.tensors)
-        held = tuple(v for v in shell.values if v[0] not in self.written)
+            watch = Watch(shell, self.written, self.tensors)
+            self.watch = watch
+        held = tuple(pair for pair in shell.values if pair[0] not in self.written)
         self._last = fn, shell, held
         return held, watch.now()
 
@@ -194,20 +219,18 @@ class Reading:
         self.values = follower.values(fn)
         assert follower.watch is not None
         cells = shell_of(fn).cells
-        held: list[Place] = [
-            (functools.partial(contents, c), functools.partial(_fill, c), x) for c, x in cells
-        ]
-        self._places = held + follower.watch.places()
+        own = [_cell_place(cell, held) for cell, held in cells]
+        self._places = own + follower.watch.places()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, every place holds what it held at the call."""
         moved = []
-        for read, write, then in self._places:
-            now = read()
-            if not _held_alike(now, then):
-                moved.append((write, now))
-                write(then)
+        for place in self._places:
+            now = place.read()
+            if not _held_alike(now, place.held):
+                moved.append((place.write, now))
+                place.write(place.held)
         try:
             yield
         finally:
@@ -228,8 +251,8 @@ class Reading:
         if changed:
             self.follower.written.update(changed)
             self.follower.watch = None
-            kept = [tuple(v for v in some if not _within(v[0], changed)) for some in self.values]
-            self.values = kept[0], kept[1]
+            held, reached = self.values
+            self.values = _without(held, changed), _without(reached, changed)
 
     def _changed(
         self, before: tuple[Values, Values], cause: Exception | None = None
@@ -250,8 +273,9 @@ class Reading:
 
     def lines(self) -> list[str]:
         """The values as text, line by line: what ranks compare."""
-        told = [(path, x) for path, x in (*self.values[0], *self.values[1]) if isinstance(x, Token)]
-        return [f"{path} = {x}" for path, x in told]
+        pairs = itertools.chain(*self.values)
+        told = [pair for pair in pairs if isinstance(pair[1], Token)]
+        return [f"{path} = {noted}" for path, noted in told]
 
 
 WRITES = (
@@ -260,25 +284,40 @@ WRITES = (
 )
 
 
-def _within(path: str, others: Mapping[str, Any]) -> bool:
+def _without(values: Values, changed: Iterable[str]) -> Values:
+    """The values that do not lie at or below some paths."""
+    return tuple(pair for pair in values if not _within(pair[0], changed))
+
+
+def _within(path: str, others: Iterable[str]) -> bool:
     return any(path == other or path.startswith((f"{other}[", f"{other}.")) for other in others)
 
 
 def differences(
-    before: tuple[Values, Values], after: tuple[Values, Values]
+    before: tuple[Values, Values],
+    after: tuple[Values, Values],
 ) -> dict[str, tuple[Any, Any]]:
     """By path, what differs between two readings of a function.
 
     >>> differences(((("k", 1),), ()), ((("k", 2),), ()))
     {'k': (1, 2)}
     """
-    old: dict[str, Any] = {}
-    new: dict[str, Any] = {}
-    for found, values in ((old, before), (new, after)):
-        for path, x in (*values[0], *values[1]):
-            found.setdefault(path, x)
-    paths = dict.fromkeys([*old, *new])
-    return {p: (old.get(p), new.get(p)) for p in paths if old.get(p) != new.get(p)}
+    old = _by_path(before)
+    new = _by_path(after)
+    found = {}
+    for path in old | new:
+        pair = old.get(path), new.get(path)
+        if pair[0] != pair[1]:
+            found[path] = pair
+    return found
+
+
+def _by_path(values: tuple[Values, Values]) -> dict[str, Any]:
+    """The first value of every path."""
+    found: dict[str, Any] = {}
+    for path, value in itertools.chain(*values):
+        found.setdefault(path, value)
+    return found
 
 
 def name_of(fn: Callable) -> str:
@@ -293,20 +332,21 @@ def name_of(fn: Callable) -> str:
 # ---- writing places
 
 
-def _set(owner: Any, key: Any, x: Any) -> None:
+def _set(owner: Any, key: Any, value: Any) -> None:
+    missing = value is MISSING
     if isinstance(owner, type):
-        delattr(owner, key) if x is MISSING else setattr(owner, key, x)
-    elif x is MISSING:
+        delattr(owner, key) if missing else setattr(owner, key, value)
+    elif missing:
         dict.pop(owner, key, None)
     else:
-        dict.__setitem__(owner, key, x)
+        dict.__setitem__(owner, key, value)
 
 
-def _fill(cell: CellType, x: Any) -> None:
-    if x is MISSING:
+def _fill(cell: CellType, value: Any) -> None:
+    if value is MISSING:
         del cell.cell_contents
     else:
-        cell.cell_contents = x
+        cell.cell_contents = value
 
 
 def _refill(box: Any, held: list) -> None:
@@ -319,4 +359,6 @@ def _held_alike(now: Any, then: Any) -> bool:
         return True
     if isinstance(now, list) and isinstance(then, list):
         return len(now) == len(then) and all(map(is_, now, then))
-    return is_value(now) and is_value(then) and token(now) == token(then)
+    if not is_value(now) or not is_value(then):
+        return False
+    return token(now) == token(then)

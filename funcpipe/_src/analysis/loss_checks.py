@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from funcpipe._src.collectives import one_rank
@@ -35,14 +35,17 @@ from funcpipe.errors import BatchError
 
 _WEIGHT_TOLERANCE = 1e-5  # relative: weights are float32 sums of the same numbers in another order
 
+_ATEN = torch.ops.aten
+_COPIES = (_ATEN.clone.default, _ATEN.detach.default)
 
-def check_weight(n: Nodes) -> None:
+
+def check_weight(nodes: Nodes) -> None:
     """The weight does not depend on params.
 
     Raises:
         BatchError: it does.
     """
-    if n.outputs[1] in reached(n, n.params):
+    if nodes.outputs[1] in reached(nodes, nodes.params):
         raise BatchError(
             "Mean.weight depends on params: it has to be computed from the batch alone (a count of "
             "tokens or rows), since gradients are divided by it once, after all sums"
@@ -54,7 +57,7 @@ def check_additive(
     has_aux: bool,
     params: Any,
     batch: Any,
-    parts: Iterable[torch.Tensor],
+    parts: Iterable[Tensor],
     mode: FakeTensorMode,
     also: str = "",
     times: int = 1,
@@ -82,9 +85,11 @@ def check_additive(
         weight = read_loss(loss_fn(seen, batch), has_aux)[1]
     if isinstance(weight, FakeTensor):
         return  # depends on params in the whole batch only; the traced part said it does not
-    weights = [w.double() for w in parts]
-    whole, total = times * float(weight), float(sum(weights[1:], weights[0]))
-    if abs(whole - total) > _WEIGHT_TOLERANCE * max(abs(whole), abs(total)):
+    weights = [part.double() for part in parts]
+    whole = times * float(weight)
+    total = float(sum(weights[1:], weights[0]))
+    largest = max(abs(whole), abs(total))
+    if abs(whole - total) > _WEIGHT_TOLERANCE * largest:
         raise BatchError(
             f"Mean.weight of the whole batch is {whole:g}, but those of its {len(weights)} parts "
             f"add up to {total:g}: the loss would change with the split. Return a weight that adds "
@@ -93,17 +98,24 @@ def check_additive(
 
 
 class _Glancing(Unsplit):
-    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape. Its
-    masks, which may come
-    from the batch alone, are not made: of a long sequence they would not fit."""
+    """The hook of a loss that is looked at on a whole batch: an attention of fakes is a shape.
+
+    Its masks, which may come from the batch alone, are not made: of a long sequence they would not
+    fit.
+    """
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: hook.Spec
-    ) -> torch.Tensor:
-        if isinstance(q, FakeTensor):
-            return q.new_empty((*q.shape[:3], v.shape[3]))
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spec: hook.Spec,
+    ) -> Tensor:
+        if isinstance(query, FakeTensor):
+            shape = *query.shape[:3], value.shape[3]
+            return query.new_empty(shape)
         with hook.bound(None):
-            return super().attention(q, k, v, spec)
+            return super().attention(query, key, value, spec)
 
 
 def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
@@ -113,37 +125,50 @@ def written_for(weight: fx.GraphModule, mesh: Mesh) -> int:
     Such a sum is a mean, as in ``psum(rows, "data") / 2``. One device, where the axis has one rank,
     divides by 1.
     """
-    aten = torch.ops.aten
-    (out,) = weight.graph.find_nodes(op="output")
-    node: Any = out.args[0]
-    while isinstance(node, fx.Node) and node.target in (aten.clone.default, aten.detach.default):
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target is not aten.div.Tensor:
+    (output,) = weight.graph.find_nodes(op="output")
+    divided: Any = output.args[0]
+    while _calls(divided, *_COPIES):
+        divided = divided.args[0]
+    if not _calls(divided, _ATEN.div.Tensor):
         return 1
-    summed, by = node.args[:2]
-    start = summed.args[0] if isinstance(summed, fx.Node) and summed.target is WAIT else None
-    if not isinstance(start, fx.Node) or start.target is not STARTS["psum"]:
+    summed, divisor = divided.args[:2]
+    if not _calls(summed, WAIT):
         return 1
-    ranks = mesh.axis_size(tuple(str(start.args[1]).split(",")))
-    return ranks if by == ranks else 1
+    start = summed.args[0]
+    if not _calls(start, STARTS["psum"]):
+        return 1
+    axes = str(start.args[1]).split(",")
+    ranks = mesh.axis_size(axes)
+    return ranks if divisor == ranks else 1
 
 
-def reached(n: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
+def _calls(node: Any, *ops: Any) -> bool:
+    """Whether a node calls one of some ops."""
+    return isinstance(node, fx.Node) and node.target in ops
+
+
+def reached(nodes: Nodes, sources: Iterable[fx.Node]) -> set[fx.Node]:
     """What the forward half computes from some nodes."""
-    out = set(sources)
-    for x, label in n.label.items():
-        if label < n.segments and any(a in out for a in x.all_input_nodes):
-            out.add(x)
-    return out
+    found = set(sources)
+    for node, label in nodes.label.items():
+        forward = label < nodes.segments
+        if forward and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
-def weight_of(n: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
+def weight_of(nodes: Nodes, module: fx.GraphModule) -> fx.GraphModule | None:
     """A function from the tensors of a part of the batch to its weight; if it names axes, it runs
     as a rank. None where the weight depends on params."""
-    return None if n.outputs[1] in reached(n, n.params) else extract(module, n.outputs[1], n.batch)
+    weight = nodes.outputs[1]
+    if weight in reached(nodes, nodes.params):
+        return None
+    return extract(module, weight, nodes.batch)
 
 
 def batch_read(weight: fx.GraphModule | None, batch: int) -> list[int]:
     """Which tensors of the batch, of so many, a function of `weight_of` reads."""
-    inputs = [] if weight is None else [x for x in weight.graph.nodes if x.op == "placeholder"]
-    return [k for k, x in enumerate(inputs[:batch]) if x.users]
+    if weight is None:
+        return []
+    inputs = weight.graph.find_nodes(op="placeholder")
+    return [number for number, node in enumerate(inputs[:batch]) if node.users]

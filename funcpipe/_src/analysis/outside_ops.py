@@ -9,6 +9,7 @@ line of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,44 +52,65 @@ class Outside:
         # one refers to it.
         self._makers: Any = WeakTensorKeyDictionary()  # the last op that wrote a tensor
         self._rows: Any = WeakTensorKeyDictionary()  # the batch, and what is made of it
-        self._rows.update((x, True) for x in _tensors(tree.leaves(batch)))
+        self._mark_rows(_tensors(tree.leaves(batch)))
 
     def note(self, op: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         """An op, its arguments, and what it returned."""
-        told = [*map(self._text, args), *(f"{k}={self._text(x)}" for k, x in kwargs.items())]
+        told = list(map(self._text, args))
+        for name, value in kwargs.items():
+            told.append(f"{name}={self._text(value)}")
         number = len(self._ops)
-        self._ops.append((f"{op}({', '.join(told)})", user_line()))
-        taken, made = _tensors((args, kwargs)), _tensors(out)
+        text = f"{op}({', '.join(told)})"
+        self._ops.append((text, user_line()))
+        taken = _tensors((args, kwargs))
+        made = _tensors(out)
         self._takes.append(self._made_by(taken))
-        if any(isinstance(x, FakeTensor) or x in self._rows for x in taken):
+        if any(map(self._is_of_step, taken)):
             self._roots.add(number)
-            self._rows.update((x, True) for x in made)
-        for x in [*made, *taken] if op._schema.is_mutable else made:
-            self._makers[x] = number
+            self._mark_rows(made)
+        written = made + taken if op._schema.is_mutable else made
+        for tensor in written:
+            self._makers[tensor] = number
 
-    def _made_by(self, xs: list[torch.Tensor]) -> set[int]:
+    def _mark_rows(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._rows[tensor] = True
+
+    def _is_of_step(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is made of params or of the batch."""
+        return isinstance(tensor, FakeTensor) or tensor in self._rows
+
+    def _made_by(self, tensors: list[torch.Tensor]) -> set[int]:
         """The ops that made tensors, of those that ops made."""
-        return {self._makers[x] for x in xs if x in self._makers}
+        found = set()
+        for tensor in tensors:
+            if tensor in self._makers:
+                found.add(self._makers[tensor])
+        return found
 
-    def _text(self, x: Any) -> str:
-        if isinstance(x, torch.Tensor):
-            return self._tensor(x)
-        if isinstance(x, list | tuple):
-            return f"[{', '.join(map(self._text, x))}]"
-        if isinstance(x, torch.device):
-            return x.type  # a rank's own number says nothing
-        return repr(x) if isinstance(x, _PLAIN) else type(x).__name__
+    def _text(self, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(self._text, value))}]"
+        if isinstance(value, torch.device):
+            return value.type  # a rank's own number says nothing
+        if isinstance(value, _PLAIN):
+            return repr(value)
+        return type(value).__name__
 
-    def _tensor(self, x: torch.Tensor) -> str:
-        name = self._name(x)
+    def _tensor(self, tensor: torch.Tensor) -> str:
+        name = self._name(tensor)
         if name is not None:
             return name
-        text = f"{x.dtype}{list(x.shape)}".removeprefix("torch.")
+        text = f"{tensor.dtype}{list(tensor.shape)}".removeprefix("torch.")
         # What an op has made is told by that op, so that values are told of closed-over tensors
         # alone.
-        if isinstance(x, FakeTensor) or x in self._rows or x in self._makers:
+        if self._is_of_step(tensor) or tensor in self._makers:
             return text
-        return f"{text} {x.item() if x.numel() == 1 else checksums([x])[0]}"
+        if tensor.numel() == 1:
+            return f"{text} {tensor.item()}"
+        return f"{text} {checksums([tensor])[0]}"
 
     def ops(self, results: Any) -> tuple[Op, ...]:
         """The ops on params and the batch, and those that make what these and ``results`` take.
@@ -101,8 +123,10 @@ class Outside:
             if number not in found:
                 found.add(number)
                 todo += self._takes[number]
-        return tuple(sorted((self._ops[n] for n in found), key=lambda op: op[0]))
+        ops = [self._ops[number] for number in found]
+        return tuple(sorted(ops, key=itemgetter(0)))
 
 
-def _tensors(x: Any) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(x) if isinstance(x, torch.Tensor)]
+def _tensors(values: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -8,6 +8,7 @@ that rank, and which metrics it lacks; or a StateError.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,12 +18,11 @@ import torch
 from funcpipe._src.analysis.expressions import Numbers, Seen
 from funcpipe._src.analysis.held_leaves import is_predictable, predicted_state
 from funcpipe._src.analysis.state import AnalysisContext, StepAnalysis, run_on_fakes
-from funcpipe._src.analysis.tags import Tags
+from funcpipe._src.analysis.tags import Tags, every_param
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.context import Join
 from funcpipe._src.core.reductions import join_shown
 from funcpipe._src.core.source_lines import line_of, user_line
-from funcpipe._src.graph.fake_tensors import fake
 from funcpipe.errors import FuncpipeError, StateError
 
 _LISTS = (
@@ -118,7 +118,8 @@ class Rehearsal:
             StateError: ``init_state`` or the step fails there, or computes something else than on
             all leaves.
         """
-        missing = next((i for i in range(len(self.tags.leaves)) if not held(i)), None)
+        params = range(len(self.tags.leaves))
+        missing = next(itertools.filterfalse(held, params), None)
         if missing is None:
             return Held(self.first.init_state)
         name = self.tags.name(missing)
@@ -152,7 +153,7 @@ class Rehearsal:
         other = Other(
             f"on a rank that holds a shard of {self.tags.name(min(sharded))} than on one device",
             _SIZES,
-            lambda i: True,
+            every_param,
         )
         context = RehearsalContext(self.context, tags, self.analysis, self.first, other)
         seen = run_on_fakes(
@@ -198,10 +199,10 @@ class Rehearsal:
         ):
             if now is not None and now != was:
                 context.refuse(f"the step computes another metrics{path} {where}")
-        return frozenset(k for k, now in enumerate(metrics) if now is None)
+        return frozenset(number for number, now in enumerate(metrics) if now is None)
 
     def _numbers(self, leaves: Any) -> list[int]:
-        return [self.first.expressions.of(x) for x in tree.leaves(leaves)]
+        return list(map(self.first.expressions.of, tree.leaves(leaves)))
 
 
 class RehearsalContext(AnalysisContext):
@@ -223,17 +224,18 @@ class RehearsalContext(AnalysisContext):
         self.calls_made = self.sums_made = 0
 
     def value_and_grad(self, loss_fn: Callable, has_aux: bool, params: Any, batch: Any) -> Any:
-        k = self.calls_made
-        who = f"value_and_grad {k}"
+        number = self.calls_made
+        who = f"value_and_grad {number}"
         self.calls_made += 1
-        if k >= len(self.analysis.calls):
+        if number >= len(self.analysis.calls):
             self.refuse(
                 f"the step calls value_and_grad{user_line() or ''} more often {self.other.where}"
             )
-        call, given = self.analysis.calls[k], self.first.calls[k]
+        call, given = self.analysis.calls[number], self.first.calls[number]
         leaves = self.up_to(call.params_spec, params, who)
-        names = [f"params{self.analysis.paths[i]}" for i in call.params]
-        self._check(who, names, [self.other.held(i) for i in call.params], leaves, given.params)
+        names = [f"params{self.analysis.paths[param]}" for param in call.params]
+        held = list(map(self.other.held, call.params))
+        self._check(who, names, held, leaves, given.params)
         beside = tree.leaves(batch)
         self._check(
             who,
@@ -242,33 +244,36 @@ class RehearsalContext(AnalysisContext):
             beside,
             given.batch,
         )
-        present = [x for x in leaves if x is not None]
-        return self.returned(k, present, tree.flatten(params)[1], self.known[k], has_aux)
+        present = [leaf for leaf in leaves if leaf is not None]
+        spec = tree.flatten(params)[1]
+        return self.returned(number, present, spec, self.known[number], has_aux)
 
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
-        k, who = self.sums_made, "a global norm or sum"
+        number, who = self.sums_made, "a global norm or sum"
         self.sums_made += 1
-        if k >= len(self.analysis.sums):
+        if number >= len(self.analysis.reductions):
             self.refuse(f"the step takes {who}{user_line() or ''} more often {self.other.where}")
-        planned = self.analysis.sums[k]
+        planned = self.analysis.reductions[number]
         flat = self.up_to(planned.spec, leaves, who)
-        held = [i is None or self.other.held(i) for i in planned.params]
-        names = ["its leaf" if i is None else self.tags.name(i) for i in planned.params]
-        self._check(who, names, held, flat, self.first.sums[k])
-        whole = [
-            x if x is None or i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
-            for x, i in zip(flat, planned.params, strict=True)
-        ]
+        held = []
+        names = []
+        for param in planned.params:
+            held.append(param is None or self.other.held(param))
+            names.append("its leaf" if param is None else self.tags.name(param))
+        self._check(who, names, held, flat, self.first.reductions[number])
+        whole = []
+        for leaf, param in zip(flat, planned.params, strict=True):
+            whole.append(None if leaf is None else self._unsharded(leaf, param))
         out = local(whole).to(planned.dtype)
-        self.expressions.name(out, ("sum", k))
-        shown = held if k in self.other.apart else [True] * len(held)
+        self.expressions.name(out, ("sum", number))
+        shown = held if number in self.other.apart else [True] * len(held)
         return functools.partial(join_shown, planned.spec, shown), out
 
     def check_counts(self) -> None:
         """StateError when fewer calls or sums were made than on one device."""
         made, planned = (
             (self.calls_made, self.sums_made),
-            (len(self.analysis.calls), len(self.analysis.sums)),
+            (len(self.analysis.calls), len(self.analysis.reductions)),
         )
         if made != planned:
             self.refuse(

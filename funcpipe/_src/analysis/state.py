@@ -30,7 +30,8 @@ from funcpipe._src.analysis.elementwise import ElementwiseOnly
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe._src.analysis.host_values import Follower, Reading
 from funcpipe._src.analysis.outside_ops import Op, Outside
-from funcpipe._src.analysis.tags import Tags
+from funcpipe._src.analysis.step_results import check_results
+from funcpipe._src.analysis.tags import Tags, every_param
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.buffer_donation import DonationAnalysis
 from funcpipe._src.core.containers import check_containers
@@ -90,8 +91,9 @@ class StepAnalysis:
         state_spec: the structure of the full state.
         state_paths, state: for every leaf of the state its path and its parameter, or None.
         calls: every ``value_and_grad``.
-        sums: every global sum.
-        free: the leaves of the state that an optimizer replaces, and that nobody reads after that.
+        reductions: every global sum.
+        overwritable: the leaves of the state that an optimizer replaces, and that nobody reads
+            after that.
         outside: every op that ``init_state`` and the step call outside ``value_and_grad``.
     """
 
@@ -103,8 +105,8 @@ class StepAnalysis:
     state_paths: tuple[str, ...]
     state: tuple[int | None, ...]
     calls: tuple[PrimitiveCall, ...]
-    sums: tuple[Reduction, ...]
-    free: frozenset[int]
+    reductions: tuple[Reduction, ...]
+    overwritable: frozenset[int]
     outside: tuple[Op, ...] = ()
 
     __str__ = analysis_text
@@ -138,7 +140,7 @@ class AnalysisContext(PlainContext):
         self.tags, self.seen, self.row_ranks, self.exact = tags, seen, row_ranks, exact
         self.expressions = Expressions(table, tags.shape_of, tags.of)
         self.calls: list[PrimitiveCall] = []
-        self.sums: list[Reduction] = []
+        self.reductions: list[Reduction] = []
         self.results: list[tuple[torch.Tensor, Any]] = []  # loss and aux of every call
         self.given: list[Given] = []
         self.summed: list[Numbers] = []
@@ -198,7 +200,7 @@ class AnalysisContext(PlainContext):
 
     def returned(
         self,
-        k: int,
+        call: int,
         leaves: list[torch.Tensor],
         spec: Any,
         result: tuple[torch.Tensor, Any],
@@ -208,9 +210,9 @@ class AnalysisContext(PlainContext):
         grads = list(map(torch.empty_like, leaves))
         name = self.expressions.name
         for number, value in enumerate(tree.leaves(result)):
-            name(value, ("result", k, number))
+            name(value, ("result", call, number))
         for leaf, grad in zip(leaves, grads, strict=True):
-            name(grad, ("gradient", k, self.expressions.of(leaf)))
+            name(grad, ("gradient", call, self.expressions.of(leaf)))
         return (result if has_aux else result[0]), tree.unflatten(spec, grads)
 
     def _loss_and_aux(
@@ -222,34 +224,38 @@ class AnalysisContext(PlainContext):
             with mode:
                 return torch.zeros((), device=given[0].device if given else None), None
         call = self.seen(call, self.tags)
-        true = [
-            fake(leaves[i].shape, leaves[i], mode, d)
-            for i, d in zip(call.params, call.dtypes, strict=True)
-        ]
+        true = []
+        for param, dtype in zip(call.params, call.dtypes, strict=True):
+            leaf = leaves[param]
+            true.append(fake(leaf.shape, leaf, mode, dtype))
         params = tree.unflatten(call.params_spec, true)
         return loss_and_aux(call.loss_fn, call.has_aux, params, call.batch, mode, self.row_ranks)
 
     def reduce(self, leaves: Any, local: Callable, op: str) -> tuple[Join, torch.Tensor]:
         flat, spec = tree.flatten(leaves)
         self.donation.read(flat)
-        numbers = tuple(self.tags.of(x) for x in flat)
-        whole = [
-            x if i is None else fake(self.tags.leaves[i].shape, x, self.tags.mode)
-            for x, i in zip(flat, numbers, strict=True)
-        ]
+        params = tuple(map(self.tags.of, flat))
+        whole = list(map(self._unsharded, flat, params))
         out = local(whole)
         for leaf in flat:
             self.expressions.whole(leaf)
-        self.expressions.name(out, ("sum", len(self.sums)))
+        self.expressions.name(out, ("sum", len(self.reductions)))
         self.summed.append(self.numbers(flat))
-        self.sums.append(Reduction(spec, numbers, out.dtype))
-        return functools.partial(self._join, len(self.sums) - 1), out
+        self.reductions.append(Reduction(spec, params, out.dtype))
+        return functools.partial(self._join, len(self.reductions) - 1), out
 
-    def _join(self, k: int, values: Sequence[Any]) -> Any:
-        for value, param in zip(values, self.sums[k].params, strict=True):
+    def _unsharded(self, leaf: torch.Tensor, param: int | None) -> torch.Tensor:
+        """A leaf with the shape of the parameter that it belongs to."""
+        if param is None:
+            return leaf
+        return fake(self.tags.leaves[param].shape, leaf, self.tags.mode)
+
+    def _join(self, number: int, values: Sequence[Any]) -> Any:
+        reduction = self.reductions[number]
+        for value, param in zip(values, reduction.params, strict=True):
             if param is not None:
-                self.expressions.entry(value, (k, param))
-        return tree.unflatten(self.sums[k].spec, values)
+                self.expressions.entry(value, (number, param))
+        return tree.unflatten(reduction.spec, values)
 
 
 def run_on_fakes(
@@ -337,9 +343,9 @@ def _look(
     from funcpipe._src.analysis.rehearsal import Rehearsal
 
     tags = context.tags
-    context.outside = Outside(batch, lambda x: None if (i := tags.of(x)) is None else tags.name(i))
+    context.outside = Outside(batch, tags.name_of)
     try:
-        seen = run_on_fakes(step, init_state, batch, context, lambda i: True)
+        seen = run_on_fakes(step, init_state, batch, context, every_param)
     except (*BY_VALUE, DynamicOutputShapeException) as error:
         raise StateError(
             "the step decides by the value of a tensor outside "
@@ -347,41 +353,20 @@ def _look(
             "every rank runs the same step without looking. Use torch.where, or read the value "
             "from the metrics"
         ) from error
-    state, new_state, metrics = seen.init_state, seen.state, seen.metrics
-    for what, returned in (("state", new_state), ("metrics", metrics)):
-        check_containers(f"the step returns {what}: {what}", returned)
-    spec, numbers = _numbers(state, tags)
-    new_spec, new_numbers = _numbers(new_state, tags)
-    if spec != new_spec:
-        raise StateError(
-            f"the step returns a state of another structure than it takes: {new_spec} instead of "
-            f"{spec}"
-        )
-    for path, *params in zip(tree.paths(state), numbers, new_numbers, strict=True):
-        if params[0] != params[1]:
-            was, now = ("no parameter" if p is None else tags.name(p) for p in params)
-            raise StateError(
-                f"state{path} belongs to {was} before the step and to {now} after it: keep its "
-                "place and shape"
-            )
-    for path, x in zip(tree.paths(metrics), tree.leaves(metrics), strict=True):
-        if (i := tags.of(x)) is not None:
-            raise StateError(
-                f"metrics{path} is {tags.name(i)}, which no rank holds alone; reduce it with "
-                "fp.global_sum"
-            )
+    spec, numbers = check_results(seen, tags)
+    leaves = tree.leaves((seen.init_state, seen.state, seen.metrics))
     analysis = StepAnalysis(
-        tags.spec,
-        tags.paths,
-        tags.shapes,
-        tuple(leaf.dtype for leaf in tags.leaves),
-        spec,
-        tuple(tree.paths(state)),
-        numbers,
-        tuple(context.calls),
-        tuple(context.sums),
-        frozenset(context.donation.overwritable),
-        context.outside.ops(tree.leaves((state, new_state, metrics))),
+        params_spec=tags.spec,
+        paths=tags.paths,
+        shapes=tags.shapes,
+        dtypes=tuple(leaf.dtype for leaf in tags.leaves),
+        state_spec=spec,
+        state_paths=tuple(tree.paths(seen.init_state)),
+        state=numbers,
+        calls=tuple(context.calls),
+        reductions=tuple(context.reductions),
+        overwritable=frozenset(context.donation.overwritable),
+        outside=context.outside.ops(leaves),
     )
     return analysis, Rehearsal(step, init_state, batch, context, analysis, seen)
 
@@ -390,8 +375,3 @@ def _returned(out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise StateError(f"a step returns (state, metrics); this one returned {describe(out)}")
     return out
-
-
-def _numbers(state: Any, tags: Tags) -> tuple[Any, tuple[int | None, ...]]:
-    leaves, spec = tree.flatten(state)
-    return spec, tuple(map(tags.of, leaves))

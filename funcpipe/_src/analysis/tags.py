@@ -19,6 +19,13 @@ from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.gradients import check_params
 from funcpipe._src.graph.fake_tensors import fake
 
+Held = Callable[[int], bool]  # whether a rank holds a parameter
+
+
+def every_param(param: int) -> bool:
+    """Holds every parameter."""
+    return True
+
 
 class Tags:
     """The sizes that tell the leaves of params apart, and fakes of those sizes."""
@@ -26,14 +33,9 @@ class Tags:
     def __init__(self, params: Any, batch: Any, mode: FakeTensorMode) -> None:
         self.leaves, self.spec = check_params(params)
         self.paths = tuple(tree.paths(params))
-        self.shapes = tuple(tuple(x.shape) for x in self.leaves)
-        sizes = [
-            n
-            for x in (*self.leaves, *tree.leaves(batch))
-            if isinstance(x, torch.Tensor)
-            for n in x.shape
-        ]
-        self.first = max([1 << 20, *sizes]) + 1
+        self.shapes = tuple(tuple(leaf.shape) for leaf in self.leaves)
+        tensors = self.leaves + tree.leaves(batch)
+        self.first = max(1 << 20, *_sizes(tensors)) + 1
         self.mode = mode
         self.moved: frozenset[int] = frozenset()
 
@@ -43,47 +45,79 @@ class Tags:
         out.moved = params
         return out
 
-    def fake_shape(self, i: int) -> list[int]:
+    def fake_shape(self, param: int) -> list[int]:
         """The shape of a parameter's fake: its tag in the first dim (a 0-d leaf gets one), ones in
         the others."""
-        size, rest = (
-            (self.first + len(self.leaves) + i, 2) if i in self.moved else (self.first + i, 1)
-        )
-        return [size, *[rest] * (self.leaves[i].dim() - 1)]
+        size = self.first + param
+        other = 1
+        if param in self.moved:
+            size += len(self.leaves)
+            other = 2
+        others = self.leaves[param].dim() - 1
+        return [size, *[other] * others]
 
     def shape_of(self, sizes: list[int]) -> tuple[str, int] | None:
         """What stands for a list of sizes that is the shape of a parameter."""
-        i = self._analysis(sizes[0])
-        return None if i is None or sizes != self.fake_shape(i) else ("the shape of a parameter", i)
-
-    def fake(self, i: int) -> torch.Tensor:
-        """Parameter ``i`` as a fake."""
-        return fake(self.fake_shape(i), self.leaves[i], self.mode)
-
-    def params(self, held: Callable[[int], bool] = lambda i: True) -> Any:
-        """The tree of params as fakes, None where ``held`` says no."""
-        return tree.unflatten(
-            self.spec, [self.fake(i) if held(i) else None for i in range(len(self.leaves))]
-        )
-
-    def of(self, x: Any) -> int | None:
-        """The parameter that a tensor belongs to."""
-        if not isinstance(x, torch.Tensor):
+        param = self._param_of(sizes[0])
+        if param is None or sizes != self.fake_shape(param):
             return None
-        return next((i for i in map(self._analysis, x.shape) if i is not None), None)
+        return "the shape of a parameter", param
 
-    def _analysis(self, size: int) -> int | None:
+    def fake(self, param: int) -> torch.Tensor:
+        """A parameter as a fake."""
+        shape = self.fake_shape(param)
+        return fake(shape, self.leaves[param], self.mode)
+
+    def params(self, held: Held = every_param) -> Any:
+        """The tree of params as fakes, None where ``held`` says no."""
+        fakes: list[torch.Tensor | None] = []
+        for param in range(len(self.leaves)):
+            fakes.append(self.fake(param) if held(param) else None)
+        return tree.unflatten(self.spec, fakes)
+
+    def of(self, value: Any) -> int | None:
+        """The parameter that a tensor belongs to."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        for size in value.shape:
+            param = self._param_of(size)
+            if param is not None:
+                return param
+        return None
+
+    def _param_of(self, size: int) -> int | None:
         """The parameter that has a size."""
-        i, moved = size - self.first, size - self.first - len(self.leaves)
-        if 0 <= i < len(self.leaves):
-            return i
-        return moved if moved in self.moved else None
+        param = size - self.first
+        if 0 <= param < len(self.leaves):
+            return param
+        param -= len(self.leaves)
+        return param if param in self.moved else None
 
     def sizes(self, args: Any) -> list[int]:
         """The parameters whose sizes stand among the arguments of an op that makes a tensor."""
-        numbers = [self._analysis(n) for n in pytree.tree_leaves(args) if type(n) is int]
-        return [i for i in numbers if i is not None]
+        found = []
+        for value in pytree.tree_leaves(args):
+            if type(value) is not int:
+                continue
+            param = self._param_of(value)
+            if param is not None:
+                found.append(param)
+        return found
 
-    def name(self, i: int) -> str:
+    def name(self, param: int) -> str:
         """How to call a parameter in a message."""
-        return f"params{self.paths[i]}"
+        return f"params{self.paths[param]}"
+
+    def name_of(self, value: Any) -> str | None:
+        """How to call the parameter that a tensor belongs to."""
+        param = self.of(value)
+        return None if param is None else self.name(param)
+
+
+def _sizes(leaves: list[Any]) -> list[int]:
+    """The sizes of all dims of tensors."""
+    sizes: list[int] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            sizes += leaf.shape
+    return sizes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType
@@ -55,11 +56,10 @@ class Items(dict):
         )
 
 
-def _flatten_items(x: Any) -> tuple[Iterable[Any], Any, Iterable[Any]]:
-    keys = tree.flatten(dict.fromkeys(x, 0))[
-        1
-    ].entries()  # in the order in which those of a dict are
-    return [x[key] for key in keys], (tuple(keys), tuple(x)), keys
+def _flatten_items(items: Any) -> tuple[Iterable[Any], Any, Iterable[Any]]:
+    # In the order in which those of a dict are.
+    keys = tree.flatten(dict.fromkeys(items, 0))[1].entries()
+    return [items[key] for key in keys], (tuple(keys), tuple(items)), keys
 
 
 def _unflatten_items(keys: Any, children: Iterable[Any]) -> Items:
@@ -97,7 +97,9 @@ def read_batch(batch: Any, name: str = "batch") -> Any:
     if all(map(_is_read, leaves)):
         return batch
     paths = [name + path for path in tree.paths(batch)]
-    return tree.unflatten(spec, [_read(path, x) for path, x in zip(paths, leaves, strict=True)])
+    return tree.unflatten(
+        spec, [_read(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    )
 
 
 def with_tensors(batch: Any) -> Any:
@@ -110,7 +112,9 @@ def with_tensors(batch: Any) -> Any:
     leaves, spec = tree.flatten(batch)
     if not any(map(_holds_numpy, leaves)):
         return batch
-    return tree.unflatten(spec, [_with_tensors(x) if _holds_numpy(x) else x for x in leaves])
+    return tree.unflatten(
+        spec, [_with_tensors(leaf) if _holds_numpy(leaf) else leaf for leaf in leaves]
+    )
 
 
 def as_dicts(batch: Any) -> Any:
@@ -120,67 +124,72 @@ def as_dicts(batch: Any) -> Any:
     [{'x': 1}]
     """
 
-    def node(x: Any) -> Any:
-        return {key: as_dicts(y) for key, y in x.items()} if isinstance(x, Items) else x
+    def is_items(node: Any) -> bool:
+        return isinstance(node, Items)
 
-    return tree.map(node, batch, is_leaf=lambda x: isinstance(x, Items))
+    def as_dict(node: Any) -> Any:
+        if not is_items(node):
+            return node
+        return {key: as_dicts(value) for key, value in node.items()}
+
+    return tree.map(as_dict, batch, is_leaf=is_items)
 
 
-def _is_read(x: Any) -> bool:
+def _is_read(leaf: Any) -> bool:
     """Whether a leaf is a tensor or a constant already, of the usual kinds."""
-    kind = type(x)
+    kind = type(leaf)
     if kind is torch.Tensor:
-        return x.layout is torch.strided and not (
-            x.is_meta or x.is_conj() or x.is_neg() or x.is_quantized
+        return leaf.layout is torch.strided and not (
+            leaf.is_meta or leaf.is_conj() or leaf.is_neg() or leaf.is_quantized
         )
-    return kind in _PLAIN or (kind is float and x == x)
+    return kind in _PLAIN or (kind is float and leaf == leaf)
 
 
-def _read(path: str, x: Any) -> Any:
-    if _is_read(x):
-        return x
-    if isinstance(x, torch.Tensor):
-        return _read_tensor(path, x)
-    if isinstance(x, np.ndarray | np.generic) and not isinstance(x, str | bytes):
-        return _from_numpy(path, x)
-    if isinstance(x, Mapping):
-        return read_batch(Items(x), path)
-    problem = _problem(x)
+def _read(path: str, leaf: Any) -> Any:
+    if _is_read(leaf):
+        return leaf
+    if isinstance(leaf, torch.Tensor):
+        return _read_tensor(path, leaf)
+    if isinstance(leaf, np.ndarray | np.generic) and not isinstance(leaf, str | bytes):
+        return _from_numpy(path, leaf)
+    if isinstance(leaf, Mapping):
+        return read_batch(Items(leaf), path)
+    problem = _problem(leaf)
     if problem:
         raise BatchError(f"{path} is {problem}")
-    return x
+    return leaf
 
 
-def _read_tensor(path: str, x: torch.Tensor) -> torch.Tensor:
-    if isinstance(x, FakeTensor):
-        return x
-    if x.is_nested:
+def _read_tensor(path: str, leaf: torch.Tensor) -> torch.Tensor:
+    if isinstance(leaf, FakeTensor):
+        return leaf
+    if leaf.is_nested:
         what = (
             "a nested tensor (torch.nested)",
             "pad it (x.to_padded_tensor(0)), or pass its values() and offsets()",
         )
-    elif x.is_meta:
+    elif leaf.is_meta:
         what = (
             "a tensor on the meta device, which holds no numbers",
             "make it on the device of the others",
         )
-    elif x.is_quantized:
+    elif leaf.is_quantized:
         what = (
-            f"a quantized tensor ({x.dtype})",
+            f"a quantized tensor ({leaf.dtype})",
             "pass x.dequantize(), or x.int_repr() with scale and zero point",
         )
-    elif x.layout is not torch.strided:
+    elif leaf.layout is not torch.strided:
         what = (
-            f"a sparse tensor ({x.layout})",
+            f"a sparse tensor ({leaf.layout})",
             "pass x.to_dense(), or its indices and values as two leaves",
         )
-    elif type(x) not in (torch.Tensor, nn.Parameter):
+    elif type(leaf) not in (torch.Tensor, nn.Parameter):
         what = (
-            f"a {type(x).__name__}, a subclass of torch.Tensor",
+            f"a {type(leaf).__name__}, a subclass of torch.Tensor",
             "pass x.as_subclass(torch.Tensor)",
         )
     else:
-        return x.resolve_conj().resolve_neg()
+        return leaf.resolve_conj().resolve_neg()
     raise BatchError(
         f"{path} is {what[0]}; a batch is split and traced as dense tensors: {what[1]}"
     )
@@ -189,21 +198,21 @@ def _read_tensor(path: str, x: torch.Tensor) -> torch.Tensor:
 # ---- numpy
 
 
-def _holds_numpy(x: Any) -> bool:
+def _holds_numpy(leaf: Any) -> bool:
     """Whether a leaf is an array of numbers, or a mapping that holds some."""
-    if isinstance(x, np.ndarray | np.generic):
-        return type(x) is not np.ma.MaskedArray and x.dtype.kind in "biufc"
-    return isinstance(x, Mapping) and any(map(_holds_numpy, tree.leaves(dict(x))))
+    if isinstance(leaf, np.ndarray | np.generic):
+        return type(leaf) is not np.ma.MaskedArray and leaf.dtype.kind in "biufc"
+    return isinstance(leaf, Mapping) and any(map(_holds_numpy, tree.leaves(dict(leaf))))
 
 
-def _with_tensors(x: Any) -> Any:
-    return with_tensors(Items(x)) if isinstance(x, Mapping) else _from_numpy("batch", x)
+def _with_tensors(leaf: Any) -> Any:
+    return with_tensors(Items(leaf)) if isinstance(leaf, Mapping) else _from_numpy("batch", leaf)
 
 
-def _from_numpy(path: str, x: np.ndarray | np.generic) -> torch.Tensor:
-    if isinstance(x, np.ma.MaskedArray):
+def _from_numpy(path: str, leaf: np.ndarray | np.generic) -> torch.Tensor:
+    if isinstance(leaf, np.ma.MaskedArray):
         raise BatchError(f"{path} is a masked array of numpy: pass x.data and x.mask as two leaves")
-    array = np.asarray(x)
+    array = np.asarray(leaf)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     try:
@@ -221,68 +230,70 @@ def _from_numpy(path: str, x: np.ndarray | np.generic) -> torch.Tensor:
 # ---- constants
 
 
-def key_of(x: Any) -> tuple:
+def key_of(constant: Any) -> tuple:
     """What tells a constant from others: equal keys mean that a plan holds for both.
 
     >>> key_of(1) == key_of(True), key_of(0.0) == key_of(-0.0)
     (False, False)
     """
-    kind = type(x)
+    kind = type(constant)
     if kind in _PLAIN:
-        return kind, x
+        return kind, constant
     if kind is float:
-        return kind, x, math.copysign(1.0, x)
+        return kind, constant, math.copysign(1.0, constant)
     if kind is complex:
-        return kind, repr(x)
+        return kind, repr(constant)
     if kind is slice:
-        return kind, *map(key_of, (x.start, x.stop, x.step))
+        return kind, *map(key_of, (constant.start, constant.stop, constant.step))
     if kind is frozenset:
-        return kind, frozenset(map(key_of, x))
-    if _is_frozen(x):
-        return kind, *(key_of(getattr(x, f.name)) for f in dataclasses.fields(x))
-    return kind, x
-
-
-def _problem(x: Any) -> str:
-    """Why a leaf is no constant, and what to pass instead; empty if it is one."""
-    name, kind = type(x).__name__, type(x)
-    if kind in (float, complex) and x != x:
-        return (
-            f"{x}, which equals nothing, itself included: no plan could be found for it again. "
-            f"Write torch.tensor({x})"
+        return kind, frozenset(map(key_of, constant))
+    if _is_frozen(constant):
+        return kind, *(
+            key_of(getattr(constant, field.name)) for field in dataclasses.fields(constant)
         )
-    if isinstance(x, set):
+    return kind, constant
+
+
+def _problem(leaf: Any) -> str:
+    """Why a leaf is no constant, and what to pass instead; empty if it is one."""
+    name, kind = type(leaf).__name__, type(leaf)
+    if kind in (float, complex) and leaf != leaf:
+        return (
+            f"{leaf}, which equals nothing, itself included: no plan could be found for it again. "
+            f"Write torch.tensor({leaf})"
+        )
+    if isinstance(leaf, set):
         return f"a {name}, which has no order that ranks could share: write a sorted tuple or list"
-    if isinstance(x, nn.Module):
+    if isinstance(leaf, nn.Module):
         return (
             f"a {name}, a module: pass its tensors (fp.from_module gives them), and close over the "
             "rest"
         )
-    if _holds(x, lambda y: isinstance(y, torch.Tensor | np.ndarray)):
-        return _unregistered(x, "whose tensors are not seen")
+    if _holds(leaf, lambda held: isinstance(held, torch.Tensor | np.ndarray)):
+        return _unregistered(leaf, "whose tensors are not seen")
     if (
         kind in _PLAIN
-        or x is None
-        or isinstance(x, (float, complex, slice, frozenset, *_BY_IDENTITY, *_BY_VALUE))
+        or leaf is None
+        or isinstance(leaf, (float, complex, slice, frozenset, *_BY_IDENTITY, *_BY_VALUE))
     ):
         return ""
-    if _is_frozen(x):
-        found = ((f.name, _problem(getattr(x, f.name))) for f in dataclasses.fields(x))
+    if _is_frozen(leaf):
+        found = ((f.name, _problem(getattr(leaf, f.name))) for f in dataclasses.fields(leaf))
         return next(
             (f"a {name} whose {field} is {problem}" for field, problem in found if problem), ""
         )
-    if kind.__eq__ is object.__eq__ and not callable(x):
-        return _unregistered(x, "compared by identity, so that a change in it would not be seen")
+    if kind.__eq__ is object.__eq__ and not callable(leaf):
+        return _unregistered(leaf, "compared by identity, so that a change in it would not be seen")
     try:
-        hash(x)
+        hash(leaf)
     except TypeError:
-        return _unregistered(x, "which cannot be hashed, so that no plan could be found for it")
+        return _unregistered(leaf, "which cannot be hashed, so that no plan could be found for it")
     return ""
 
 
-def _unregistered(x: Any, why: str) -> str:
-    name = type(x).__name__
-    what = f"a {name} (a dataclass)" if dataclasses.is_dataclass(x) else f"a {name}"
+def _unregistered(leaf: Any, why: str) -> str:
+    name = type(leaf).__name__
+    what = f"a {name} (a dataclass)" if dataclasses.is_dataclass(leaf) else f"a {name}"
     return (
         f"{what}, {why}: the class is no pytree node. Pass tensors, or a dict of them; or register "
         f"the class: optree.register_pytree_node({name}, flatten, unflatten, "
@@ -290,17 +301,18 @@ def _unregistered(x: Any, why: str) -> str:
     )
 
 
-def _is_frozen(x: Any) -> bool:
+def _is_frozen(value: Any) -> bool:
     """Whether a value is a dataclass that cannot change and compares by its fields."""
-    if isinstance(x, type) or not dataclasses.is_dataclass(x):
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
         return False
-    params: Any = type(x).__dict__.get("__dataclass_params__")
+    params: Any = type(value).__dict__.get("__dataclass_params__")
     return params is not None and params.frozen and params.eq
 
 
-def _holds(x: Any, what: Callable[[Any], bool]) -> bool:
+def _holds(value: Any, what: Callable[[Any], bool]) -> bool:
     """Whether an object has such a value among its attributes, or in a container there."""
-    attributes = getattr(x, "__dict__", None)
-    if not attributes or isinstance(x, type | FunctionType | enum.Enum):
+    attributes = getattr(value, "__dict__", None)
+    if not attributes or isinstance(value, type | FunctionType | enum.Enum):
         return False
-    return any(what(y) for value in attributes.values() for y in tree.leaves(value))
+    leaves = itertools.chain.from_iterable(map(tree.leaves, attributes.values()))
+    return any(map(what, leaves))

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 # Words at a time. Their products take 256 KiB on a CPU, which its cache holds, and 512 KiB
 # elsewhere: a step that just fits into memory still does.
 _CHUNK = {"cpu": 1 << 15}
 _LARGE = 1 << 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-_ODD = (
-    -0x61C8864680B583EB
-)  # 2**64 over the golden ratio; odd, so that a product with it loses nothing
+# 2**64 over the golden ratio; odd, so that a product with it loses nothing.
+_ODD = -0x61C8864680B583EB
 
 
 def checksums(leaves: Sequence[Any]) -> list[int]:
@@ -31,58 +32,85 @@ def checksums(leaves: Sequence[Any]) -> list[int]:
     It depends on where a value stands, not on strides. No tensor is moved; one that is not
     contiguous is copied.
 
-    >>> one, same, other = checksums([torch.ones(3), torch.ones(3, 2)[:, 0], torch.tensor([1.0, 1.0, 2.0])])
-    >>> one == same, one == other
+    >>> ones, other = torch.ones(3), torch.tensor([1.0, 1.0, 2.0])
+    >>> first, same, another = checksums([ones, torch.ones(3, 2)[:, 0], other])
+    >>> first == same, first == another
     (True, False)
     """
-    out = [
-        0 if isinstance(x, torch.Tensor) else text_sum(_ADDRESS.sub("", repr(x))) for x in leaves
-    ]
-    where: dict[torch.device, list[int]] = {}
-    for i, x in enumerate(leaves):
-        if isinstance(x, torch.Tensor) and x.device.type != "meta":
-            where.setdefault(x.device, []).append(i)
-    with torch.no_grad():
-        for device, some in where.items():
-            words = [_words(leaves[i]) for i in some]
-            chunk = _CHUNK.get(device.type, _LARGE)
-            weights = _weights(min(chunk, max(map(len, words))), device)
-            numbers = torch.stack([_sum(x, weights) for x in words]).tolist()
-            for i, n in zip(some, numbers, strict=True):
-                out[i] = n
-    return out
+    found = [0] * len(leaves)
+    on_device: dict[Any, dict[int, Tensor]] = {}
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            text = _ADDRESS.sub("", repr(leaf))
+            found[place] = text_sum(text)
+        elif not leaf.is_meta:
+            tensors = on_device.setdefault(leaf.device, {})
+            tensors[place] = leaf
+    for device, tensors in on_device.items():
+        numbers = _sums_on(device, tensors.values())
+        for place, number in zip(tensors, numbers, strict=True):
+            found[place] = number
+    return found
+
+
+@torch.no_grad()
+def _sums_on(device: Any, tensors: Iterable[Tensor]) -> list[int]:
+    """The checksums of tensors of one device, which is asked for them once."""
+    words_of_all = list(map(_words, tensors))
+    longest = max(map(len, words_of_all))
+    chunk = _CHUNK.get(device.type, _LARGE)
+    size = min(chunk, longest)
+    weights = _weights(size, device)
+    sums = []
+    for words in words_of_all:
+        sums.append(_sum(words, weights))
+    return torch.stack(sums).tolist()
 
 
 def text_sum(text: str) -> int:
     """A number for a text: 56 bits, so that a few more fit beside it in 64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    encoded = text.encode()
+    digest = hashlib.sha256(encoded).digest()
+    return int.from_bytes(digest[:7], "big")
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
+def _words(tensor: Tensor) -> Tensor:
     """The bits of a tensor as 32-bit integers, zeros at the end."""
-    flat = x.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() % 4:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.contiguous().reshape(-1)
+    flat = flat.view(torch.uint8)
+    missing = -flat.numel() % 4
+    if missing:
+        flat = pad(flat, (0, missing))
     elif flat.storage_offset() % 4:
         flat = flat.clone()
     return flat.view(torch.int32)
 
 
-def _weights(size: int, device: torch.device) -> torch.Tensor:
+def _weights(size: int, device: Any) -> Tensor:
     """64-bit integers that look random. Sums of 32-bit words times these differ for different
     words, but in one of 2**32 cases (multilinear hashing; Lemire and Kaser 2014, "Strongly
     universal string hashing is fast")."""
-    x = torch.arange(1, size + 1, device=device) * _ODD
+    weights = torch.arange(1, size + 1, device=device)
+    weights *= _ODD
     for shift in (32, 29):
-        x ^= x >> shift
-        x *= _ODD
-    return x.bitwise_or_(1)
+        weights ^= weights >> shift
+        weights *= _ODD
+    return weights.bitwise_or_(1)
 
 
-def _sum(words: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _sum(words: Tensor, weights: Tensor) -> Tensor:
     if len(words) <= len(weights):
-        return (words * weights[: len(words)]).sum()
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for part in words.split(len(weights)):
-        total = total * _ODD + (part * weights[: len(part)]).sum()
+        return _weighted(words, weights)
+    total = weights.new_zeros(())
+    chunk = len(weights)
+    for part in words.split(chunk):
+        total = total * _ODD
+        total += _weighted(part, weights)
     return total
+
+
+def _weighted(words: Tensor, weights: Tensor) -> Tensor:
+    size = len(words)
+    products = words * weights[:size]
+    return products.sum()

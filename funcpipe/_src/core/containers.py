@@ -37,33 +37,33 @@ def check_containers(name: str, x: Any) -> None:
     funcpipe.errors.StateError: state['w'] is a set, which holds
     tensors but is not registered as a container: use a list or dict
     """
-    for k, leaf in enumerate(tree.leaves(x)):
+    for number, leaf in enumerate(tree.leaves(x)):
         if not isinstance(leaf, torch.Tensor) and _holds_tensors(leaf, _DEPTH):
             raise StateError(
-                f"{name}{tree.paths(x)[k]} is {_described(leaf)}, which holds tensors but is not "
-                f"registered as a container: {_remedy(leaf)}"
+                f"{name}{tree.paths(x)[number]} is {_described(leaf)}, which holds tensors but is "
+                f"not registered as a container: {_remedy(leaf)}"
             )
 
 
-def _holds_tensors(x: Any, depth: int) -> bool:
-    if isinstance(x, torch.Tensor):
+def _holds_tensors(value: Any, depth: int) -> bool:
+    if isinstance(value, torch.Tensor):
         return True
-    if depth == 0 or isinstance(x, _PLAIN):
+    if depth == 0 or isinstance(value, _PLAIN):
         return False
-    return any(_holds_tensors(y, depth - 1) for y in tree.leaves(_held(x)))
+    return any(_holds_tensors(held, depth - 1) for held in tree.leaves(_held(value)))
 
 
-def _held(x: Any) -> list[Any]:
+def _held(value: Any) -> list[Any]:
     """What an object holds: its entries and attributes."""
-    if isinstance(x, torch.nn.Module):
-        return [*x.parameters(), *x.buffers()]
+    if isinstance(value, torch.nn.Module):
+        return [*value.parameters(), *value.buffers()]
     held: list[Any] = []
-    if isinstance(x, Mapping):
-        held += x.values()
-    elif isinstance(x, set | frozenset | list | tuple):
-        held += x
-    held += getattr(x, "__dict__", {}).values()
-    held += (getattr(x, slot, None) for slot in _slots(type(x)))
+    if isinstance(value, Mapping):
+        held += value.values()
+    elif isinstance(value, set | frozenset | list | tuple):
+        held += value
+    held += getattr(value, "__dict__", {}).values()
+    held += (getattr(value, slot, None) for slot in _slots(type(value)))
     return held
 
 
@@ -73,21 +73,21 @@ def _slots(cls: type) -> Iterable[str]:
         yield from [slots] if isinstance(slots, str) else slots
 
 
-def _described(x: Any) -> str:
-    if isinstance(x, torch.nn.Module):
-        return f"the module {type(x).__name__}"
-    if type(x) in (set, frozenset):
-        return f"a {type(x).__name__}"
-    kind = "dataclass" if dataclasses.is_dataclass(x) else "class"
-    return f"an instance of the {kind} {type(x).__name__}"
+def _described(leaf: Any) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return f"the module {type(leaf).__name__}"
+    if type(leaf) in (set, frozenset):
+        return f"a {type(leaf).__name__}"
+    kind = "dataclass" if dataclasses.is_dataclass(leaf) else "class"
+    return f"an instance of the {kind} {type(leaf).__name__}"
 
 
-def _remedy(x: Any) -> str:
-    if isinstance(x, torch.nn.Module):
+def _remedy(leaf: Any) -> str:
+    if isinstance(leaf, torch.nn.Module):
         return "use fp.from_module(module), which gives its tensors as a dict"
-    if type(x) in (set, frozenset):
+    if type(leaf) in (set, frozenset):
         return "use a list or dict"
-    if dataclasses.is_dataclass(x):
+    if dataclasses.is_dataclass(leaf):
         return (
             'decorate it with @optree.dataclasses.dataclass(namespace="") in place of '
             "@dataclasses.dataclass, or make it a "

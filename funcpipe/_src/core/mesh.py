@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from funcpipe.errors import MeshError, StackError
 
@@ -22,10 +23,9 @@ def as_axes(axis: str | Iterable[str]) -> Axes:
     >>> as_axes("pipe"), as_axes(["data", "seq"])
     (('pipe',), ('data', 'seq'))
     """
-    axes = (
-        (axis,) if isinstance(axis, str) else tuple(axis) if isinstance(axis, Iterable) else (axis,)
-    )
-    if not all(isinstance(a, str) for a in axes):
+    single = isinstance(axis, str) or not isinstance(axis, Iterable)
+    axes: Any = (axis,) if single else tuple(axis)
+    if not all(isinstance(name, str) for name in axes):
         raise StackError(
             f"axis={axis!r}: write the name of a mesh axis, such as axis='data', or a tuple of "
             "names"
@@ -52,10 +52,10 @@ class Mesh:
     size: int
 
     def __init__(self, **axes: int) -> None:
-        for name, n in axes.items():
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        for name, size in axes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise MeshError(
-                    f"axis {name!r} of the mesh has size {n!r}; an axis has a whole number of "
+                    f"axis {name!r} of the mesh has size {size!r}; an axis has a whole number of "
                     "ranks, 1 or more"
                 )
         self._axes = tuple(axes.items())
@@ -70,12 +70,11 @@ class Mesh:
         Mesh(pipe=2, data=4)
         """
         try:
-            return cls(
-                **{
-                    name.strip(): int(n)
-                    for name, n in (part.split("=") for part in text.split(",") if part)
-                }
-            )
+            sizes = {}
+            for part in filter(None, text.split(",")):
+                name, size = part.split("=")
+                sizes[name.strip()] = int(size)
+            return cls(**sizes)
         except ValueError:
             raise MeshError(
                 f"cannot read a mesh from {text!r}; write it like 'pipe=2,data=4'"
@@ -89,49 +88,56 @@ class Mesh:
     def axis_size(self, axes: str | Iterable[str]) -> int:
         """How many ranks an axis has, or the product over several."""
         sizes = self.axes
-        return math.prod(sizes[a] for a in self.check(axes))
+        return math.prod(sizes[name] for name in self.check(axes))
 
     def check(self, axes: str | Iterable[str], who: str = "") -> Axes:
         """The axes as a tuple; MeshError, naming ``who`` asks, when the mesh lacks one."""
         axes = as_axes(axes)
-        for a in axes:
-            if a not in dict(self._axes):
+        known = self.axes
+        for name in axes:
+            if name not in known:
+                asker = f"{who}: " if who else ""
                 raise MeshError(
-                    f"{who + ': ' if who else ''}axis {a!r} is not in {self!r}; its axes are "
-                    f"{', '.join(repr(n) for n, _ in self._axes) or 'none'}"
+                    f"{asker}axis {name!r} is not in {self!r}; its axes are "
+                    f"{', '.join(map(repr, known)) or 'none'}"
                 )
         return axes
 
     def ordered(self, axes: Iterable[str]) -> Axes:
         """The axes without doubles, in mesh order."""
         wanted = set(axes)
-        return tuple(n for n, _ in self._axes if n in wanted)
+        return tuple(name for name, _ in self._axes if name in wanted)
 
     def coords(self, rank: int) -> dict[str, int]:
         """Where a rank stands on every axis."""
         out = {}
-        for name, n in reversed(self._axes):
-            out[name], rank = rank % n, rank // n
+        for name, size in reversed(self._axes):
+            out[name], rank = rank % size, rank // size
         return {name: out[name] for name, _ in self._axes}
 
     def rank(self, coords: Mapping[str, int]) -> int:
         """The rank that stands at the given place on every axis."""
-        r = 0
-        for name, n in self._axes:
-            r = r * n + coords[name]
-        return r
+        rank = 0
+        for name, size in self._axes:
+            rank = rank * size + coords[name]
+        return rank
 
     def group(self, rank: int, axes: str | Iterable[str]) -> tuple[int, ...]:
         """The ranks that differ from ``rank`` on ``axes`` only; the last of the given axes varies
         fastest."""
-        key = (rank, as_axes(axes))
+        axes = as_axes(axes)
+        key = rank, axes
         if key not in self._groups:
-            sizes, here = self.axes, self.coords(rank)
-            places = itertools.product(*(range(sizes[a]) for a in self.check(key[1])))
-            self._groups[key] = tuple(
-                self.rank({**here, **dict(zip(key[1], p, strict=True))}) for p in places
-            )
+            self._groups[key] = tuple(self._ranks_over(rank, self.check(axes)))
         return self._groups[key]
+
+    def _ranks_over(self, rank: int, axes: Axes) -> Iterator[int]:
+        """The ranks that differ from ``rank`` on ``axes`` only."""
+        sizes = self.axes
+        coords = self.coords(rank)
+        for places in itertools.product(*(range(sizes[name]) for name in axes)):
+            coords.update(zip(axes, places, strict=True))
+            yield self.rank(coords)
 
     def index(self, rank: int, axes: str | Iterable[str]) -> int:
         """The place of a rank in its group over ``axes``."""
@@ -144,4 +150,4 @@ class Mesh:
         return hash(self._axes)
 
     def __repr__(self) -> str:
-        return f"Mesh({', '.join(f'{name}={n}' for name, n in self._axes)})"
+        return f"Mesh({', '.join(f'{name}={size}' for name, size in self._axes)})"

@@ -30,9 +30,8 @@ ROUNDED = (
     "Here parts are computed in {dtype}, the whole as written: if the weight is rounded, leave "
     "what it is summed from out of mixed_precision (batch=...), or sum it in float32"
 )
-_FIRST = (
-    2.0**15
-)  # the largest power of two that float16 holds: a loss that ends in float16 takes it too
+# The largest power of two that float16 holds: a loss that ends in float16 takes it too.
+_FIRST = 2.0**15
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,13 @@ class Precision:
     batch: bool | Callable[[str], bool] = True
 
     def __str__(self) -> str:
-        given = [
-            (f.name, getattr(self, f.name))
-            for f in fields(self)[1:]
-            if getattr(self, f.name) != f.default
-        ]
-        words = [f"compute={str(self.compute).removeprefix('torch.')!r}"]
-        words += [
-            f"{name}=..." if callable(value) else f"{name}={value!r}" for name, value in given
-        ]
+        compute = str(self.compute).removeprefix("torch.")
+        words = [f"compute={compute!r}"]
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                shown = "..." if callable(value) else repr(value)
+                words.append(f"{field.name}={shown}")
         return f"mixed_precision({', '.join(words)})"
 
     @property
@@ -72,7 +69,9 @@ class Precision:
 
     def of_param(self, path: str, own: torch.dtype) -> torch.dtype:
         """The dtype in which the loss function sees a parameter."""
-        return own if self.keep is not None and self.keep(path) else self._narrowed(own)
+        if self.keep is not None and self.keep(path):
+            return own
+        return self._narrowed(own)
 
     def of_batch(self, path: str, own: torch.dtype) -> torch.dtype:
         """The dtype in which the loss function sees a tensor of the batch."""
@@ -80,9 +79,9 @@ class Precision:
         return self._narrowed(own) if wanted else own
 
     def _narrowed(self, own: torch.dtype) -> torch.dtype:
-        return (
-            self.compute if own.is_floating_point and own.itemsize >= self.compute.itemsize else own
-        )
+        if not own.is_floating_point or own.itemsize < self.compute.itemsize:
+            return own
+        return self.compute
 
 
 class Scaled(NamedTuple):
@@ -105,7 +104,7 @@ class Scaled(NamedTuple):
 # ---- the loss function
 
 
-def computed(loss_fn: Callable, has_aux: bool, p: Precision) -> Callable:
+def computed(loss_fn: Callable, has_aux: bool, precision: Precision) -> Callable:
     """A loss function that sees its batch in the compute dtype, and whose sums leave it in float32
     at least: they go on being added up, over microbatches and ranks. Its params come cast
     already."""
@@ -113,36 +112,33 @@ def computed(loss_fn: Callable, has_aux: bool, p: Precision) -> Callable:
     @functools.wraps(loss_fn)
     def run(params: Any, batch: Any) -> Any:
         leaves, spec = tree.flatten(batch)
-        cast = [
-            x.to(p.of_batch(path, x.dtype)) if isinstance(x, torch.Tensor) else x
-            for path, x in zip(tree.paths(batch), leaves, strict=True)
-        ]
+        cast = []
+        for path, leaf in zip(tree.paths(batch), leaves, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                leaf = leaf.to(precision.of_batch(path, leaf.dtype))
+            cast.append(leaf)
         out = loss_fn(params, tree.unflatten(spec, cast))
         if not has_aux:
             return _wide(out)
-        # What has another form is refused where it is read.
-        return (
-            (_wide(out[0]), tree.map(_wide_mean, out[1], is_leaf=is_summary))
-            if type(out) is tuple
-            else out
-        )
+        if type(out) is not tuple:
+            return out  # refused where it is read
+        aux = tree.map(_wide_mean, out[1], is_leaf=is_summary)
+        return _wide(out[0]), aux
 
     return run
 
 
-def _wide(x: Any) -> Any:
-    if isinstance(x, Mean):
-        return Mean(_wide(x.total), _wide(x.weight))
-    narrow = (
-        isinstance(x, torch.Tensor)
-        and x.is_floating_point()
-        and x.dtype.itemsize < torch.float32.itemsize
-    )
-    return x.float() if narrow else x
+def _wide(value: Any) -> Any:
+    """A value in float32 at least."""
+    if isinstance(value, Mean):
+        return Mean(_wide(value.total), _wide(value.weight))
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return value.float() if value.dtype.itemsize < torch.float32.itemsize else value
 
 
-def _wide_mean(x: Any) -> Any:
-    return _wide(x) if isinstance(x, Mean) else x
+def _wide_mean(summary: Any) -> Any:
+    return _wide(summary) if isinstance(summary, Mean) else summary
 
 
 # ---- the step
@@ -158,7 +154,10 @@ def scaled_init(init_state: Callable[[Any], Any], device: torch.device) -> Calla
     return init
 
 
-def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any, Any], Any]:
+def scaled_step(
+    step: Callable[[Any, Any], Any],
+    precision: Precision,
+) -> Callable[[Any, Any], Any]:
     """A step whose state is `Scaled`: one with a non-finite gradient anywhere on the mesh changes
     no leaf of the state.
 
@@ -179,7 +178,7 @@ def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any,
         new, metrics = out
         del out
         skip = found.bad > 0
-        scale, good_steps = _next(state, skip, p)
+        scale, good_steps = _next(state, skip, precision)
         skipped = state.skipped + skip
         # The metric is a copy: a captured step writes the next scale into the memory of this one.
         told = _told(metrics, {"loss_scale": state.scale.clone(), "skipped_steps": skipped})
@@ -188,14 +187,17 @@ def scaled_step(step: Callable[[Any, Any], Any], p: Precision) -> Callable[[Any,
     return run
 
 
-def _next(state: Scaled, skip: torch.Tensor, p: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+def _next(
+    state: Scaled,
+    skip: torch.Tensor,
+    precision: Precision,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The scale and good steps after a step. A scale that would leave the range of float32
     stays."""
     good_steps = torch.where(skip, 0, state.good_steps + 1)
-    grow = good_steps >= p.growth_interval
-    wanted = torch.where(
-        skip, state.scale * p.backoff, torch.where(grow, state.scale * p.growth, state.scale)
-    )
+    grow = good_steps >= precision.growth_interval
+    grown = torch.where(grow, state.scale * precision.growth, state.scale)
+    wanted = torch.where(skip, state.scale * precision.backoff, grown)
     scale = torch.where(wanted.isfinite() & (wanted > 0), wanted, state.scale)
     return scale, torch.where(grow, 0, good_steps)
 
@@ -217,13 +219,15 @@ def _told(metrics: Any, more: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def _chosen(skip: torch.Tensor, old: Any, new: Any) -> Any:
     """The old state where the step is skipped, else the new one, leaf by leaf."""
-    (before, spec), (leaves, new_spec) = tree.flatten(old), tree.flatten(new)
+    before, spec = tree.flatten(old)
+    leaves, new_spec = tree.flatten(new)
     if spec != new_spec:
         return new  # refused where it is read
     del new
-    for i, (path, a) in enumerate(zip(tree.paths(old), before, strict=True)):
-        if leaves[i] is not a:
-            leaves[i] = _either(skip, f"state{path}", a, leaves[i])
+    for number, path in enumerate(tree.paths(old)):
+        if leaves[number] is not before[number]:
+            name = f"state{path}"
+            leaves[number] = _either(skip, name, before[number], leaves[number])
     return tree.unflatten(spec, leaves)
 
 

@@ -37,7 +37,7 @@ def paths(tree: Any) -> list[str]:
     ["['w'][0]", "['w'][1]"]
     """
     accessors = optree.tree_accessors(tree, namespace=NAMESPACE)
-    return [a.codify("") for a in accessors]
+    return [accessor.codify("") for accessor in accessors]
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -75,9 +75,11 @@ def leaves_or_none(spec: optree.PyTreeSpec, tree: Any) -> list[Any]:
     except ValueError:
         if tree is None:
             return [None] * spec.num_leaves
-    children, _, entries, _ = optree.tree_flatten_one_level(tree, namespace=NAMESPACE)
-    if tuple(entries) != tuple(spec.entries()):
-        raise ValueError(f"entries {entries}, not {spec.entries()}")
+    level = optree.tree_flatten_one_level(tree, namespace=NAMESPACE)
+    children, _, entries, _ = level
+    wanted = spec.entries()
+    if tuple(entries) != tuple(wanted):
+        raise ValueError(f"entries {entries}, not {wanted}")
     found = []
     for below, child in zip(spec.children(), children, strict=True):
         found += leaves_or_none(below, child)
@@ -99,7 +101,10 @@ def without_data(tree: Any) -> Any:
 
 
 def map(
-    fn: Callable[..., Any], tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None
+    fn: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
 ) -> Any:
     """``optree.tree_map``."""
     return optree.tree_map(fn, tree, *rest, is_leaf=is_leaf, namespace=NAMESPACE)
@@ -107,7 +112,11 @@ def map(
 
 def map_tensors(fn: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     """``fn`` on the tensors of a tree; every other leaf as it is."""
-    return map(lambda x: fn(x) if isinstance(x, torch.Tensor) else x, tree)
+
+    def on_leaf(leaf: Any) -> Any:
+        return fn(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return map(on_leaf, tree)
 
 
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
@@ -117,6 +126,11 @@ def broadcast_prefix(prefix: Any, tree: Any) -> list[Any]:
     >>> broadcast_prefix({"x": 0, "y": None}, {"x": [1, 2], "y": {"z": 3}})
     [0, 0, None]
     """
-    spread = optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
-    present = optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
-    return [p for p, x in zip(spread, present, strict=True) if x is not None]
+    options: Any = {"none_is_leaf": True, "namespace": NAMESPACE}
+    spread = optree.broadcast_prefix(prefix, tree, **options)
+    leaves_and_none = optree.tree_leaves(tree, **options)
+    found = []
+    for above, leaf in zip(spread, leaves_and_none, strict=True):
+        if leaf is not None:
+            found.append(above)
+    return found

@@ -47,14 +47,14 @@ class Held:
     """How the operands of an attention are split over ranks.
 
     Args:
-        q, k: the layouts of queries (and the result), and of keys and values, along their dim of
-            positions. If both are None, the sequence is not split here and attention runs
-            unchanged. If ``k`` alone is None, every rank holds all keys and values.
+        queries, keys: the layouts of queries (and the result), and of keys and values, along their
+            dim of positions. If both are None, the sequence is not split here and attention runs
+            unchanged. If ``keys`` alone is None, every rank holds all keys and values.
         bias_query, bias_key: whether the bias is split along its dim of queries, of keys.
     """
 
-    q: SequenceLayout | None = None
-    k: SequenceLayout | None = None
+    queries: SequenceLayout | None = None
+    keys: SequenceLayout | None = None
     bias_query: bool = False
     bias_key: bool = False
 

@@ -161,26 +161,26 @@ def _autocast(operand: Tensor) -> Tensor:
     return operand.to(torch.get_autocast_dtype(kind))
 
 
-def _check(x: Tensor, head: Tensor | None, labels: Tensor, options: Options) -> None:
+def _check(hidden: Tensor, head: Tensor | None, labels: Tensor, options: Options) -> None:
     """TraceError when operands or options do not fit each other."""
-    if not x.is_floating_point() or x.dim() == 0:
+    shape = tuple(hidden.shape)
+    if not hidden.is_floating_point() or hidden.dim() == 0:
         _refuse(
-            f"x has shape {tuple(x.shape)} and dtype {x.dtype}; it takes floating-point rows (..., "
-            "d)"
+            f"x has shape {shape} and dtype {hidden.dtype}; it takes floating-point rows (..., d)"
         )
     if head is None and options.axis is not None:
         _refuse(
             f"axis={options.axis!r} spreads the vocabulary over ranks, but without a head x is "
             "logits of all of it already; pass hidden states and the head, or leave axis out"
         )
-    if head is not None and (head.dim() != 2 or head.shape[1] != x.shape[-1]):
+    if head is not None and (head.dim() != 2 or head.shape[1] != hidden.shape[-1]):
         _refuse(
-            f"head has shape {tuple(head.shape)}, and x {tuple(x.shape)}; for x (..., d) it takes "
+            f"head has shape {tuple(head.shape)}, and x {shape}; for x (..., d) it takes "
             "(vocab, d), as in torch.nn.Linear(d, vocab).weight"
         )
-    if head is not None and head.dtype != x.dtype:
+    if head is not None and head.dtype != hidden.dtype:
         _refuse(
-            f"head has dtype {head.dtype}, and x {x.dtype}; write head.to(x.dtype), or use "
+            f"head has dtype {head.dtype}, and x {hidden.dtype}; write head.to(x.dtype), or use "
             "torch.autocast"
         )
     if labels.dtype != torch.int64:
@@ -188,9 +188,9 @@ def _check(x: Tensor, head: Tensor | None, labels: Tensor, options: Options) -> 
             f"labels have dtype {labels.dtype}; they are the numbers of columns: write "
             "labels.long()"
         )
-    if labels.shape != x.shape[:-1]:
+    if labels.shape != hidden.shape[:-1]:
         _refuse(
-            f"labels have shape {tuple(labels.shape)}, and x {tuple(x.shape)}; there is one label "
+            f"labels have shape {tuple(labels.shape)}, and x {shape}; there is one label "
             "per row of x"
         )
     if not 0 <= options.label_smoothing <= 1:

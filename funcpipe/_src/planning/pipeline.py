@@ -174,7 +174,7 @@ def _costs(analysis: StepAnalysis, units: Units) -> LossCosts:
     return LossCosts(
         flops=flops,
         load=lambda costs: load_of(units, as_costs(costs, units)),
-        waits=bool(analysis.sums) or shared,
+        waits=bool(analysis.reductions) or shared,
     )
 
 

@@ -155,7 +155,7 @@ class StatePlacement:
     def free(self, rank: int) -> frozenset[int]:
         """Which of the leaves that a rank holds, counted among those, a step may write to
         (`core/buffer_donation.py`)."""
-        overwritable = self.analysis.free
+        overwritable = self.analysis.overwritable
         held = 0
         found = set()
         for leaf, is_here in enumerate(self._present(rank)):

@@ -67,7 +67,7 @@ def _state(plan: Plan) -> list[str]:
 
 def _global_sums(plan: Plan) -> list[str]:
     out = []
-    for number, reduction in enumerate(plan.placement.analysis.sums):
+    for number, reduction in enumerate(plan.placement.analysis.reductions):
         is_apart = number in plan.placement.apart
         out.append(f"{reduction.params} {reduction.dtype} {is_apart}")
     return out

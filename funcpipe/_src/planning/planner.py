@@ -163,8 +163,8 @@ def _reads(analysis: StepAnalysis, placement: StatePlacement | None) -> tuple:
     for metric in placement.leaf_metrics:
         metrics.append((metric.number, metric.pipeline_rank))
     outside = (
-        analysis.sums,
-        analysis.free,
+        analysis.reductions,
+        analysis.overwritable,
         placement.apart,
         placement.metrics_spec,
         tuple(metrics),

@@ -235,7 +235,9 @@ class Alignment:
                 f"{where(local)} gives {len(local.outs)} tensors {words.at_owner} and "
                 f"{len(full.outs)} on one device, one for every {words.item}: {words.loop_advice}"
             )
-        args = {name: self._merged(value, full.args[name]) for name, value in local.args.items()}
+        args = {}
+        for name, value in local.args.items():
+            args[name] = self._merged(value, full.args[name])
         for out, other in zip(local.outs, full.outs, strict=True):
             if out.dtype != other.dtype:
                 raise self._other_way(local, full)

@@ -10,6 +10,7 @@ turn of the loop each; or None if it is no such loop.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -32,12 +33,10 @@ def rolled(
     """The entries of both recordings from a loop on, rolled up; both begin with an ``unbind``."""
     of_rank = _Loop(local)
     of_one = _Loop(full)
-    turns = of_rank.turns, of_one.turns
     own, other = [], []
     pairs = zip(_unbinds(local), _unbinds(full), strict=False)
     for unbind, partner in pairs:
-        counts = len(unbind.outs), len(partner.outs)
-        if counts == turns:
+        if of_rank.takes_apart(unbind) and of_one.takes_apart(partner):
             own.append(unbind)
             other.append(partner)
     of_rank.follow(own)
@@ -45,7 +44,8 @@ def rolled(
     longest = of_rank if of_rank.turns >= of_one.turns else of_one
     if longest.turns < 2:
         return None
-    length = len(longest.entries_of[-1])
+    last = longest.turns - 1
+    length = len(longest.entries_of[last])
     rolled_local = of_rank.roll(length)
     rolled_full = of_one.roll(length)
     if rolled_local is None or rolled_full is None:
@@ -55,7 +55,8 @@ def rolled(
 
 def _operands(entry: RecordedOp) -> set[int]:
     """The numbers of the tensors that an op takes."""
-    return {ref.number for ref in refs(entry.args.values())}
+    operands = refs(entry.args.values())
+    return {operand.number for operand in operands}
 
 
 def _unbinds(entries: Sequence[RecordedOp]) -> Entries:
@@ -91,9 +92,13 @@ class _Loop:
         self.entries = entries
         self.turns = len(entries[0].outs)
         self.unbinds: Entries = []
-        self.entries_of: list[Entries] = [[] for _ in entries[0].outs]
+        self.entries_of: dict[int, Entries] = {row: [] for row in range(self.turns)}
         self.made: dict[int, _Made] = {}
         self.sums: dict[int, _Sum] = {}
+
+    def takes_apart(self, unbind: RecordedOp) -> bool:
+        """Whether an ``unbind`` gives one tensor for each turn."""
+        return len(unbind.outs) == self.turns
 
     def follow(self, unbinds: Entries) -> None:
         """See which entries come from which rows."""
@@ -102,7 +107,8 @@ class _Loop:
         of_several: set[int] = set()
         for entry in self.entries:
             if self._is_unbind(entry):
-                row_of.update((out.number, row) for row, out in enumerate(entry.outs))
+                for row, out in enumerate(entry.outs):
+                    row_of[out.number] = row
                 continue
             numbers = _operands(entry)
             rows = {row_of[number] for number in numbers if number in row_of}
@@ -120,14 +126,16 @@ class _Loop:
     def roll(self, length: int) -> Entries | None:
         """The entries with one turn, which has so many entries."""
         for unbind in self.unbinds:
+            first_row = unbind.outs[0]
             for row, out in enumerate(unbind.outs):
-                self.made[out.number] = _Made(row, unbind.outs[0])
-        turns = [entries[:length] for entries in self.entries_of]
+                self.made[out.number] = _Made(row, first_row)
+        first_turn = self.entries_of[0][:length]
         turn_of: dict[int, int] = {}
-        for row, turn in enumerate(turns):
+        for row, entries in self.entries_of.items():
+            turn = entries[:length]
             if len(turn) != length:
                 return None
-            for entry, first in zip(turn, turns[0], strict=True):
+            for entry, first in zip(turn, first_turn, strict=True):
                 if not self._alike(entry, first, row):
                     return None
                 turn_of[id(entry)] = row
@@ -158,12 +166,14 @@ class _Loop:
         if isinstance(value, TensorRef) and isinstance(first, TensorRef):
             made = self.made.get(value.number, _Made(row, value))
             return made == (row, first)
-        if isinstance(value, list | tuple) and isinstance(first, list | tuple):
+        if _is_list(value) and _is_list(first):
             if len(value) != len(first):
                 return False
-            pairs = zip(value, first, strict=True)
-            return all(self._same(item, of_first, row) for item, of_first in pairs)
-        return type(value) is type(first) and bool(value == first)
+            rows = itertools.repeat(row)
+            return all(map(self._same, value, first, rows))
+        if type(value) is not type(first):
+            return False
+        return bool(value == first)
 
     # ---- what joins rows
 
@@ -172,7 +182,9 @@ class _Loop:
         found: Entries = []
         for entry in self.entries:
             if self._is_unbind(entry):
-                found.append(_row_op(entry, ONE, entry.args["self"], entry.outs[:1]))
+                operand = entry.args["self"]
+                first = entry.outs[:1]
+                found.append(_row_op(entry, ONE, operand, first))
             elif id(entry) in turn_of:
                 if turn_of[id(entry)] == 0:
                     found.append(entry)
@@ -206,16 +218,20 @@ class _Loop:
     def _join_all(self, entry: RecordedOp) -> Entries | None:
         """A stack or cat of all rows, in their order."""
         tensors = entry.args["tensors"]
-        made = [self.made.get(ref.number) for ref in tensors]
-        rows = [item.row for item in made if item is not None]
-        firsts = {item.first.number for item in made if item is not None}
-        if None in made:
-            return None
+        rows = []
+        firsts = set()
+        for tensor in tensors:
+            made = self.made.get(tensor.number)
+            if made is None:
+                return None
+            rows.append(made.row)
+            firsts.add(made.first.number)
         if rows != list(range(self.turns)):
             return None
         if len(firsts) > 1:
             return None
-        return [_row_op(entry, _JOINS[entry.name], tensors[0], entry.outs)]
+        name = _JOINS[entry.name]
+        return [_row_op(entry, name, tensors[0], entry.outs)]
 
     def _sum(self, left: Any, right: Any) -> _Sum | None:
         """What two terms, some of them rows or sums of rows, add up to."""
@@ -223,16 +239,20 @@ class _Loop:
         second = self._term(right)
         if not first.rows.isdisjoint(second.rows):
             return None
-        if not _is_zero(first.start) and not _is_zero(second.start):
+        if _is_zero(second.start):
+            start = first.start
+        elif _is_zero(first.start):
+            start = second.start
+        else:
             return None
         item = first.item or second.item
-        items = {term.item.number for term in (first, second) if term.item is not None}
-        if len(items) > 1:
-            return None
-        start = first.start if _is_zero(second.start) else second.start
         if item is None:
             return None
-        return _Sum(item, first.rows | second.rows, start)
+        other = second.item or item
+        if other.number != item.number:
+            return None
+        rows = first.rows | second.rows
+        return _Sum(item, rows, start)
 
     def _term(self, term: Any) -> _Sum:
         if isinstance(term, TensorRef):
@@ -240,7 +260,8 @@ class _Loop:
                 return self.sums[term.number]
             if term.number in self.made:
                 made = self.made[term.number]
-                return _Sum(made.first, frozenset([made.row]), 0)
+                rows = frozenset([made.row])
+                return _Sum(made.first, rows, start=0)
         return _Sum(None, frozenset(), term)
 
 
@@ -262,7 +283,8 @@ def _whole_sum(entry: RecordedOp, total: _Sum) -> Entries:
     of_rows = replace(entry, name=SUM, func=None, args={"self": item})
     if _is_zero(total.start):
         return [of_rows]
-    between = replace(item, number=-1 - entry.outs[0].number)
+    out = entry.outs[0]
+    between = replace(item, number=-1 - out.number)
     args = {"self": between, "other": total.start, "alpha": 1}
     with_start = replace(entry, name="add", args=args)
     return [replace(of_rows, outs=(between,)), with_start]
@@ -274,4 +296,10 @@ def _is_zero(start: Any) -> bool:
 
 def _changes_numbers(entry: RecordedOp) -> bool:
     """Whether an op changes numbers of an operand; not only its shape."""
-    return writes(entry) and torch.Tag.inplace_view not in entry.func.tags
+    if not writes(entry):
+        return False
+    return torch.Tag.inplace_view not in entry.func.tags
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)

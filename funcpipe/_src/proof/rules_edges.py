@@ -157,6 +157,8 @@ def _end(op: OpContext) -> Placement | None:
         return None
     sizes = operand.sizes(dim)
     both_taken = taken(op, operand, dim)
+    if both_taken == tuple(range(size) for size in sizes):
+        return None  # all rows, as they are
     count = len(both_taken[0])
     last = tuple(range(size - count, size) for size in sizes)
     if both_taken == last:

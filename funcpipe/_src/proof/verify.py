@@ -10,8 +10,8 @@ is known, and the loss must not come from one.
 The proof holds for the lengths at hand: it is made for every kind of rank
 (`SequenceLayout.variant`).
 
-In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `SequenceProof`, or
-a SequenceError that names the op, the line of the user's code, the reason and what to write
+In: a loss function; fakes of params and of one microbatch, as a rank has it. Out: `SequenceProof`,
+or a SequenceError that names the op, the line of the user's code, the reason and what to write
 instead.
 """
 
@@ -111,7 +111,7 @@ def prove_sequence(
     task = Task(loss_fn, has_aux, params, local, spec, sequences, sequence_rank, mode, mesh, axes)
     proof = prove(task)
     attentions = [found for found in proof.calls.values() if isinstance(found, Held)]
-    if all(found.q is None for found in attentions):
+    if all(found.queries is None for found in attentions):
         raise SequenceError(
             "the sequence is split, but no attention over it was seen: positions would never be "
             "mixed. Call torch.nn.functional.scaled_dot_product_attention or fp.attention (Hugging "

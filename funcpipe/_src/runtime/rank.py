@@ -73,7 +73,7 @@ class Rank:
             state, metrics = self.plan.resolved.step(state, batch)
         analysis = self.plan.placement.analysis
         seen = context.calls, context.sums
-        planned = len(self.calls), len(analysis.sums)
+        planned = len(self.calls), len(analysis.reductions)
         if seen != planned:
             raise StateError(
                 f"the step called value_and_grad {seen[0]} times and global sums {seen[1]} times, "
@@ -178,12 +178,12 @@ class RunContext(PlainContext):
     ) -> tuple[Join, torch.Tensor]:
         placement, comm = self.rank.plan.placement, self.rank.comm
         number = self.sums
-        if number >= len(placement.analysis.sums):
+        if number >= len(placement.analysis.reductions):
             raise StateError(
                 "the step takes more global sums than when it was planned: it does the same every "
                 "time"
             )
-        known = placement.analysis.sums[number]
+        known = placement.analysis.reductions[number]
         self.sums += 1
         apart = number in placement.apart
         counted: list[torch.Tensor | None] = []

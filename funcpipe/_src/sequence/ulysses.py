@@ -66,22 +66,22 @@ def split_attention(
     >>> torch.cat(run_ranks(Mesh(seq=2), body))  # equal scores: the mean of the values so far
     tensor([2., 3., 4., 5.])
     """
-    layout = layouts.q
+    layout = layouts.queries
     if layout is None:
         return whole(query, key, value, spec)
-    if layouts.k is None:
+    if layouts.keys is None:
         return _attend_to_all_keys(query, key, value, spec, layouts, sequence_rank)
     query, key, value = map(narrowed, (query, key, value))  # before they travel
     heads = HeadAssignment(query.shape[1], key.shape[1], layout.heads)
     ring_rank = sequence_rank // layout.heads
     if spec.bias is not None:
-        bias = bias_of_all_keys(spec.bias, layouts.k) if layouts.bias_key else spec.bias
+        bias = bias_of_all_keys(spec.bias, layouts.keys) if layouts.bias_key else spec.bias
         bias = bias_of_own_heads(bias, layouts.bias_query, layout, heads, ring_rank)
         spec = replace(spec, bias=bias)
     if heads.ranks > 1:
-        query, key, value = to_heads(query, key, value, layout, layouts.k, heads, ring_rank)
+        query, key, value = to_heads(query, key, value, layout, layouts.keys, heads, ring_rank)
     if layout.ring > 1:
-        out = ring_attention(query, key, value, spec, layout, layouts.k, ring_rank)
+        out = ring_attention(query, key, value, spec, layout, layouts.keys, ring_rank)
     else:
         out = whole(query, key, value, spec)
     return to_positions(out, layout, heads, sequence_rank) if heads.ranks > 1 else out
@@ -96,13 +96,13 @@ def _attend_to_all_keys(
     sequence_rank: int,
 ) -> Tensor:
     """An attention for which every rank holds all keys and values: nothing is exchanged."""
-    assert layouts.q is not None
+    assert layouts.queries is not None
     if layouts.bias_key:
         raise TraceError(
             "attention: the bias is split along its keys, but every rank holds all keys and "
             "values; let every rank have the whole bias, too (dims=None for its leaf of the batch)"
         )
-    queries = member_positions(layouts.q, sequence_rank, query.device)
+    queries = member_positions(layouts.queries, sequence_rank, query.device)
     bias = spec.bias
     if bias is not None and bias.shape[2] > 1 and not layouts.bias_query:
         bias = bias.index_select(2, queries)
