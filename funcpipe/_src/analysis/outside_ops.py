@@ -53,6 +53,14 @@ class Outside:
         self._makers: Any = WeakTensorKeyDictionary()  # the last op that wrote a tensor
         self._rows: Any = WeakTensorKeyDictionary()  # the batch, and what is made of it
         self._mark_rows(_tensors(tree.leaves(batch)))
+        self.in_step = False  # or in ``init_state``
+        self._draws: dict[int, Line | None] = {}  # ops of the step that draw random values
+        self._of_batch: Any = (
+            WeakTensorKeyDictionary()
+        )  # leaves with rows, and what is made of them
+        for leaf in _tensors(tree.leaves(batch)):
+            if leaf.dim():
+                self._of_batch[leaf] = True
 
     def note(self, op: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
         """An op, its arguments, and what it returned."""
@@ -71,6 +79,20 @@ class Outside:
         written = made + taken if op._schema.is_mutable else made
         for tensor in written:
             self._makers[tensor] = number
+        if self.in_step and torch.Tag.nondeterministic_seeded in op.tags:
+            self._draws[number] = user_line()
+        if any(tensor in self._of_batch for tensor in taken):
+            for tensor in written:
+                self._of_batch[tensor] = True
+
+    def is_of_batch(self, leaf: Any) -> bool:
+        """Whether a leaf is, or was computed from, a leaf of the batch that has rows."""
+        return isinstance(leaf, torch.Tensor) and leaf in self._of_batch
+
+    def draws_of(self, leaf: Any) -> list[Line | None]:
+        """The lines of the step that drew random values for a leaf."""
+        numbers = self._reached(self._made_by(_tensors(leaf)))
+        return [self._draws[number] for number in sorted(numbers & self._draws.keys())]
 
     def _mark_rows(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -116,15 +138,20 @@ class Outside:
         """The ops on params and the batch, and those that make what these and ``results`` take.
         Others may be anyone's, such as of an object that is collected meanwhile. Sorted: in which
         order a step goes over leaves does not matter."""
-        todo = [*self._roots, *self._made_by(_tensors(results))]
+        found = self._reached(self._roots | self._made_by(_tensors(results)))
+        ops = [self._ops[number] for number in found]
+        return tuple(sorted(ops, key=itemgetter(0)))
+
+    def _reached(self, numbers: set[int]) -> set[int]:
+        """Some ops, and those that made what they take."""
+        todo = list(numbers)
         found: set[int] = set()
         while todo:
             number = todo.pop()
             if number not in found:
                 found.add(number)
                 todo += self._takes[number]
-        ops = [self._ops[number] for number in found]
-        return tuple(sorted(ops, key=itemgetter(0)))
+        return found
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -30,6 +30,7 @@ from funcpipe._src.analysis.elementwise import ElementwiseOnly
 from funcpipe._src.analysis.expressions import Expressions, Given, Numbers, Seen, Table
 from funcpipe._src.analysis.host_values import Follower, Reading
 from funcpipe._src.analysis.outside_ops import Op, Outside
+from funcpipe._src.analysis.same_on_ranks import check_draws, check_own_rows
 from funcpipe._src.analysis.step_results import check_results
 from funcpipe._src.analysis.tags import Tags, every_param
 from funcpipe._src.core import pytree as tree
@@ -288,6 +289,8 @@ def run_on_fakes(
         for number, leaf in enumerate(leaves):
             name(leaf, ("state", number))
         context.running, context.donation = "the step", DonationAnalysis(tree.leaves(state))
+        if context.outside is not None:
+            context.outside.in_step = True
         with context.donation.watch():
             new_state, metrics = _returned(step(state, batch))
             context.donation.read((new_state, metrics))
@@ -305,6 +308,7 @@ def analyse(
     seen: Callable[[PrimitiveCall, Tags], PrimitiveCall] = lambda call, tags: call,
     row_ranks: int = 1,
     follower: Callable[[int], Follower] | None = None,
+    ranks: int = 1,
 ) -> tuple[StepAnalysis, Rehearsal]:
     """Run ``init_state`` and the step once on tagged fakes.
 
@@ -313,6 +317,7 @@ def analyse(
             results.
         row_ranks: how many ranks have rows of their own that are not in the batch.
         follower: reads what the loss of a call reads from Python.
+        ranks: of the mesh.
 
     Returns:
         what it told, and what runs the step again as a rank that holds some leaves.
@@ -330,15 +335,20 @@ def analyse(
             init_state,
             batch,
             AnalysisContext(tags, seen, row_ranks, False, Table(), follower),
+            ranks,
         )
     except _Feeds:
         return _look(
-            step, init_state, batch, AnalysisContext(tags, seen, row_ranks, True, Table(), follower)
+            step,
+            init_state,
+            batch,
+            AnalysisContext(tags, seen, row_ranks, True, Table(), follower),
+            ranks,
         )
 
 
 def _look(
-    step: Callable, init_state: Callable, batch: Any, context: AnalysisContext
+    step: Callable, init_state: Callable, batch: Any, context: AnalysisContext, ranks: int
 ) -> tuple[StepAnalysis, Rehearsal]:
     from funcpipe._src.analysis.rehearsal import Rehearsal
 
@@ -353,6 +363,11 @@ def _look(
             "every rank runs the same step without looking. Use torch.where, or read the value "
             "from the metrics"
         ) from error
+    batches = [call.batch for call in context.calls]
+    if ranks > 1:
+        check_draws(context.outside, seen.state, seen.metrics, batches)
+    if context.row_ranks > 1:
+        check_own_rows(context.outside, seen.state, seen.metrics)
     spec, numbers = check_results(seen, tags)
     leaves = tree.leaves((seen.init_state, seen.state, seen.metrics))
     analysis = StepAnalysis(

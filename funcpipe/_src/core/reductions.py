@@ -15,6 +15,7 @@ from torch import Tensor
 from funcpipe._src.core import pytree as tree
 from funcpipe._src.core.context import Join, Local, current
 from funcpipe._src.core.loss_types import differentiable
+from funcpipe.errors import OptimError
 
 # From the leaves that a rank counts to their sum.
 LocalSum = Callable[[list[Tensor]], Tensor]
@@ -87,9 +88,15 @@ def join_shown(spec: Any, shown: Sequence[bool], values: Sequence[Any]) -> Any:
 def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Tensor]:
     """Gradients scaled down to a global norm of at most ``max_norm``, and their norm before that.
 
+    Raises:
+        OptimError: ``max_norm`` is a number that is not above 0, or no number.
+
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)[1]
     tensor(5.)
     """
+    is_tensor = isinstance(max_norm, Tensor)
+    if not is_tensor and not _is_positive(max_norm):
+        raise OptimError(f"clip_by_global_norm: max_norm={max_norm!r}; it is a number above 0")
     norm = global_norm(grads)
     ratio = max_norm / (norm + 1e-6)
     scale = torch.clamp(ratio, max=1.0)
@@ -100,6 +107,12 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, Tensor]:
         return grad * scale.to(grad.dtype)
 
     return tree.map(clipped, grads), norm
+
+
+def _is_positive(number: Any) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return number > 0
 
 
 def _sum_of_squares(leaves: list[Tensor]) -> Tensor:

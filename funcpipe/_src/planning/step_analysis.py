@@ -55,6 +55,7 @@ def analyse_step(
         as_traced,
         resolved.mesh.axis_size(own_rows_of),
         follower,
+        resolved.mesh.size,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from funcpipe._src.core.context import PlainContext, current
 from funcpipe._src.core.describe_value import describe
 from funcpipe._src.core.mesh import Axes
 from funcpipe._src.core.mixed_precision import Precision
@@ -165,6 +166,17 @@ class TransformedStep:
         self.specs = specs
 
     def __call__(self, state: Any, batch: Any) -> Any:
+        """Run the step as it was written.
+
+        Raises:
+            StackError: another step calls it while that one is planned or run by a runner: the
+                transforms on this one would be lost.
+        """
+        if self.specs and type(current()) is not PlainContext:
+            raise StackError(
+                f"a step calls {self!r}: its transforms are lost inside another step. Wrap the "
+                "step that you wrote first, and transform what comes of it last"
+            )
         return self.fn(state, batch)
 
     def __repr__(self) -> str:
