@@ -192,7 +192,7 @@ def described(case: Case, short: bool) -> Iterator[str]:
     plan = run.plan(state, batches[0])
     programs = [program for call in plan.calls for program in call.programs]
     plan_lines = str(plan).splitlines()
-    program_lines = [i.text for program in programs for i in program.instructions]
+    program_lines = [str(i) for program in programs for i in program.instructions]
     for what, lines in (("plan", plan_lines), ("program", program_lines)):
         yield f"{what} {digest(chr(10).join(lines).encode())}"
         yield from [] if short else (f"  {line}" for line in lines)

@@ -164,3 +164,16 @@ def test_two_transforms_that_split_along_two_dims() -> None:
     for dim in (0, 1):
         with refused("softmax", "at test_rows_planned.py"):
             run(stacked(lambda w, x, dim=dim: ((x @ w).softmax(dim) * x).sum()), fp.Mesh(data=2), x)
+
+
+def test_a_batch_without_rows() -> None:
+    def step(w: torch.Tensor, x: torch.Tensor) -> Any:
+        def loss_fn(w: torch.Tensor, x: torch.Tensor) -> fp.Mean:
+            return fp.Mean((x @ w).square().sum(), torch.tensor(float(len(x))))
+
+        loss, grad = fp.value_and_grad(loss_fn)(w, x)
+        return w - grad, {"loss": loss}
+
+    run = fp.simulate(fp.data_parallel(step, axis="data"), fp.Mesh(data=2))
+    with pytest.raises(BatchError, match="the batch has no rows: pass batches that have some"):
+        run.init(lambda w: w, torch.ones(3), torch.zeros(0, 3))

@@ -304,6 +304,8 @@ def _layouts(leaves: Sequence[_SplitLeaf | None]) -> dict[Axes, tuple[RowLayout,
     for axes, sizes in by_axes.items():
         rows = math.gcd(*(full for _, full in sizes))
         local, full = sizes[0]
+        if local == 0:
+            raise BatchError("the batch has no rows: pass batches that have some")
         found[axes] = RowLayout(rows, axes), (1, full // local)
     return found
 
