@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from support.row_losses import refused
 
 import funcpipe as fp
+from funcpipe.errors import BatchError
 
 N, D = 8, 4
 
