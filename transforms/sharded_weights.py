@@ -11,7 +11,7 @@ import torch
 
 from funcpipe._src.core.mesh import as_axes
 from funcpipe._src.spec.requests import WeightSharding
-from funcpipe._src.spec.transform_spec import TransformSpec, require_positive, with_spec
+from funcpipe._src.spec.transform_spec import TransformSpec, with_spec
 from funcpipe.errors import StackError
 
 
@@ -93,25 +93,6 @@ def sharded_weights(
         raise StackError(
             f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over"
         )
-    if regather not in ("microbatch", "step") and not _positive(regather):
-        raise StackError(
-            f"sharded_weights: regather={regather!r}; write 'microbatch', 'step', or a number of "
-            "microbatches"
-        )
-    if reduce not in ("each", "last"):
-        raise StackError(f"sharded_weights: reduce={reduce!r}; write 'each' or 'last'")
-    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-        raise StackError(
-            f"sharded_weights: prefetch is {prefetch!r}; it is a number of units, 0 or more"
-        )
-    if bucket_bytes is not None:
-        require_positive("sharded_weights", "bucket_bytes", bucket_bytes)
-    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise StackError(
-                f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as "
-                "torch.bfloat16"
-            )
     if only is not None and not callable(only):
         raise StackError(
             f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or "
@@ -119,7 +100,3 @@ def sharded_weights(
         )
     options = WeightSharding(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype)
     return with_spec(step, ShardedWeightsSpec(axes=axes, options=options, only=only))
-
-
-def _positive(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0

@@ -420,7 +420,7 @@ def test_dropout_recomputed_in_a_checkpoint() -> None:
 
 
 def test_randomness_in_the_loss() -> None:
-    words = ("draws from the global random generator", "outside the loss", "through batch")
+    words = ("draws random values", "outside the loss", "through batch", "fp.random.dropout")
     with refused(TraceError, "bernoulli", *words):
         run_loss(_dropped(inside=False))
     with refused(TraceError, "aten.rand", *words):

@@ -344,11 +344,11 @@ MISUSES: Misuses = {
     # randomness
     "random numbers": (
         lambda p, b, x: (x * torch.rand(x.shape)).sum(),
-        ("aten.rand", "global random generator"),
+        ("aten.rand", "draws random values"),
     ),
     "dropout": (
         lambda p, b, x: F.dropout(x, 0.5).sum(),
-        ("global random generator", "Draw outside the loss"),
+        ("draws random values", "Draw them outside the loss"),
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -124,3 +125,20 @@ def test_what_it_conflicts_with() -> None:
     sharded = fp.sharded_weights(large_sharded(step, axis="data"), axis="data")
     with pytest.raises(StackError, match="both shard over axis 'data'"):
         fp.simulate(sharded, fp.Mesh(data=2))
+
+
+WRONG = [
+    (lambda: WeightSharding(regather="never"), "regather='never'; write 'microbatch'"),
+    (lambda: WeightSharding(reduce="blah"), "reduce='blah'; write 'each' or 'last'"),
+    (lambda: WeightSharding(prefetch=-3), "prefetch is -3; it is a number of units"),
+    (lambda: WeightSharding(bucket_bytes=0), "bucket_bytes is 0"),
+    (lambda: WeightSharding(param_dtype=torch.int64), "param_dtype=torch.int64"),
+    (lambda: MicrobatchSplit(0), "microbatches is 0; it has to be a whole number"),
+    (lambda: with_spec(step, TransformSpec), "with_spec: the spec is a type"),
+]
+
+
+@pytest.mark.parametrize(("make", "said"), WRONG)
+def test_what_a_request_refuses(make: Callable, said: str) -> None:
+    with pytest.raises(StackError, match=re.escape(said)):
+        make()

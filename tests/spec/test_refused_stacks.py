@@ -56,6 +56,11 @@ def test_an_axis_that_the_mesh_lacks() -> None:
         fp.simulate(pipe(STEP), fp.Mesh())
 
 
+def test_a_step_among_composed_transforms() -> None:
+    with refused(StackError, "compose: <step step", "is a step, not a transform", "(step)"):
+        fp.compose(fp.data_parallel(STEP, axis="data"), fp.accumulated(microbatches=2))
+
+
 def test_an_axis_that_nobody_uses() -> None:
     with refused(
         StackError,

@@ -60,9 +60,9 @@ def _refuse_random(nodes: list[Node], boundaries: int) -> None:
         )
     for node in filter(is_seeded, nodes):
         raise TraceError(
-            f"{node.target} draws from the global random generator, so no two ranks or "
-            "microbatches could repeat what one device does. Draw the random values outside the "
-            "loss and pass them through batch"
+            f"{node.target} draws random values, which no two ranks or microbatches could repeat "
+            "as one device does. Draw them outside the loss and pass them through batch; for "
+            "dropout write fp.random.dropout(x, rate, key)"
         )
 
 

@@ -130,8 +130,8 @@ def apply_common(op: OpContext) -> Placements:
         raise Refusal("nothing is known of it")
     if torch.Tag.nondeterministic_seeded in function.tags:
         raise Refusal(
-            "it draws from the global random generator. Draw outside the loss and pass it through "
-            "batch"
+            "it draws random values. Draw them outside the loss and pass them through batch; for "
+            "dropout write fp.random.dropout(x, rate, key)"
         )
     if torch.Tag.pointwise in function.tags:
         return RULES[ELEMENTWISE](op)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from funcpipe._src.schedule.actions import ScheduleFn
+from funcpipe.errors import StackError
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class MicrobatchSplit:
     count: int | None
     dims: Any = 0
 
+    def __post_init__(self) -> None:
+        if self.count is not None and not _is_whole(self.count, 1):
+            raise StackError(
+                f"microbatches is {self.count!r}; it has to be a whole number, 1 or more"
+            )
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -72,7 +79,11 @@ class Pipeline:
 @dataclass(frozen=True)
 class WeightSharding:
     """Split weights, gradients and optimizer state over the transform's axes; the fields are
-    `sharded_weights`' options."""
+    `sharded_weights`' options.
+
+    Raises:
+        StackError: an option that is not valid.
+    """
 
     regather: str | int = "microbatch"
     reduce: str = "each"
@@ -80,6 +91,37 @@ class WeightSharding:
     bucket_bytes: int | None = None
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.regather not in ("microbatch", "step") and not _is_whole(self.regather, 1):
+            raise StackError(
+                f"sharded_weights: regather={self.regather!r}; write 'microbatch', 'step', or a "
+                "number of microbatches"
+            )
+        if self.reduce not in ("each", "last"):
+            raise StackError(f"sharded_weights: reduce={self.reduce!r}; write 'each' or 'last'")
+        if not _is_whole(self.prefetch, 0):
+            raise StackError(
+                f"sharded_weights: prefetch is {self.prefetch!r}; it is a number of units, 0 or "
+                "more"
+            )
+        if self.bucket_bytes is not None and not _is_whole(self.bucket_bytes, 1):
+            raise StackError(
+                f"sharded_weights: bucket_bytes is {self.bucket_bytes!r}; it has to be a whole "
+                "number, 1 or more"
+            )
+        self._check_dtype("param_dtype")
+        self._check_dtype("reduce_dtype")
+
+    def _check_dtype(self, name: str) -> None:
+        dtype = getattr(self, name)
+        if dtype is None:
+            return
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise StackError(
+                f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as "
+                "torch.bfloat16"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +149,13 @@ class Remat:
             if value not in (None, ()):
                 given.append(f"{option.name}={_text(value)}")
         return f"remat({', '.join(given)})"
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number, at least so large."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= least
 
 
 def _text(value: Any) -> str:

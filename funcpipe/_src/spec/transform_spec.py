@@ -215,6 +215,11 @@ def with_spec(step: Callable | None, spec: TransformSpec) -> Any:
     <step <lambda>
       mine(axis='data')>
     """
+    if not isinstance(spec, TransformSpec):
+        raise StackError(
+            f"with_spec: the spec is {describe(spec)}; pass an object whose class derives from "
+            "TransformSpec"
+        )
     if step is None:
         return Transform(functools.partial(with_spec, spec=spec), str(spec))
     if isinstance(step, Transform):
@@ -232,10 +237,20 @@ def with_spec(step: Callable | None, spec: TransformSpec) -> Any:
 def compose(*transforms: Callable) -> Callable[[Callable], TransformedStep]:
     """One transform from several; the first is applied to the step first.
 
+    Raises:
+        StackError: one of them is a step.
+
     >>> from funcpipe.transforms import accumulated
     >>> compose(accumulated(microbatches=4))(lambda state, batch: (state, {})).specs[0].name
     'accumulated'
     """
+
+    for transform in transforms:
+        if isinstance(transform, TransformedStep):
+            raise StackError(
+                f"compose: {transform!r} is a step, not a transform. Compose the transforms "
+                "alone, and apply what comes of it to the step: fp.compose(a, b)(step)"
+            )
 
     def all_of_them(step: Any) -> Any:
         for transform in transforms:
