@@ -301,7 +301,9 @@ def test_a_product_that_others_read_is_made() -> None:
     "padding, scaled, found", [(-1, False, True), (0, False, False), (-1, True, False)]
 )
 def test_tables(padding: int, scaled: bool, found: bool) -> None:
-    rows, places = torch.randn(2, 3, 4), torch.tensor([[0, 5, 0], [1, 1, 6]])
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 4, generator=generator)
+    places = torch.tensor([[0, 5, 0], [1, 1, 6]])
     fn = lambda r, p: torch.ops.aten.embedding_dense_backward(r, p, 7, padding, scaled)  # noqa: E731
     form = form_of(outputs_of(graph_of(fn, rows, places))[0])
     assert (form is not None) == found
@@ -309,7 +311,8 @@ def test_tables(padding: int, scaled: bool, found: bool) -> None:
         product = form.pack(rows, places)
         assert isinstance(product, Lookup)
         assert torch.allclose(product.materialize(torch.float32), fn(rows, places))
-        assert torch.allclose(product.accumulate_into(torch.ones(7, 4)), fn(rows, places) + 1)
+        added = product.accumulate_into(torch.ones(7, 4))
+        assert torch.allclose(added, fn(rows, places) + 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

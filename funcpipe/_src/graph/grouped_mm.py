@@ -25,7 +25,8 @@ GROUPED = torch.ops.aten._grouped_mm.default
 _TAKES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 16  # bytes
-_DTYPE = "Expected inputs of BF16 type"  # so torch's fake begins
+# So torch's fake begins; the second is that of 2.14.
+_DTYPE = ("Expected inputs of BF16 type", "Expected mat_a to be BFloat16")
 _STRIDES = ("Invalid strides/sizes, got", "strides should be multiple of 16 bytes")
 
 

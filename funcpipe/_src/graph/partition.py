@@ -277,12 +277,19 @@ class _Cutter:
 
 
 def _in_order_of_use(body: NodeList, read: NodeSet) -> NodeList:
-    """The nodes that a body reads, in the order in which it first uses them."""
+    """The nodes that a body reads, in the order in which its arguments first name them.
+
+    ``all_input_nodes`` has another order in torch 2.14.
+    """
     found: dict[fx.Node, None] = {}
+
+    def note(used: fx.Node) -> fx.Node:
+        if used in read:
+            found[used] = None
+        return used
+
     for node in body:
-        for used in node.all_input_nodes:
-            if used in read:
-                found[used] = None
+        fx.map_arg((node.args, node.kwargs), note)
     return list(found)
 
 
