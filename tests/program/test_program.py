@@ -352,7 +352,12 @@ def test_a_plan_reads_as_text_and_tells_its_memory() -> None:
 def test_a_program_reads_as_text() -> None:
     title, *lines = str(programs(planned(one_f_one_b(), 2))[0]).splitlines()
     assert title.startswith("pipeline rank 0, slots: 18, bytes at their peak: activations ")
-    assert lines[0] == "  0F0 run F0 (batch 0@0, param 0) -> (value tanh@0, value add@0)"
+    first = "  0F0 run F0 ({}) -> (value tanh@0, value add@0)"
+    inputs = [
+        "batch 0@0, param 0",
+        "param 0, batch 0@0",
+    ]  # torch names them in another order in 2.14
+    assert lines[0] in [first.format(names) for names in inputs]
     assert "  0B1 add summand 1 (value mm_8@1) -> (sum 1#0) frees (value mm_8@1)" in lines
     (sent,) = (line for line in lines if line.startswith("  0SEND_F1>1"))
     assert sent.endswith("(value add_1@1) -> (sent add_1 to 1@1) frees (value add_1@1)")

@@ -11,6 +11,7 @@ copies that uses no grouped product.
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -132,8 +133,8 @@ def explain_grouped(error: BaseException) -> TraceError | None:
     text = str(error)
     where = line_of(error) or ""
     if text.startswith(_DTYPE):
-        _, _, after = text.partition("mat_a.dtype=")
-        dtype = after.split(" ")[0] or "another dtype"
+        named = re.search(r"(?:mat_a\.dtype=|got )(torch\.\w+)", text)
+        dtype = named[1] if named else "another dtype"
         return TraceError(
             f"the loss function calls grouped_mm{where} with {dtype}: there are kernels for "
             "bfloat16, float16 and float32. Compute in one of them "
