@@ -93,6 +93,8 @@ def sharded_weights(
         raise StackError(
             f"sharded_weights: axis={axis!r}; name the mesh axis or axes to shard over"
         )
+    _check_dtype("param_dtype", param_dtype)
+    _check_dtype("reduce_dtype", reduce_dtype)
     if only is not None and not callable(only):
         raise StackError(
             f"sharded_weights: only={only!r}; pass a function from a parameter's path to True or "
@@ -100,3 +102,12 @@ def sharded_weights(
         )
     options = WeightSharding(regather, reduce, prefetch, bucket_bytes, param_dtype, reduce_dtype)
     return with_spec(step, ShardedWeightsSpec(axes=axes, options=options, only=only))
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise StackError(
+            f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as torch.bfloat16"
+        )

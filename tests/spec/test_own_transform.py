@@ -132,7 +132,6 @@ WRONG = [
     (lambda: WeightSharding(reduce="blah"), "reduce='blah'; write 'each' or 'last'"),
     (lambda: WeightSharding(prefetch=-3), "prefetch is -3; it is a number of units"),
     (lambda: WeightSharding(bucket_bytes=0), "bucket_bytes is 0"),
-    (lambda: WeightSharding(param_dtype=torch.int64), "param_dtype=torch.int64"),
     (lambda: MicrobatchSplit(0), "microbatches is 0; it has to be a whole number"),
     (lambda: with_spec(step, TransformSpec), "with_spec: the spec is a type"),
 ]

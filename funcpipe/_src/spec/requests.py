@@ -110,18 +110,6 @@ class WeightSharding:
                 f"sharded_weights: bucket_bytes is {self.bucket_bytes!r}; it has to be a whole "
                 "number, 1 or more"
             )
-        self._check_dtype("param_dtype")
-        self._check_dtype("reduce_dtype")
-
-    def _check_dtype(self, name: str) -> None:
-        dtype = getattr(self, name)
-        if dtype is None:
-            return
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise StackError(
-                f"sharded_weights: {name}={dtype!r}; pass a floating-point dtype such as "
-                "torch.bfloat16"
-            )
 
 
 @dataclass(frozen=True)
