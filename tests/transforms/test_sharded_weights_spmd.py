@@ -269,7 +269,7 @@ DIFFERENCE = {
     "bucket_bytes": ["bucket_bytes=None", "bucket_bytes=1"],
     "not sharded": ["sharded_weights(axis=('data',)"],
     "dims": ["dims=0", "dims={{'ids': 0, 't': None}}"],
-    "only": ["in where params lie: \"params['embed']: Layout(", "axes=('data',)", "axes=()"],
+    "only": ["in where params lie: \"params['embed']: LeafLayout(", "axes=('data',)", "axes=()"],
     "loss": ["in what the loss function at", "(value_and_grad 0) reads from Python:"],
     "schedule": ["in the schedule of value_and_grad 0:"],
 }
