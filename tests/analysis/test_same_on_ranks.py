@@ -51,6 +51,7 @@ DRAWS = {
     "batch": (stepping(noise=torch.randn_like), "batch['noise'] of value_and_grad 0"),
     "computed": (stepping(noise=lambda x: 0.1 * torch.randn(8, 4).double() + x), "batch['noise']"),
     "generator": (stepping(noise=drawn_with_a_generator), "batch['noise']"),
+    "number": (stepping(metric=lambda x: torch.rand(()).mul(2).item()), "a Python number"),
     "metric": (stepping(metric=lambda x: torch.randn(3).sum()), "metrics['metric']"),
     "state": (stepping(moved=lambda mu: mu + torch.randn(3)), "state['mu']"),
 }

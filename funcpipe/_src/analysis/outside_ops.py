@@ -32,6 +32,7 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
+_NUMBER = torch.ops.aten._local_scalar_dense.default
 Op = tuple[str, Line | None]  # what is computed, and the user's line of it
 
 
@@ -55,9 +56,9 @@ class Outside:
         self._mark_rows(_tensors(tree.leaves(batch)))
         self.in_step = False  # or in ``init_state``
         self._draws: dict[int, Line | None] = {}  # ops of the step that draw random values
-        self._of_batch: Any = (
-            WeakTensorKeyDictionary()
-        )  # leaves with rows, and what is made of them
+        self.drawn_numbers: list[Line | None] = []  # where a draw became a Python number
+        # The batch's leaves that have rows, and what is made of them.
+        self._of_batch: Any = WeakTensorKeyDictionary()
         for leaf in _tensors(tree.leaves(batch)):
             if leaf.dim():
                 self._of_batch[leaf] = True
@@ -79,11 +80,23 @@ class Outside:
         written = made + taken if op._schema.is_mutable else made
         for tensor in written:
             self._makers[tensor] = number
-        if self.in_step and torch.Tag.nondeterministic_seeded in op.tags:
-            self._draws[number] = user_line()
-        if any(tensor in self._of_batch for tensor in taken):
+        self._note_draw(number, op)
+        if any(map(self.is_of_batch, taken)):
             for tensor in written:
                 self._of_batch[tensor] = True
+
+    def _note_draw(self, number: int, op: Any) -> None:
+        """Note that the step draws random values, or takes drawn ones as a Python number."""
+        if not self.in_step:
+            return
+        if torch.Tag.nondeterministic_seeded in op.tags:
+            self._draws[number] = user_line()
+        if op is not _NUMBER:
+            return
+        reached = self._reached(self._takes[number])
+        draws = self._draws.keys() & reached
+        if draws:
+            self.drawn_numbers.append(user_line())
 
     def is_of_batch(self, leaf: Any) -> bool:
         """Whether a leaf is, or was computed from, a leaf of the batch that has rows."""

@@ -14,21 +14,26 @@ from typing import Any
 
 from funcpipe._src.analysis.outside_ops import Outside
 from funcpipe._src.core import pytree
+from funcpipe._src.core.source_lines import Line
 from funcpipe.errors import StateError
 
 
 def check_draws(outside: Outside, state: Any, metrics: Any, batches: Sequence[Any]) -> None:
     """StateError where a step draws random values itself."""
+    for line in outside.drawn_numbers:
+        raise _drawn(line, "a Python number")
     leaves = [*_results(state, metrics), *_of_calls(batches)]
     for path, leaf in leaves:
-        lines = outside.draws_of(leaf)
-        if lines:
-            line = lines[0]
-            raise StateError(
-                f"the step draws random values{line or ''} outside value_and_grad, for {path}: "
-                "every rank would draw its own. Draw them before the step and pass them through "
-                "the state or batch, or compute them with fp.random from a key in the state"
-            )
+        for line in outside.draws_of(leaf):
+            raise _drawn(line, path)
+
+
+def _drawn(line: Line | None, what: str) -> StateError:
+    return StateError(
+        f"the step draws random values{line or ''} outside value_and_grad, for {what}: every rank "
+        "would draw its own. Draw them before the step and pass them through the state or batch, "
+        "or compute them with fp.random from a key in the state"
+    )
 
 
 def check_own_rows(outside: Outside, state: Any, metrics: Any) -> None:
